@@ -1,0 +1,61 @@
+// Backstops for the operators' arguments and dtype names. functional.py has validated what a user
+// gave; these keep a direct torch.ops call from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace disalign {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw std::runtime_error("disalign_ops: " + message);
+}
+
+inline bool is_logits_dtype(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 ||
+         t == ScalarType::Half;
+}
+
+inline ScalarType accumulate_dtype(ScalarType logits) {
+  return logits == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The data of a vector of `count` entries of the accumulation dtype, or null where it is absent.
+inline const void* vector_data(const OptionalTensor& vector, const char* name, int64_t count,
+                               ScalarType dtype, const Tensor& logits) {
+  if (!vector.has_value()) return nullptr;
+  require(vector->scalar_type() == dtype,
+          std::string(name) + " has another dtype than the accumulation dtype of the logits");
+  require(vector->numel() == count, std::string(name) + " has " + std::to_string(vector->numel()) +
+                                        " entries, " + std::to_string(count) + " are needed");
+  require(vector->is_contiguous(), std::string(name) + " is not contiguous");
+  require(vector->device() == logits.device(), std::string(name) + " is on another device");
+  return vector->const_data_ptr();
+}
+
+inline void check_rows(const Tensor& logits, const char* name) {
+  require(logits.dim() == 2, std::string(name) + " has " + std::to_string(logits.dim()) +
+                                 " dimensions, 2 (rows, classes) are needed");
+  require(is_logits_dtype(logits.scalar_type()),
+          std::string(name) + " is not float64, float32, bfloat16 or float16");
+  require(logits.size(1) <= 1 || logits.stride(1) == 1,
+          std::string(name) + "'s classes are not next to each other");
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size,
+                         ScalarType dtype) {
+  const std::vector<int64_t> sizes(size);
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+}
+
+}  // namespace disalign

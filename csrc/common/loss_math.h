@@ -1,0 +1,67 @@
+// Scalar formulas of the loss, shared by every native backend (docs/math.md, section "Per row").
+//
+// A row of logits is summarised by the maximum M of its calibrated logits u and by
+// s = sum_j exp(u_j - M). M and log s are kept apart: their sum would lose the digits of a
+// small loss behind a large offset.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define DISALIGN_HD __host__ __device__ __forceinline__
+#else
+#define DISALIGN_HD static inline
+#endif
+
+namespace disalign {
+
+template <class A>
+struct RowTerms {
+  A loss;     // this row's loss, its sample weight not included
+  A softmax;  // dloss/du_j = softmax * p_j - smooth * w_j - target * [j = t]
+  A target;
+  A smooth;
+};
+
+DISALIGN_HD double sigmoid(double x) {
+  // The branch keeps exp from overflowing, so that c and 1 - c keep their relative precision.
+  if (x >= 0) return 1.0 / (1.0 + exp(-x));
+  const double e = exp(x);
+  return e / (1.0 + e);
+}
+
+// Derivative of (1 - p)^gamma * nll by the target logit, divided by (p - 1).
+DISALIGN_HD double focal_slope(double nll, double gamma) {
+  const double p = exp(-nll);
+  const double one_minus_p = nll > 0 ? -expm1(-nll) : 0.0;
+  if (one_minus_p == 0) return 0.0;             // the limit at p = 1, for every gamma > 0
+  const double p_nll = p == 0 ? 0.0 : p * nll;  // p log p -> 0, not 0 * inf
+  return pow(one_minus_p, gamma) + gamma * pow(one_minus_p, gamma - 1.0) * p_nll;
+}
+
+// nll: (M - u_t) + log s.  smooth_sum: sum_j w_j u_j - M sum_j w_j (used when smoothing > 0).
+DISALIGN_HD RowTerms<double> row_terms(double nll, double log_sum, double target_weight,
+                                       double smoothing, double weight_sum, double smooth_sum,
+                                       double classes, double gamma) {
+  RowTerms<double> out;
+  double value = nll;
+  double slope = 1.0;
+  if (gamma > 0) {
+    const double one_minus_p = nll > 0 ? -expm1(-nll) : (nll == nll ? 0.0 : nll);
+    value = one_minus_p == 0 ? 0.0 : pow(one_minus_p, gamma) * nll;
+    slope = nll == nll ? focal_slope(nll, gamma) : nll;
+  }
+  out.loss = (1.0 - smoothing) * target_weight * value;
+  out.target = (1.0 - smoothing) * target_weight * slope;
+  out.softmax = out.target;
+  out.smooth = 0.0;
+  if (smoothing > 0) {
+    const double share = smoothing / classes;
+    out.loss += share * (weight_sum * log_sum - smooth_sum);
+    out.softmax += share * weight_sum;
+    out.smooth = share;
+  }
+  return out;
+}
+
+}  // namespace disalign

@@ -1,0 +1,410 @@
+// Row kernels: calibrated softmax cross-entropy over rows of logits, forward and backward.
+//
+// - Maps: kRowBlock rows at a time, so that class vectors and class sums are loaded once for all of
+//   them; classes in registers. The block's rows and their scratch stay in the second-level cache.
+// - forward: affine (u to scratch, its maximum), exponentiate (e = exp(u - maximum) in scratch, its
+//   sum); then, the sum known, emit makes whatever gradients are wanted from e and z.
+//   Memory: the logits are read once, grad_logits written once.
+// - backward: the same with the maximum and sum of forward. Memory: one read of the logits, one
+//   write of grad_logits, which may be the logits themselves (emit reads a register of z before it
+//   writes the same place, and nothing else is read from the row afterwards).
+// - The target's entry is patched in scratch between exponentiate and emit: emit multiplies e by
+//   softmax / s, so that subtracting s * target / softmax there subtracts `target` afterwards, in
+//   the arithmetic dtype, before anything is rounded to the storage dtype.
+#include "row_kernel.h"
+
+#include "../common/loss_math.h"
+#include "lanes.h"
+
+namespace disalign::DISALIGN_CAPABILITY {
+namespace {
+
+constexpr double kHuge = std::numeric_limits<double>::max();
+
+template <class A>
+struct ClassVectors {
+  const A *weight, *scale, *bias, *prior, *margin;
+  explicit ClassVectors(const RowArgs& args)
+      : weight(static_cast<const A*>(args.weight)),
+        scale(static_cast<const A*>(args.scale)),
+        bias(static_cast<const A*>(args.bias)),
+        prior(static_cast<const A*>(args.prior)),
+        margin(static_cast<const A*>(args.margin)) {}
+};
+
+// The rows of a block and what is known of each before its classes are read.
+template <class T, int R>
+struct Rows {
+  using A = Accumulate<T>;
+  int64_t classes, stride;
+  int64_t index[R], target[R];
+  const T* z[R];
+  A* e[R];  // scratch of the row: u, then exp(u - maximum)
+  A c[R];   // confidence after the sigmoid
+  double target_weight[R], sample_weight[R];
+};
+
+// What the passes over a block's classes yield for each row.
+template <class A, int R>
+struct Sums {
+  A maximum[R];
+  A target_logit[R];             // u_t, margin included
+  double exponential[R] = {};    // sum_j exp(u_j - maximum)
+  double smooth[R] = {};         // sum_j w_j (u_j - maximum)
+  double softmax_slope[R] = {};  // sum_j exp(u_j - maximum) (a_j z_j + b_j)
+  double smooth_slope[R] = {};   // sum_j w_j (a_j z_j + b_j)
+};
+
+// Writes u = (1 + c a) z + c b + o to scratch and finds its maximum. The lanes of scratch behind
+// the last class become -inf, so that they count nothing.
+template <class T, int R, bool Calibrated, bool Smooth>
+DISALIGN_INLINE void affine(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                            Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  V maximum[R], smooth[R];
+  for (int r = 0; r < R; ++r) {
+    maximum[r] = splat<A>(-std::numeric_limits<A>::max());  // finite: u - maximum is never NaN
+    smooth[r] = V{};
+  }
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    V a{}, b{}, o{}, w{};
+    if constexpr (Calibrated) {
+      a = load_lanes<Full>(classes.scale + j, n);
+      b = load_lanes<Full>(classes.bias + j, n);
+    }
+    if (classes.prior) o = load_lanes<Full>(classes.prior + j, n);
+    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V u = load_lanes<Full>(z[r] + j, n);
+      if constexpr (Calibrated)
+        u = u * (a * c[r] + A(1)) + (b * c[r] + o);
+      else
+        u = u + o;
+      if constexpr (Smooth) smooth[r] += w * u;
+      if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
+      maximum[r] = vmax(u, maximum[r]);
+      store(e[r] + j, u);
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    sums.maximum[r] = reduce_max<A>(maximum[r]);
+    sums.smooth[r] = reduce_add<A>(smooth[r]);
+  }
+}
+
+// Takes the target's margin off u_t in scratch, where the maximum may change with it.
+template <class T, int R>
+void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                  Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  for (int r = 0; r < R; ++r) {
+    A* u = rows.e[r];
+    const int64_t t = rows.target[r];
+    const A before = u[t];
+    u[t] = before - classes.margin[t];
+    if (classes.weight)
+      sums.smooth[r] -= static_cast<double>(classes.weight[t]) * classes.margin[t];
+    if (u[t] > sums.maximum[r]) {
+      sums.maximum[r] = u[t];
+    } else if (before == sums.maximum[r]) {
+      Vec<A> m = splat<A>(-std::numeric_limits<A>::max());
+      for (int64_t j = 0; j < rows.classes; j += Lanes<A>::N) m = vmax(load(u + j), m);
+      sums.maximum[r] = reduce_max<A>(m);
+    }
+  }
+}
+
+// Scratch: u becomes exp(u - maximum). Slope: also the sums for the confidence's gradient. Masked:
+// classes with z = -inf add nothing to those; without it they make them NaN, which the caller sees.
+template <class T, int R, bool Slope, bool Smooth, bool Masked>
+DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
+                                  const Rows<T, R>& rows, Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const Local<A, R> maximum(sums.maximum);
+  // The rows that this thread most likely takes next; a prefetch past the end does no harm.
+  const int64_t ahead = R * rows.stride;
+  V exponential[R], slope[R], smooth[R];
+  for (int r = 0; r < R; ++r) exponential[r] = slope[r] = smooth[r] = V{};
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  for_lanes<A>(rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    V a{}, b{}, w{};
+    if constexpr (Slope) {
+      a = load_lanes<Full>(classes.scale + j, n);
+      b = load_lanes<Full>(classes.bias + j, n);
+      if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(z[r] + ahead + j, 0, 2);
+      const V x = exp_nonpositive(load(e[r] + j) - maximum[r]);
+      store(e[r] + j, x);
+      exponential[r] += x;
+      if constexpr (Slope) {
+        const V value = load_lanes<Full>(z[r] + j, n);
+        V d = a * value + b;
+        if constexpr (Masked) d = value == -kInfinity<A> ? V{} : d;
+        slope[r] += x * d;
+        if constexpr (Smooth) smooth[r] += w * d;
+      }
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    sums.exponential[r] = reduce_add<A>(exponential[r]);
+    if constexpr (Slope) sums.softmax_slope[r] = reduce_add<A>(slope[r]);
+    if constexpr (Slope && Smooth) sums.smooth_slope[r] = reduce_add<A>(smooth[r]);
+  }
+}
+
+// A row's gradient by u: q_j = softmax * e_j - smooth * w_j, everything from above included.
+template <class T, int R>
+struct Emission {
+  Accumulate<T> softmax[R], smooth[R];
+  T* grad_logits[R];
+};
+
+// From e in scratch: grad_logits, and the block's share of the class gradients.
+template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
+DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                          const Emission<T, R>& out, const Chunk& chunk) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const Local<T*, R> grad_logits(out.grad_logits);
+  // Without grad_logits the confidence is multiplied in once a row, not once a class.
+  A softmax[R], smooth[R];
+  for (int r = 0; r < R; ++r) {
+    softmax[r] = Logits ? out.softmax[r] : out.softmax[r] * rows.c[r];
+    smooth[r] = Logits ? out.smooth[r] : out.smooth[r] * rows.c[r];
+  }
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    V a{}, w{}, grad_scale{}, grad_bias{};
+    if constexpr (Calibrated && Logits) a = load_lanes<Full>(classes.scale + j, n);
+    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V q = load(e[r] + j) * softmax[r];
+      if constexpr (Smooth) q = q - w * smooth[r];
+      if constexpr (Classes) {
+        V value = load_lanes<Full>(z[r] + j, n);
+        if constexpr (Masked) value = value == -kInfinity<A> ? V{} : value;
+        const V qc = Logits ? q * c[r] : q;
+        grad_scale += qc * value;
+        grad_bias += qc;
+      }
+      if constexpr (Logits) {
+        if constexpr (Calibrated) q = q * (a * c[r] + A(1));
+        store_lanes<Full>(grad_logits[r] + j, q, n);
+      }
+    }
+    if constexpr (Classes) {
+      accumulate(chunk.grad_scale + j, grad_scale);
+      accumulate(chunk.grad_bias + j, grad_bias);
+    }
+  });
+}
+
+template <class T, int R>
+Rows<T, R> gather(const RowArgs& args, const int64_t* index, const Chunk& chunk) {
+  using A = Accumulate<T>;
+  Rows<T, R> rows;
+  rows.classes = args.classes;
+  rows.stride = args.row_stride;
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = index[r];
+    rows.index[r] = i;
+    rows.target[r] = read_index(args.target, args.target_type, i);
+    rows.z[r] = static_cast<const T*>(args.logits) + i * args.row_stride;
+    rows.e[r] = static_cast<A*>(chunk.scratch) + r * padded_classes(args.classes);
+    rows.c[r] = args.confidence ? static_cast<A>(sigmoid(read_or<A>(args.confidence, i, 0))) : A(0);
+    rows.target_weight[r] = read_or<A>(args.weight, rows.target[r], 1.0);
+    rows.sample_weight[r] = read_or<A>(args.sample_weight, i, 1.0);
+  }
+  return rows;
+}
+
+// a_t z_t + b_t; a masked class counts 0, as in exponentiate.
+template <class T, int R>
+double target_slope(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows, int r) {
+  const int64_t t = rows.target[r];
+  const double z = to_accumulate(rows.z[r][t]);
+  if (z == -kInfinity<double>) return 0;
+  return static_cast<double>(classes.scale[t]) * z + static_cast<double>(classes.bias[t]);
+}
+
+// Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
+// if a masked class was met and Masked is not set.
+template <class T, int R, bool Calibrated, bool Smooth, bool Masked>
+bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+  using A = Accumulate<T>;
+  const ClassVectors<A> classes(args);
+  const bool slope = Calibrated && (args.grad_confidence || args.class_gradients);
+  Sums<A, R> sums;
+  affine<T, R, Calibrated, Smooth>(classes, rows, sums);
+  if (classes.margin) apply_margin(classes, rows, sums);
+  for (int r = 0; r < R; ++r) {
+    sums.target_logit[r] = rows.e[r][rows.target[r]];
+    if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
+    sums.smooth[r] -= static_cast<double>(sums.maximum[r]) * args.weight_sum;
+  }
+  if constexpr (Calibrated) {
+    if (slope)
+      exponentiate<T, R, true, Smooth, Masked>(classes, rows, sums);
+    else
+      exponentiate<T, R, false, Smooth, Masked>(classes, rows, sums);
+    if (!Masked && slope) {
+      for (int r = 0; r < R; ++r) {
+        const bool finite =
+            std::abs(sums.softmax_slope[r]) <= kHuge && std::abs(sums.smooth_slope[r]) <= kHuge;
+        if (!finite) return false;
+      }
+    }
+  } else {
+    exponentiate<T, R, false, Smooth, Masked>(classes, rows, sums);
+  }
+
+  Emission<T, R> out;
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = rows.index[r];
+    const double sum =
+        backward ? read_or<A>(args.row_sum, i, 0) : static_cast<double>(sums.exponential[r]);
+    const double log_sum = std::log(sum);
+    const double nll = (static_cast<double>(sums.maximum[r]) - sums.target_logit[r]) + log_sum;
+    const RowTerms<double> terms =
+        row_terms(nll, log_sum, rows.target_weight[r], args.label_smoothing, args.weight_sum,
+                  sums.smooth[r], static_cast<double>(args.classes), args.focal_gamma);
+    if (!backward) {
+      const double loss = terms.loss * rows.sample_weight[r];
+      chunk.loss_sum += loss;
+      if (args.loss) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
+      static_cast<A*>(args.row_max)[i] = sums.maximum[r];
+      static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
+    }
+    // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
+    const double g = args.inverse_denominator == 0
+                         ? 0.0
+                         : read_or<A>(args.upstream, i * args.upstream_stride, 1.0) *
+                               rows.sample_weight[r] * args.inverse_denominator;
+    out.softmax[r] = static_cast<A>(g * terms.softmax / sum);
+    out.smooth[r] = static_cast<A>(g * terms.smooth);
+    out.grad_logits[r] =
+        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_row_stride : nullptr;
+    if constexpr (Calibrated) {
+      if (args.grad_confidence) {
+        const double c = rows.c[r];
+        const double slope_sum = terms.softmax * sums.softmax_slope[r] / sum -
+                                 terms.smooth * sums.smooth_slope[r] -
+                                 terms.target * target_slope(classes, rows, r);
+        static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(g * c * (1 - c) * slope_sum);
+      }
+    }
+    if (terms.softmax != 0) {
+      A& e = rows.e[r][rows.target[r]];
+      e = static_cast<A>(static_cast<double>(e) - sum * terms.target / terms.softmax);
+    }
+  }
+
+  if constexpr (Calibrated) {
+    if (args.class_gradients && args.grad_logits)
+      emit<T, R, true, Smooth, Masked, true, true>(classes, rows, out, chunk);
+    else if (args.class_gradients)
+      emit<T, R, true, Smooth, Masked, false, true>(classes, rows, out, chunk);
+    else if (args.grad_logits)
+      emit<T, R, true, Smooth, Masked, true, false>(classes, rows, out, chunk);
+  } else if (args.grad_logits) {
+    emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, chunk);
+  }
+  return true;
+}
+
+template <class T, int R>
+void run_rows(const RowArgs& args, bool backward, const int64_t* index, Chunk& chunk) {
+  const Rows<T, R> rows = gather<T, R>(args, index, chunk);
+  const bool smooth = args.label_smoothing > 0;
+  if (!args.confidence) {
+    if (smooth)
+      run_block<T, R, false, true, false>(args, backward, rows, chunk);
+    else
+      run_block<T, R, false, false, false>(args, backward, rows, chunk);
+    return;
+  }
+  const bool done = smooth ? run_block<T, R, true, true, false>(args, backward, rows, chunk)
+                           : run_block<T, R, true, false, false>(args, backward, rows, chunk);
+  if (done) return;
+  if (smooth)
+    run_block<T, R, true, true, true>(args, backward, rows, chunk);
+  else
+    run_block<T, R, true, false, true>(args, backward, rows, chunk);
+}
+
+// An ignored row: loss and gradients 0 without looking at its logits, NaN or not.
+template <class T>
+void skip_row(const RowArgs& args, bool backward, int64_t i) {
+  using A = Accumulate<T>;
+  if (!backward) {
+    if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
+    static_cast<A*>(args.row_max)[i] = A(0);
+    static_cast<A*>(args.row_sum)[i] = A(1);
+  }
+  if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
+  if (args.grad_logits) {
+    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_row_stride;
+    std::memset(grad, 0, args.classes * sizeof(T));
+  }
+}
+
+template <class T>
+void run_chunk(const RowArgs& args, bool backward, Chunk& chunk) {
+  if (args.class_gradients) clear_class_sums(chunk, args.classes);
+  chunk.loss_sum = 0;
+  int64_t block[kRowBlock];
+  int count = 0;
+  for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+    if (read_index(args.target, args.target_type, i) == args.ignore_index) {
+      skip_row<T>(args, backward, i);
+      continue;
+    }
+    block[count++] = i;
+    if (count == kRowBlock) {
+      run_rows<T, kRowBlock>(args, backward, block, chunk);
+      count = 0;
+    }
+  }
+  for (int i = 0; i < count; ++i) run_rows<T, 1>(args, backward, block + i, chunk);
+}
+
+template <class T>
+void forward(const RowArgs& args, Chunk& chunk) {
+  run_chunk<T>(args, false, chunk);
+}
+
+template <class T>
+void backward(const RowArgs& args, Chunk& chunk) {
+  run_chunk<T>(args, true, chunk);
+}
+
+template <class T>
+constexpr RowKernels kernels_of() {
+  return {forward<T>, backward<T>};
+}
+
+}  // namespace
+
+const RowKernelTable& row_kernels() {
+  static const RowKernelTable table{kernels_of<double>(), kernels_of<float>(),
+                                    kernels_of<BFloat16>(), kernels_of<Float16>()};
+  return table;
+}
+
+}  // namespace disalign::DISALIGN_CAPABILITY

@@ -1,0 +1,21 @@
+"""Fused DisAlign logits and class-weighted softmax cross-entropy for long-tailed recognition."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from . import class_stats, metrics, nn
+from ._backends import backend_info, set_backend
+from .functional import calibrate, cross_entropy, disalign_cross_entropy, replace_cross_entropy
+
+__all__ = [
+    "backend_info",
+    "calibrate",
+    "class_stats",
+    "cross_entropy",
+    "disalign_cross_entropy",
+    "metrics",
+    "nn",
+    "replace_cross_entropy",
+    "set_backend",
+]

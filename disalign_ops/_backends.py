@@ -1,0 +1,140 @@
+"""Finds and loads the compiled library, knows which backend serves which device, and says why.
+
+Backends: "native" (the compiled kernels), "triton" and "reference" (plain PyTorch). "auto" takes
+the first of native, triton, reference that serves the tensor's device.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import ArgumentError
+
+NAMES = ("auto", "native", "triton", "reference")
+LIBRARY = Path(__file__).parent / "lib" / "libdisalign_ops_cpu.so"
+_ENVIRONMENT = "DISALIGN_OPS_BACKEND"
+_NO_TRITON = "no Triton kernels in this version"
+_NO_CUDA = "no CUDA kernels in this version"
+
+
+@dataclass
+class _State:
+    backend: str
+    native_devices: tuple[str, ...] = ()
+    why_not_native: str | None = None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ArgumentError(f"{source} is {name!r}, needed is one of {', '.join(NAMES)}")
+    return name
+
+
+_state = _State(_checked(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT))
+
+
+def _why_missing() -> str:
+    reason = LIBRARY.parent / "not_built.txt"  # written by setup.py
+    if reason.exists():
+        return reason.read_text().strip()
+    return f"{LIBRARY.name} is not in the package: install it with pip, which builds it"
+
+
+def load_native() -> None:
+    """Load the compiled library; called once by _ops.py after it defined the schemas."""
+    try:
+        if not LIBRARY.exists():
+            raise FileNotFoundError(_why_missing())
+        torch.ops.load_library(str(LIBRARY))
+        torch.ops.disalign_ops.build_info()
+    except (OSError, RuntimeError) as error:
+        _state.why_not_native = str(error).splitlines()[0]
+        return
+    _state.native_devices = ("cpu",)
+
+
+def serving(device_type: str) -> str:
+    """The backend that a tensor on `device_type` goes to: "native" or "reference".
+
+    Raises ArgumentError if `set_backend` or DISALIGN_OPS_BACKEND forces one that cannot serve it.
+    """
+    wanted = _state.backend
+    if wanted == "reference":
+        return "reference"
+    if wanted == "triton":
+        raise ArgumentError(f"backend 'triton' is set but cannot serve {device_type}: {_NO_TRITON}")
+    if device_type in _state.native_devices:
+        return "native"
+    if wanted == "native":
+        reason = _why_not(device_type)
+        raise ArgumentError(f"backend 'native' is set but cannot serve {device_type}: {reason}")
+    return "reference"
+
+
+def _why_not(device_type: str) -> str | None:
+    if device_type in _state.native_devices:
+        return None
+    if device_type == "cpu":
+        return _state.why_not_native
+    return _NO_CUDA if device_type == "cuda" else f"no kernels for {device_type}"
+
+
+class set_backend:  # noqa: N801 - a function to its users, and a context manager
+    """Choose the backend: "auto", "native", "triton" or "reference".
+
+    As a call it holds from now on; as a context manager until the block's end. The setting is the
+    process's, not the thread's. DISALIGN_OPS_BACKEND gives the value at import. Raises ValueError
+    for another name; a backend that cannot serve a tensor raises when it is called with one.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._previous = _state.backend
+        _state.backend = _checked(name, "name")
+
+    def __enter__(self) -> set_backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _state.backend = self._previous
+
+
+def backend_info() -> dict[str, object]:
+    """What is available and what serves each device, as a dictionary of plain values.
+
+    Keys: version, torch, backend (as set), devices (device -> backend in use under "auto"),
+    native / triton / reference (available, and why not; native also: instruction sets compiled and
+    in use, compiler, CUDA architectures, torch target).
+    """
+    from . import __version__
+
+    native: dict[str, object] = {"available": bool(_state.native_devices)}
+    if _state.native_devices:
+        pairs = (item.split("=", 1) for item in torch.ops.disalign_ops.build_info().split(";"))
+        built = dict(pairs)
+        native |= {
+            "devices": list(_state.native_devices),
+            "instruction_set": built["used"],
+            "instruction_sets_compiled": built["compiled"].split(","),
+            "compiler": built["compiler"],
+            "torch_target": built["torch_target"],
+        }
+    else:
+        native["why_not"] = _state.why_not_native
+    native |= {"cuda_architectures": [], "why_not_cuda": _NO_CUDA}
+    devices = {
+        device: "native" if device in _state.native_devices else "reference"
+        for device in ("cpu", "cuda")
+    }
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "backend": _state.backend,
+        "devices": devices,
+        "native": native,
+        "triton": {"available": False, "why_not": _NO_TRITON},
+        "reference": {"available": True},
+    }

@@ -1,0 +1,283 @@
+"""Class counts -> class weights, log priors and margins for long-tailed training.
+
+Every function takes the number of training samples of each class, `counts`: a 1-D tensor, numpy
+array or list with C non-negative finite numbers (fractions are allowed, such as the pixel ratios
+of ADE20K). Arithmetic is float64, the result a new CPU tensor of shape (C,), float32 unless
+`dtype` says otherwise. `read_counts` gets the counts out of the files that data sets ship.
+
+A class without samples has no finite weight, prior or margin. Each function raises ValueError
+naming such classes unless its `empty` argument says what they are to get.
+
+All functions raise TypeError where `counts` is not numbers or `dtype` is not a floating dtype, and
+ValueError where `counts` is empty, not 1-D, negative, NaN or infinite, where every count is zero,
+and where an option is outside the range its docstring gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .count_files import read_counts
+
+__all__ = [
+    "class_balanced_weights",
+    "grw_weights",
+    "ldam_margins",
+    "log_prior",
+    "read_counts",
+]
+
+Counts: TypeAlias = torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[float]
+
+_NAMED_CLASSES = 5  # an error names this many classes, then says how many there are
+
+
+def grw_weights(
+    counts: Counts,
+    rho: float = 1.0,
+    *,
+    normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
+    empty: Literal["error", "zero", "max"] = "error",
+    background: Literal["first", "last"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Generalised re-weighting of DisAlign: w_j = r_j^-rho / sum_k r_k^-rho, r_j = n_j / sum n.
+
+    Source: Zhang et al., "Distribution Alignment", CVPR 2021 (arXiv 2103.16370), the generalised
+    re-weight strategy. The paper prints weights that sum to one; its released code multiplies them
+    by C, so that they average one, and that is the default here.
+
+    Args:
+        counts: (C,) samples of each class.
+        rho: strength, >= 0; 0 gives equal weights, 1 inverse frequency.
+        normalize: "sum_to_classes" (the released code) or "sum_to_one" (the paper's print).
+        empty: what a class without samples gets. "error": ValueError. "zero": weight 0, and the
+            others get exactly the weights they would have without it, so "sum_to_classes" is then
+            the number of classes that have samples. "max": the weight of the rarest class that has
+            samples, and the sum runs over all C classes.
+        background: "first" or "last" inserts the weight 1 of a detector's background class there;
+            the K foreground weights still sum to K. Not together with normalize="sum_to_one",
+            where a background weight of 1 would outweigh all foreground classes.
+
+    Returns:
+        (C,) weights, (C + 1,) with a background.
+    """
+    rho = _non_negative("rho", rho)
+    _choice("normalize", normalize, ("sum_to_classes", "sum_to_one"))
+    _choice("empty", empty, ("error", "zero", "max"))
+    _check_background(background)
+    if background is not None and normalize == "sum_to_one":
+        raise ValueError(
+            f"background={background!r} has weight 1, which needs normalize='sum_to_classes'; "
+            "got normalize='sum_to_one'"
+        )
+    n = _as_counts(counts)
+    log_weights = -rho * torch.log(_fill_empty(n, empty))  # sum n cancels in the normalisation
+    if empty == "zero":
+        log_weights = torch.where(n > 0, log_weights, -math.inf)
+    weights = torch.softmax(log_weights, dim=0)
+    if normalize == "sum_to_classes":
+        weights = weights * _weighted_classes(n, empty)
+    return _cast(_with_background(weights, background), dtype)
+
+
+def class_balanced_weights(
+    counts: Counts,
+    beta: float = 0.9999,
+    *,
+    empty: Literal["error", "zero", "max"] = "error",
+    background: Literal["first", "last"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Class-balanced weights, w_j = (1 - beta) / (1 - beta^n_j), scaled to sum to C.
+
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019,
+    eq. 2, with the scaling of its released code. beta^n is evaluated as exp(n log beta), and
+    1 - beta^n without cancellation, so beta may be as close to 1 as float64 allows.
+
+    Args:
+        counts: (C,) samples of each class.
+        beta: 0 <= beta < 1; 0 gives equal weights, towards 1 inverse frequency.
+        empty: as in `grw_weights`.
+        background: as in `grw_weights`.
+
+    Returns:
+        (C,) weights, (C + 1,) with a background.
+    """
+    beta = _number("beta", beta)
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"beta is {beta}, needs 0 <= beta < 1")
+    _choice("empty", empty, ("error", "zero", "max"))
+    _check_background(background)
+    n = _as_counts(counts)
+    log_beta = math.log(beta) if beta > 0.0 else -math.inf
+    # 1 - beta cancels in the normalisation
+    weights = 1.0 / -torch.expm1(_fill_empty(n, empty) * log_beta)
+    if empty == "zero":
+        weights = torch.where(n > 0, weights, 0.0)
+    weights = weights / weights.sum() * _weighted_classes(n, empty)
+    return _cast(_with_background(weights, background), dtype)
+
+
+def log_prior(
+    counts: Counts,
+    tau: float = 1.0,
+    *,
+    empty: Literal["error", "min"] = "error",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Scaled log class prior, tau * log(n_j / sum n).
+
+    Added to the logits in training it is balanced softmax (tau = 1; Ren et al., NeurIPS 2020) or
+    logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10);
+    subtracted from the logits of a trained model it is logit adjustment post hoc (eq. 9).
+
+    Args:
+        counts: (C,) samples of each class.
+        tau: finite factor.
+        empty: what a class without samples gets, whose log prior would be -inf (and +inf, always
+            predicted, post hoc). "error": ValueError. "min": the value of the rarest class that
+            has samples; the prior of the others does not change.
+
+    Returns:
+        (C,) log priors; exp of them sums to one for tau = 1 and no class without samples.
+    """
+    tau = _number("tau", tau)
+    if not math.isfinite(tau):
+        raise ValueError(f"tau is {tau}, needs a finite number")
+    _choice("empty", empty, ("error", "min"))
+    n = _as_counts(counts)
+    return _cast(tau * torch.log(_fill_empty(n, empty) / n.sum()), dtype)
+
+
+def ldam_margins(
+    counts: Counts,
+    max_margin: float = 0.5,
+    *,
+    empty: Literal["error", "max"] = "error",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Label-distribution-aware margins, m_j = max_margin * n_j^-1/4 / max_k n_k^-1/4.
+
+    Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+    NeurIPS 2019, eq. 13, scaled so that the rarest class has `max_margin`, as its released code.
+
+    Args:
+        counts: (C,) samples of each class.
+        max_margin: margin of the rarest class, finite and >= 0.
+        empty: what a class without samples gets. "error": ValueError. "max": `max_margin`.
+
+    Returns:
+        (C,) margins in (0, max_margin].
+    """
+    max_margin = _non_negative("max_margin", max_margin)
+    _choice("empty", empty, ("error", "max"))
+    n = _fill_empty(_as_counts(counts), empty)
+    return _cast(max_margin * (n.min() / n) ** 0.25, dtype)
+
+
+def _as_counts(counts: Counts, name: str = "counts") -> torch.Tensor:
+    """Counts as a 1-D float64 CPU tensor; raises where they are not counts."""
+    if isinstance(counts, torch.Tensor):
+        if counts.dtype == torch.bool or counts.is_complex():
+            raise TypeError(f"{name} has dtype {counts.dtype}, needs integers or real numbers")
+        n = counts.detach().cpu().to(torch.float64)
+    else:
+        try:
+            array = np.asarray(counts)
+        except ValueError as error:  # a ragged list
+            raise ValueError(f"{name} is a ragged list, needs one number per class") from error
+        if array.size and array.dtype.kind not in "iuf":
+            raise TypeError(
+                f"{name} is {type(counts).__name__} of {array.dtype}, "
+                "needs a 1-D tensor, array or list of numbers"
+            )
+        n = torch.from_numpy(array.astype(np.float64))
+    if n.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(n.shape)}, needs one number per class (1-D)")
+    if n.numel() == 0:
+        raise ValueError(f"{name} has no entries, needs one number per class")
+    for bad, what in ((~torch.isfinite(n), "not finite"), (n < 0, "negative")):
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{name} is {what} for {_classes(bad)} ({name}[{first}] = {n[first].item()}), "
+                "needs finite numbers >= 0"
+            )
+    return n
+
+
+def _fill_empty(n: torch.Tensor, empty: str) -> torch.Tensor:
+    """Counts where a class without samples has the count of the rarest class that has some.
+
+    That class has the largest weight and margin and the smallest prior: what "max" and "min" ask
+    for. The caller of "zero" overwrites it.
+    """
+    missing = n == 0
+    if missing.all():
+        raise ValueError(
+            f"counts is zero for all {n.numel()} classes, needs a class that has samples"
+        )
+    if not missing.any():
+        return n
+    if empty == "error":
+        raise ValueError(
+            f"counts is zero for {_classes(missing)}, needs a sample of every class "
+            "(or another value of the argument empty)"
+        )
+    return torch.where(missing, n[~missing].min(), n)
+
+
+def _weighted_classes(n: torch.Tensor, empty: str) -> int:
+    return int((n > 0).sum()) if empty == "zero" else n.numel()
+
+
+def _with_background(weights: torch.Tensor, background: str | None) -> torch.Tensor:
+    if background is None:
+        return weights
+    one = weights.new_ones(1)
+    return torch.cat([one, weights] if background == "first" else [weights, one])
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype!r}, needs a floating torch dtype")
+    return values.to(dtype)
+
+
+def _classes(mask: torch.Tensor) -> str:
+    """The classes of a mask for an error: 'class 3', 'classes 0, 1, 2, 3, 4, ... (60 classes)'."""
+    indices: list[int] = mask.nonzero().flatten().tolist()
+    listed = ", ".join(map(str, indices[:_NAMED_CLASSES]))
+    if len(indices) == 1:
+        return f"class {listed}"
+    return f"classes {listed}{', ...' * (len(indices) > _NAMED_CLASSES)} ({len(indices)} classes)"
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), needs a number")
+    return float(value)
+
+
+def _non_negative(name: str, value: float) -> float:
+    number = _number(name, value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} is {number}, needs a finite number >= 0")
+    return number
+
+
+def _check_background(background: str | None) -> None:
+    if background is not None:
+        _choice("background", background, ("first", "last"))
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, needs one of {', '.join(map(repr, allowed))}")

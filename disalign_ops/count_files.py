@@ -1,0 +1,399 @@
+"""Reads the number of training samples of each class out of the files that data sets ship.
+
+`read_counts` is the one public function; its docstring lists the formats. Each reader below
+returns the counts in class order. Whatever a file holds that does not fit raises ValueError with
+the file, the line or key, and what was expected there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeAlias
+
+import numpy as np
+import torch
+
+__all__ = ["read_counts"]
+
+Number: TypeAlias = int | float
+
+_MISSING = object()  # tells an absent key from one that holds null
+
+
+def read_counts(
+    path: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    count: Literal["image", "instance", "pixel"] = "image",
+) -> torch.Tensor:
+    """Reads class counts from a file; extension and content tell which format it has.
+
+    Formats, and the class order of the result:
+      - COCO, LVIS, iNaturalist annotation JSON (keys "categories", "annotations"): sorted by
+        category id (ids have gaps in COCO). Counts are the categories' image_count or
+        instance_count; where no category has one, the annotations are counted, crowd regions
+        (iscrowd 1) left out, as detectors leave them out of training. A JSON list of such
+        categories alone (lvis_v1_train_cat_info.json) is read the same way.
+      - JSON list of numbers: the counts.
+      - JSON list [class, count, class, count, ...] (num_shots_v1.0.json of the released DisAlign
+        code): class is a name (file order), or an index that runs from 0 or 1. A list of numbers
+        is taken for this one if every other number ascends from 0 or 1; pass `num_classes` where
+        that is chance.
+      - JSON {class: count}, or {"train_shots": [counts]} (the released ImageNet-LT file).
+      - .csv with two columns, class and count, with or without a header row.
+      - .npy: 1-D array of counts. Pickled objects are refused.
+      - objectInfo150.txt of ADE20K, or object150_info.csv (columns Idx, Ratio, Train, Val, Name):
+        file order, class 0 is Idx 1.
+      - any other text: "path label" on each line, label an index from 0 (ImageNet-LT, Places-LT).
+
+    Classes given as an index are 0-based, or 1-based if they are exactly 1..C. Where some are
+    absent (a truncated file?) ValueError names the first, unless `num_classes` is passed: then
+    they count 0, except class 0, without which the indices could as well be 1-based. In
+    "path label" lists, whose lines are samples, a label that never occurs counts 0. Classes given
+    by name keep the file's order.
+
+    Args:
+        path: the file.
+        num_classes: the number of classes expected; what does not fit raises ValueError. Needed
+            where the last classes of a "path label" list have no sample.
+        count: "image" counts the images that show a class (image_count; column Train of ADE20K),
+            "instance" its objects (annotation JSON only), "pixel" gives its share of all pixels
+            (column Ratio of ADE20K only; what the released DisAlign segmentation code weights
+            by). Formats that hold one count per class ignore it.
+
+    Returns:
+        (C,) int64 counts on the CPU; float64 if any of them is a fraction.
+
+    Raises:
+        ValueError: the file is truncated, malformed, or does not hold what was asked for.
+        FileNotFoundError: there is no such file.
+    """
+    if count not in ("image", "instance", "pixel"):
+        raise ValueError(f"count is {count!r}, needs one of 'image', 'instance', 'pixel'")
+    if num_classes is not None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise TypeError(f"num_classes is {num_classes!r}, needs an integer or None")
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}, needs at least 1")
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        counts = _read_npy(path)
+    else:
+        text = _read_text(path)
+        if suffix == ".json" or text.lstrip()[:1] in ("{", "["):
+            counts = _read_json(path, text, num_classes, count)
+        elif re.match(r"Idx\s*[\t,]", text):
+            counts = _read_ade20k(path, text, count)
+        elif suffix == ".csv":
+            counts = _read_csv(path, text, num_classes)
+        else:
+            counts = _read_label_list(path, text, num_classes)
+    if num_classes is not None and len(counts) != num_classes:
+        _fail(path, f"it holds {len(counts)} classes", f"num_classes = {num_classes}")
+    if all(float(n).is_integer() for n in counts):
+        return torch.tensor([int(n) for n in counts], dtype=torch.int64)
+    return torch.tensor(counts, dtype=torch.float64)
+
+
+def _fail(path: Path, found: str, expected: str) -> NoReturn:
+    raise ValueError(f"{path}: {found}; expected {expected}")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8; expected a text file (or .npy)"
+        ) from error
+    if not text.strip():
+        _fail(path, "the file is empty", "class counts")
+    return text
+
+
+def _count(path: Path, where: str, value: object) -> Number:
+    """A count: a finite number >= 0 that fits int64 (bool is not a number here)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _fail(path, f"{where} is {value!r}", "a number of samples")
+    if not 0 <= value < 2**63:  # false for NaN too
+        _fail(path, f"{where} is {str(value)[:40]}", "a finite number of samples >= 0")
+    return value
+
+
+def _count_text(path: Path, where: str, text: str) -> Number:
+    try:
+        value = float(text)
+    except ValueError:
+        _fail(path, f"{where} is {text!r}", "a number of samples")
+    _count(path, where, value)
+    return int(text) if text.strip().isdecimal() else value
+
+
+def _read_npy(path: Path) -> list[Number]:
+    with path.open("rb") as file:
+        try:
+            array = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path}: not a whole .npy file ({error}); expected a 1-D array of numbers"
+            ) from error
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iuf":
+        what = f"shape {array.shape}, dtype {array.dtype}" if hasattr(array, "shape") else "an .npz"
+        _fail(path, f"it holds {what}", "a 1-D array of numbers")
+    if array.size == 0:
+        _fail(path, "the array is empty", "one count per class")
+    return [_count(path, f"entry {i}", value) for i, value in enumerate(array.tolist())]
+
+
+def _by_name_or_index(
+    path: Path, counts: dict[str, Number], num_classes: int | None
+) -> list[Number]:
+    """Counts given as {class: count} in class order; the rule stands in read_counts."""
+    indexed = {int(name): n for name, n in counts.items() if name.isdecimal()}
+    if not indexed:
+        return list(counts.values())
+    if len(indexed) < len(counts):  # a name among indices, or one index written in two ways
+        odd = next((name for name in counts if str(name) not in map(str, indexed)), "")
+        _fail(path, f"class {odd!r} stands among indices", "all classes as indices or as names")
+    return _by_index(path, indexed, num_classes)
+
+
+def _by_index(path: Path, counts: dict[int, Number], num_classes: int | None) -> list[Number]:
+    size = len(counts) if num_classes is None else num_classes
+    if sorted(counts) == list(range(1, size + 1)):
+        return [counts[i] for i in range(1, size + 1)]
+    largest = max(counts)
+    if num_classes is not None and largest >= num_classes:
+        _fail(path, f"it has class {largest}", f"classes from 0 to {num_classes - 1}")
+    absent = next((i for i in range(size) if i not in counts), None)
+    if absent == 0 or (absent is not None and num_classes is None):
+        hint = " (pass num_classes to count absent classes as 0)" if absent else ""
+        _fail(
+            path,
+            f"it has {len(counts)} classes up to {largest} but no class {absent}",
+            f"every class from 0, or 1 to the number of classes{hint}",
+        )
+    return [counts.get(i, 0) for i in range(size)]
+
+
+# --- JSON
+
+
+def _read_json(path: Path, text: str, num_classes: int | None, count: str) -> list[Number]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; "
+            "expected a whole JSON document (is the file truncated?)"
+        ) from error
+    if isinstance(data, list) and data:
+        if all(isinstance(entry, dict) for entry in data):
+            return _read_annotations(path, {"categories": data}, count)
+        return _read_json_list(path, data, num_classes)
+    if isinstance(data, dict) and data:
+        if "categories" in data or "annotations" in data:
+            return _read_annotations(path, data, count)
+        if "train_shots" in data:
+            shots = _entry(path, data, "train_shots", list, "")
+            return [_count(path, f"train_shots[{i}]", n) for i, n in enumerate(shots)]
+        if any(isinstance(value, (list, dict)) for value in data.values()):
+            keys = ", ".join(map(repr, list(data)[:5]))
+            _fail(path, f"the keys are {keys}", "'categories', 'train_shots' or {class: count}")
+        named = {name: _count(path, f"key {name!r}", value) for name, value in data.items()}
+        return _by_name_or_index(path, named, num_classes)
+    _fail(path, f"the document is {str(data)[:40]}", "a filled JSON object or list")
+
+
+def _read_json_list(path: Path, data: list[Any], num_classes: int | None) -> list[Number]:
+    classes, shots = data[::2], data[1::2]
+    named = isinstance(classes[0], str)
+    if not named and (len(data) == num_classes or not _ascends(classes, num_classes)):
+        return [_count(path, f"entry {i}", n) for i, n in enumerate(data)]
+    if len(classes) != len(shots):
+        _fail(
+            path,
+            f"the last class, {classes[-1]!r}, has no count",
+            "[class, count, ...] (pass num_classes if all these are counts)",
+        )
+    for i, name in enumerate(classes):
+        if isinstance(name, str) != named:
+            _fail(path, f"entry {2 * i} is {name!r}", "a class name, as in entry 0")
+        if not named and name != classes[0] + i:
+            _fail(
+                path,
+                f"entry {2 * i} is {name}",
+                f"class {classes[0] + i} (pass num_classes if all entries are counts)",
+            )
+    if len(set(classes)) != len(classes):
+        twice = next(name for name, times in Counter(classes).items() if times > 1)
+        _fail(path, f"class {twice!r} stands in it twice", "every class once")
+    return [_count(path, f"entry {2 * i + 1}", n) for i, n in enumerate(shots)]
+
+
+def _ascends(numbers: list[Any], num_classes: int | None) -> bool:
+    """Whether every other entry of a list looks like class indices rather than counts."""
+    if not all(type(number) is int for number in numbers) or numbers[0] not in (0, 1):
+        return False
+    if len(numbers) == 1:  # any list may start with 0 or 1
+        return num_classes == 1
+    return all(a < b for a, b in itertools.pairwise(numbers))
+
+
+def _entry(path: Path, holder: object, key: str, kind: type, where: str) -> Any:
+    """holder[key], which must be there and be of that kind; `where` names the holder."""
+    if not isinstance(holder, dict):
+        _fail(path, f"{where} is {str(holder)[:40]}", f"an object with the key {key!r}")
+    name = f"{where}[{key!r}]" if where else f"key {key!r}"
+    value = holder.get(key, _MISSING)
+    if value is _MISSING:
+        _fail(path, f"{name} is missing", {int: "an integer", list: "a list"}[kind])
+    if not isinstance(value, kind) or isinstance(value, bool):
+        _fail(path, f"{name} is {str(value)[:40]}", {int: "an integer", list: "a list"}[kind])
+    return value
+
+
+def _read_annotations(path: Path, data: dict[str, Any], count: str) -> list[Number]:
+    if count == "pixel":
+        _fail(path, "annotation files hold no pixel ratios", "count = 'image' or 'instance'")
+    categories = _entry(path, data, "categories", list, "")
+    if not categories:
+        _fail(path, "key 'categories' is an empty list", "one category per class")
+    by_id: dict[int, dict[str, Any]] = {}
+    for i, category in enumerate(categories):
+        category_id = _entry(path, category, "id", int, f"categories[{i}]")
+        if category_id in by_id:
+            _fail(path, f"categories[{i}]['id'] is {category_id} a second time", "distinct ids")
+        by_id[category_id] = category
+    key = f"{count}_count"
+    with_key = [i for i in by_id if key in by_id[i]]
+    if not with_key:
+        if "annotations" not in data:
+            _fail(path, f"no category has {key!r} and key 'annotations' is missing", "one of them")
+        found = _count_annotations(path, data, set(by_id), count)
+        return [found[i] for i in sorted(by_id)]
+    if len(with_key) < len(by_id):
+        lacking = next(i for i in by_id if key not in by_id[i])
+        _fail(path, f"the category with id {lacking} has no {key!r}", "it in all or in none")
+    return [_count(path, f"{key!r} of category id {i}", by_id[i][key]) for i in sorted(by_id)]
+
+
+def _count_annotations(path: Path, data: dict[str, Any], ids: set[int], count: str) -> Counter[int]:
+    found: Counter[int] = Counter()
+    seen: set[tuple[int, int | str]] = set()
+    for i, annotation in enumerate(_entry(path, data, "annotations", list, "")):
+        where = f"annotations[{i}]"
+        category_id = _entry(path, annotation, "category_id", int, where)
+        if category_id not in ids:
+            _fail(path, f"{where}['category_id'] is {category_id}", "an id of 'categories'")
+        if annotation.get("iscrowd"):
+            continue
+        if count == "image":
+            image_id = annotation.get("image_id")
+            if not isinstance(image_id, (int, str)):
+                _fail(path, f"{where}['image_id'] is {image_id!r}", "the id of an image")
+            shown = (category_id, image_id)
+            if shown in seen:
+                continue
+            seen.add(shown)
+        found[category_id] += 1
+    return found
+
+
+# --- text
+
+
+def _rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The line number and the fields of every row that is not blank."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in rows:
+            if row:
+                yield rows.line_num, [field.strip() for field in row]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: line {rows.line_num}: {error}; expected fields separated by {delimiter!r}"
+        ) from error
+
+
+def _read_ade20k(path: Path, text: str, count: str) -> list[Number]:
+    if count == "instance":
+        _fail(path, "ADE20K's object list counts no instances", "count = 'image' or 'pixel'")
+    rows = _rows(path, text, "\t" if "\t" in text.split("\n", 1)[0] else ",")
+    _, header = next(rows)
+    column = "Train" if count == "image" else "Ratio"
+    if column not in header:
+        _fail(path, f"line 1 has the columns {', '.join(header)}", f"a column {column}")
+    counts: list[Number] = []
+    for line, row in rows:
+        if len(row) != len(header):
+            _fail(path, f"line {line} has {len(row)} fields", f"{len(header)}: {', '.join(header)}")
+        if row[0] != str(len(counts) + 1):
+            _fail(path, f"line {line} has Idx {row[0]!r}", f"Idx {len(counts) + 1}")
+        counts.append(_count_text(path, f"line {line}, {column}", row[header.index(column)]))
+    if not counts:
+        _fail(path, "there is no line after the header", "one line per class")
+    return counts
+
+
+def _read_csv(path: Path, text: str, num_classes: int | None) -> list[Number]:
+    counts: dict[str, Number] = {}
+    first = True
+    for line, row in _rows(path, text, ","):
+        if len(row) != 2:
+            _fail(path, f"line {line} has {len(row)} fields", "two: class,count")
+        name, number = row
+        is_header = first and not name.isdecimal() and not _is_number(number)
+        first = False
+        if is_header:
+            continue
+        if name in counts:
+            _fail(path, f"line {line} has class {name!r} a second time", "every class once")
+        if counts and name.isdecimal() != next(iter(counts)).isdecimal():
+            _fail(path, f"line {line} has class {name!r}", "all classes as indices or as names")
+        counts[name] = _count_text(path, f"line {line}, the count", number)
+    if not counts:
+        _fail(path, "there is no line after the header", "one line class,count per class")
+    return _by_name_or_index(path, counts, num_classes)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_label_list(path: Path, text: str, num_classes: int | None) -> list[Number]:
+    found: Counter[int] = Counter()
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        fields = line.rsplit(maxsplit=1)  # the path may hold spaces
+        if len(fields) != 2 or not fields[1].isdecimal():
+            _fail(path, f"line {number} is {line.strip()[:60]!r}", "'path label', label from 0")
+        label = int(fields[1])
+        if num_classes is not None and label >= num_classes:
+            _fail(path, f"line {number} has label {label}", f"a label below {num_classes}")
+        found[label] += 1
+    if num_classes is None:
+        num_classes = max(found) + 1
+        if num_classes > found.total():
+            # Sizes or dates in the last column would otherwise pass for millions of classes.
+            _fail(
+                path,
+                f"the largest label is {num_classes - 1} in {found.total()} lines",
+                "class labels (pass num_classes if there are more classes than lines)",
+            )
+    return [found[label] for label in range(num_classes)]

@@ -1,0 +1,411 @@
+"""The public functions: the one place that validates what a user gives (with _arguments.py).
+
+Every input is viewed as rows (N * S, C): (N, C) and channels-last input without a copy, others
+with one. A backend (see `backend_info`) then computes the loss of the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backends, _ops, reference
+from ._arguments import (
+    Normalizer,
+    check_choice,
+    check_input,
+    check_number,
+    check_target,
+    class_vector,
+    given_denominator,
+    positions_shape,
+    row_vector,
+)
+from .errors import ArgumentError
+
+_FORMS = ("interpolated", "residual")
+_BACKGROUNDS = (None, "first", "last")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Keywords that both losses share; see `cross_entropy`."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    sample_weight: Tensor | None
+    normalizer: Normalizer
+    prior: Tensor | None
+    margin: Tensor | float | None
+    focal_gamma: float
+    inplace_backward: bool
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    sample_weight: Tensor | None = None,
+    normalizer: Normalizer = "weights",
+    prior: Tensor | None = None,
+    margin: Tensor | float | None = None,
+    focal_gamma: float = 0.0,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Class-weighted softmax cross-entropy; takes the place of `torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits (C,), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16.
+        target: class indices (), (N,) or (N, d1, ...); int64, and beyond PyTorch int32, int16,
+            uint8. Or class probabilities of the input's shape, which go through the reference.
+        weight: (C,), any floating dtype: w_t multiplies the loss of class t.
+        size_average, reduce: PyTorch's deprecated forms of `reduction`.
+        ignore_index: positions with this target count nothing, whatever their logits hold.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: e in [0, 1], as in PyTorch: (1 - e) w_t (lse - u_t) + e/C sum_j w_j (lse - u_j).
+        sample_weight: one entry a position; multiplies its loss.
+        normalizer: what "mean" divides by: "weights" (sum of sample_weight w_t over positions not
+            ignored, PyTorch's), "valid" (their number), "count" (all positions), or a number or
+            0-d tensor (avg_factor), read without a synchronisation.
+        prior: (C,) or what broadcasts to it, added to the logits: log n for balanced softmax
+            (Ren et al., NeurIPS 2020), tau log pi for logit adjustment (Menon et al., ICLR 2021).
+        margin: (C,) or a number, subtracted from the target's logit: LDAM (Cao et al., NeurIPS
+            2019), CosFace.
+        focal_gamma: (1 - p_t)^gamma on the target's term, not on the smoothing (Lin et al., ICCV 2017).
+        inplace_backward: backward writes the gradient over the logits' memory. The logits must not
+            be used afterwards: a second backward, a second loss on them, or a layer that needs its
+            own output raises. Not under torch.compile.
+
+    Returns:
+        What `F.cross_entropy` returns: a 0-d tensor or the positions' shape, in the input's dtype
+        (float32 under autocast).
+
+    Raises:
+        ArgumentError (a ValueError and a RuntimeError), ArgumentTypeError (a TypeError and a
+        RuntimeError): an argument of the wrong value, shape or dtype; weight, prior, margin or
+        sample_weight that requires a gradient. IndexError: a target that is no class.
+
+    Formula: docs/math.md; PyTorch's documentation of CrossEntropyLoss for weight and smoothing.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    options = _Options(
+        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
+        margin, focal_gamma, inplace_backward,
+    )  # fmt: skip
+    return _loss(input, target, None, options)
+
+
+def disalign_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    confidence: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    form: str = "interpolated",
+    background: str | None = None,
+    sample_weight: Tensor | None = None,
+    normalizer: Normalizer = "weights",
+    prior: Tensor | None = None,
+    margin: Tensor | float | None = None,
+    focal_gamma: float = 0.0,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """The loss of DisAlign's calibrated logits, without building them.
+
+    Args:
+        input, target, weight, ...: as in `cross_entropy`.
+        confidence: (N,) or (N, 1), for (N, C, d1, ...) input (N, d1, ...) or (N, 1, d1, ...):
+            before the sigmoid; c = sigmoid(confidence).
+        scale, bias: (C,) or what broadcasts to it ((1, C), (1, C, 1, 1), one number a tensor).
+        form: "interpolated", c (scale z + bias) + (1 - c) z: the paper's definition and the
+            released detection and segmentation heads. "residual", (1 + c scale) z + c bias: the
+            released classification layer.
+        background: None, "first" or "last": that column is not calibrated; scale and bias then
+            have C - 1 entries.
+
+    Gradients go to input, confidence, scale and bias, each only if it requires one. With frozen
+    logits and a scalar reduction, backward reads nothing of size N x C.
+
+    Source: Zhang et al., "Distribution Alignment", CVPR 2021, sections 3.2 and 3.3.
+    """
+    options = _Options(
+        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
+        margin, focal_gamma, inplace_backward,
+    )  # fmt: skip
+    check_input(input)
+    calibration = _calibration(input, confidence, scale, bias, form, background)
+    return _loss(input, target, calibration, options)
+
+
+def calibrate(
+    input: Tensor,
+    confidence: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    form: str = "interpolated",
+    background: str | None = None,
+) -> Tensor:
+    """DisAlign's calibrated logits, of the input's shape and dtype; differentiable.
+
+    Arguments, forms, errors and source as in `disalign_cross_entropy`.
+    """
+    classes = check_input(input)
+    a, b, c = _calibration(input, confidence, scale, bias, form, background)
+    rows, _ = _rows(input)
+    if _backend(input) == "native":
+        out = _ops.row_calibrate(rows, a, b, c)
+    else:
+        out = reference.calibrate(rows, a, b, c).to(input.dtype)
+    if input.dim() == 1:
+        return out.reshape(classes)
+    return out.reshape(*positions_shape(input), classes).movedim(-1, 1)
+
+
+def _calibration(
+    input: Tensor,
+    confidence: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    form: str,
+    background: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b (C,) and the confidence (rows,) of u = (1 + c a) z + c b, c = sigmoid(confidence)."""
+    check_choice("form", form, _FORMS)
+    check_choice("background", background, _BACKGROUNDS)
+    classes = check_input(input)
+    dtype = reference.accumulate_dtype(input.dtype)
+    foreground = classes - (background is not None)
+    a = class_vector("scale", scale, foreground, input, dtype, learned=True)
+    b = class_vector("bias", bias, foreground, input, dtype, learned=True)
+    c = row_vector("confidence", confidence, input, dtype, learned=True)
+    for name, vector in (("scale", a), ("bias", b), ("confidence", c)):
+        if vector is None:
+            raise ArgumentError(f"{name} is None, needed is a tensor")
+    assert a is not None and b is not None and c is not None
+    if form == "interpolated":
+        a = a - 1
+    if background is not None:
+        column = (1, 0) if background == "first" else (0, 1)
+        a, b = torch.nn.functional.pad(a, column), torch.nn.functional.pad(b, column)
+    return a, b, c
+
+
+def _backend(input: Tensor) -> str:
+    # Registered operators know no functorch transforms; the reference is plain PyTorch.
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "reference"
+    return _backends.serving(input.device.type)
+
+
+def _rows(input: Tensor) -> tuple[Tensor, bool]:
+    """The input as rows (N * S, C) with neighbouring classes, and whether that took a copy."""
+    rows = input
+    if input.dim() == 1:
+        rows = input.unsqueeze(0)
+    elif input.dim() > 2:
+        moved = input.movedim(1, -1)
+        rows = moved.reshape(-1, input.shape[1])
+        if not moved.is_contiguous():
+            return rows.contiguous(), True
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        return rows.contiguous(), True
+    return rows, False
+
+
+def _check_in_place(input: Tensor, rows: Tensor, copied: bool) -> bool:
+    """Whether backward is to write over the logits, which must be possible if it is asked for."""
+    if torch.compiler.is_compiling():
+        raise ArgumentError("inplace_backward is True, which torch.compile does not support")
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        return False
+    if input.is_leaf:
+        raise ArgumentError(
+            "inplace_backward is True and input is a leaf: its values would be lost; needed are "
+            "logits that an operation made"
+        )
+    if copied:
+        raise ArgumentError(
+            f"inplace_backward is True and input of shape {tuple(input.shape)} and strides "
+            f"{input.stride()} had to be copied; needed are neighbouring classes"
+        )
+    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
+        raise ArgumentError(
+            f"inplace_backward is True and rows of input overlap (strides {input.stride()}); "
+            "needed is memory of its own for each row"
+        )
+    return True
+
+
+def _loss(
+    input: Tensor, target: Tensor, calibration: tuple[Tensor, ...] | None, options: _Options
+) -> Tensor:
+    classes = check_input(input)
+    check_target(input, target)
+    check_choice("reduction", options.reduction, _REDUCTIONS)
+    smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
+    gamma = check_number("focal_gamma", options.focal_gamma, 0.0)
+    dtype = reference.accumulate_dtype(input.dtype)
+    weight = class_vector("weight", options.weight, classes, input, dtype, exact=True)
+    prior = class_vector("prior", options.prior, classes, input, dtype)
+    margin = class_vector("margin", options.margin, classes, input, dtype)
+    sample_weight = row_vector("sample_weight", options.sample_weight, input, dtype)
+    normalizer = given_denominator(options.normalizer, input)
+    a, b, c = calibration or (None, None, None)
+
+    rows, copied = _rows(input)
+    in_place = options.inplace_backward and _check_in_place(input, rows, copied)
+    vectors: dict[str, Any] = {
+        "weight": weight, "scale": a, "bias": b, "confidence": c, "prior": prior,
+    }  # fmt: skip
+    if target.is_floating_point():
+        loss = _soft_loss(rows, target, vectors, normalizer, smoothing, options)
+    elif _backend(input) == "native":
+        tensors = (rows, target.reshape(-1).contiguous(), *vectors.values(), margin, sample_weight)
+        given = normalizer if isinstance(normalizer, Tensor) else None
+        code = _ops.NORMALIZERS[normalizer] if given is None else _ops.GIVEN_NORMALIZER
+        numbers = (options.ignore_index, smoothing, gamma)
+        loss = _ops.row_loss(tensors, given, numbers, options.reduction, code, in_place)
+    else:
+        flat = target.reshape(-1).to(torch.int64)
+        _check_classes(flat, classes, options.ignore_index)
+        loss = reference.cross_entropy(
+            rows,
+            flat,
+            **vectors,
+            margin=margin,
+            sample_weight=sample_weight,
+            ignore_index=options.ignore_index,
+            label_smoothing=smoothing,
+            focal_gamma=gamma,
+            reduction=options.reduction,
+            normalizer=normalizer,
+        )
+    # Under autocast F.cross_entropy yields float32; the half logits themselves are not copied.
+    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    loss = loss.to(torch.float32 if autocast else input.dtype)
+    return loss.reshape(positions_shape(input)) if options.reduction == "none" else loss
+
+
+def _soft_loss(
+    rows: Tensor,
+    target: Tensor,
+    vectors: dict[str, Any],
+    normalizer: str | Tensor,
+    smoothing: float,
+    options: _Options,
+) -> Tensor:
+    """Class probabilities: what has no meaning with them is refused; the reference computes."""
+    for name in ("sample_weight", "margin"):
+        if getattr(options, name) is not None:
+            raise ArgumentError(f"{name} is given, and target holds class probabilities: needed "
+                                "are class indices")  # fmt: skip
+    if options.focal_gamma:
+        raise ArgumentError("focal_gamma is given, and target holds class probabilities: needed "
+                            "are class indices")  # fmt: skip
+    if options.ignore_index >= 0:
+        raise ArgumentError(
+            f"ignore_index is {options.ignore_index}, and target holds class probabilities: no "
+            "position can be ignored"
+        )
+    return reference.soft_cross_entropy(
+        rows,
+        _rows(target)[0],
+        **vectors,
+        reduction=options.reduction,
+        normalizer=normalizer,
+        label_smoothing=smoothing,
+    )
+
+
+def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for a target that is no class, on the CPU; other devices assert in the kernel."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        raise IndexError(
+            f"Target {int(target[at])} is out of bounds: target[{at}], the logits have {classes} "
+            f"classes and ignore_index is {ignore_index}"
+        )
+
+
+_torch_cross_entropy = torch.nn.functional.cross_entropy
+
+
+def _covered(input: Any, target: Any, weight: Any) -> bool:
+    """Whether our kernels take the call: else it is torch's own, errors included."""
+    tensors = [t for t in (input, target, weight) if t is not None]
+    if not all(isinstance(t, Tensor) for t in tensors) or torch.overrides.has_torch_function(
+        tensors
+    ):
+        return False
+    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return False
+    if target.is_floating_point() or (weight is not None and weight.requires_grad):
+        return False
+    if input.dim() > 2 and not input.movedim(1, -1).is_contiguous():
+        return False
+    return input.dim() > 0 and _backend(input) == "native"
+
+
+def _replacement(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    ours = _covered(input, target, weight)
+    function = cross_entropy if ours else _torch_cross_entropy
+    return function(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )
+
+
+class replace_cross_entropy:  # noqa: N801 - a function to its users, and a context manager
+    """`F.cross_entropy` and `nn.CrossEntropyLoss` become ours, so that a loop gains without an edit.
+
+    `with replace_cross_entropy(): ...`, or `replaced = replace_cross_entropy()` and later
+    `replaced.undo()`. What the kernels do not cover (class probabilities, torch.func transforms,
+    tensor subclasses, other dtypes and devices) goes to torch's own function. Code that imported
+    the function itself (`from torch.nn.functional import cross_entropy`) before keeps torch's.
+    """
+
+    def __init__(self) -> None:
+        self._previous = torch.nn.functional.cross_entropy
+        torch.nn.functional.cross_entropy = _replacement
+
+    def undo(self) -> None:
+        """Put back what stood there before."""
+        torch.nn.functional.cross_entropy = self._previous
+
+    def __enter__(self) -> replace_cross_entropy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()

@@ -1,0 +1,178 @@
+"""The oracle: calibrated, class-weighted softmax cross-entropy in plain PyTorch.
+
+It reads as the formulas of docs/math.md, is differentiable any number of times, runs on every
+device, and is what every backend is compared with. It makes several tensors of the logits' size.
+
+Rows: logits z (N, C), target (N,). Class vectors (C,): scale a, bias b, weight w, prior o, margin
+m. Row vectors (N,): confidence (before the sigmoid), sample_weight v. `scale` is a of
+`u = (1 + c a) z + c b + o`: functional.py converts from the published forms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic for logits of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
+    """u = (1 + c a) z + c b of (N, C) logits, in their accumulation dtype."""
+    z = logits.to(accumulate_dtype(logits.dtype))
+    c = torch.sigmoid(confidence)[:, None]
+    gain, offset = 1 + c * scale, c * bias
+    # A masked class (z = -inf) stays masked and adds nothing to the gradients of scale and
+    # confidence, where the formula's q z would be 0 * inf.
+    masked = z == float("-inf")
+    unmasked_u = gain * torch.where(masked, 0.0, z) + offset
+    masked_u = gain.detach() * torch.where(masked, z, 0.0) + c.detach() * bias
+    return torch.where(masked, masked_u, unmasked_u)
+
+
+def position_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    confidence: Tensor | None = None,
+    prior: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+) -> Tensor:
+    """v (1 - e) w_t (1 - p_t)^gamma nll + v (e / C) sum_j w_j (lse - u_j) of each row; ignored: 0."""
+    classes = logits.shape[1]
+    target = target.to(torch.int64)  # first: in uint8, ignore_index -100 would be class 156
+    valid = target != ignore_index
+    t = torch.where(valid, target, 0)[:, None]
+    # An ignored row is replaced, not multiplied by 0: what it holds may be NaN.
+    z = torch.where(valid[:, None], logits, 0.0)
+
+    if confidence is None or scale is None or bias is None:
+        u = z.to(accumulate_dtype(z.dtype))
+    else:
+        u = calibrate(z, scale, bias, confidence)
+    if prior is not None:
+        u = u + prior
+    if margin is not None:
+        u = u - torch.zeros_like(u).scatter(1, t, margin[t])
+
+    # max and log-sum are kept apart: their sum loses the digits of a small loss at a large offset.
+    maximum = u.detach().amax(1, keepdim=True) if classes else u.new_zeros(u.shape[0], 1)
+    log_sum = (u - maximum).exp().sum(1).log()
+    nll = (maximum - u.gather(1, t))[:, 0] + log_sum
+    w_t = u.new_ones(()) if weight is None else weight[t[:, 0]]
+
+    loss = (1 - label_smoothing) * w_t * _focal(nll, focal_gamma)
+    if label_smoothing > 0:
+        w = u.new_ones(classes) if weight is None else weight
+        smooth = w.sum() * log_sum + (w * (maximum - u)).sum(1)
+        loss = loss + label_smoothing / classes * smooth
+    if sample_weight is not None:
+        loss = loss * sample_weight
+    return torch.where(valid, loss, 0.0)
+
+
+def _focal(nll: Tensor, gamma: float) -> Tensor:
+    """(1 - p_t)^gamma nll; at p_t = 1 the limit 0, with gradient 0."""
+    if gamma == 0:
+        return nll
+    sure = nll <= 0
+    rest = torch.where(sure, 1.0, nll)
+    return torch.where(sure, 0.0, (-torch.expm1(-rest)) ** gamma * rest)
+
+
+def denominator(
+    target: Tensor,
+    normalizer: str | Tensor,
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """What reduction 'mean' divides the summed loss by, as a float64 0-d tensor."""
+    if isinstance(normalizer, Tensor):
+        return normalizer.to(torch.float64)
+    if normalizer == "count":
+        return torch.full((), float(target.numel()), dtype=torch.float64, device=target.device)
+    target = target.to(torch.int64)
+    valid = target != ignore_index
+    if normalizer == "valid":
+        return valid.sum().to(torch.float64)
+    share = torch.ones(target.shape, dtype=torch.float64, device=target.device)
+    if weight is not None:
+        share = weight.to(torch.float64)[torch.where(valid, target, 0)]
+    if sample_weight is not None:
+        share = share * sample_weight
+    return torch.where(valid, share, 0.0).sum()
+
+
+def reduce(losses: Tensor, reduction: str, normalizer: str | Tensor, divisor: Tensor) -> Tensor:
+    """The (N,) losses as they are, summed, or divided by `divisor`; see `denominator`."""
+    if reduction == "none":
+        return losses
+    total = losses.to(torch.float64).sum()
+    if reduction == "mean":
+        # Nothing left: gradients are 0 in every case; the loss is NaN with 'weights' as in
+        # PyTorch, and 0 with a count.
+        nothing = divisor == 0
+        mean = torch.where(nothing, 0.0, total / torch.where(nothing, 1.0, divisor))
+        total = mean + torch.where(nothing, float("nan"), 0.0) if normalizer == "weights" else mean
+    return total.to(losses.dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    normalizer: str | Tensor = "weights",
+    **options: object,
+) -> Tensor:
+    """The loss of rows, in the accumulation dtype; options as in `position_loss`."""
+    losses = position_loss(logits, target, **options)  # type: ignore[arg-type]
+    shared = {k: v for k, v in options.items() if k in ("weight", "sample_weight", "ignore_index")}
+    divisor = denominator(target, normalizer, **shared)  # type: ignore[arg-type]
+    return reduce(losses, reduction, normalizer, divisor)
+
+
+def soft_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    confidence: Tensor | None = None,
+    prior: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: str | Tensor = "weights",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Loss against class probabilities (N, C), as F.cross_entropy defines it: sum_j w_j y_j (lse - u_j).
+
+    'weights', 'valid' and 'count' all divide by N.
+    """
+    if confidence is None or scale is None or bias is None:
+        u = logits.to(accumulate_dtype(logits.dtype))
+    else:
+        u = calibrate(logits, scale, bias, confidence)
+    if prior is not None:
+        u = u + prior
+    y = target.to(u.dtype)
+    if label_smoothing > 0:
+        y = y * (1 - label_smoothing) + label_smoothing / u.shape[1]
+    if weight is not None:
+        y = y * weight
+    losses = -(y * torch.log_softmax(u, 1)).sum(1)
+    if isinstance(normalizer, Tensor):
+        return reduce(losses, reduction, normalizer, normalizer.to(torch.float64))
+    rows = torch.full((), float(u.shape[0]), dtype=torch.float64, device=u.device)
+    return reduce(losses, reduction, "weights", rows)
