@@ -6,7 +6,8 @@ __version__ = "0.1.0"
 
 from . import class_stats, metrics, nn
 from ._backends import backend_info, set_backend
-from .functional import calibrate, cross_entropy, disalign_cross_entropy, replace_cross_entropy
+from ._replace import replace_cross_entropy
+from .functional import calibrate, cross_entropy, disalign_cross_entropy
 
 __all__ = [
     "backend_info",

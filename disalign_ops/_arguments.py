@@ -113,7 +113,7 @@ def class_vector(
     name: str, value: object, classes: int, input: Tensor, dtype: torch.dtype,
     *, exact: bool = False, learned: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """A (C,) vector of `dtype`. Unless `exact`, what broadcasts to (C,) is taken: (1,), (1, C)..."""
+    """A (C,) vector of `dtype`. Unless `exact`, what broadcasts to (C,) is taken: (1,), (1, C)."""
     if value is None:
         return None
     if not exact and isinstance(value, int | float) and not isinstance(value, bool):
@@ -125,7 +125,7 @@ def class_vector(
     if not learned:
         _no_gradient(name, vector)
     entries = vector.numel()
-    if exact and vector.dim() != 1 or entries != classes and (exact or entries != 1):
+    if (exact and vector.dim() != 1) or (entries != classes and (exact or entries != 1)):
         what = f"{entries} entries" if vector.dim() == 1 else f"shape {_shape(vector.shape)}"
         raise ArgumentError(f"{name} has {what}, the logits have {classes} classes")
     if vector.dim() > 1 and max(vector.shape) != entries:

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _backends, reference
 
 NORMALIZERS = {"weights": 0, "valid": 1, "count": 2}
-GIVEN_NORMALIZER = 3
+_GIVEN_NORMALIZER = 3
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 _INPUTS = (
@@ -155,8 +155,8 @@ def _row_backward(ctx: Any, grad_loss: Tensor, in_place: bool) -> list[Tensor | 
             grads[position] = made[k] * grad_loss
         elif need[k]:
             ctx.taken = True
-            # .data: a tensor of its own over the same memory, so that autograd may keep it as the
-            # leaf's .grad without a copy, and changes to it do not count as changes to what we saved.
+            # .data: a tensor of its own over the same memory, so that autograd may keep it as
+            # the leaf's .grad without a copy, and changes to it are not changes to what we saved.
             whole = made[0].data
             grads[position] = whole if grad_loss == 1 else whole.mul_(grad_loss)
     return grads
@@ -216,7 +216,7 @@ class _EagerRowLoss(torch.autograd.Function):
     """row_forward in eager mode: less overhead than the dispatcher's autograd, and in place."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Any:
         *arguments, ctx.in_place = inputs
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _ops.row_forward.default(*arguments)
@@ -230,10 +230,9 @@ class _EagerRowLoss(torch.autograd.Function):
 
 def row_loss(
     tensors: tuple[Tensor | None, ...],
-    given_denominator: Tensor | None,
     options: tuple[int, float, float],
     reduction: str,
-    normalizer: int,
+    normalizer: str | Tensor,
     in_place: bool,
 ) -> Tensor:
     """The loss of rows through the native operator, in the accumulation dtype.
@@ -256,9 +255,11 @@ def row_loss(
         and not in_place
     )
     want = (need[0] and scalar and in_forward, *(n and scalar for n in need[1:]))
-    arguments = (
-        *tensors, given_denominator, *options, REDUCTIONS[reduction], normalizer, *want,
-    )  # fmt: skip
+    if isinstance(normalizer, Tensor):
+        given, code = normalizer, _GIVEN_NORMALIZER
+    else:
+        given, code = None, NORMALIZERS[normalizer]
+    arguments = (*tensors, given, *options, REDUCTIONS[reduction], code, *want)
     if compiling:
         loss: Tensor = _ops.row_forward(*arguments)[0]
         return loss

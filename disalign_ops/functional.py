@@ -74,7 +74,8 @@ def cross_entropy(
         size_average, reduce: PyTorch's deprecated forms of `reduction`.
         ignore_index: positions with this target count nothing, whatever their logits hold.
         reduction: "mean", "sum" or "none".
-        label_smoothing: e in [0, 1], as in PyTorch: (1 - e) w_t (lse - u_t) + e/C sum_j w_j (lse - u_j).
+        label_smoothing: e in [0, 1], as in PyTorch:
+            (1 - e) w_t (lse - u_t) + e/C sum_j w_j (lse - u_j).
         sample_weight: one entry a position; multiplies its loss.
         normalizer: what "mean" divides by: "weights" (sum of sample_weight w_t over positions not
             ignored, PyTorch's), "valid" (their number), "count" (all positions), or a number or
@@ -83,7 +84,8 @@ def cross_entropy(
             (Ren et al., NeurIPS 2020), tau log pi for logit adjustment (Menon et al., ICLR 2021).
         margin: (C,) or a number, subtracted from the target's logit: LDAM (Cao et al., NeurIPS
             2019), CosFace.
-        focal_gamma: (1 - p_t)^gamma on the target's term, not on the smoothing (Lin et al., ICCV 2017).
+        focal_gamma: (1 - p_t)^gamma on the target's term, not on the smoothing (Lin et al.,
+            ICCV 2017).
         inplace_backward: backward writes the gradient over the logits' memory. The logits must not
             be used afterwards: a second backward, a second loss on them, or a layer that needs its
             own output raises. Not under torch.compile.
@@ -171,7 +173,7 @@ def calibrate(
     classes = check_input(input)
     a, b, c = _calibration(input, confidence, scale, bias, form, background)
     rows, _ = _rows(input)
-    if _backend(input) == "native":
+    if serving_backend(input) == "native":
         out = _ops.row_calibrate(rows, a, b, c)
     else:
         out = reference.calibrate(rows, a, b, c).to(input.dtype)
@@ -200,7 +202,9 @@ def _calibration(
     for name, vector in (("scale", a), ("bias", b), ("confidence", c)):
         if vector is None:
             raise ArgumentError(f"{name} is None, needed is a tensor")
-    assert a is not None and b is not None and c is not None
+    assert a is not None
+    assert b is not None
+    assert c is not None
     if form == "interpolated":
         a = a - 1
     if background is not None:
@@ -209,7 +213,8 @@ def _calibration(
     return a, b, c
 
 
-def _backend(input: Tensor) -> str:
+def serving_backend(input: Tensor) -> str:
+    """The backend that this input goes to."""
     # Registered operators know no functorch transforms; the reference is plain PyTorch.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "reference"
@@ -278,12 +283,10 @@ def _loss(
     }  # fmt: skip
     if target.is_floating_point():
         loss = _soft_loss(rows, target, vectors, normalizer, smoothing, options)
-    elif _backend(input) == "native":
+    elif serving_backend(input) == "native":
         tensors = (rows, target.reshape(-1).contiguous(), *vectors.values(), margin, sample_weight)
-        given = normalizer if isinstance(normalizer, Tensor) else None
-        code = _ops.NORMALIZERS[normalizer] if given is None else _ops.GIVEN_NORMALIZER
         numbers = (options.ignore_index, smoothing, gamma)
-        loss = _ops.row_loss(tensors, given, numbers, options.reduction, code, in_place)
+        loss = _ops.row_loss(tensors, numbers, options.reduction, normalizer, in_place)
     else:
         flat = target.reshape(-1).to(torch.int64)
         _check_classes(flat, classes, options.ignore_index)
@@ -349,63 +352,3 @@ def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
             f"Target {int(target[at])} is out of bounds: target[{at}], the logits have {classes} "
             f"classes and ignore_index is {ignore_index}"
         )
-
-
-_torch_cross_entropy = torch.nn.functional.cross_entropy
-
-
-def _covered(input: Any, target: Any, weight: Any) -> bool:
-    """Whether our kernels take the call: else it is torch's own, errors included."""
-    tensors = [t for t in (input, target, weight) if t is not None]
-    if not all(isinstance(t, Tensor) for t in tensors) or torch.overrides.has_torch_function(
-        tensors
-    ):
-        return False
-    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return False
-    if target.is_floating_point() or (weight is not None and weight.requires_grad):
-        return False
-    if input.dim() > 2 and not input.movedim(1, -1).is_contiguous():
-        return False
-    return input.dim() > 0 and _backend(input) == "native"
-
-
-def _replacement(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    ours = _covered(input, target, weight)
-    function = cross_entropy if ours else _torch_cross_entropy
-    return function(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-    )
-
-
-class replace_cross_entropy:  # noqa: N801 - a function to its users, and a context manager
-    """`F.cross_entropy` and `nn.CrossEntropyLoss` become ours, so that a loop gains without an edit.
-
-    `with replace_cross_entropy(): ...`, or `replaced = replace_cross_entropy()` and later
-    `replaced.undo()`. What the kernels do not cover (class probabilities, torch.func transforms,
-    tensor subclasses, other dtypes and devices) goes to torch's own function. Code that imported
-    the function itself (`from torch.nn.functional import cross_entropy`) before keeps torch's.
-    """
-
-    def __init__(self) -> None:
-        self._previous = torch.nn.functional.cross_entropy
-        torch.nn.functional.cross_entropy = _replacement
-
-    def undo(self) -> None:
-        """Put back what stood there before."""
-        torch.nn.functional.cross_entropy = self._previous
-
-    def __enter__(self) -> replace_cross_entropy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()

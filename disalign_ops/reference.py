@@ -47,7 +47,7 @@ def position_loss(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> Tensor:
-    """v (1 - e) w_t (1 - p_t)^gamma nll + v (e / C) sum_j w_j (lse - u_j) of each row; ignored: 0."""
+    """v [(1 - e) w_t (1 - p_t)^gamma nll + (e / C) sum_j w_j (lse - u_j)] a row; ignored: 0."""
     classes = logits.shape[1]
     target = target.to(torch.int64)  # first: in uint8, ignore_index -100 would be class 156
     valid = target != ignore_index
@@ -156,7 +156,7 @@ def soft_cross_entropy(
     normalizer: str | Tensor = "weights",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Loss against class probabilities (N, C), as F.cross_entropy defines it: sum_j w_j y_j (lse - u_j).
+    """Loss against class probabilities y (N, C), as F.cross_entropy: sum_j w_j y_j (lse - u_j).
 
     'weights', 'valid' and 'count' all divide by N.
     """

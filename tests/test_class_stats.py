@@ -155,7 +155,8 @@ def test_no_policy_helps_where_every_class_is_empty(function) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_kind_of_counts_gives_the_same_float32_cpu_tensor(function) -> None:
     expected = function([10, 4, 1])
-    assert expected.dtype == torch.float32 and expected.shape == (3,)
+    assert expected.dtype == torch.float32
+    assert expected.shape == (3,)
     assert expected.device.type == "cpu"
     for counts in (
         (10, 4, 1),

@@ -49,10 +49,11 @@ template <class A, int R>
 struct Sums {
   A maximum[R];
   A target_logit[R];             // u_t, margin included
+  A target_slope[R];             // d_t, where d_j = a_j z_j + b_j; 0 for a masked class
   double exponential[R] = {};    // sum_j exp(u_j - maximum)
   double smooth[R] = {};         // sum_j w_j (u_j - maximum)
-  double softmax_slope[R] = {};  // sum_j exp(u_j - maximum) (a_j z_j + b_j)
-  double smooth_slope[R] = {};   // sum_j w_j (a_j z_j + b_j)
+  double softmax_slope[R] = {};  // sum_j exp(u_j - maximum) (d_j - d_t)
+  double smooth_slope[R] = {};   // sum_j w_j (d_j - d_t)
 };
 
 // Writes u = (1 + c a) z + c b + o to scratch and finds its maximum. The lanes of scratch behind
@@ -120,14 +121,17 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
   }
 }
 
-// Scratch: u becomes exp(u - maximum). Slope: also the sums for the confidence's gradient. Masked:
-// classes with z = -inf add nothing to those; without it they make them NaN, which the caller sees.
+// Scratch: u becomes exp(u - maximum). Slope: also the sums for the confidence's gradient, which is
+// sum_j q_j d_j = sum_j q_j (d_j - d_t), for sum_j q_j = 0: so the target's own term, which would
+// cancel only up to rounding where p_t is next to 1, is exactly 0. Masked: d = 0 for classes with
+// z = -inf; without it they make the sums NaN, which the caller sees.
 template <class T, int R, bool Slope, bool Smooth, bool Masked>
 DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
                                   const Rows<T, R>& rows, Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const Local<A, R> maximum(sums.maximum);
+  const Local<A, R> target_slope(sums.target_slope);
   // The rows that this thread most likely takes next; a prefetch past the end does no harm.
   const int64_t ahead = R * rows.stride;
   V exponential[R], slope[R], smooth[R];
@@ -152,6 +156,7 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
         const V value = load_lanes<Full>(z[r] + j, n);
         V d = a * value + b;
         if constexpr (Masked) d = value == -kInfinity<A> ? V{} : d;
+        d = d - target_slope[r];
         slope[r] += x * d;
         if constexpr (Smooth) smooth[r] += w * d;
       }
@@ -234,13 +239,14 @@ Rows<T, R> gather(const RowArgs& args, const int64_t* index, const Chunk& chunk)
   return rows;
 }
 
-// a_t z_t + b_t; a masked class counts 0, as in exponentiate.
+// d_t, rounded as exponentiate rounds it.
 template <class T, int R>
-double target_slope(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows, int r) {
+Accumulate<T> target_slope(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                           int r) {
+  using A = Accumulate<T>;
   const int64_t t = rows.target[r];
-  const double z = to_accumulate(rows.z[r][t]);
-  if (z == -kInfinity<double>) return 0;
-  return static_cast<double>(classes.scale[t]) * z + static_cast<double>(classes.bias[t]);
+  const A z = to_accumulate(rows.z[r][t]);
+  return z == -kInfinity<A> ? A(0) : classes.scale[t] * z + classes.bias[t];
 }
 
 // Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
@@ -255,6 +261,7 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
   if (classes.margin) apply_margin(classes, rows, sums);
   for (int r = 0; r < R; ++r) {
     sums.target_logit[r] = rows.e[r][rows.target[r]];
+    if constexpr (Calibrated) sums.target_slope[r] = target_slope(classes, rows, r);
     if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
     sums.smooth[r] -= static_cast<double>(sums.maximum[r]) * args.weight_sum;
   }
@@ -303,9 +310,8 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
     if constexpr (Calibrated) {
       if (args.grad_confidence) {
         const double c = rows.c[r];
-        const double slope_sum = terms.softmax * sums.softmax_slope[r] / sum -
-                                 terms.smooth * sums.smooth_slope[r] -
-                                 terms.target * target_slope(classes, rows, r);
+        const double slope_sum =
+            terms.softmax * sums.softmax_slope[r] / sum - terms.smooth * sums.smooth_slope[r];
         static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(g * c * (1 - c) * slope_sum);
       }
     }

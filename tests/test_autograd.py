@@ -1,0 +1,191 @@
+"""Gradients under whatever surrounds them: upstream factors, graphs kept, scalers, checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import rows
+from tolerances import assert_close
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import disalign_ops
+
+
+def loss_of(z: Tensor, *calibration: Tensor, reduction: str = "mean", **options: object) -> Tensor:
+    target = torch.arange(z.shape[0]) % z.shape[1]
+    options = {"label_smoothing": 0.1, "reduction": reduction, **options}
+    if not calibration:
+        return disalign_ops.cross_entropy(z, target, **options)  # type: ignore[arg-type]
+    return disalign_ops.disalign_cross_entropy(
+        z, target, *calibration, form="residual", **options  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("extra", [{}, {"focal_gamma": 2.0}, {"margin": 0.5}])
+def test_gradcheck_and_gradgradcheck(backend: str, reduction: str, extra: dict[str, float]) -> None:
+    r = rows(4, 7)
+
+    def loss(*learned: Tensor) -> Tensor:
+        return loss_of(*learned, reduction=reduction, **extra)
+
+    assert torch.autograd.gradcheck(loss, r.learned)
+    assert torch.autograd.gradgradcheck(loss, r.learned)
+
+
+def test_gradcheck_of_calibrate(backend: str) -> None:
+    r = rows(4, 7)
+    for form in ("interpolated", "residual"):
+
+        def calibrated(*learned: Tensor, form: str = form) -> Tensor:
+            return disalign_ops.calibrate(*learned, form=form)
+
+        assert torch.autograd.gradcheck(calibrated, r.learned)
+        assert torch.autograd.gradgradcheck(calibrated, r.learned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_upstream_gradient_that_is_not_one(dtype: torch.dtype) -> None:
+    r = rows(5, 33, torch.float32).to(dtype)
+    once = torch.autograd.grad(loss_of(*r.learned), r.learned)
+    scaled = torch.autograd.grad(loss_of(*r.learned) * -8, r.learned)  # 8: exact in every dtype
+    for a, b in zip(once, scaled, strict=True):
+        assert torch.equal(a * -8, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_retain_graph_yields_the_same_gradients_again(reduction: str) -> None:
+    r = rows(5, 33, torch.float32)
+    loss = loss_of(*r.learned, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, r.learned, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()  # what a caller does with its gradients must not show in the next backward
+    second = torch.autograd.grad(loss, r.learned, retain_graph=True)
+    third = torch.autograd.grad(loss * 3, r.learned)
+    for what, k, s, t in zip(("input", "c", "a", "b"), kept, second, third, strict=True):
+        assert_close(s, k, torch.float32, what)
+        assert_close(t, 3 * k, torch.float32, what)
+
+
+def test_backward_twice_without_retain_graph_raises() -> None:
+    z = torch.randn(3, 5, requires_grad=True)
+    loss = loss_of(z)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_gradients_accumulate_in_a_leaf() -> None:
+    z = torch.randn(3, 5, requires_grad=True)
+    loss_of(z).backward()
+    assert z.grad is not None
+    once = z.grad.clone()
+    loss_of(z).backward()
+    assert_close(z.grad, 2 * once, torch.float32, "accumulated")
+
+
+def test_two_losses_share_one_logits_tensor() -> None:
+    x = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    z = x * 1.5
+    t = torch.tensor([0, 1, 2, 3])
+    (ours,) = torch.autograd.grad(
+        disalign_ops.cross_entropy(z, t) + 2 * disalign_ops.cross_entropy(z, t + 1), x
+    )
+    z = x * 1.5
+    (expected,) = torch.autograd.grad(F.cross_entropy(z, t) + 2 * F.cross_entropy(z, t + 1), x)
+    assert_close(ours, expected, torch.float64, "two losses")
+
+
+def test_logits_changed_between_forward_and_backward_raise() -> None:
+    x = torch.randn(4, 9, requires_grad=True)
+    z = x * 1.0
+    loss = disalign_ops.cross_entropy(z, torch.tensor([0, 1, 2, 3]))
+    z.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_made_with_the_grad_scalers_factor_known(dtype: torch.dtype) -> None:
+    # At 2^-24 / N of the loss an fp16 gradient flushes to zero; times 2^16 it does not.
+    x = (torch.randn(256, 512) * 0.01).requires_grad_()
+    model = torch.nn.Linear(512, 1024, bias=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    z = (x @ model.weight.t()).to(dtype)
+    target = torch.randint(0, 1024, (256,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the loss in float32: an fp16 one overflows
+        loss = disalign_ops.cross_entropy(z, target)
+    scaler.scale(loss).backward()
+    assert model.weight.grad is not None
+    ours = model.weight.grad.double() / 2.0**16
+    x64, w64 = x.detach().double(), model.weight.detach().double().requires_grad_()
+    F.cross_entropy(x64 @ w64.t(), target).backward()
+    assert w64.grad is not None
+    error = (ours - w64.grad).norm() / w64.grad.norm()
+    assert error < 2.0 ** (-8 if dtype == torch.bfloat16 else -10)
+
+
+def test_a_step_with_grad_scaler_changes_the_parameters() -> None:
+    model = torch.nn.Linear(8, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.weight.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = disalign_ops.cross_entropy(model(torch.randn(4, 8)), torch.tensor([0, 1, 2, 3]))
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_heads(use_reentrant: bool) -> None:
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def head(x: Tensor) -> Tensor:
+        return loss_of(x @ weight.t())
+
+    expected = torch.autograd.grad(head(x), [x, weight])
+    checkpoint(head, x, use_reentrant=use_reentrant).backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert_close(x.grad, expected[0], torch.float64, "x")
+    assert_close(weight.grad, expected[1], torch.float64, "weight")
+
+
+def test_a_checkpoint_keeps_no_gradient_of_the_logits_alive() -> None:
+    z = torch.randn(64, 50, requires_grad=True)
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss_of(z)
+    # The gradient made in forward goes through save_for_backward, where hooks can take it away.
+    assert alive.count(z.numel()) == 2
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_is_made_where_none_is_wanted(reduction: str) -> None:
+    r = rows(4, 7)
+    with torch.no_grad():
+        assert loss_of(*r.learned, reduction=reduction).grad_fn is None
+    assert loss_of(r.logits.detach(), reduction=reduction).grad_fn is None
+
+
+def test_func_transforms_go_through_the_reference() -> None:
+    z, t = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    by_transform = torch.func.grad(lambda z: disalign_ops.cross_entropy(z, t))(z)
+    leaf = z.clone().requires_grad_()
+    disalign_ops.cross_entropy(leaf, t).backward()
+    assert leaf.grad is not None
+    assert_close(by_transform, leaf.grad, torch.float64, "torch.func.grad")
+    per_row = torch.func.vmap(lambda z, t: disalign_ops.cross_entropy(z, t))(z, t)
+    assert_close(per_row, F.cross_entropy(z, t, reduction="none"), torch.float64, "torch.func.vmap")

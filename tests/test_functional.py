@@ -1,0 +1,259 @@
+"""`cross_entropy` in the place of F.cross_entropy: shapes, dtypes, errors; other layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+from torch import Tensor
+
+import disalign_ops
+from disalign_ops.errors import ArgumentError, ArgumentTypeError
+
+SHAPES = [(5,), (3, 5), (2, 5, 4), (2, 5, 3, 4), (2, 5, 2, 3, 2), (0, 5), (2, 5, 0)]
+
+
+def indices(shape: tuple[int, ...]) -> Tensor:
+    positions = () if len(shape) == 1 else (shape[0], *shape[2:])
+    return torch.randint(0, 5, positions)
+
+
+def gradient(function: Any, z: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    loss = function(z, *args, **options)
+    (grad,) = torch.autograd.grad(loss, z, torch.ones_like(loss))
+    return loss.detach(), grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_of_pytorch(backend: str, shape: tuple[int, ...], reduction: str) -> None:
+    z, t = torch.randn(shape), indices(shape)
+    weight = torch.rand(5)
+    for actual, expected in zip(
+        gradient(disalign_ops.cross_entropy, z, t, weight, reduction=reduction),
+        gradient(F.cross_entropy, z, t, weight, reduction=reduction),
+        strict=True,
+    ):
+        assert actual.dtype == expected.dtype
+        assert_close(actual, expected, torch.float32, str(shape))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 5, 3, 4)], ids=str)
+def test_class_probabilities(shape: tuple[int, ...], reduction: str) -> None:
+    z, y = torch.randn(shape), torch.rand(shape)
+    options = {"weight": torch.rand(5), "label_smoothing": 0.1, "reduction": reduction}
+    for actual, expected in zip(
+        gradient(disalign_ops.cross_entropy, z, y, **options),
+        gradient(F.cross_entropy, z, y, **options),
+        strict=True,
+    ):
+        assert_close(actual, expected, torch.float32, str(shape))
+
+
+def test_class_probabilities_get_a_gradient_too() -> None:
+    z = torch.randn(3, 5, dtype=torch.float64)
+    y = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
+    (actual,) = torch.autograd.grad(disalign_ops.cross_entropy(z, y), y)
+    (expected,) = torch.autograd.grad(F.cross_entropy(z, y), y)
+    assert_close(actual, expected, torch.float64, "target")
+
+
+@pytest.mark.parametrize("function", [disalign_ops.cross_entropy, F.cross_entropy])
+def test_arguments_stand_in_pytorchs_order(function: Any) -> None:
+    z, t, w = torch.randn(4, 5), torch.tensor([0, 1, 2, 3]), torch.rand(5)
+    loss = function(z, t, w, None, 2, None, "sum", 0.1)
+    named = F.cross_entropy(z, t, w, ignore_index=2, reduction="sum", label_smoothing=0.1)
+    assert_close(loss, named, torch.float32, "positional")
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize(("size_average", "reduce"), [(False, None), (None, False), (True, True)])
+def test_deprecated_reductions(size_average: bool | None, reduce: bool | None) -> None:
+    z, t = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    actual = disalign_ops.cross_entropy(z, t, None, size_average, -100, reduce)
+    expected = F.cross_entropy(z, t, None, size_average, -100, reduce)
+    assert_close(actual, expected, torch.float32, "deprecated")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_losss_dtype_is_the_inputs(backend: str, dtype: torch.dtype) -> None:
+    z, t = torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 2, 3])
+    loss, grad = gradient(disalign_ops.cross_entropy, z, t)
+    assert loss.dtype == dtype
+    assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_yields_float32_without_a_copy_of_half_logits(dtype: torch.dtype) -> None:
+    z = torch.randn(4, 5).to(dtype).requires_grad_()
+    t = torch.tensor([0, 1, 2, 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = disalign_ops.cross_entropy(z, t)
+        expected = F.cross_entropy(z, t)
+    assert loss.dtype == expected.dtype == torch.float32
+    assert_close(loss.detach(), expected.detach(), torch.float32, "autocast")
+    assert loss.grad_fn.saved_tensors[0].data_ptr() == z.data_ptr()  # type: ignore[union-attr]
+    loss.backward()
+    assert z.grad is not None
+    assert z.grad.dtype == dtype
+
+
+def test_channels_last_is_rows_without_a_copy() -> None:
+    z = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last).requires_grad_()
+    loss = disalign_ops.cross_entropy(z, torch.randint(0, 5, (2, 3, 4)))
+    assert loss.grad_fn.saved_tensors[0].data_ptr() == z.data_ptr()  # type: ignore[union-attr]
+
+
+def test_dense_confidence_of_both_shapes(backend: str) -> None:
+    z, t = torch.randn(2, 5, 3, 4), torch.randint(0, 5, (2, 3, 4))
+    confidence, scale, bias = torch.randn(2, 1, 3, 4), torch.rand(1, 5, 1, 1), torch.randn(5)
+    with_class = disalign_ops.disalign_cross_entropy(z, t, confidence, scale, bias)
+    without = disalign_ops.disalign_cross_entropy(z, t, confidence[:, 0], scale, bias)
+    c = torch.sigmoid(confidence)
+    u = c * (scale * z + bias[:, None, None]) + (1 - c) * z
+    assert_close(with_class, F.cross_entropy(u, t), torch.float32, "(N, 1, H, W)")
+    assert torch.equal(with_class, without)
+
+
+def test_nothing_left_is_nan_or_zero_with_zero_gradients(backend: str) -> None:
+    z, t = torch.randn(3, 5), torch.full((3,), -100)
+    for normalizer, expected in (("weights", "nan"), ("valid", "0.0"), (2.0, "0.0")):
+        loss, grad = gradient(disalign_ops.cross_entropy, z, t, normalizer=normalizer)
+        assert str(float(loss)) == expected
+        assert (grad == 0).all()
+
+
+def test_a_callers_denominator_may_be_a_tensor(backend: str) -> None:
+    z, t = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    for number in (4.0, torch.tensor(4.0), torch.tensor([4])):
+        loss = disalign_ops.cross_entropy(z, t, normalizer=number)
+        expected = F.cross_entropy(z, t, reduction="sum") / 4
+        assert_close(loss, expected, torch.float32, "avg_factor")
+
+
+Z, T = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
+CONF, A, B = torch.zeros(3), torch.ones(5), torch.zeros(5)
+ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": [1.0]}, ArgumentTypeError, "input is a list, needed is a torch.Tensor"),
+    ({"input": Z.long()}, ArgumentTypeError, "input has dtype torch.int64, needed is float32"),
+    ({"input": torch.zeros(())}, ArgumentError, "input has no dimensions"),
+    ({"input": torch.zeros(3, 0)}, ArgumentError, r"input has shape \(3, 0\): it has no classes"),
+    ({"target": 1}, ArgumentTypeError, "target is a int, needed is a torch.Tensor"),
+    ({"target": T.bool()}, ArgumentTypeError, "target has dtype torch.bool, needed is int64"),
+    ({"target": T[:2]}, ArgumentError, r"target has shape \(2,\), needed is \(3,\) for an input"),
+    ({"target": torch.zeros(3, 4)}, ArgumentError, r"needed is the input's shape \(3, 5\)"),
+    ({"target": T + 5}, IndexError, r"Target 5 is out of bounds: target\[0\], the logits have 5"),
+    ({"target": T - 1}, IndexError, r"Target -1 is out of bounds: target\[0\]"),
+    ({"weight": torch.ones(4)}, ArgumentError, "weight has 4 entries, the logits have 5 classes"),
+    ({"weight": torch.ones(1, 5)}, ArgumentError, r"weight has shape \(1, 5\), the logits have 5"),
+    ({"weight": T}, ArgumentTypeError, "weight has dtype torch.int64, needed is a floating dtype"),
+    ({"reduction": "avg"}, ArgumentError, "reduction is 'avg', needed is one of 'mean', 'sum'"),
+    ({"label_smoothing": 1.5}, ArgumentError, "label_smoothing is 1.5, needed is a number from 0"),
+    ({"label_smoothing": None}, ArgumentTypeError, "label_smoothing is a NoneType, needed is a"),
+    ({"focal_gamma": -1.0}, ArgumentError, "focal_gamma is -1.0, needed is a number >= 0"),
+    ({"sample_weight": torch.ones(2)}, ArgumentError, r"sample_weight has shape \(2,\), needed is"),
+    ({"sample_weight": T}, ArgumentTypeError, "sample_weight has dtype torch.int64"),
+    ({"normalizer": "all"}, ArgumentError, "normalizer is 'all', needed is one of 'weights', 'va"),
+    ({"normalizer": 0}, ArgumentError, "normalizer is 0.0, needed is a number > 0 or a name"),
+    ({"normalizer": torch.ones(2)}, ArgumentError, r"normalizer has shape \(2,\), needed is a sin"),
+    ({"prior": torch.ones(4)}, ArgumentError, "prior has 4 entries, the logits have 5 classes"),
+    ({"prior": torch.ones(5, 5)}, ArgumentError, r"prior has shape \(5, 5\)"),
+    ({"margin": torch.ones(4)}, ArgumentError, "margin has 4 entries, the logits have 5 classes"),
+    *(
+        ({name: torch.ones(n, requires_grad=True)}, ArgumentError, f"{name} requires a gradient")
+        for name, n in (("weight", 5), ("prior", 5), ("margin", 5), ("sample_weight", 3))
+    ),
+    (
+        {"normalizer": torch.ones((), requires_grad=True)},
+        ArgumentError,
+        "normalizer requires a gradient",
+    ),
+    *(
+        ({"target": torch.rand(3, 5), **given}, ArgumentError, "target holds class probabilities")
+        for given in (
+            {"sample_weight": torch.ones(3)},
+            {"margin": 0.5},
+            {"focal_gamma": 1.0},
+            {"ignore_index": 0},
+        )
+    ),
+]
+CALIBRATION_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"form": "both"}, ArgumentError, "form is 'both', needed is one of 'interpolated', 'resid"),
+    ({"background": 0}, ArgumentError, "background is 0, needed is one of None, 'first', 'last'"),
+    ({"background": "last"}, ArgumentError, "scale has 5 entries, the logits have 4 classes"),
+    ({"scale": torch.ones(4)}, ArgumentError, "scale has 4 entries, the logits have 5 classes"),
+    ({"scale": None}, ArgumentError, "scale is None, needed is a tensor"),
+    ({"bias": torch.ones(2, 5)}, ArgumentError, r"bias has shape \(2, 5\), the logits have 5"),
+    ({"confidence": torch.ones(2)}, ArgumentError, r"confidence has shape \(2,\), needed is \(3"),
+    ({"confidence": 0.5}, ArgumentTypeError, "confidence is a float, needed is a torch.Tensor"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), ERRORS, ids=lambda v: str(v)[:40])
+def test_errors_name_the_argument(
+    backend: str, given: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        disalign_ops.cross_entropy(**({"input": Z, "target": T} | given))
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"), CALIBRATION_ERRORS, ids=lambda v: str(v)[:40]
+)
+def test_errors_of_the_calibration(
+    given: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    calibration = {"confidence": CONF, "scale": A, "bias": B}
+    with pytest.raises(kind, match=message):
+        disalign_ops.disalign_cross_entropy(Z, T, **(calibration | given))
+    with pytest.raises(kind, match=message):
+        disalign_ops.calibrate(Z, **(calibration | given))
+
+
+PYTORCH_REFUSES: list[dict[str, Any]] = [
+    {"target": T[:2]},
+    {"target": T + 5},
+    {"target": torch.zeros(3, 4)},
+    {"target": torch.zeros(3)},
+    {"target": torch.zeros(3, 5).long()},
+    {"weight": torch.ones(4)},
+    {"weight": torch.ones(1, 5)},
+    {"reduction": "avg"},
+    {"label_smoothing": 1.5},
+    {"target": torch.rand(3, 5), "ignore_index": 0},
+]
+
+
+@pytest.mark.parametrize("given", PYTORCH_REFUSES, ids=lambda v: str(v)[:40])
+def test_what_pytorch_refuses_is_refused_with_its_exception_type(given: dict[str, Any]) -> None:
+    arguments = {"input": Z, "target": T} | given
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 - its type is what is asked for
+        F.cross_entropy(**arguments)
+    with pytest.raises(type(theirs.value)):
+        disalign_ops.cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("input", [torch.zeros(()), Z.long()], ids=["no dimensions", "integers"])
+def test_what_pytorch_refuses_with_types_of_its_own(input: Tensor) -> None:
+    with pytest.raises((IndexError, RuntimeError)):
+        F.cross_entropy(input, T)
+    with pytest.raises((ValueError, TypeError)):
+        disalign_ops.cross_entropy(input, T)
+
+
+def test_devices_must_agree() -> None:
+    with pytest.raises(ArgumentError, match="target is on meta, input on cpu"):
+        disalign_ops.cross_entropy(Z, T.to("meta"))
+    with pytest.raises(ArgumentError, match="weight is on meta, input on cpu"):
+        disalign_ops.cross_entropy(Z, T, torch.ones(5, device="meta"))
+
+
+def test_no_gradient_is_needed_for_a_learnable_weight_without_grad_mode() -> None:
+    with torch.no_grad():
+        disalign_ops.cross_entropy(Z, T, torch.ones(5, requires_grad=True))
