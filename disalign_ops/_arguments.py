@@ -116,6 +116,15 @@ def class_vector(
     """A (C,) vector of `dtype`. Unless `exact`, what broadcasts to (C,) is taken: (1,), (1, C)."""
     if value is None:
         return None
+    if (
+        isinstance(value, Tensor)
+        and value.shape == (classes,)
+        and value.dtype == dtype
+        and value.device == input.device
+        and value.is_contiguous()
+        and (learned or not value.requires_grad)
+    ):
+        return value  # the common case, before every check that it passes
     if not exact and isinstance(value, int | float) and not isinstance(value, bool):
         return torch.full((classes,), float(value), dtype=dtype, device=input.device)
     vector = check_tensor(name, value)

@@ -57,8 +57,7 @@ _backends.load_native()
 
 _ops = torch.ops.disalign_ops
 
-# Positions in row_forward's arguments.
-_TENSORS = 9  # logits ... sample_weight
+# Of row_forward's arguments.
 _DIFFERENTIABLE = (0, 3, 4, 5)  # logits, scale, bias, confidence
 _ARGUMENTS = 19
 
@@ -114,57 +113,64 @@ def _row_calibrate_backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made."""
-    tensors, wanted = inputs[:_TENSORS], inputs[15:19]
     ctx.options = inputs[10:13]
     ctx.reduction = inputs[13]
     ctx.normalizer = inputs[14]
-    made = [grad if want else None for grad, want in zip(outputs[4:], wanted, strict=True)]
-    ctx.save_for_backward(*tensors, inputs[9], *outputs[1:4], *made)
+    made = [grad if want else None for grad, want in zip(outputs[4:], inputs[15:], strict=True)]
+    ctx.save_for_backward(*inputs[:10], *outputs[1:4], *made)
 
 
-def _row_backward(ctx: Any, grad_loss: Tensor, in_place: bool) -> list[Tensor | None]:
+def _row_backward(
+    ctx: Any, grad_loss: Tensor, need: tuple[bool, ...], in_place: bool
+) -> list[Tensor | None]:
+    """The gradients of logits, scale, bias and confidence, None where not needed."""
     saved = ctx.saved_tensors
-    tensors, given, statistics, made = saved[:9], saved[9], saved[10:13], list(saved[13:])
-    need = [bool(ctx.needs_input_grad[i]) for i in _DIFFERENTIABLE]
+    tensors, statistics, made = saved[:9], saved[10:13], list(saved[13:])
     if torch.is_grad_enabled():
         if in_place:
             raise RuntimeError(
                 "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
                 "logits are overwritten by their gradient"
             )
-        return _differentiable_backward(ctx, grad_loss, tensors, given, need)
+        return _differentiable_backward(ctx, grad_loss, tensors, saved[9], need)
 
-    logits = tensors[0]
-    grad_loss = grad_loss.to(reference.accumulate_dtype(logits.dtype))
+    dtype = saved[10].dtype  # of the statistics: the accumulation dtype
+    if grad_loss.dtype != dtype:
+        grad_loss = grad_loss.to(dtype)
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
     if made[0] is not None and getattr(ctx, "taken", False):
         made[0] = None  # given away by an earlier backward; the caller may have changed it
     missing = [n and g is None for n, g in zip(need, made, strict=True)]
+    grads: list[Tensor | None] = [None] * 4
     if in_place and need[0]:
-        fresh = list(_ops.row_backward_(grad_loss, *tensors, *statistics, *ctx.options, *missing))
-        torch.autograd.graph.increment_version(logits)
-        fresh[0] = logits.data
+        fresh = _ops.row_backward_(grad_loss, *tensors, *statistics, *ctx.options, *missing)
+        grads = [g if m else None for g, m in zip(fresh, missing, strict=True)]
+        grads[0] = tensors[0].data
+        torch.autograd.graph.increment_version(tensors[0])
     elif any(missing):
-        fresh = list(_ops.row_backward(grad_loss, *tensors, *statistics, *ctx.options, *missing))
-    grads: list[Tensor | None] = [None] * _ARGUMENTS
-    for k, position in enumerate(_DIFFERENTIABLE):
-        if missing[k]:
-            grads[position] = fresh[k]
-        elif need[k] and k > 0:
-            grads[position] = made[k] * grad_loss
-        elif need[k]:
-            ctx.taken = True
-            # .data: a tensor of its own over the same memory, so that autograd may keep it as
-            # the leaf's .grad without a copy, and changes to it are not changes to what we saved.
-            whole = made[0].data
-            grads[position] = whole if grad_loss == 1 else whole.mul_(grad_loss)
+        fresh = _ops.row_backward(grad_loss, *tensors, *statistics, *ctx.options, *missing)
+        grads = [g if m else None for g, m in zip(fresh, missing, strict=True)]
+    for k in (1, 2, 3):
+        if need[k] and not missing[k]:
+            grads[k] = made[k] * grad_loss
+    if need[0] and not missing[0]:
+        ctx.taken = True
+        # .data: a tensor of its own over the same memory, so that autograd may keep it as the
+        # leaf's .grad without a copy, and changes to it are not changes to what we saved.
+        whole = made[0].data
+        grads[0] = whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
     return grads
 
 
 def _differentiable_backward(
-    ctx: Any, grad_loss: Tensor, tensors: tuple[Any, ...], given: Tensor | None, need: list[bool]
+    ctx: Any,
+    grad_loss: Tensor,
+    tensors: tuple[Any, ...],
+    given: Tensor | None,
+    need: tuple[bool, ...],
 ) -> list[Tensor | None]:
+    """The same gradients through the reference, so that they can be differentiated again."""
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight = tensors
     names = {code: name for name, code in NORMALIZERS.items()}
     with torch.enable_grad():
@@ -182,32 +188,27 @@ def _differentiable_backward(
             label_smoothing=ctx.options[1],
             focal_gamma=ctx.options[2],
             reduction={code: name for name, code in REDUCTIONS.items()}[ctx.reduction],
-            normalizer=given if given is not None else names.get(ctx.normalizer, "weights"),
+            normalizer=given if given is not None else names[ctx.normalizer],
         )
-    inputs = [tensors[i] for i, n in zip(_DIFFERENTIABLE, need, strict=True) if n]
+    inputs = [t for t, n in zip((logits, scale, bias, confidence), need, strict=True) if n]
     found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
+    return [next(found) if n else None for n in need]
+
+
+def _operator_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    need = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
     grads: list[Tensor | None] = [None] * _ARGUMENTS
-    for position, n in zip(_DIFFERENTIABLE, need, strict=True):
-        if n:
-            grads[position] = next(found)
-    return grads
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output)
-    ctx.set_materialize_grads(False)
-
-
-def _operator_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * _ARGUMENTS
-    return tuple(_row_backward(ctx, grad_loss, in_place=False))
+    for i, grad in zip(
+        _DIFFERENTIABLE, _row_backward(ctx, grad_loss, need, in_place=False), strict=True
+    ):
+        grads[i] = grad
+    return tuple(grads)
 
 
 torch.library.register_autograd(
     "disalign_ops::row_forward",
     _operator_backward,
-    setup_context=_setup_context,
+    setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
     lib=_library,
 )
 
@@ -216,16 +217,26 @@ class _EagerRowLoss(torch.autograd.Function):
     """row_forward in eager mode: less overhead than the dispatcher's autograd, and in place."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        *arguments, ctx.in_place = inputs
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        confidence: Tensor | None,
+        arguments: tuple[Any, ...],
+        in_place: bool,
+    ) -> Any:
+        # The four tensors are those of `arguments`, given apart for autograd to see.
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _ops.row_forward.default(*arguments)
-        _save(ctx, tuple(arguments), outputs)
+        _save(ctx, arguments, outputs)
+        ctx.in_place = in_place
         return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*_row_backward(ctx, grad_loss, ctx.in_place), None)
+        grads = _row_backward(ctx, grad_loss, ctx.needs_input_grad[:4], ctx.in_place)
+        return (*grads, None, None)
 
 
 def row_loss(
@@ -243,9 +254,8 @@ def row_loss(
     logits = tensors[0]
     assert logits is not None
     grad = torch.is_grad_enabled()
-    need = [
-        grad and t is not None and t.requires_grad for t in (tensors[i] for i in _DIFFERENTIABLE)
-    ]
+    learned = [tensors[i] for i in _DIFFERENTIABLE]
+    need = [grad and t is not None and t.requires_grad for t in learned]
     scalar = reduction != "none"
     compiling = torch.compiler.is_compiling()
     in_forward = (
@@ -268,7 +278,7 @@ def row_loss(
             with torch._C._AutoDispatchBelowAutograd():
                 loss = _ops.row_forward.default(*arguments)[0]
             return loss
-        loss = _EagerRowLoss.apply(*arguments, in_place)  # type: ignore[no-untyped-call]
+        loss = _EagerRowLoss.apply(*learned, arguments, in_place)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         # The stable ABI throws nothing but RuntimeError; F.cross_entropy raises IndexError here.
         message = str(error)

@@ -31,7 +31,7 @@ _BACKGROUNDS = (None, "first", "last")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Options:
     """Keywords that both losses share; see `cross_entropy`."""
 
@@ -284,7 +284,8 @@ def _loss(
     if target.is_floating_point():
         loss = _soft_loss(rows, target, vectors, normalizer, smoothing, options)
     elif serving_backend(input) == "native":
-        tensors = (rows, target.reshape(-1).contiguous(), *vectors.values(), margin, sample_weight)
+        flat = target if target.dim() == 1 else target.reshape(-1)
+        tensors = (rows, flat.contiguous(), *vectors.values(), margin, sample_weight)
         numbers = (options.ignore_index, smoothing, gamma)
         loss = _ops.row_loss(tensors, numbers, options.reduction, normalizer, in_place)
     else:
@@ -304,7 +305,9 @@ def _loss(
         )
     # Under autocast F.cross_entropy yields float32; the half logits themselves are not copied.
     autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    loss = loss.to(torch.float32 if autocast else input.dtype)
+    wanted = torch.float32 if autocast else input.dtype
+    if loss.dtype != wanted:
+        loss = loss.to(wanted)
     return loss.reshape(positions_shape(input)) if options.reduction == "none" else loss
 
 

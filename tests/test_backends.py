@@ -17,12 +17,16 @@ from disalign_ops import _backends
 from disalign_ops.errors import ArgumentError
 
 PACKAGE = Path(disalign_ops.__file__).parent
-COMPILED = disalign_ops.backend_info()["native"]["instruction_sets_compiled"]
+NATIVE = disalign_ops.backend_info()["native"]
+COMPILED = NATIVE["instruction_sets_compiled"]
+OTHERS = [name for name in COMPILED if name != NATIVE["instruction_set"]]
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python away from this folder, which `-c` would put before PYTHONPATH."""
     return subprocess.run(
         [sys.executable, *arguments],
+        cwd=sys.prefix,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -93,8 +97,8 @@ def supported(instruction_set: str) -> bool:
     return run.stdout.strip() == "True"
 
 
-@pytest.mark.parametrize("instruction_set", COMPILED)
-def test_every_instruction_set_passes_the_row_tests(instruction_set: str) -> None:
+@pytest.mark.parametrize("instruction_set", OTHERS)
+def test_every_other_instruction_set_passes_the_row_tests(instruction_set: str) -> None:
     if not supported(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}; its code cannot run here")
     names = ["test_row.py", "test_calibrate.py", "test_in_place.py"]

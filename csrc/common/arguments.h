@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -52,10 +54,34 @@ inline void check_rows(const Tensor& logits, const char* name) {
           std::string(name) + "'s classes are not next to each other");
 }
 
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size,
-                         ScalarType dtype) {
-  const std::vector<int64_t> sizes(size);
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+inline int32_t shim_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+// A new contiguous tensor on the CPU, not initialised. Through the C shim: torch::stable::empty
+// looks its operator up by name on every call, which costs more than a small batch's arithmetic.
+// DISALIGN_OPS_POISON (set by the tests) fills it with NaN, so that an entry never written shows.
+inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype) {
+  static const bool poison = std::getenv("DISALIGN_OPS_POISON") != nullptr;
+  int64_t strides[2] = {1, 1};
+  const auto dim = static_cast<int64_t>(size.size());
+  if (dim == 2) strides[0] = size.begin()[1];
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, size.begin(), strides, shim_dtype(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  if (poison && tensor.numel() > 0)
+    std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 }  // namespace disalign

@@ -19,12 +19,12 @@ struct Gradients {
 
   // new_logits: allocate the gradient of the logits, rows next to each other.
   Gradients(const Tensor& z, Wanted wanted, bool new_logits)
-      : logits(new_tensor(z, {0}, z.scalar_type())),
+      : logits(new_tensor({0}, z.scalar_type())),
         scale(vector(z, wanted.scale ? z.size(1) : 0)),
         bias(vector(z, wanted.bias ? z.size(1) : 0)),
         confidence(vector(z, wanted.confidence ? z.size(0) : 0)) {
     if (!new_logits) return;
-    logits = new_tensor(z, {z.size(0), z.size(1)}, z.scalar_type());
+    logits = new_tensor({z.size(0), z.size(1)}, z.scalar_type());
     advise_huge_pages(logits.mutable_data_ptr(), logits.numel() * logits.element_size());
   }
 
@@ -43,7 +43,7 @@ struct Gradients {
 
  private:
   static Tensor vector(const Tensor& z, int64_t entries) {
-    return new_tensor(z, {entries}, accumulate_dtype(z.scalar_type()));
+    return new_tensor({entries}, accumulate_dtype(z.scalar_type()));
   }
 };
 

@@ -28,7 +28,7 @@ class Partition {
     const int64_t padded = padded_classes(classes_);
     const int64_t scratch_doubles = (scratch_bytes_each + 63) / 64 * 8;
     const int64_t each = scratch_doubles + (class_gradients ? 2 * padded : 0);
-    buffer_ = new_tensor(logits, {count * each}, ScalarType::Double);
+    buffer_ = new_tensor({count * each}, ScalarType::Double);
     auto* base = static_cast<double*>(buffer_.mutable_data_ptr());
     for (int64_t i = 0; i < count; ++i) {
       Chunk chunk;

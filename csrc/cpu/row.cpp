@@ -20,6 +20,13 @@ double read(const void* p, ScalarType dtype, int64_t i) {
                                      : static_cast<const float*>(p)[i];
 }
 
+void write(const Tensor& out, int64_t i, double value) {
+  if (out.scalar_type() == ScalarType::Double)
+    static_cast<double*>(out.mutable_data_ptr())[i] = value;
+  else
+    static_cast<float*>(out.mutable_data_ptr())[i] = static_cast<float>(value);
+}
+
 IndexType index_type(const Tensor& target) {
   switch (target.scalar_type()) {
     case ScalarType::Byte:
@@ -75,7 +82,8 @@ struct Call {
     args.weight_sum = static_cast<double>(classes);
     if (label_smoothing > 0) {
       if (args.weight == nullptr) {
-        ones = torch::stable::full({classes}, 1.0, dtype, std::nullopt, logits.device());
+        ones = new_tensor({classes}, dtype);
+        for (int64_t j = 0; j < classes; ++j) write(ones, j, 1.0);
         args.weight = ones.const_data_ptr();
       } else {
         args.weight_sum = 0;
@@ -120,15 +128,6 @@ struct Call {
   }
 };
 
-Tensor scalar(const Tensor& like, double value, ScalarType dtype) {
-  Tensor out = new_tensor(like, {}, dtype);
-  if (dtype == ScalarType::Double)
-    *static_cast<double*>(out.mutable_data_ptr()) = value;
-  else
-    *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
-  return out;
-}
-
 void require_calibration(const RowArgs& args, Wanted wanted) {
   require(args.scale != nullptr || !(wanted.classes() || wanted.confidence),
           "gradients are wanted of a calibration that is not given");
@@ -170,27 +169,24 @@ ForwardResult row_forward(const Tensor& logits, const Tensor& target, const Opti
   const Gradients gradients(logits, wanted, wanted.logits);
   gradients.attach(wanted, args);
   args.grad_row_stride = args.classes;
-  const Tensor row_max = new_tensor(logits, {args.rows}, call.dtype);
-  const Tensor row_sum = new_tensor(logits, {args.rows}, call.dtype);
+  const Tensor row_max = new_tensor({args.rows}, call.dtype);
+  const Tensor row_sum = new_tensor({args.rows}, call.dtype);
   args.row_max = row_max.mutable_data_ptr();
   args.row_sum = row_sum.mutable_data_ptr();
-  Tensor loss;
-  if (reduction == kNone) {
-    loss = new_tensor(logits, {args.rows}, call.dtype);
-    args.loss = loss.mutable_data_ptr();
-  }
+  const bool each = reduction == kNone;
+  const Tensor loss = each ? new_tensor({args.rows}, call.dtype) : new_tensor({}, call.dtype);
+  const Tensor divisor = new_tensor({}, ScalarType::Double);
+  write(divisor, 0, denominator);
+  if (each) args.loss = loss.mutable_data_ptr();
   Partition partition = partition_of(logits, args, call.dtype);
   const RowKernels& kernel = kernels_for(DISALIGN_CHOOSE(row_kernels), logits.scalar_type());
   partition.run([&](Chunk& chunk) { kernel.forward(args, chunk); });
   gradients.reduce_classes(partition);
-  if (reduction != kNone) {
-    const double total = partition.loss_sum();
-    loss = scalar(logits, reduce_loss(total, reduction, normalizer, denominator), call.dtype);
-  }
+  if (!each) write(loss, 0, reduce_loss(partition.loss_sum(), reduction, normalizer, denominator));
   return {loss,
           row_max,
           row_sum,
-          scalar(logits, denominator, ScalarType::Double),
+          divisor,
           gradients.logits,
           gradients.scale,
           gradients.bias,

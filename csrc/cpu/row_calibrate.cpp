@@ -28,7 +28,7 @@ CalibrateArgs checked(const Tensor& logits, const Tensor& scale, const Tensor& b
 Tensor row_calibrate(const Tensor& logits, const Tensor& scale, const Tensor& bias,
                      const Tensor& confidence) {
   CalibrateArgs args = checked(logits, scale, bias, confidence);
-  const Tensor out = new_tensor(logits, {logits.size(0), args.classes}, logits.scalar_type());
+  const Tensor out = new_tensor({logits.size(0), args.classes}, logits.scalar_type());
   advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   args.output = out.mutable_data_ptr();
   const auto& kernel = kernels_for(DISALIGN_CHOOSE(calibrate_kernels), logits.scalar_type());
