@@ -19,6 +19,9 @@
 namespace disalign::DISALIGN_CAPABILITY {
 namespace {
 
+// What u is: the logits; with a prior or a margin; calibrated (and perhaps those).
+enum class Kind { kPlain, kShifted, kCalibrated };
+
 constexpr double kHuge = std::numeric_limits<double>::max();
 
 template <class A>
@@ -56,9 +59,10 @@ struct Sums {
   double smooth_slope[R] = {};   // sum_j w_j (d_j - d_t)
 };
 
-// Writes u = (1 + c a) z + c b + o to scratch and finds its maximum. The lanes of scratch behind
-// the last class become -inf, so that they count nothing.
-template <class T, int R, bool Calibrated, bool Smooth>
+// Finds the maximum of u = (1 + c a) z + c b + o and writes u to scratch, unless it is the logits,
+// which exponentiate reads again. Lanes behind the last class become -inf, so that they count
+// nothing.
+template <class T, int R, Kind K, bool Smooth>
 DISALIGN_INLINE void affine(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
                             Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
@@ -74,23 +78,21 @@ DISALIGN_INLINE void affine(const ClassVectors<Accumulate<T>>& classes, const Ro
   for_lanes<A>(rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     V a{}, b{}, o{}, w{};
-    if constexpr (Calibrated) {
+    if constexpr (K == Kind::kCalibrated) {
       a = load_lanes<Full>(classes.scale + j, n);
       b = load_lanes<Full>(classes.bias + j, n);
     }
-    if (classes.prior) o = load_lanes<Full>(classes.prior + j, n);
+    if (K != Kind::kPlain && classes.prior) o = load_lanes<Full>(classes.prior + j, n);
     if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       V u = load_lanes<Full>(z[r] + j, n);
-      if constexpr (Calibrated)
-        u = u * (a * c[r] + A(1)) + (b * c[r] + o);
-      else
-        u = u + o;
+      if constexpr (K == Kind::kCalibrated) u = u * (a * c[r] + A(1)) + (b * c[r] + o);
+      if constexpr (K == Kind::kShifted) u = u + o;
       if constexpr (Smooth) smooth[r] += w * u;
       if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
       maximum[r] = vmax(u, maximum[r]);
-      store(e[r] + j, u);
+      if constexpr (K != Kind::kPlain) store(e[r] + j, u);
     }
   });
   for (int r = 0; r < R; ++r) {
@@ -125,7 +127,7 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
 // sum_j q_j d_j = sum_j q_j (d_j - d_t), for sum_j q_j = 0: so the target's own term, which would
 // cancel only up to rounding where p_t is next to 1, is exactly 0. Masked: d = 0 for classes with
 // z = -inf; without it they make the sums NaN, which the caller sees.
-template <class T, int R, bool Slope, bool Smooth, bool Masked>
+template <class T, int R, Kind K, bool Slope, bool Smooth, bool Masked>
 DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
                                   const Rows<T, R>& rows, Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
@@ -149,7 +151,14 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(z[r] + ahead + j, 0, 2);
-      const V x = exp_nonpositive(load(e[r] + j) - maximum[r]);
+      V u;
+      if constexpr (K == Kind::kPlain) {
+        u = load_lanes<Full>(z[r] + j, n);
+        if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
+      } else {
+        u = load(e[r] + j);
+      }
+      const V x = exp_nonpositive(u - maximum[r]);
       store(e[r] + j, x);
       exponential[r] += x;
       if constexpr (Slope) {
@@ -251,25 +260,27 @@ Accumulate<T> target_slope(const ClassVectors<Accumulate<T>>& classes, const Row
 
 // Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
 // if a masked class was met and Masked is not set.
-template <class T, int R, bool Calibrated, bool Smooth, bool Masked>
+template <class T, int R, Kind K, bool Smooth, bool Masked>
 bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
   using A = Accumulate<T>;
+  constexpr bool Calibrated = K == Kind::kCalibrated;
   const ClassVectors<A> classes(args);
   const bool slope = Calibrated && (args.grad_confidence || args.class_gradients);
   Sums<A, R> sums;
-  affine<T, R, Calibrated, Smooth>(classes, rows, sums);
+  affine<T, R, K, Smooth>(classes, rows, sums);
   if (classes.margin) apply_margin(classes, rows, sums);
   for (int r = 0; r < R; ++r) {
-    sums.target_logit[r] = rows.e[r][rows.target[r]];
+    const int64_t t = rows.target[r];
+    sums.target_logit[r] = K == Kind::kPlain ? to_accumulate(rows.z[r][t]) : rows.e[r][t];
     if constexpr (Calibrated) sums.target_slope[r] = target_slope(classes, rows, r);
     if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
     sums.smooth[r] -= static_cast<double>(sums.maximum[r]) * args.weight_sum;
   }
   if constexpr (Calibrated) {
     if (slope)
-      exponentiate<T, R, true, Smooth, Masked>(classes, rows, sums);
+      exponentiate<T, R, K, true, Smooth, Masked>(classes, rows, sums);
     else
-      exponentiate<T, R, false, Smooth, Masked>(classes, rows, sums);
+      exponentiate<T, R, K, false, Smooth, Masked>(classes, rows, sums);
     if (!Masked && slope) {
       for (int r = 0; r < R; ++r) {
         const bool finite =
@@ -278,7 +289,7 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
       }
     }
   } else {
-    exponentiate<T, R, false, Smooth, Masked>(classes, rows, sums);
+    exponentiate<T, R, K, false, Smooth, Masked>(classes, rows, sums);
   }
 
   Emission<T, R> out;
@@ -339,19 +350,22 @@ void run_rows(const RowArgs& args, bool backward, const int64_t* index, Chunk& c
   const Rows<T, R> rows = gather<T, R>(args, index, chunk);
   const bool smooth = args.label_smoothing > 0;
   if (!args.confidence) {
-    if (smooth)
-      run_block<T, R, false, true, false>(args, backward, rows, chunk);
-    else
-      run_block<T, R, false, false, false>(args, backward, rows, chunk);
+    const bool plain = !args.prior && !args.margin;
+    if (plain && smooth) run_block<T, R, Kind::kPlain, true, false>(args, backward, rows, chunk);
+    if (plain && !smooth) run_block<T, R, Kind::kPlain, false, false>(args, backward, rows, chunk);
+    if (!plain && smooth) run_block<T, R, Kind::kShifted, true, false>(args, backward, rows, chunk);
+    if (!plain && !smooth)
+      run_block<T, R, Kind::kShifted, false, false>(args, backward, rows, chunk);
     return;
   }
-  const bool done = smooth ? run_block<T, R, true, true, false>(args, backward, rows, chunk)
-                           : run_block<T, R, true, false, false>(args, backward, rows, chunk);
+  const bool done =
+      smooth ? run_block<T, R, Kind::kCalibrated, true, false>(args, backward, rows, chunk)
+             : run_block<T, R, Kind::kCalibrated, false, false>(args, backward, rows, chunk);
   if (done) return;
   if (smooth)
-    run_block<T, R, true, true, true>(args, backward, rows, chunk);
+    run_block<T, R, Kind::kCalibrated, true, true>(args, backward, rows, chunk);
   else
-    run_block<T, R, true, false, true>(args, backward, rows, chunk);
+    run_block<T, R, Kind::kCalibrated, false, true>(args, backward, rows, chunk);
 }
 
 // An ignored row: loss and gradients 0 without looking at its logits, NaN or not.

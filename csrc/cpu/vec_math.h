@@ -192,6 +192,31 @@ DISALIGN_INLINE void store_tail(T* p, Vec<Accumulate<T>> v, int n) {
   store(buffer, v);
   std::memcpy(p, buffer, n * sizeof(T));
 }
+#if defined(__AVX512F__)
+// Masked, since an odd C (1203) has a tail in every row and a memcpy of n bytes is a call.
+DISALIGN_INLINE Vec<float> load_tail(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+DISALIGN_INLINE void store_tail(float* p, Vec<float> v, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+}
+DISALIGN_INLINE Vec<float> load_tail(const BFloat16* p, int n) {
+  BFloat16 buffer[Lanes<float>::N];
+  const auto bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  std::memcpy(buffer, &bits, sizeof(buffer));
+  return load(buffer);
+}
+#elif defined(__AVX2__)
+DISALIGN_INLINE __m256i tail_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DISALIGN_INLINE Vec<float> load_tail(const float* p, int n) {
+  return _mm256_maskload_ps(p, tail_mask(n));
+}
+DISALIGN_INLINE void store_tail(float* p, Vec<float> v, int n) {
+  _mm256_maskstore_ps(p, tail_mask(n), v);
+}
+#endif
 
 // full: whether all N lanes exist, known when compiling so that the body of a loop has no branch.
 template <bool Full, class T>
@@ -250,15 +275,21 @@ DISALIGN_INLINE Vec<double> vmax(Vec<double> a, Vec<double> b) {
 
 template <class A>
 DISALIGN_INLINE A reduce_max(Vec<A> v) {
-  A m = v[0];
-  for (int i = 1; i < Lanes<A>::N; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  A lane[Lanes<A>::N];
+  std::memcpy(lane, &v, sizeof(v));
+  for (int width = Lanes<A>::N / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i + width] > lane[i] ? lane[i + width] : lane[i];
+  return lane[0];
 }
+
+// In double, by halves: a chain of additions would wait for each one.
 template <class A>
 DISALIGN_INLINE double reduce_add(Vec<A> v) {
-  double s = 0;
-  for (int i = 0; i < Lanes<A>::N; ++i) s += static_cast<double>(v[i]);
-  return s;
+  double lane[Lanes<A>::N];
+  for (int i = 0; i < Lanes<A>::N; ++i) lane[i] = static_cast<double>(v[i]);
+  for (int width = Lanes<A>::N / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
 }
 
 // exp(x) for x <= 0 (a little above is fine); exactly 0 for -inf and below the normal range, NaN

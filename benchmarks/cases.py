@@ -1,0 +1,169 @@
+"""The registry of cases, and the inputs of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from disalign_ops import class_stats
+
+
+class Mode(Enum):
+    """What is computed; forward and backward in every mode."""
+
+    FULL = "full"
+    STAGE2 = "stage2"
+    PLAIN = "plain"
+    IN_PLACE = "in-place"
+
+    @property
+    def calibrated(self) -> bool:
+        return self is not Mode.PLAIN
+
+
+WORK = {
+    Mode.FULL: "DisAlign loss, all gradients",
+    Mode.STAGE2: "DisAlign loss, stage 2",
+    Mode.PLAIN: "weighted cross_entropy",
+    Mode.IN_PLACE: "DisAlign loss in place",
+}
+_MODE_REASONS = {
+    Mode.FULL: "gradients of logits, confidence, scale and bias",
+    Mode.STAGE2: "frozen logits: gradients of confidence, scale and bias",
+    Mode.PLAIN: "the drop-in for F.cross_entropy, gradient of the logits",
+    Mode.IN_PLACE: "all gradients, that of the logits written over them; peers allocate theirs",
+}
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark: logits (rows, classes) of a dtype, and what is done with them."""
+
+    name: str
+    rows: int
+    classes: int
+    dtype: torch.dtype
+    mode: Mode
+    reason: str
+    quick: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        return _DTYPE_NAMES[self.dtype]
+
+    @property
+    def title(self) -> str:
+        return f"{WORK[self.mode]}, {self.rows} x {self.classes} {self.dtype_name}"
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.rows * self.classes * self.dtype.itemsize
+
+
+# Rows shrink as classes grow: the logits stay near 64 MB, beyond every cache and far below the
+# memory of a small machine, of which the eager composition takes eight times as much.
+_SHAPES = (
+    ("imagenet", 256, 1000, "ImageNet-LT, its batch: 1 MB, inside the cache"),
+    ("lvis", 4096, 1204, "LVIS with background, 8 images of 512 boxes"),
+    ("inat", 2048, 8142, "iNaturalist 2018"),
+    ("100k", 256, 100_000, "a row larger than the first-level cache"),
+    (
+        "1m",
+        16,
+        1_000_000,
+        "a row larger than the second-level cache, fewer rows than work to share",
+    ),
+)
+_QUICK = ("lvis-full", "lvis-stage2", "lvis-plain", "inat-in-place", "inat-stage2")
+
+
+def _registry() -> dict[str, Case]:
+    cases = []
+    for data, rows, classes, why in _SHAPES:
+        for dtype, dtype_name in _DTYPE_NAMES.items():
+            for mode in Mode:
+                name = f"{data}-{mode.value}" + ("" if dtype == torch.float32 else f"-{dtype_name}")
+                reason = f"{why}; {_MODE_REASONS[mode]}"
+                cases.append(Case(name, rows, classes, dtype, mode, reason, name in _QUICK))
+    for mode in (Mode.PLAIN, Mode.FULL, Mode.STAGE2):
+        cases.append(
+            Case(
+                f"small-{mode.value}",
+                64,
+                1000,
+                torch.float32,
+                mode,
+                f"a batch so small that the overhead per call is most of it; {_MODE_REASONS[mode]}",
+                mode is Mode.PLAIN,
+            )
+        )
+    return {case.name: case for case in cases}
+
+
+CASES = _registry()
+
+
+def select(patterns: list[str], full: bool) -> list[Case]:
+    """The cases that a pattern names (shell wildcards), or else the quick set or all.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    if not patterns:
+        return [case for case in CASES.values() if full or case.quick]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in CASES):
+            raise ValueError(f"no case is named {pattern!r}; there are {', '.join(CASES)}")
+    return [c for c in CASES.values() if any(fnmatchcase(c.name, p) for p in patterns)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every contestant gets. Learned tensors require a gradient if the mode wants one."""
+
+    mode: Mode
+    logits: Tensor
+    target: Tensor
+    confidence: Tensor
+    scale: Tensor
+    bias: Tensor
+    weight: Tensor
+
+    def wanted(self, logits: Tensor) -> dict[str, Tensor]:
+        """The tensors whose gradients the mode wants; `logits`: those that the loss was given."""
+        found = {} if self.mode is Mode.STAGE2 else {"logits": logits}
+        if self.mode.calibrated:
+            found |= {"confidence": self.confidence, "scale": self.scale, "bias": self.bias}
+        return found
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Logits with a trained classifier's spread, long-tailed targets, a calibration half learned.
+
+    The vectors are float32 whatever the logits are, as under autocast.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    # From 1280 samples to 5, as ImageNet-LT.
+    counts = 1280.0 * (5 / 1280) ** torch.linspace(0, 1, case.classes, dtype=torch.float64)
+    target = torch.multinomial(counts, case.rows, replacement=True, generator=generator)
+    logits = (normal(case.rows, case.classes) * 3).to(device, case.dtype)
+    learned = {
+        "confidence": normal(case.rows),
+        "scale": 1 + 0.3 * normal(case.classes),
+        "bias": 0.5 * normal(case.classes),
+    }
+    return Inputs(
+        case.mode,
+        logits.requires_grad_(case.mode is not Mode.STAGE2),
+        target.to(device),
+        **{k: v.to(device).requires_grad_(case.mode.calibrated) for k, v in learned.items()},
+        weight=class_stats.grw_weights(counts.round().long()).to(device),
+    )

@@ -1,0 +1,68 @@
+"""The correctness gate: no speed is reported of a loss or gradient that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from disalign_ops import reference
+
+from .cases import Inputs
+from .peers import Contestant
+
+# Error allowed relative to the largest magnitude of the expected tensor. float32: sums of a
+# million terms in any order. bfloat16: the result's rounding, 2^-9, and as much again where a
+# contestant rounds in between.
+RELATIVE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8}
+
+
+def exact(inputs: Inputs) -> dict[str, Tensor]:
+    """Loss and wanted gradients by the reference in float64."""
+    logits = inputs.logits.detach().double().requires_grad_(inputs.logits.requires_grad)
+    calibration: dict[str, Tensor] = {}
+    wanted = {"logits": logits} if logits.requires_grad else {}
+    if inputs.mode.calibrated:
+        for name in ("confidence", "scale", "bias"):
+            calibration[name] = getattr(inputs, name).detach().double().requires_grad_()
+        wanted |= calibration
+        # The reference knows u = (1 + c a) z + c b alone; the form compared here has a = scale - 1.
+        calibration["scale"] = calibration["scale"] - 1
+    loss = reference.cross_entropy(
+        logits, inputs.target, weight=inputs.weight.double(), **calibration
+    )
+    grads = torch.autograd.grad(loss, list(wanted.values()))
+    return {"loss": loss.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def computed(contestant: Contestant, inputs: Inputs, logits: Tensor) -> dict[str, Tensor]:
+    """Loss and wanted gradients by a contestant; it may overwrite `logits`."""
+    loss = contestant.loss(inputs, logits)
+    wanted = inputs.wanted(logits)
+    grads = torch.autograd.grad(loss, list(wanted.values()))
+    return {"loss": loss.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest error of each tensor, relative to the largest magnitude expected in it."""
+    found = {}
+    for name, right in expected.items():
+        difference = (actual[name].to(right.dtype) - right).abs().max()
+        found[name] = float(difference) / max(float(right.abs().max()), 1e-300)
+    return found
+
+
+def objections(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype
+) -> str:
+    """What is wrong with a result, for logits of `dtype`; empty if nothing is."""
+    for name, right in expected.items():
+        if actual[name].shape != right.shape:
+            return f"{name}: shape {tuple(actual[name].shape)}, needed is {tuple(right.shape)}"
+    allowed = RELATIVE[dtype]
+    return "; ".join(
+        f"{name}: relative error {error:.2g}, allowed {allowed:.2g}"
+        for name, error in errors(actual, expected).items()
+        if not error <= allowed  # NaN is an error
+    )

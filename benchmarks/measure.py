@@ -1,0 +1,175 @@
+"""Time in paired rounds, memory at its peak, and the bytes that a mode has to move."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .cases import Case, Mode
+
+# Kineto announces every profile on stderr, in the middle of the progress bar.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+Clock = Callable[[Callable[[], object]], float]
+
+_BUDGET_S = 8.0  # of timed rounds a case: six quick cases and their compilation in three minutes
+_FEWEST, _MOST = 7, 1000
+_FLUSH_BYTES = 256 << 20  # more than the last-level cache of any GPU
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a step: median, 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Linear between the two nearest of the sorted values, as numpy's default."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def timing(seconds: list[float]) -> Timing:
+    p20, median, p80 = (percentile(seconds, p) for p in (20, 50, 80))
+    return Timing(median, p20, p80, len(seconds))
+
+
+def paired_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """The median of the rounds' ratios: a slow spell of the machine hits both sides of a round."""
+    ratios = [n / d for n, d in zip(numerators, denominators, strict=True)]
+    return percentile(ratios, 50)
+
+
+def make_clock(device: torch.device, overhead: bool) -> Clock:
+    """Seconds of one call. `overhead`: of the caller's time too, where a GPU would hide it."""
+    if device.type != "cuda":
+
+        def on_cpu(function: Callable[[], object]) -> float:
+            start = time.perf_counter_ns()
+            kept = function()
+            seconds = (time.perf_counter_ns() - start) * 1e-9
+            del kept  # freed after the clock stopped, for everyone
+            return seconds
+
+        return on_cpu
+
+    if overhead:
+
+        def on_cuda_with_overhead(function: Callable[[], object]) -> float:
+            torch.cuda.synchronize(device)
+            start = time.perf_counter_ns()
+            kept = function()
+            torch.cuda.synchronize(device)
+            seconds = (time.perf_counter_ns() - start) * 1e-9
+            del kept
+            return seconds
+
+        return on_cuda_with_overhead
+
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def on_cuda(function: Callable[[], object]) -> float:
+        torch.cuda.synchronize(device)
+        # Empties the L2 cache, and keeps the GPU busy while Python launches what is timed.
+        flush.zero_()
+        begin.record()
+        kept = function()
+        end.record()
+        end.synchronize()
+        del kept
+        return float(begin.elapsed_time(end)) * 1e-3
+
+    return on_cuda
+
+
+def paired_seconds(
+    steps: Mapping[str, Callable[[], Callable[[], object]]],
+    clock: Clock,
+    rounds: int | None,
+    on_round: Callable[[int, int], None],
+) -> dict[str, list[float]]:
+    """Times of every step, interleaved: each round runs each step once, in a shuffled order.
+
+    A step is a function that prepares a call, untimed, and returns it. Shuffled, since what ran
+    before decides what is in the cache. `rounds` None: as many as fit a budget. `on_round` gets
+    the rounds done and to do.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    shuffler = random.Random(0)
+    start = time.perf_counter()
+    for name in order:  # one round to warm up, and to learn what a round costs
+        clock(steps[name]())
+    if rounds is None:
+        fit = int(_BUDGET_S / max(time.perf_counter() - start, 1e-6))
+        rounds = min(max(fit, _FEWEST), _MOST)
+    gc.collect()
+    gc.disable()  # as timeit: a collection would be billed to whoever allocates next
+    try:
+        for done in range(rounds):
+            shuffler.shuffle(order)
+            for name in order:
+                seconds[name].append(clock(steps[name]()))
+            on_round(done + 1, rounds)
+    finally:
+        gc.enable()
+    return seconds
+
+
+def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """How far the tensors alive rise, while `function` runs, above those alive at its start.
+
+    CPU: the events of PyTorch's allocator, which all tensors come from; what C++ takes from malloc
+    itself is not seen. CUDA: the caching allocator's own peak.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = function()
+    del kept  # after the record's end: the result is alive at the peak that a caller sees
+    assert record.profiler is not None
+    events = [
+        event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def counted_passes(case: Case, device: torch.device) -> tuple[int, int]:
+    """Reads and writes of the logits that the mode needs, at least, as design.md counts them."""
+    if case.mode is Mode.STAGE2:
+        return 1, 0
+    # On the CPU a float32 gradient is made in forward, while the row is in the cache. Elsewhere
+    # backward makes it, which reads again: a half gradient made before the loss scale is known
+    # would flush to zero.
+    in_forward = device.type == "cpu" and case.dtype == torch.float32
+    if in_forward and case.mode is not Mode.IN_PLACE:
+        return 1, 1
+    return 2, 1
+
+
+def counted_bytes(case: Case, device: torch.device) -> int:
+    return sum(counted_passes(case, device)) * case.logits_bytes

@@ -1,0 +1,208 @@
+"""Who is compared: disalign_ops, PyTorch eager and compiled, and fused losses where installed.
+
+A fused cross-entropy that knows no calibration gets logits calibrated by eager PyTorch: what a
+user of it would write.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import disalign_ops
+
+from .cases import Case, Inputs, Mode
+
+OURS = "disalign_ops"
+EAGER = "torch eager"
+COMPILED = "torch.compile"
+
+# The loss of (inputs, logits); the logits are inputs.logits or a copy of them.
+Loss = Callable[[Inputs, Tensor], Tensor]
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to compute a case's loss. `overwrites`: it may destroy the logits it is given."""
+
+    name: str
+    loss: Loss
+    overwrites: bool = False
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A peer that a case or this machine cannot have, and why."""
+
+    name: str
+    reason: str
+
+
+def _calibrate(logits: Tensor, confidence: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The paper's definition, c (scale z + bias) + (1 - c) z, as one writes it."""
+    c = torch.sigmoid(confidence)[:, None]
+    return c * (scale * logits + bias) + (1 - c) * logits
+
+
+def _weighted(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    # float(): what autocast does for cross_entropy; nothing for float32.
+    return F.cross_entropy(logits.float(), target, weight=weight)
+
+
+def _disalign(
+    logits: Tensor,
+    target: Tensor,
+    confidence: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    return _weighted(_calibrate(logits, confidence, scale, bias), target, weight)
+
+
+def _composition(weighted: Callable[..., Tensor], disalign: Callable[..., Tensor]) -> Loss:
+    def loss(inputs: Inputs, logits: Tensor) -> Tensor:
+        if not inputs.mode.calibrated:
+            return weighted(logits, inputs.target, inputs.weight)
+        return disalign(
+            logits, inputs.target, inputs.confidence, inputs.scale, inputs.bias, inputs.weight
+        )
+
+    return loss
+
+
+# What a training script has today.
+eager_loss = _composition(_weighted, _disalign)
+
+
+def _compiled_loss() -> Loss:
+    # Forgets the other cases: past eight shapes of one function dynamo would go on in eager mode.
+    torch.compiler.reset()
+
+    def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # fullgraph: a graph break raises instead of timing eager PyTorch under this name.
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    return _composition(compiled(_weighted), compiled(_disalign))
+
+
+def our_loss(inputs: Inputs, logits: Tensor) -> Tensor:
+    if not inputs.mode.calibrated:
+        return disalign_ops.cross_entropy(logits, inputs.target, inputs.weight)
+    return disalign_ops.disalign_cross_entropy(
+        logits,
+        inputs.target,
+        inputs.confidence,
+        inputs.scale,
+        inputs.bias,
+        inputs.weight,
+        inplace_backward=inputs.mode is Mode.IN_PLACE,
+    )
+
+
+def _mean_of_rows(row_losses: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    w = weight[target]
+    return (row_losses * w).sum() / w.sum()
+
+
+def _liger(module: Any) -> CrossEntropy:
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        value: Tensor = module.liger_cross_entropy(logits, target, weight=weight)
+        return value
+
+    return loss
+
+
+def _quack(module: Any) -> CrossEntropy:
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        # Weighted row by row: not every version takes class weights.
+        rows = module.cross_entropy(logits, target, reduction="none")
+        return _mean_of_rows(rows, target, weight)
+
+    return loss
+
+
+def _flash_attention(module: Any) -> CrossEntropy:
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        return _mean_of_rows(module.cross_entropy_loss(logits, target)[0], target, weight)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A fused cross-entropy of logits on CUDA. `overwrites`: it keeps its gradient in them."""
+
+    name: str
+    module: str
+    adapter: Callable[[Any], CrossEntropy]
+    overwrites: bool = False
+
+
+_FUSED = (
+    _Fused("Liger-Kernel", "liger_kernel.transformers.functional", _liger, overwrites=True),
+    _Fused("quack", "quack.cross_entropy", _quack),
+    _Fused("flash-attn", "flash_attn.ops.triton.cross_entropy", _flash_attention),
+)
+_LINEAR = "cut-cross-entropy"
+_LINEAR_MODULE = "cut_cross_entropy"
+NAMES = (EAGER, COMPILED, *(fused.name for fused in _FUSED), _LINEAR)
+
+
+def _import(module: str) -> tuple[Any, str]:
+    """The module, or None and why there is none."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:  # a package built for another torch may raise anything
+        return None, f"cannot be imported: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _fused_contestant(fused: _Fused, case: Case, device: torch.device) -> Contestant | LeftOut:
+    module, why_not = _import(fused.module)
+    if module is None:
+        return LeftOut(fused.name, why_not)
+    if device.type != "cuda":
+        return LeftOut(fused.name, f"has kernels for CUDA only, not for {device.type}")
+    weighted = fused.adapter(module)
+
+    def disalign(
+        logits: Tensor, target: Tensor, confidence: Tensor, scale: Tensor, bias: Tensor, w: Tensor
+    ) -> Tensor:
+        return weighted(_calibrate(logits, confidence, scale, bias), target, w)
+
+    # With a calibration it is the calibrated logits that it overwrites: nobody else's.
+    overwrites = fused.overwrites and not case.mode.calibrated
+    return Contestant(fused.name, _composition(weighted, disalign), overwrites)
+
+
+def contestants(
+    case: Case, device: torch.device, peers: tuple[str, ...] = NAMES
+) -> tuple[list[Contestant], list[LeftOut]]:
+    """Ours first, then the named peers that can take part; and those that cannot."""
+    found: list[Contestant | LeftOut] = [
+        Contestant(OURS, our_loss, overwrites=case.mode is Mode.IN_PLACE)
+    ]
+    if EAGER in peers:
+        found.append(Contestant(EAGER, eager_loss))
+    if COMPILED in peers:
+        found.append(Contestant(COMPILED, _compiled_loss()))
+    found += [_fused_contestant(fused, case, device) for fused in _FUSED if fused.name in peers]
+    if _LINEAR in peers:
+        no_case = "fuses the classifier: takes features and weights, where every case has logits"
+        found.append(LeftOut(_LINEAR, _import(_LINEAR_MODULE)[1] or no_case))
+    return (
+        [c for c in found if isinstance(c, Contestant)],
+        [c for c in found if isinstance(c, LeftOut)],
+    )

@@ -1,0 +1,167 @@
+"""One case from its gate to its numbers, for every contestant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import gate, measure
+from .cases import Case, Inputs, make_inputs
+from .peers import OURS, Contestant, first_line
+
+COPY = "copy"
+
+# Called with what is being done, between timed steps.
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """A contestant in a case. Without a timing, `problem` says what is wrong or what it raised."""
+
+    case: Case
+    contestant: str
+    problem: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    timing: measure.Timing | None = None
+    times_ours: float | None = None  # its time over ours, by paired rounds
+    copies: float | None = None  # its time over that of out.copy_(logits), by paired rounds
+    bytes_per_second: float | None = None  # the bytes that the mode needs, over its time
+    share_of_copy: float | None = None  # of the bandwidth of out.copy_(logits), a read and a write
+    peak_extra: int | None = None  # bytes beyond the inputs and the gradients
+    gradient_bytes: int | None = None  # of new memory for the gradients asked for
+
+    @property
+    def memory_share(self) -> float | None:
+        """Peak extra memory as a share of the logits' bytes."""
+        return None if self.peak_extra is None else self.peak_extra / self.case.logits_bytes
+
+
+@dataclass
+class CaseResult:
+    case: Case
+    copy: measure.Timing
+    results: list[Result]
+
+    def of(self, contestant: str) -> Result | None:
+        return next((r for r in self.results if r.contestant == contestant), None)
+
+    @property
+    def ours_failed(self) -> bool:
+        ours = self.of(OURS)
+        return ours is None or ours.timing is None
+
+
+def new_gradient_bytes(outputs: dict[str, Tensor], logits: Tensor) -> int:
+    """Bytes of the gradients, without one that lies over the logits."""
+    return sum(
+        tensor.numel() * tensor.itemsize
+        for name, tensor in outputs.items()
+        if name != "loss" and tensor.data_ptr() != logits.data_ptr()
+    )
+
+
+def run_case(
+    case: Case,
+    contestants: list[Contestant],
+    device: torch.device,
+    rounds: int | None,
+    progress: Progress,
+) -> CaseResult:
+    """Gate, memory and paired times of a case. What raises or is wrong gets no numbers."""
+    inputs = make_inputs(case, device)
+    # What overwrites the logits needs new ones each time, made before the clock starts. Then all
+    # get new ones, so that all find the same part of them in the cache.
+    renew = any(c.overwrites for c in contestants)
+
+    def logits() -> Tensor:
+        return inputs.logits.clone() if renew else inputs.logits
+
+    progress("reference")
+    expected = gate.exact(inputs)
+    results = [
+        _gated(contestant, case, inputs, expected, logits, progress) for contestant in contestants
+    ]
+    del expected
+    accepted = {
+        result.contestant: contestant
+        for result, contestant in zip(results, contestants, strict=True)
+        if not result.problem
+    }
+
+    out = torch.empty_like(inputs.logits, requires_grad=False)
+
+    def copy_step() -> Callable[[], object]:
+        return partial(out.copy_, logits().detach())
+
+    steps = {COPY: copy_step}
+    for name, contestant in accepted.items():
+        steps[name] = partial(_step, contestant, inputs, logits)
+    seconds = measure.paired_seconds(
+        steps,
+        measure.make_clock(device, overhead=case.name.startswith("small")),
+        rounds,
+        lambda done, of: progress(f"round {done} of {of}"),
+    )
+    copy = measure.timing(seconds[COPY])
+    for result in results:
+        if not result.problem:
+            _fill(result, seconds, copy, device)
+    return CaseResult(case, copy, results)
+
+
+def _step(
+    contestant: Contestant, inputs: Inputs, logits: Callable[[], Tensor]
+) -> Callable[[], object]:
+    """A forward and backward, ready to be timed."""
+    given = logits()
+    wanted = list(inputs.wanted(given).values())
+
+    def step() -> object:
+        return torch.autograd.grad(contestant.loss(inputs, given), wanted)
+
+    return step
+
+
+def _gated(
+    contestant: Contestant,
+    case: Case,
+    inputs: Inputs,
+    expected: dict[str, Tensor],
+    logits: Callable[[], Tensor],
+    progress: Progress,
+) -> Result:
+    result = Result(case, contestant.name)
+    device = inputs.logits.device
+    progress(f"{contestant.name}: first call and correctness")
+    try:
+        given = logits()
+        outputs = gate.computed(contestant, inputs, given)
+        result.problem = gate.objections(outputs, expected, case.dtype)
+        if result.problem:
+            return result
+        result.errors = gate.errors(outputs, expected)
+        result.gradient_bytes = new_gradient_bytes(outputs, given)
+        del outputs, given
+        progress(f"{contestant.name}: memory")
+        peak = measure.peak_extra_bytes(_step(contestant, inputs, logits), device)
+        result.peak_extra = peak - result.gradient_bytes
+    except Exception as error:  # a peer may refuse a case in any way; that is its result
+        result.problem = f"raised {first_line(error)}"
+    return result
+
+
+def _fill(
+    result: Result, seconds: dict[str, list[float]], copy: measure.Timing, device: torch.device
+) -> None:
+    mine = seconds[result.contestant]
+    result.timing = measure.timing(mine)
+    if OURS in seconds:
+        result.times_ours = measure.paired_ratio(mine, seconds[OURS])
+    result.copies = measure.paired_ratio(mine, seconds[COPY])
+    result.bytes_per_second = measure.counted_bytes(result.case, device) / result.timing.median
+    result.share_of_copy = result.bytes_per_second * copy.median / (2 * result.case.logits_bytes)
