@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,16 @@ from disalign_ops import reference
 from .cases import Inputs
 from .peers import Contestant
 
-# Error allowed relative to the largest magnitude of the expected tensor. float32: sums of a
-# million terms in any order. bfloat16: the result's rounding, 2^-9, and as much again where a
-# contestant rounds in between.
-RELATIVE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8}
+# Error allowed relative to the largest magnitude of the expected tensor. float32: torch.compile
+# adds thousands of rows one after another, which was seen to cost 1.4e-5; the tests hold ours to
+# less. bfloat16: the result's rounding, 2^-9, and as much again for one in between.
+RELATIVE = {torch.float32: 5e-5, torch.bfloat16: 2.0**-8}
 
 
 def exact(inputs: Inputs) -> dict[str, Tensor]:
     """Loss and wanted gradients by the reference in float64."""
     logits = inputs.logits.detach().double().requires_grad_(inputs.logits.requires_grad)
-    calibration: dict[str, Tensor] = {}
+    calibration: dict[str, Any] = {}
     wanted = {"logits": logits} if logits.requires_grad else {}
     if inputs.mode.calibrated:
         for name in ("confidence", "scale", "bias"):

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +20,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 Clock = Callable[[Callable[[], object]], float]
 
-_BUDGET_S = 8.0  # of timed rounds a case: six quick cases and their compilation in three minutes
+_BUDGET_S = 10.0  # of timed rounds a case: six quick cases and their compilation in three minutes
 _FEWEST, _MOST = 7, 1000
 _FLUSH_BYTES = 256 << 20  # more than the last-level cache of any GPU
 
@@ -97,12 +98,38 @@ def make_clock(device: torch.device, overhead: bool) -> Clock:
     return on_cuda
 
 
+@dataclass(frozen=True)
+class Paired:
+    """Seconds of each step in each round, and how many cores other programs used meanwhile."""
+
+    seconds: dict[str, list[float]]
+    other_cores: float | None
+
+
+def _busy_seconds() -> float | None:
+    """CPU time that this machine has spent on anything but this process; None where unknown."""
+    try:
+        total = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = (int(t) for t in total[1:9])
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def _other_cores(busy_before: float | None, elapsed: float) -> float | None:
+    busy = _busy_seconds()
+    if busy is None or busy_before is None or elapsed < 1:  # /proc/stat counts in 10 ms
+        return None
+    return max(busy - busy_before, 0.0) / elapsed
+
+
 def paired_seconds(
     steps: Mapping[str, Callable[[], Callable[[], object]]],
     clock: Clock,
     rounds: int | None,
     on_round: Callable[[int, int], None],
-) -> dict[str, list[float]]:
+) -> Paired:
     """Times of every step, interleaved: each round runs each step once, in a shuffled order.
 
     A step is a function that prepares a call, untimed, and returns it. Shuffled, since what ran
@@ -112,14 +139,16 @@ def paired_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffler = random.Random(0)
-    start = time.perf_counter()
-    for name in order:  # one round to warm up, and to learn what a round costs
-        clock(steps[name]())
+    for _ in range(2):  # one round to warm up, one to learn what a round costs
+        start = time.perf_counter()
+        for name in order:
+            clock(steps[name]())
+        cost = time.perf_counter() - start
     if rounds is None:
-        fit = int(_BUDGET_S / max(time.perf_counter() - start, 1e-6))
-        rounds = min(max(fit, _FEWEST), _MOST)
+        rounds = min(max(int(_BUDGET_S / cost), _FEWEST), _MOST)
     gc.collect()
     gc.disable()  # as timeit: a collection would be billed to whoever allocates next
+    busy, start = _busy_seconds(), time.perf_counter()
     try:
         for done in range(rounds):
             shuffler.shuffle(order)
@@ -128,7 +157,7 @@ def paired_seconds(
             on_round(done + 1, rounds)
     finally:
         gc.enable()
-    return seconds
+    return Paired(seconds, _other_cores(busy, time.perf_counter() - start))
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:

@@ -12,7 +12,7 @@ from .results import CaseResult, Result
 
 matplotlib.use("Agg")  # no display is needed to write a file
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 def _errors(result: Result) -> tuple[float, float]:
@@ -67,7 +67,6 @@ def bar_chart(path: Path, cases: list[CaseResult], about: dict[str, Any]) -> Pat
     left.axvline(1, color="black", linewidth=0.8)
     left.set_yticks(range(len(cases)), [case.case.title.replace(", ", ",\n") for case in cases])
     left.invert_yaxis()
-    left.legend(loc="upper right")
     _bars(
         right,
         cases,
@@ -78,6 +77,7 @@ def bar_chart(path: Path, cases: list[CaseResult], about: dict[str, Any]) -> Pat
     # Linear up to 1 %, the bound that the library sets itself, so that 0 has a place.
     right.set_xscale("symlog", linthresh=1)
     right.set_xlabel("peak memory beyond inputs and gradients, % of the logits")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.suptitle(f"Forward and backward on {about['device']}, {about['threads']} threads")
     figure.savefig(path, dpi=120)
     plt.close(figure)

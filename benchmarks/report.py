@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 import disalign_ops
@@ -21,6 +22,7 @@ from .results import CaseResult, Result
 
 _DISTRIBUTIONS = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels",
                   "flash-attn")  # fmt: skip
+_QUIET_CORES = 0.1
 
 
 def device_name(device: torch.device) -> str:
@@ -54,7 +56,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def record(result: Result, copy_seconds: float) -> dict[str, Any]:
+def _record(of: CaseResult, result: Result) -> dict[str, Any]:
     """A result as one flat row. Times in milliseconds."""
     case, timing = result.case, result.timing
     share = result.memory_share
@@ -72,12 +74,13 @@ def record(result: Result, copy_seconds: float) -> dict[str, Any]:
         "rounds": timing and timing.rounds,
         "times_ours": result.times_ours,
         "copies": result.copies,
-        "copy_median_ms": copy_seconds * 1e3,
+        "copy_median_ms": of.copy.median * 1e3,
         "gigabytes_per_second": result.bytes_per_second and result.bytes_per_second * 1e-9,
         "share_of_copy_bandwidth": result.share_of_copy,
         "peak_extra_bytes": result.peak_extra,
         "peak_extra_percent_of_logits": None if share is None else share * 100,
         "gradient_bytes": result.gradient_bytes,
+        "other_cores": of.other_cores,
         "largest_relative_error": max(result.errors.values(), default=None),
     }
 
@@ -87,27 +90,29 @@ def write(
 ) -> list[Path]:
     """bench.csv and bench.json in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [record(r, case.copy.median) for case in cases for r in case.results]
-    table, everything = folder / "bench.csv", folder / "bench.json"
+    pairs = [(case, result) for case in cases for result in case.results]
+    rows = [_record(case, result) for case, result in pairs]
     shared = {
         "device": about["device"],
         "threads": about["threads"],
         "torch": torch.__version__,
         "disalign_ops": disalign_ops.__version__,
     }
+    table = folder / "bench.csv"
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *shared])
         writer.writeheader()
         writer.writerows({**row, **shared} for row in rows)
-    reasons = {case.case.name: case.case.reason for case in cases}
-    for row, result in zip(rows, (r for case in cases for r in case.results), strict=True):
-        row["relative_errors"] = result.errors
     document = {
         "environment": about,
-        "cases": reasons,
+        "cases": {case.case.name: case.case.reason for case in cases},
         "left_out": [asdict(peer) for peer in left_out],
-        "results": rows,
+        "results": [
+            {**row, "relative_errors": result.errors}
+            for row, (_, result) in zip(rows, pairs, strict=True)
+        ],
     }
+    everything = folder / "bench.json"
     everything.write_text(json.dumps(document, indent=2) + "\n")
     return [table, everything]
 
@@ -120,56 +125,65 @@ def _memory(value: float | None) -> str:
     return _number(None if value is None else value * 100, "{:.2f} %")
 
 
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+
+
 def case_table(result: CaseResult) -> Table:
     """Every contestant of one case."""
     copy = result.copy
-    table = Table(
-        title=f"{result.case.name}: {result.case.title}",
-        caption=f"{result.case.reason}\nout.copy_(logits): {copy.median * 1e3:.3g} ms "
-        f"({copy.p20 * 1e3:.3g} to {copy.p80 * 1e3:.3g}), {copy.rounds} paired rounds",
-        title_justify="left",
-        caption_justify="left",
+    table = _table(
+        f"{result.case.name}: {result.case.title}",
+        f"{result.case.reason}\nout.copy_(logits): {copy.median * 1e3:.3g} ms "
+        f"({copy.p20 * 1e3:.3g} .. {copy.p80 * 1e3:.3g}); {copy.rounds} paired rounds",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("median ms", "20 % .. 80 %", "times ours", "copies", "GB/s", "of copy",
-                    "peak extra", "error"):  # fmt: skip
-        table.add_column(heading, justify="right")
+    table.add_column("")
+    for heading in ("median ms", "20 % .. 80 %", "/ ours", "copies", "GB/s, of copy", "peak extra"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for r in result.results:
         if r.timing is None:
-            table.add_row(r.contestant, f"[red]no speed: {r.problem}", *[""] * 7)
             continue
         t = r.timing
-        gigabytes = r.bytes_per_second and r.bytes_per_second * 1e-9
+        gigabytes = _number(r.bytes_per_second and r.bytes_per_second * 1e-9, "{:.3g}")
+        share = _number(r.share_of_copy and r.share_of_copy * 100, "{:.0f} %")
         table.add_row(
             r.contestant,
             f"{t.median * 1e3:.3g}",
             f"{t.p20 * 1e3:.3g} .. {t.p80 * 1e3:.3g}",
             _number(r.times_ours, "{:.2f}"),
             _number(r.copies, "{:.2f}"),
-            _number(gigabytes, "{:.3g}"),
-            _number(r.share_of_copy and r.share_of_copy * 100, "{:.0f} %"),
+            f"{gigabytes}, {share}",
             _memory(r.memory_share),
-            f"{max(r.errors.values()):.1e}",
         )
     return table
 
 
+def case_problems(result: CaseResult) -> list[str]:
+    """A line for every contestant that gets no numbers."""
+    return [f"{r.contestant}: no speed reported: {r.problem}" for r in result.results if r.problem]
+
+
 def summary_table(cases: list[CaseResult], about: dict[str, Any]) -> Table:
     """Ours in each case, beside eager and compiled PyTorch."""
-    table = Table(
-        title="Forward and backward: medians of paired rounds",
-        caption=f"{about['device']}, {about['threads']} threads, torch {torch.__version__}",
-        title_justify="left",
-        caption_justify="left",
+    table = _table(
+        "disalign_ops, forward and backward: medians of paired rounds",
+        f"{about['device']}, {about['threads']} threads, torch {torch.__version__}. Peak extra "
+        "memory: beyond the inputs and the gradients asked for, in % of the logits' bytes.",
     )
     table.add_column("work")
     for heading in ("ms", "times faster than\neager / torch.compile", "copies of\nthe logits",
-                    "peak extra memory,\n% of the logits"):  # fmt: skip
-        table.add_column(heading, justify="right")
+                    "peak extra\nmemory"):  # fmt: skip
+        table.add_column(heading, justify="right", no_wrap=True)
     for result in cases:
         ours = result.of(OURS)
         if ours is None or ours.timing is None:
-            table.add_row(result.case.title, "[red]failed", "-", "-", "-")
+            table.add_row(result.case.title, "failed", "-", "-", "-", style="red")
             continue
         faster = []
         for name in (EAGER, COMPILED):
@@ -185,8 +199,21 @@ def summary_table(cases: list[CaseResult], about: dict[str, Any]) -> Table:
     return table
 
 
+def disturbance(cases: list[CaseResult]) -> str:
+    """A warning if other programs ran beside what was timed; else empty."""
+    others = max((case.other_cores or 0.0 for case in cases), default=0.0)
+    if others < _QUIET_CORES:
+        return ""
+    return (
+        f"Other programs used up to {others:.1f} cores while this was timed: the times and ratios "
+        "are not to be relied on. Memory is not affected."
+    )
+
+
 def left_out_table(left_out: list[LeftOut]) -> Table:
-    table = Table(title="Peers left out", title_justify="left", show_header=False)
+    table = _table("Peers left out", "")
+    table.add_column("peer", no_wrap=True)
+    table.add_column("why")
     for peer in left_out:
         table.add_row(peer.name, peer.reason)
     return table

@@ -46,6 +46,7 @@ class CaseResult:
     case: Case
     copy: measure.Timing
     results: list[Result]
+    other_cores: float | None  # that other programs used while this case was timed
 
     def of(self, contestant: str) -> Result | None:
         return next((r for r in self.results if r.contestant == contestant), None)
@@ -101,17 +102,17 @@ def run_case(
     steps = {COPY: copy_step}
     for name, contestant in accepted.items():
         steps[name] = partial(_step, contestant, inputs, logits)
-    seconds = measure.paired_seconds(
+    paired = measure.paired_seconds(
         steps,
         measure.make_clock(device, overhead=case.name.startswith("small")),
         rounds,
         lambda done, of: progress(f"round {done} of {of}"),
     )
-    copy = measure.timing(seconds[COPY])
+    copy = measure.timing(paired.seconds[COPY])
     for result in results:
         if not result.problem:
-            _fill(result, seconds, copy, device)
-    return CaseResult(case, copy, results)
+            _fill(result, paired.seconds, copy, device)
+    return CaseResult(case, copy, results, paired.other_cores)
 
 
 def _step(

@@ -20,9 +20,10 @@ from .cases import Case, select
 from .results import CaseResult, run_case
 
 _REFRESH_S = 0.5
+_WIDTH = 110
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is given, needed is at least 1")
@@ -43,9 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         "--peer", action="append", choices=peers.NAMES,
         help="compare with this peer only; repeatable; default: all",
     )  # fmt: skip
-    parser.add_argument("--threads", type=_positive, default=2, help="of PyTorch; default 2")
+    parser.add_argument("--threads", type=positive_integer, default=2, help="of PyTorch; default 2")
     parser.add_argument(
-        "--rounds", type=_positive, help="timed rounds a case; default: some seconds' worth"
+        "--rounds", type=positive_integer, help="timed rounds a case; default: some seconds' worth"
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the files")
     return parser
@@ -81,6 +82,8 @@ def _measure(
             result = run_case(case, contestants, device, rounds, show)
             done.append(result)
             console.print(report.case_table(result))
+            for line in report.case_problems(result):
+                console.print(line, style="red", markup=False)
             bar.update(task, advance=1, refresh=True)
     return done, list(left_out)
 
@@ -98,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     about = report.environment(device)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)  # a file has none, and rich would assume 80
     console.print(
         f"{about['device']}, {options.threads} threads, torch {torch.__version__}, disalign_ops "
         f"backend: {about['disalign_ops']['devices'][device.type]}"
@@ -109,13 +114,15 @@ def main(arguments: list[str] | None = None) -> int:
     if left_out:
         console.print(report.left_out_table(left_out))
     console.print(report.summary_table(results, about))
+    if warning := report.disturbance(results):
+        console.print(warning, style="yellow")
     written = report.write(options.out, results, left_out, about)
     written.append(plot.bar_chart(options.out / "bench.png", results, about))
     console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)
 
     failed = [result.case.name for result in results if result.ours_failed]
     if failed:
-        console.print(f"[red]disalign_ops failed in {', '.join(failed)}: see the tables above")
+        console.print(f"disalign_ops failed in {', '.join(failed)}: see above", style="red")
     return 1 if failed else 0
 
 

@@ -12,7 +12,7 @@ import torch
 # forgets to write, or reads before it is written, shows.
 os.environ["DISALIGN_OPS_POISON"] = "1"
 
-import disalign_ops  # noqa: E402
+import disalign_ops
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Which backend serves, how it is chosen, every instruction set, and what is said when one is missing."""
+"""Which backend serves, how it is chosen, every instruction set, and why one is missing."""
 
 from __future__ import annotations
 

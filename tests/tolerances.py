@@ -11,7 +11,7 @@ from torch import Tensor
 RELATIVE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
 # Half dtypes are compared with float64 and with the same-dtype PyTorch composition (see `no_worse`);
-# this much, of the largest magnitude, is allowed beyond that composition's own error: one rounding.
+# beyond that composition's own error this much of the largest magnitude is allowed: one rounding.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
