@@ -64,6 +64,11 @@ class Case:
     def logits_bytes(self) -> int:
         return self.rows * self.classes * self.dtype.itemsize
 
+    @property
+    def overhead(self) -> bool:
+        """Whether the overhead per call is what the case is about."""
+        return self.logits_bytes < 1_000_000
+
 
 # Rows shrink as classes grow: the logits stay near 64 MB, beyond every cache and far below the
 # memory of a small machine, of which the eager composition takes eight times as much.

@@ -104,7 +104,7 @@ def run_case(
         steps[name] = partial(_step, contestant, inputs, logits)
     paired = measure.paired_seconds(
         steps,
-        measure.make_clock(device, overhead=case.name.startswith("small")),
+        measure.make_clock(device, case.overhead),
         rounds,
         lambda done, of: progress(f"round {done} of {of}"),
     )

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
 import torch.nn.functional as F
 from characters_data import CharacterData, ImageFolderData, LongTailImages, augment
-from matplotlib import pyplot as plt
+from characters_plots import plot_accuracy, plot_calibration, plot_samples
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -31,11 +31,10 @@ from torch import Tensor, nn
 import disalign_ops
 
 sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the package
-from benchmarks.measure import peak_extra_bytes  # noqa: E402
+from benchmarks.measure import peak_extra_bytes
 
 BATCH = 256
 FEATURES = 256
-mpl.use("Agg")
 
 
 class Net(nn.Module):
@@ -45,7 +44,7 @@ class Net(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         widths = (1, 16, 64, 128, FEATURES)
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
             if i:
                 layers.append(nn.MaxPool2d(2))
             layers += [
@@ -167,49 +166,6 @@ def loss_costs(head: nn.Module, x: Tensor, target: Tensor, weight: Tensor) -> Ta
     return table
 
 
-def plot_accuracy(data: LongTailImages, before: Tensor, after: Tensor, path: Path) -> None:
-    order = data.counts.argsort(descending=True)
-    figure, axes = plt.subplots(figsize=(8, 4))
-    width = max(1, len(order) // 20)
-    kernel = torch.ones(1, 1, width) / width
-    for name, values in (("stage 1", before), ("DisAlign", after)):
-        line = F.conv1d(values[order].float()[None, None], kernel)[0, 0]
-        ranks = torch.arange(len(line)) + width // 2
-        axes.plot(ranks, 100 * line, label=f"{name} (mean over {width} classes)")
-    axes.set(xlabel="class, from frequent to rare", ylabel="test accuracy, %")
-    axes.legend(loc="lower left")
-    counts = axes.twinx()
-    counts.fill_between(range(len(order)), data.counts[order], alpha=0.15, color="grey")
-    counts.set(yscale="log", ylabel="training images")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def plot_calibration(data: LongTailImages, head: nn.Module, path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    values = (("learned scale", head.logit_scale), ("learned bias", head.logit_bias))
-    for ax, (name, value) in zip(axes, values, strict=True):
-        ax.scatter(data.counts, value.detach().flatten(), s=6)
-        ax.set(xscale="log", xlabel="training images of the class", ylabel=name)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def plot_samples(data: LongTailImages, path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    index = torch.linspace(0, len(data.train_images) - 1, 40).long()
-    test = torch.linspace(0, len(data.test_images) - 1, 40).long()
-    sheet = torch.cat([augment(data.train_images[index], generator)[:, 0],
-                       data.test_images[test].float() / 255])  # fmt: skip
-    figure, axes = plt.subplots(4, 20, figsize=(12, 2.8))
-    for ax, image in zip(axes.flat, sheet, strict=True):
-        ax.imshow(image, cmap="gray_r", vmin=0, vmax=1)
-        ax.axis("off")
-    figure.suptitle("training images, augmented (upper two rows); test images (lower two)")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -248,7 +204,8 @@ def main() -> None:
         linear = model.classifier
         train(data, model.features,
               lambda h, t: disalign_ops.cross_entropy(linear(h), t),
-              list(model.parameters()), options.epochs, 1e-2, False, progress, "stage 1")  # fmt: skip
+              list(model.parameters()), options.epochs, 1e-2, False, progress,
+              "stage 1")  # fmt: skip
         test = extract(model.features, data.test_images)
         with torch.no_grad():
             logits = linear(test)
@@ -293,9 +250,9 @@ def main() -> None:
     x = extract(model.features, data.train_images[batch])
     console.print(loss_costs(head, x, data.train_targets[batch], weight))
     before, after = (results[n]["per_class"] for n in ("stage 1, cross-entropy", name))
-    plot_accuracy(data, before, after, options.out / "accuracy_by_count.png")  # type: ignore[arg-type]
-    plot_calibration(data, head, options.out / "calibration_by_count.png")
-    plot_samples(data, options.out / "samples.png")
+    plot_accuracy(options.out, counts, before, after)  # type: ignore[arg-type]
+    plot_calibration(options.out, counts, head)
+    plot_samples(options.out, data, torch.Generator().manual_seed(options.seed))
     console.print(f"plots: {options.out}/*.png")
 
 

@@ -15,7 +15,7 @@ import disalign_ops as da
 
 matplotlib.use("Agg")  # no display is needed to write a file
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 MANY, FEW = 100, 20
 BEFORE, AFTER = "#c44e52", "#2a6f97"

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, gate, measure, peers, report
+from benchmarks import cases, gate, measure, peers, report, run
 from benchmarks.cases import CASES, Case, Inputs, Mode, make_inputs, select
 from benchmarks.peers import Contestant, eager_loss, our_loss
-from benchmarks.results import new_gradient_bytes, run_case
+from benchmarks.results import run_case
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -32,6 +32,12 @@ def tiny(mode: Mode, dtype: torch.dtype = torch.float32) -> Case:
 
 def silent(what: str) -> None:
     pass
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads: None) -> None:
+    """Nothing here is large enough for two."""
+    torch.set_num_threads(1)
 
 
 # --- the registry
@@ -284,16 +290,10 @@ def test_a_wrong_contestant_gets_no_speed(
 def test_our_own_fault_fails_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from benchmarks import run
-
     monkeypatch.setattr(peers, "our_loss", _biased)
     monkeypatch.setitem(cases.CASES, "tiny", tiny(Mode.FULL))
     arguments = ["--case", "tiny", "--peer", peers.EAGER, "--rounds", "2", "--threads", "1"]
-    before = torch.get_num_threads()
-    try:
-        assert run.main([*arguments, "--out", str(tmp_path)]) == 1
-    finally:
-        torch.set_num_threads(before)
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "disalign_ops: no speed reported: loss: relative error 0.01" in printed
     assert "disalign_ops failed in tiny" in printed
@@ -326,14 +326,6 @@ def test_in_place_gets_new_logits_each_time_and_allocates_no_gradient_of_them() 
     vectors = 4 * (24 + 2 * 67)
     assert ours.gradient_bytes == vectors
     assert eager.gradient_bytes == vectors + case.logits_bytes
-
-
-def test_new_gradient_bytes_leaves_out_the_loss_and_what_lies_over_the_logits() -> None:
-    logits = torch.randn(3, 4)
-    outputs = {"loss": torch.zeros(()), "logits": logits.detach(), "bias": torch.zeros(4)}
-    assert new_gradient_bytes(outputs, logits) == 16
-    outputs["logits"] = torch.zeros(3, 4)
-    assert new_gradient_bytes(outputs, logits) == 16 + 48
 
 
 def test_our_extra_memory_is_far_below_the_logits() -> None:
@@ -390,8 +382,6 @@ def test_the_command_line_writes_files_that_parse(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from benchmarks import run
-
     with pytest.raises(SystemExit) as stopped:
         run.main(arguments)
     assert stopped.value.code == 2
@@ -400,8 +390,6 @@ def test_wrong_arguments_are_refused(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks import run
-
     with pytest.raises(SystemExit):
         run.main(["--device", "cuda"])
     assert "this PyTorch sees no GPU" in capsys.readouterr().err

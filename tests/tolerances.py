@@ -10,7 +10,7 @@ from torch import Tensor
 # 2e-7 + 2e-8 |x| (float32), 3e-16 (float64).
 RELATIVE = {torch.float64: 1e-12, torch.float32: 4e-6}
 
-# Half dtypes are compared with float64 and with the same-dtype PyTorch composition (see `no_worse`);
+# Half dtypes are compared with float64 and with the same-dtype PyTorch composition (see no_worse):
 # beyond that composition's own error this much of the largest magnitude is allowed: one rounding.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
