@@ -1,4 +1,4 @@
-"""Checks and conversions of arguments, used by functional.py alone.
+"""Checks and conversions of arguments, used by functional.py and the modules around it.
 
 Each check names the argument, what was given and what is needed.
 """

@@ -16,7 +16,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def _finite_scale(expected: Tensor) -> float:
-    finite = expected[torch.isfinite(expected)].abs()
+    finite = expected.detach()[torch.isfinite(expected)].abs()
     # The floor: where next to nothing is expected (C = 1, p_t = 1), what is left of terms of order
     # 1 to 10 that cancel.
     return max(float(finite.max()), 1e-2) if finite.numel() else 1.0

@@ -1,6 +1,6 @@
 // Launcher of the row kernels on the CPU: checks, buffers, denominator, threads, registration.
 // Schemas: disalign_ops/_ops.py.
-#include <cmath>
+#include <algorithm>
 #include <tuple>
 
 #include "../common/arguments.h"
@@ -20,11 +20,18 @@ double read(const void* p, ScalarType dtype, int64_t i) {
                                      : static_cast<const float*>(p)[i];
 }
 
-void write(const Tensor& out, int64_t i, double value) {
+void write(const Tensor& out, double value) {
   if (out.scalar_type() == ScalarType::Double)
-    static_cast<double*>(out.mutable_data_ptr())[i] = value;
+    *static_cast<double*>(out.mutable_data_ptr()) = value;
   else
-    static_cast<float*>(out.mutable_data_ptr())[i] = static_cast<float>(value);
+    *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(value);
+}
+
+void fill_ones(const Tensor& out, int64_t count) {
+  if (out.scalar_type() == ScalarType::Double)
+    std::fill_n(static_cast<double*>(out.mutable_data_ptr()), count, 1.0);
+  else
+    std::fill_n(static_cast<float*>(out.mutable_data_ptr()), count, 1.0f);
 }
 
 IndexType index_type(const Tensor& target) {
@@ -83,7 +90,7 @@ struct Call {
     if (label_smoothing > 0) {
       if (args.weight == nullptr) {
         ones = new_tensor({classes}, dtype);
-        for (int64_t j = 0; j < classes; ++j) write(ones, j, 1.0);
+        fill_ones(ones, classes);
         args.weight = ones.const_data_ptr();
       } else {
         args.weight_sum = 0;
@@ -176,13 +183,13 @@ ForwardResult row_forward(const Tensor& logits, const Tensor& target, const Opti
   const bool each = reduction == kNone;
   const Tensor loss = each ? new_tensor({args.rows}, call.dtype) : new_tensor({}, call.dtype);
   const Tensor divisor = new_tensor({}, ScalarType::Double);
-  write(divisor, 0, denominator);
+  write(divisor, denominator);
   if (each) args.loss = loss.mutable_data_ptr();
   Partition partition = partition_of(logits, args, call.dtype);
   const RowKernels& kernel = kernels_for(DISALIGN_CHOOSE(row_kernels), logits.scalar_type());
   partition.run([&](Chunk& chunk) { kernel.forward(args, chunk); });
   gradients.reduce_classes(partition);
-  if (!each) write(loss, 0, reduce_loss(partition.loss_sum(), reduction, normalizer, denominator));
+  if (!each) write(loss, reduce_loss(partition.loss_sum(), reduction, normalizer, denominator));
   return {loss,
           row_max,
           row_sum,
