@@ -124,37 +124,40 @@ def _other_cores(busy_before: float | None, elapsed: float) -> float | None:
     return max(busy - busy_before, 0.0) / elapsed
 
 
+def _goes_on(done: int, rounds: int | None, elapsed: float) -> bool:
+    if rounds is not None:
+        return done < rounds
+    return done < _FEWEST or (done < _MOST and elapsed < _BUDGET_S)
+
+
 def paired_seconds(
     steps: Mapping[str, Callable[[], Callable[[], object]]],
     clock: Clock,
     rounds: int | None,
-    on_round: Callable[[int, int], None],
+    on_round: Callable[[int], None],
 ) -> Paired:
     """Times of every step, interleaved: each round runs each step once, in a shuffled order.
 
     A step is a function that prepares a call, untimed, and returns it. Shuffled, since what ran
     before decides what is in the cache. `rounds` None: as many as fit a budget. `on_round` gets
-    the rounds done and to do.
+    the number of rounds done.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffler = random.Random(0)
-    for _ in range(2):  # one round to warm up, one to learn what a round costs
-        start = time.perf_counter()
-        for name in order:
-            clock(steps[name]())
-        cost = time.perf_counter() - start
-    if rounds is None:
-        rounds = min(max(int(_BUDGET_S / cost), _FEWEST), _MOST)
+    for name in order:
+        clock(steps[name]())  # warms up
     gc.collect()
     gc.disable()  # as timeit: a collection would be billed to whoever allocates next
     busy, start = _busy_seconds(), time.perf_counter()
+    done = 0
     try:
-        for done in range(rounds):
+        while _goes_on(done, rounds, time.perf_counter() - start):
             shuffler.shuffle(order)
             for name in order:
                 seconds[name].append(clock(steps[name]()))
-            on_round(done + 1, rounds)
+            done += 1
+            on_round(done)
     finally:
         gc.enable()
     return Paired(seconds, _other_cores(busy, time.perf_counter() - start))

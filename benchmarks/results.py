@@ -106,7 +106,7 @@ def run_case(
         steps,
         measure.make_clock(device, case.overhead),
         rounds,
-        lambda done, of: progress(f"round {done} of {of}"),
+        lambda done: progress(f"round {done}"),
     )
     copy = measure.timing(paired.seconds[COPY])
     for result in results:

@@ -85,6 +85,7 @@ def _measure(
             for line in report.case_problems(result):
                 console.print(line, style="red", markup=False)
             bar.update(task, advance=1, refresh=True)
+        bar.update(task, description="done", refresh=True)
     return done, list(left_out)
 
 

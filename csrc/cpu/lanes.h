@@ -17,13 +17,24 @@ struct Local {
   DISALIGN_INLINE X operator[](int r) const { return x[r]; }
 };
 
-// Calls body(j, n, full) over the classes: full registers first, then the rest.
+// Calls body(j, n, full) over the classes [begin, end): full registers first, then the rest.
 template <class A, class Body>
-DISALIGN_INLINE void for_lanes(int64_t classes, Body body) {
+DISALIGN_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
   constexpr int N = Lanes<A>::N;
-  int64_t j = 0;
-  for (; j + N <= classes; j += N) body(j, N, Flag<true>{});
-  if (j < classes) body(j, static_cast<int>(classes - j), Flag<false>{});
+  int64_t j = begin;
+  for (; j + N <= end; j += N) body(j, N, Flag<true>{});
+  if (j < end) body(j, static_cast<int>(end - j), Flag<false>{});
+}
+
+// Sums over classes are kept in lanes of A for so many classes, and added up in double beyond: with
+// a million classes a lane of floats would lose two digits.
+constexpr int64_t kSumClasses = 4096;
+
+// Calls segment(begin, end) over the classes, kSumClasses at a time.
+template <class Segment>
+DISALIGN_INLINE void for_segments(int64_t classes, Segment segment) {
+  for (int64_t begin = 0; begin < classes; begin += kSumClasses)
+    segment(begin, begin + kSumClasses < classes ? begin + kSumClasses : classes);
 }
 
 template <class A>

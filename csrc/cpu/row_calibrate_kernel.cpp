@@ -32,7 +32,7 @@ void forward_block(const CalibrateArgs& args, int64_t row) {
     out[r] = static_cast<T*>(args.output) + (row + r) * args.classes;
     c[r] = confidence_of<T>(args, row + r);
   }
-  for_lanes<A>(args.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+  for_lanes<A>(0, args.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     const V a = load_lanes<Full>(scale + j, n);
     const V b = load_lanes<Full>(bias + j, n);
@@ -64,7 +64,7 @@ void backward_block(const CalibrateArgs& args, int64_t row, Chunk& chunk) {
     c[r] = confidence_of<T>(args, row + r);
     slope[r] = V{};
   }
-  for_lanes<A>(args.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+  for_lanes<A>(0, args.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     const V a = load_lanes<Full>(scale + j, n);
     const V b = load_lanes<Full>(bias + j, n);

@@ -62,43 +62,36 @@ struct Sums {
 // Finds the maximum of u = (1 + c a) z + c b + o and writes u to scratch, unless it is the logits,
 // which exponentiate reads again. Lanes behind the last class become -inf, so that they count
 // nothing.
-template <class T, int R, Kind K, bool Smooth>
+template <class T, int R, Kind K>
 DISALIGN_INLINE void affine(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
                             Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  V maximum[R], smooth[R];
-  for (int r = 0; r < R; ++r) {
+  V maximum[R];
+  for (int r = 0; r < R; ++r)
     maximum[r] = splat<A>(-std::numeric_limits<A>::max());  // finite: u - maximum is never NaN
-    smooth[r] = V{};
-  }
   const Local<const T*, R> z(rows.z);
   const Local<A*, R> e(rows.e);
   const Local<A, R> c(rows.c);
-  for_lanes<A>(rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
-    V a{}, b{}, o{}, w{};
+    V a{}, b{}, o{};
     if constexpr (K == Kind::kCalibrated) {
       a = load_lanes<Full>(classes.scale + j, n);
       b = load_lanes<Full>(classes.bias + j, n);
     }
     if (K != Kind::kPlain && classes.prior) o = load_lanes<Full>(classes.prior + j, n);
-    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       V u = load_lanes<Full>(z[r] + j, n);
       if constexpr (K == Kind::kCalibrated) u = u * (a * c[r] + A(1)) + (b * c[r] + o);
       if constexpr (K == Kind::kShifted) u = u + o;
-      if constexpr (Smooth) smooth[r] += w * u;
       if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
       maximum[r] = vmax(u, maximum[r]);
       if constexpr (K != Kind::kPlain) store(e[r] + j, u);
     }
   });
-  for (int r = 0; r < R; ++r) {
-    sums.maximum[r] = reduce_max<A>(maximum[r]);
-    sums.smooth[r] = reduce_add<A>(smooth[r]);
-  }
+  for (int r = 0; r < R; ++r) sums.maximum[r] = reduce_max<A>(maximum[r]);
 }
 
 // Takes the target's margin off u_t in scratch, where the maximum may change with it.
@@ -111,8 +104,6 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
     const int64_t t = rows.target[r];
     const A before = u[t];
     u[t] = before - classes.margin[t];
-    if (classes.weight)
-      sums.smooth[r] -= static_cast<double>(classes.weight[t]) * classes.margin[t];
     if (u[t] > sums.maximum[r]) {
       sums.maximum[r] = u[t];
     } else if (before == sums.maximum[r]) {
@@ -129,24 +120,28 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
 // z = -inf; without it they make the sums NaN, which the caller sees.
 template <class T, int R, Kind K, bool Slope, bool Smooth, bool Masked>
 DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
-                                  const Rows<T, R>& rows, Sums<Accumulate<T>, R>& sums) {
+                                  const Rows<T, R>& rows, int64_t begin, int64_t end,
+                                  Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const Local<A, R> maximum(sums.maximum);
   const Local<A, R> target_slope(sums.target_slope);
   // The rows that this thread most likely takes next; a prefetch past the end does no harm.
   const int64_t ahead = R * rows.stride;
-  V exponential[R], slope[R], smooth[R];
-  for (int r = 0; r < R; ++r) exponential[r] = slope[r] = smooth[r] = V{};
+  V exponential[R], smooth[R], softmax_slope[R], smooth_slope[R];
+  for (int r = 0; r < R; ++r) {
+    exponential[r] = smooth[r] = V{};
+    softmax_slope[r] = smooth_slope[r] = V{};
+  }
   const Local<const T*, R> z(rows.z);
   const Local<A*, R> e(rows.e);
-  for_lanes<A>(rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+  for_lanes<A>(begin, end, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     V a{}, b{}, w{};
+    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
     if constexpr (Slope) {
       a = load_lanes<Full>(classes.scale + j, n);
       b = load_lanes<Full>(classes.bias + j, n);
-      if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -158,23 +153,29 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
       } else {
         u = load(e[r] + j);
       }
-      const V x = exp_nonpositive(u - maximum[r]);
+      u = u - maximum[r];
+      const V x = exp_nonpositive(u);
       store(e[r] + j, x);
       exponential[r] += x;
+      if constexpr (Smooth) {
+        if constexpr (!Full) u = lane_index<A>() < n ? u : V{};  // w u there would be 0 * -inf
+        smooth[r] += w * u;
+      }
       if constexpr (Slope) {
         const V value = load_lanes<Full>(z[r] + j, n);
         V d = a * value + b;
         if constexpr (Masked) d = value == -kInfinity<A> ? V{} : d;
         d = d - target_slope[r];
-        slope[r] += x * d;
-        if constexpr (Smooth) smooth[r] += w * d;
+        softmax_slope[r] += x * d;
+        if constexpr (Smooth) smooth_slope[r] += w * d;
       }
     }
   });
   for (int r = 0; r < R; ++r) {
-    sums.exponential[r] = reduce_add<A>(exponential[r]);
-    if constexpr (Slope) sums.softmax_slope[r] = reduce_add<A>(slope[r]);
-    if constexpr (Slope && Smooth) sums.smooth_slope[r] = reduce_add<A>(smooth[r]);
+    sums.exponential[r] += reduce_add<A>(exponential[r]);
+    if constexpr (Smooth) sums.smooth[r] += reduce_add<A>(smooth[r]);
+    if constexpr (Slope) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
+    if constexpr (Slope && Smooth) sums.smooth_slope[r] += reduce_add<A>(smooth_slope[r]);
   }
 }
 
@@ -201,7 +202,7 @@ DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows
   const Local<const T*, R> z(rows.z);
   const Local<A*, R> e(rows.e);
   const Local<A, R> c(rows.c);
-  for_lanes<A>(rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     V a{}, w{}, grad_scale{}, grad_bias{};
     if constexpr (Calibrated && Logits) a = load_lanes<Full>(classes.scale + j, n);
@@ -267,29 +268,26 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
   const ClassVectors<A> classes(args);
   const bool slope = Calibrated && (args.grad_confidence || args.class_gradients);
   Sums<A, R> sums;
-  affine<T, R, K, Smooth>(classes, rows, sums);
+  affine<T, R, K>(classes, rows, sums);
   if (classes.margin) apply_margin(classes, rows, sums);
   for (int r = 0; r < R; ++r) {
     const int64_t t = rows.target[r];
     sums.target_logit[r] = K == Kind::kPlain ? to_accumulate(rows.z[r][t]) : rows.e[r][t];
     if constexpr (Calibrated) sums.target_slope[r] = target_slope(classes, rows, r);
     if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
-    sums.smooth[r] -= static_cast<double>(sums.maximum[r]) * args.weight_sum;
   }
-  if constexpr (Calibrated) {
-    if (slope)
-      exponentiate<T, R, K, true, Smooth, Masked>(classes, rows, sums);
+  for_segments(args.classes, [&](int64_t begin, int64_t end) {
+    if (Calibrated && slope)
+      exponentiate<T, R, K, Calibrated, Smooth, Masked>(classes, rows, begin, end, sums);
     else
-      exponentiate<T, R, K, false, Smooth, Masked>(classes, rows, sums);
-    if (!Masked && slope) {
-      for (int r = 0; r < R; ++r) {
-        const bool finite =
-            std::abs(sums.softmax_slope[r]) <= kHuge && std::abs(sums.smooth_slope[r]) <= kHuge;
-        if (!finite) return false;
-      }
+      exponentiate<T, R, K, false, Smooth, Masked>(classes, rows, begin, end, sums);
+  });
+  if (slope && !Masked) {
+    for (int r = 0; r < R; ++r) {
+      const bool finite =
+          std::abs(sums.softmax_slope[r]) <= kHuge && std::abs(sums.smooth_slope[r]) <= kHuge;
+      if (!finite) return false;
     }
-  } else {
-    exponentiate<T, R, K, false, Smooth, Masked>(classes, rows, sums);
   }
 
   Emission<T, R> out;
