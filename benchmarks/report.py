@@ -45,14 +45,18 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    info = disalign_ops.backend_info()
+    devices = info["devices"]
+    assert isinstance(devices, dict)
     return {
         "device": device_name(device),
+        "backend": devices[device.type] if info["backend"] == "auto" else info["backend"],
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": versions,
-        "disalign_ops": disalign_ops.backend_info(),
+        "disalign_ops": info,
     }
 
 
@@ -97,6 +101,7 @@ def write(
         "threads": about["threads"],
         "torch": torch.__version__,
         "disalign_ops": disalign_ops.__version__,
+        "backend": about["backend"],
     }
     table = folder / "bench.csv"
     with table.open("w", newline="") as file:

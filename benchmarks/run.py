@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         console = Console(width=_WIDTH)  # a file has none, and rich would assume 80
     console.print(
         f"{about['device']}, {options.threads} threads, torch {torch.__version__}, disalign_ops "
-        f"backend: {about['disalign_ops']['devices'][device.type]}"
+        f"backend: {about['backend']}"
     )
 
     names = tuple(options.peer) if options.peer else peers.NAMES

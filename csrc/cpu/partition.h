@@ -13,7 +13,7 @@
 
 namespace disalign {
 
-constexpr int64_t kLogitsPerThread = 32768;  // below about this many a second thread costs more
+constexpr int64_t kLogitsPerThread = 16384;  // below about this many a second thread costs more
 
 // Chunks of rows with their scratch; buffers are tensors, so that torch's memory accounting
 // (profiler, memory limits) sees all that we allocate.
