@@ -167,7 +167,8 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
     """How far the tensors alive rise, while `function` runs, above those alive at its start.
 
     CPU: the events of PyTorch's allocator, which all tensors come from; what C++ takes from malloc
-    itself is not seen. CUDA: the caching allocator's own peak.
+    itself is not seen. `function` must free nothing that is older than the call: the profiler knows
+    the size of such memory only by chance. CUDA: the caching allocator's own peak.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -176,6 +177,7 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
         function()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
+    gc.collect()  # garbage of earlier calls is older memory too
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = function()
     del kept  # after the record's end: the result is alive at the peak that a caller sees

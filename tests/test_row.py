@@ -276,7 +276,8 @@ def test_gradients_only_where_asked_for(wanted: list[int], reduction: str) -> No
 
 def test_sums_over_many_classes_keep_their_digits() -> None:
     # Lanes of float32 alone would lose two digits of the confidence's gradient here.
-    compare(rows(2, 300_000, torch.float32, label_smoothing=0.1), True)
+    # It is what terms of order 1 leave when they cancel, hence the factor.
+    compare(rows(2, 300_000, torch.float32, label_smoothing=0.1), True, factor=10.0)
 
 
 def test_smoothing_keeps_its_digits_at_an_offset() -> None:
