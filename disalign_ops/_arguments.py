@@ -38,6 +38,11 @@ def check_number(name: str, value: float, low: float, high: float = math.inf) ->
     return float(value)
 
 
+def check_integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is an integer")
+
+
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a torch.Tensor")

@@ -116,6 +116,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Non
     ctx.options = inputs[10:13]
     ctx.reduction = inputs[13]
     ctx.normalizer = inputs[14]
+    ctx.taken = False  # whether a backward has given away the gradient of the logits made here
     made = [grad if want else None for grad, want in zip(outputs[4:], inputs[15:], strict=True)]
     ctx.save_for_backward(*inputs[:10], *outputs[1:4], *made)
 
@@ -139,8 +140,10 @@ def _row_backward(
         grad_loss = grad_loss.to(dtype)
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
-    if made[0] is not None and getattr(ctx, "taken", False):
-        made[0] = None  # given away by an earlier backward; the caller may have changed it
+    if made[0] is not None:
+        if ctx.taken:
+            made[0] = None  # given away by an earlier backward; the caller may have changed it
+        ctx.taken = True
     missing = [n and g is None for n, g in zip(need, made, strict=True)]
     grads: list[Tensor | None] = [None] * 4
     if in_place and need[0]:
@@ -155,11 +158,13 @@ def _row_backward(
         if need[k] and not missing[k]:
             grads[k] = made[k] * grad_loss
     if need[0] and not missing[0]:
-        ctx.taken = True
         # .data: a tensor of its own over the same memory, so that autograd may keep it as the
         # leaf's .grad without a copy, and changes to it are not changes to what we saved.
         whole = made[0].data
-        grads[0] = whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
+        if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+            grads[0] = whole * grad_loss  # a batch of upstream gradients: is_grads_batched
+        else:
+            grads[0] = whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
     return grads
 
 

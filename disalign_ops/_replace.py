@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +12,13 @@ from torch import Tensor
 from ._arguments import LOGITS_DTYPES
 from .functional import cross_entropy, serving_backend
 
-_torch_cross_entropy = torch.nn.functional.cross_entropy
-
 
 def _covered(input: Any, target: Any, weight: Any) -> bool:
     """Whether our kernels take the call: else it is torch's own, errors included."""
     tensors = [t for t in (input, target, weight) if t is not None]
-    if not all(isinstance(t, Tensor) for t in tensors) or torch.overrides.has_torch_function(
-        tensors
-    ):
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    if torch.overrides.has_torch_function(tensors):
         return False
     if input.dtype not in LOGITS_DTYPES:
         return False
@@ -29,39 +29,47 @@ def _covered(input: Any, target: Any, weight: Any) -> bool:
     return input.dim() > 0 and serving_backend(input) == "native"
 
 
+_torch_cross_entropy = torch.nn.functional.cross_entropy
+_active = 0  # how many replacements hold; the first one puts ours there, the last one torch's back
+
+
+@functools.wraps(_torch_cross_entropy)
 def _replacement(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    input: Any, target: Any, weight: Any = None, *arguments: Any, **options: Any
 ) -> Tensor:
     ours = _covered(input, target, weight)
-    function = cross_entropy if ours else _torch_cross_entropy
-    return function(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-    )
+    function: Callable[..., Tensor] = cross_entropy if ours else _torch_cross_entropy
+    return function(input, target, weight, *arguments, **options)
 
 
 class replace_cross_entropy:  # noqa: N801 - a function to its users, and a context manager
     """`F.cross_entropy` and `nn.CrossEntropyLoss` become ours: a loop gains without an edit.
 
     `with replace_cross_entropy(): ...`, or `replaced = replace_cross_entropy()` and later
-    `replaced.undo()`. What the kernels do not cover (class probabilities, torch.func transforms,
-    tensor subclasses, other dtypes and devices) goes to torch's own function. Code that imported
-    the function itself (`from torch.nn.functional import cross_entropy`) before keeps torch's.
+    `replaced.undo()`; where several hold at once, torch's function is back when all are undone, in
+    any order. What the kernels do not cover (class probabilities, torch.func transforms, forward
+    mode, tensor subclasses, other dtypes and devices) goes to torch's own function. Code that
+    imported the function itself (`from torch.nn.functional import cross_entropy`) before keeps
+    torch's.
     """
 
     def __init__(self) -> None:
-        self._previous = torch.nn.functional.cross_entropy
-        torch.nn.functional.cross_entropy = _replacement
+        global _active, _torch_cross_entropy
+        if _active == 0:
+            _torch_cross_entropy = torch.nn.functional.cross_entropy
+            torch.nn.functional.cross_entropy = _replacement
+        _active += 1
+        self._holds = True
 
     def undo(self) -> None:
-        """Put back what stood there before."""
-        torch.nn.functional.cross_entropy = self._previous
+        """Put back what stood there before; a second call does nothing."""
+        global _active
+        if not self._holds:
+            return
+        self._holds = False
+        _active -= 1
+        if _active == 0:
+            torch.nn.functional.cross_entropy = _torch_cross_entropy
 
     def __enter__(self) -> replace_cross_entropy:
         return self

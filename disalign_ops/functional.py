@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _backends, _ops, reference
 from ._arguments import (
     Normalizer,
     check_choice,
     check_input,
+    check_integer,
     check_number,
     check_target,
     class_vector,
@@ -215,8 +217,11 @@ def _calibration(
 
 def serving_backend(input: Tensor) -> str:
     """The backend that this input goes to."""
-    # Registered operators know no functorch transforms; the reference is plain PyTorch.
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    # Registered operators know neither functorch transforms nor forward-mode tangents, which they
+    # would drop; the reference is plain PyTorch.
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
         return "reference"
     return _backends.serving(input.device.type)
 
@@ -242,10 +247,10 @@ def _check_in_place(input: Tensor, rows: Tensor, copied: bool) -> bool:
         raise ArgumentError("inplace_backward is True, which torch.compile does not support")
     if not (input.requires_grad and torch.is_grad_enabled()):
         return False
-    if input.is_leaf:
+    if input.is_leaf or (input._is_view() and input._base is not None and input._base.is_leaf):
         raise ArgumentError(
-            "inplace_backward is True and input is a leaf: its values would be lost; needed are "
-            "logits that an operation made"
+            "inplace_backward is True and input is a leaf, or a view of one: its values would be "
+            "lost; needed are logits that an operation made"
         )
     if copied:
         raise ArgumentError(
@@ -266,6 +271,7 @@ def _loss(
     classes = check_input(input)
     check_target(input, target)
     check_choice("reduction", options.reduction, _REDUCTIONS)
+    check_integer("ignore_index", options.ignore_index)
     smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     gamma = check_number("focal_gamma", options.focal_gamma, 0.0)
     dtype = reference.accumulate_dtype(input.dtype)
@@ -304,8 +310,9 @@ def _loss(
             normalizer=normalizer,
         )
     # Under autocast F.cross_entropy yields float32; the half logits themselves are not copied.
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    wanted = torch.float32 if autocast else input.dtype
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    wanted = torch.float32 if autocast and input.dtype != torch.float64 else input.dtype
     if loss.dtype != wanted:
         loss = loss.to(wanted)
     return loss.reshape(positions_shape(input)) if options.reduction == "none" else loss

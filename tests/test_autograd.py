@@ -189,3 +189,25 @@ def test_func_transforms_go_through_the_reference() -> None:
     assert_close(by_transform, leaf.grad, torch.float64, "torch.func.grad")
     per_row = torch.func.vmap(lambda z, t: disalign_ops.cross_entropy(z, t))(z, t)
     assert_close(per_row, F.cross_entropy(z, t, reduction="none"), torch.float64, "torch.func.vmap")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_batch_of_upstream_gradients(reduction: str) -> None:
+    z, t = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    by_batch, one_by_one = (
+        torch.autograd.functional.jacobian(
+            lambda z: disalign_ops.cross_entropy(z, t, reduction=reduction), z, vectorize=vectorize
+        )
+        for vectorize in (True, False)
+    )
+    assert_close(by_batch, one_by_one, torch.float64, "jacobian")
+
+
+def test_forward_mode_keeps_its_tangent() -> None:
+    z, t = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    direction = torch.randn_like(z)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, direction)
+        ours = torch.autograd.forward_ad.unpack_dual(disalign_ops.cross_entropy(dual, t)).tangent
+        theirs = torch.autograd.forward_ad.unpack_dual(F.cross_entropy(dual, t)).tangent
+    assert_close(ours, theirs, torch.float64, "tangent")

@@ -120,6 +120,29 @@ def test_dense_confidence_of_both_shapes(backend: str) -> None:
     assert torch.equal(with_class, without)
 
 
+def test_one_number_may_stand_for_all_classes() -> None:
+    z, t, confidence = torch.randn(3, 5), torch.tensor([0, 1, 2]), torch.randn(3)
+    scale, bias = torch.tensor(1.5, requires_grad=True), torch.tensor([0.2], requires_grad=True)
+    loss = disalign_ops.disalign_cross_entropy(z, t, confidence, scale, bias)
+    c = torch.sigmoid(confidence)[:, None]
+    expected = F.cross_entropy(c * (scale * z + bias) + (1 - c) * z, t)
+    assert_close(loss.detach(), expected.detach(), torch.float32, "loss")
+    learned = [scale, bias]
+    for a, e in zip(
+        torch.autograd.grad(loss, learned), torch.autograd.grad(expected, learned), strict=True
+    ):
+        assert_close(a, e, torch.float32, "gradient")
+
+
+def test_another_device_goes_through_the_reference() -> None:
+    z = torch.zeros(3, 5, device="meta", requires_grad=True)
+    loss = disalign_ops.cross_entropy(z, torch.zeros(3, device="meta").long(), reduction="none")
+    assert loss.shape == (3,)
+    assert loss.device.type == "meta"
+    loss.sum().backward()
+    assert z.grad is not None
+
+
 def test_nothing_left_is_nan_or_zero_with_zero_gradients(backend: str) -> None:
     z, t = torch.randn(3, 5), torch.full((3,), -100)
     for normalizer, expected in (("weights", "nan"), ("valid", "0.0"), (2.0, "0.0")):
@@ -155,6 +178,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": "avg"}, ArgumentError, "reduction is 'avg', needed is one of 'mean', 'sum'"),
     ({"label_smoothing": 1.5}, ArgumentError, "label_smoothing is 1.5, needed is a number from 0"),
     ({"label_smoothing": None}, ArgumentTypeError, "label_smoothing is a NoneType, needed is a"),
+    ({"ignore_index": None}, ArgumentTypeError, "ignore_index is a NoneType, needed is an integer"),
     ({"focal_gamma": -1.0}, ArgumentError, "focal_gamma is -1.0, needed is a number >= 0"),
     ({"sample_weight": torch.ones(2)}, ArgumentError, r"sample_weight has shape \(2,\), needed is"),
     ({"sample_weight": T}, ArgumentTypeError, "sample_weight has dtype torch.int64"),

@@ -124,6 +124,14 @@ def test_a_leaf_is_refused() -> None:
         disalign_ops.cross_entropy(z, TARGET, inplace_backward=True)
 
 
+def test_a_view_of_a_leaf_is_refused() -> None:
+    parameter = torch.randn(3, 3, 67, requires_grad=True)
+    for view in (parameter.view(9, 67), parameter[:, 0], parameter.flatten()[67:].view(8, 67)):
+        target = torch.arange(len(view))
+        with pytest.raises(ArgumentError, match="input is a leaf, or a view of one"):
+            disalign_ops.cross_entropy(view, target, inplace_backward=True)
+
+
 def test_overlapping_rows_are_refused() -> None:
     x = torch.randn(1, 67, requires_grad=True)
     z = (x * 1.0).expand(9, 67)

@@ -41,6 +41,16 @@ def test_a_plain_call_holds_until_undo() -> None:
     assert F.cross_entropy is TORCHS
 
 
+def test_several_replacements_may_end_in_any_order() -> None:
+    first, second = disalign_ops.replace_cross_entropy(), disalign_ops.replace_cross_entropy()
+    first.undo()
+    assert F.cross_entropy is not TORCHS
+    first.undo()  # says nothing new
+    assert F.cross_entropy is not TORCHS
+    second.undo()
+    assert F.cross_entropy is TORCHS
+
+
 def test_the_block_ends_with_an_exception_too() -> None:
     with pytest.raises(KeyError), disalign_ops.replace_cross_entropy():
         raise KeyError

@@ -200,6 +200,17 @@ def test_masked_classes_get_probability_and_gradient_zero() -> None:
     assert bias.isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_lowest_number_masks_as_minus_infinity_does(reduction: str) -> None:
+    # Masks of finfo.min: a scale above 1 sends them to -inf on the way, and 0 * inf is NaN.
+    r = rows(8, 50, torch.float32, reduction=reduction)
+    z = r.logits.detach().clone()
+    z[:, 40:] = torch.finfo(torch.float32).min
+    r.target[:] = torch.arange(8)
+    r.logits, r.scale = z.requires_grad_(), torch.full((50,), 1.7, requires_grad=True)
+    compare(r, True, torch.randn(8 if reduction == "none" else ()))
+
+
 def test_a_small_loss_keeps_its_digits_behind_an_offset() -> None:
     z = torch.zeros(4, 10, dtype=torch.float32) + 4096.0
     z[:, 3] += 12.0

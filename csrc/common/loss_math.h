@@ -15,41 +15,39 @@
 
 namespace disalign {
 
-template <class A>
 struct RowTerms {
-  A loss;     // this row's loss, its sample weight not included
-  A softmax;  // dloss/du_j = softmax * p_j - smooth * w_j - target * [j = t]
-  A target;
-  A smooth;
+  double loss;     // this row's loss, its sample weight not included
+  double softmax;  // dloss/du_j = softmax * p_j - smooth * w_j - target * [j = t]
+  double target;
+  double smooth;
 };
 
 DISALIGN_HD double sigmoid(double x) {
-  // The branch keeps exp from overflowing, so that c and 1 - c keep their relative precision.
+  // The branch keeps exp from overflowing and c near 0 exact.
   if (x >= 0) return 1.0 / (1.0 + exp(-x));
   const double e = exp(x);
   return e / (1.0 + e);
 }
 
-// Derivative of (1 - p)^gamma * nll by the target logit, divided by (p - 1).
+// Derivative of (1 - p)^gamma * nll by the target logit, divided by (p - 1), for nll > 0 or NaN.
 DISALIGN_HD double focal_slope(double nll, double gamma) {
   const double p = exp(-nll);
-  const double one_minus_p = nll > 0 ? -expm1(-nll) : 0.0;
-  if (one_minus_p == 0) return 0.0;             // the limit at p = 1, for every gamma > 0
+  const double rest = -expm1(-nll);
   const double p_nll = p == 0 ? 0.0 : p * nll;  // p log p -> 0, not 0 * inf
-  return pow(one_minus_p, gamma) + gamma * pow(one_minus_p, gamma - 1.0) * p_nll;
+  return pow(rest, gamma) + gamma * pow(rest, gamma - 1.0) * p_nll;
 }
 
 // nll: (M - u_t) + log s.  smooth_sum: sum_j w_j u_j - M sum_j w_j (used when smoothing > 0).
-DISALIGN_HD RowTerms<double> row_terms(double nll, double log_sum, double target_weight,
-                                       double smoothing, double weight_sum, double smooth_sum,
-                                       double classes, double gamma) {
-  RowTerms<double> out;
+DISALIGN_HD RowTerms row_terms(double nll, double log_sum, double target_weight, double smoothing,
+                               double weight_sum, double smooth_sum, double classes, double gamma) {
+  RowTerms out;
   double value = nll;
   double slope = 1.0;
-  if (gamma > 0) {
-    const double one_minus_p = nll > 0 ? -expm1(-nll) : (nll == nll ? 0.0 : nll);
-    value = one_minus_p == 0 ? 0.0 : pow(one_minus_p, gamma) * nll;
-    slope = nll == nll ? focal_slope(nll, gamma) : nll;
+  if (gamma > 0 && nll <= 0) {
+    value = slope = 0.0;  // the limits at p = 1, for every gamma > 0
+  } else if (gamma > 0) {
+    value = pow(-expm1(-nll), gamma) * nll;
+    slope = focal_slope(nll, gamma);
   }
   out.loss = (1.0 - smoothing) * target_weight * value;
   out.target = (1.0 - smoothing) * target_weight * slope;

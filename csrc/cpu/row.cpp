@@ -49,7 +49,8 @@ IndexType index_type(const Tensor& target) {
   }
 }
 
-// The arguments that forward and backward share, checked; `keep` holds what must outlive them.
+// The arguments that forward and backward share, checked. `ones` stands in for absent
+// weights where smoothing sums over them, and must outlive the kernels.
 struct Call {
   RowArgs args;
   ScalarType dtype;

@@ -2,233 +2,26 @@
 //
 // - Maps: kRowBlock rows at a time, so that class vectors and class sums are loaded once for all of
 //   them; classes in registers. The block's rows and their scratch stay in the second-level cache.
-// - forward: affine (u to scratch, its maximum), exponentiate (e = exp(u - maximum) in scratch, its
-//   sum); then, the sum known, emit makes whatever gradients are wanted from e and z.
-//   Memory: the logits are read once, grad_logits written once.
-// - backward: the same with the maximum and sum of forward. Memory: one read of the logits, one
-//   write of grad_logits, which may be the logits themselves (emit reads a register of z before it
-//   writes the same place, and nothing else is read from the row afterwards).
+// - forward: maximise, exponentiate (e = exp(u - maximum) to scratch, its sum); then, the sum
+// known,
+//   emit makes whatever gradients are wanted from e and z. Memory: the logits are read once,
+//   grad_logits written once.
+// - backward: the maximum and the sum are known from forward, so exponentiate comes first. Memory:
+//   one read of the logits, one write of grad_logits, which may be the logits themselves (emit
+//   reads a register of z before it writes the same place, and nothing else is read from the row
+//   afterwards).
 // - The target's entry is patched in scratch between exponentiate and emit: emit multiplies e by
 //   softmax / s, so that subtracting s * target / softmax there subtracts `target` afterwards, in
 //   the arithmetic dtype, before anything is rounded to the storage dtype.
 #include "row_kernel.h"
 
 #include "../common/loss_math.h"
-#include "lanes.h"
+#include "row_passes.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
 namespace {
 
-// What u is: the logits; with a prior or a margin; calibrated (and perhaps those).
-enum class Kind { kPlain, kShifted, kCalibrated };
-
 constexpr double kHuge = std::numeric_limits<double>::max();
-
-template <class A>
-struct ClassVectors {
-  const A *weight, *scale, *bias, *prior, *margin;
-  explicit ClassVectors(const RowArgs& args)
-      : weight(static_cast<const A*>(args.weight)),
-        scale(static_cast<const A*>(args.scale)),
-        bias(static_cast<const A*>(args.bias)),
-        prior(static_cast<const A*>(args.prior)),
-        margin(static_cast<const A*>(args.margin)) {}
-};
-
-// The rows of a block and what is known of each before its classes are read.
-template <class T, int R>
-struct Rows {
-  using A = Accumulate<T>;
-  int64_t classes, stride;
-  int64_t index[R], target[R];
-  const T* z[R];
-  A* e[R];  // scratch of the row: u, then exp(u - maximum)
-  A c[R];   // confidence after the sigmoid
-  double target_weight[R], sample_weight[R];
-};
-
-// What the passes over a block's classes yield for each row.
-template <class A, int R>
-struct Sums {
-  A maximum[R];
-  A target_logit[R];             // u_t, margin included
-  A target_slope[R];             // d_t, where d_j = a_j z_j + b_j; 0 for a masked class
-  double exponential[R] = {};    // sum_j exp(u_j - maximum)
-  double smooth[R] = {};         // sum_j w_j (u_j - maximum)
-  double softmax_slope[R] = {};  // sum_j exp(u_j - maximum) (d_j - d_t)
-  double smooth_slope[R] = {};   // sum_j w_j (d_j - d_t)
-};
-
-// Finds the maximum of u = (1 + c a) z + c b + o and writes u to scratch, unless it is the logits,
-// which exponentiate reads again. Lanes behind the last class become -inf, so that they count
-// nothing.
-template <class T, int R, Kind K>
-DISALIGN_INLINE void affine(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                            Sums<Accumulate<T>, R>& sums) {
-  using A = Accumulate<T>;
-  using V = Vec<A>;
-  V maximum[R];
-  for (int r = 0; r < R; ++r)
-    maximum[r] = splat<A>(-std::numeric_limits<A>::max());  // finite: u - maximum is never NaN
-  const Local<const T*, R> z(rows.z);
-  const Local<A*, R> e(rows.e);
-  const Local<A, R> c(rows.c);
-  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
-    constexpr bool Full = decltype(full)::value;
-    V a{}, b{}, o{};
-    if constexpr (K == Kind::kCalibrated) {
-      a = load_lanes<Full>(classes.scale + j, n);
-      b = load_lanes<Full>(classes.bias + j, n);
-    }
-    if (K != Kind::kPlain && classes.prior) o = load_lanes<Full>(classes.prior + j, n);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      V u = load_lanes<Full>(z[r] + j, n);
-      if constexpr (K == Kind::kCalibrated) u = u * (a * c[r] + A(1)) + (b * c[r] + o);
-      if constexpr (K == Kind::kShifted) u = u + o;
-      if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
-      maximum[r] = vmax(u, maximum[r]);
-      if constexpr (K != Kind::kPlain) store(e[r] + j, u);
-    }
-  });
-  for (int r = 0; r < R; ++r) sums.maximum[r] = reduce_max<A>(maximum[r]);
-}
-
-// Takes the target's margin off u_t in scratch, where the maximum may change with it.
-template <class T, int R>
-void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                  Sums<Accumulate<T>, R>& sums) {
-  using A = Accumulate<T>;
-  for (int r = 0; r < R; ++r) {
-    A* u = rows.e[r];
-    const int64_t t = rows.target[r];
-    const A before = u[t];
-    u[t] = before - classes.margin[t];
-    if (u[t] > sums.maximum[r]) {
-      sums.maximum[r] = u[t];
-    } else if (before == sums.maximum[r]) {
-      Vec<A> m = splat<A>(-std::numeric_limits<A>::max());
-      for (int64_t j = 0; j < rows.classes; j += Lanes<A>::N) m = vmax(load(u + j), m);
-      sums.maximum[r] = reduce_max<A>(m);
-    }
-  }
-}
-
-// Scratch: u becomes exp(u - maximum). Slope: also the sums for the confidence's gradient, which is
-// sum_j q_j d_j = sum_j q_j (d_j - d_t), for sum_j q_j = 0: so the target's own term, which would
-// cancel only up to rounding where p_t is next to 1, is exactly 0. Masked: d = 0 for classes with
-// z = -inf; without it they make the sums NaN, which the caller sees.
-template <class T, int R, Kind K, bool Slope, bool Smooth, bool Masked>
-DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
-                                  const Rows<T, R>& rows, int64_t begin, int64_t end,
-                                  Sums<Accumulate<T>, R>& sums) {
-  using A = Accumulate<T>;
-  using V = Vec<A>;
-  const Local<A, R> maximum(sums.maximum);
-  const Local<A, R> target_slope(sums.target_slope);
-  // The rows that this thread most likely takes next; a prefetch past the end does no harm.
-  const int64_t ahead = R * rows.stride;
-  V exponential[R], smooth[R], softmax_slope[R], smooth_slope[R];
-  for (int r = 0; r < R; ++r) {
-    exponential[r] = smooth[r] = V{};
-    softmax_slope[r] = smooth_slope[r] = V{};
-  }
-  const Local<const T*, R> z(rows.z);
-  const Local<A*, R> e(rows.e);
-  for_lanes<A>(begin, end, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
-    constexpr bool Full = decltype(full)::value;
-    V a{}, b{}, w{};
-    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
-    if constexpr (Slope) {
-      a = load_lanes<Full>(classes.scale + j, n);
-      b = load_lanes<Full>(classes.bias + j, n);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(z[r] + ahead + j, 0, 2);
-      V u;
-      if constexpr (K == Kind::kPlain) {
-        u = load_lanes<Full>(z[r] + j, n);
-        if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
-      } else {
-        u = load(e[r] + j);
-      }
-      u = u - maximum[r];
-      const V x = exp_nonpositive(u);
-      store(e[r] + j, x);
-      exponential[r] += x;
-      if constexpr (Smooth) {
-        if constexpr (!Full) u = lane_index<A>() < n ? u : V{};  // w u there would be 0 * -inf
-        smooth[r] += w * u;
-      }
-      if constexpr (Slope) {
-        const V value = load_lanes<Full>(z[r] + j, n);
-        V d = a * value + b;
-        if constexpr (Masked) d = value == -kInfinity<A> ? V{} : d;
-        d = d - target_slope[r];
-        softmax_slope[r] += x * d;
-        if constexpr (Smooth) smooth_slope[r] += w * d;
-      }
-    }
-  });
-  for (int r = 0; r < R; ++r) {
-    sums.exponential[r] += reduce_add<A>(exponential[r]);
-    if constexpr (Smooth) sums.smooth[r] += reduce_add<A>(smooth[r]);
-    if constexpr (Slope) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
-    if constexpr (Slope && Smooth) sums.smooth_slope[r] += reduce_add<A>(smooth_slope[r]);
-  }
-}
-
-// A row's gradient by u: q_j = softmax * e_j - smooth * w_j, everything from above included.
-template <class T, int R>
-struct Emission {
-  Accumulate<T> softmax[R], smooth[R];
-  T* grad_logits[R];
-};
-
-// From e in scratch: grad_logits, and the block's share of the class gradients.
-template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
-DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                          const Emission<T, R>& out, const Chunk& chunk) {
-  using A = Accumulate<T>;
-  using V = Vec<A>;
-  const Local<T*, R> grad_logits(out.grad_logits);
-  // Without grad_logits the confidence is multiplied in once a row, not once a class.
-  A softmax[R], smooth[R];
-  for (int r = 0; r < R; ++r) {
-    softmax[r] = Logits ? out.softmax[r] : out.softmax[r] * rows.c[r];
-    smooth[r] = Logits ? out.smooth[r] : out.smooth[r] * rows.c[r];
-  }
-  const Local<const T*, R> z(rows.z);
-  const Local<A*, R> e(rows.e);
-  const Local<A, R> c(rows.c);
-  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
-    constexpr bool Full = decltype(full)::value;
-    V a{}, w{}, grad_scale{}, grad_bias{};
-    if constexpr (Calibrated && Logits) a = load_lanes<Full>(classes.scale + j, n);
-    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      V q = load(e[r] + j) * softmax[r];
-      if constexpr (Smooth) q = q - w * smooth[r];
-      if constexpr (Classes) {
-        V value = load_lanes<Full>(z[r] + j, n);
-        if constexpr (Masked) value = value == -kInfinity<A> ? V{} : value;
-        const V qc = Logits ? q * c[r] : q;
-        grad_scale += qc * value;
-        grad_bias += qc;
-      }
-      if constexpr (Logits) {
-        if constexpr (Calibrated) q = q * (a * c[r] + A(1));
-        store_lanes<Full>(grad_logits[r] + j, q, n);
-      }
-    }
-    if constexpr (Classes) {
-      accumulate(chunk.grad_scale + j, grad_scale);
-      accumulate(chunk.grad_bias + j, grad_bias);
-    }
-  });
-}
 
 template <class T, int R>
 Rows<T, R> gather(const RowArgs& args, const int64_t* index, const Chunk& chunk) {
@@ -249,38 +42,28 @@ Rows<T, R> gather(const RowArgs& args, const int64_t* index, const Chunk& chunk)
   return rows;
 }
 
-// d_t, rounded as exponentiate rounds it.
-template <class T, int R>
-Accumulate<T> target_slope(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                           int r) {
-  using A = Accumulate<T>;
-  const int64_t t = rows.target[r];
-  const A z = to_accumulate(rows.z[r][t]);
-  return z == -kInfinity<A> ? A(0) : classes.scale[t] * z + classes.bias[t];
-}
-
 // Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
 // if a masked class was met and Masked is not set.
-template <class T, int R, Kind K, bool Smooth, bool Masked>
+template <class T, int R, Kind K, bool Stored, bool Smooth, bool Masked>
 bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
   using A = Accumulate<T>;
   constexpr bool Calibrated = K == Kind::kCalibrated;
   const ClassVectors<A> classes(args);
   const bool slope = Calibrated && (args.grad_confidence || args.class_gradients);
   Sums<A, R> sums;
-  affine<T, R, K>(classes, rows, sums);
-  if (classes.margin) apply_margin(classes, rows, sums);
+  if (Stored || !backward) maximise<T, R, K, Stored>(classes, rows, sums);
+  if (Stored && classes.margin) apply_margin(classes, rows, sums);
   for (int r = 0; r < R; ++r) {
-    const int64_t t = rows.target[r];
-    sums.target_logit[r] = K == Kind::kPlain ? to_accumulate(rows.z[r][t]) : rows.e[r][t];
+    sums.target_logit[r] =
+        Stored ? rows.e[r][rows.target[r]] : target_logit<T, R, K>(classes, rows, r);
     if constexpr (Calibrated) sums.target_slope[r] = target_slope(classes, rows, r);
     if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
   }
   for_segments(args.classes, [&](int64_t begin, int64_t end) {
     if (Calibrated && slope)
-      exponentiate<T, R, K, Calibrated, Smooth, Masked>(classes, rows, begin, end, sums);
+      exponentiate<T, R, K, Stored, Calibrated, Smooth, Masked>(classes, rows, begin, end, sums);
     else
-      exponentiate<T, R, K, false, Smooth, Masked>(classes, rows, begin, end, sums);
+      exponentiate<T, R, K, Stored, false, Smooth, Masked>(classes, rows, begin, end, sums);
   });
   if (slope && !Masked) {
     for (int r = 0; r < R; ++r) {
@@ -297,7 +80,7 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
         backward ? read_or<A>(args.row_sum, i, 0) : static_cast<double>(sums.exponential[r]);
     const double log_sum = std::log(sum);
     const double nll = (static_cast<double>(sums.maximum[r]) - sums.target_logit[r]) + log_sum;
-    const RowTerms<double> terms =
+    const RowTerms terms =
         row_terms(nll, log_sum, rows.target_weight[r], args.label_smoothing, args.weight_sum,
                   sums.smooth[r], static_cast<double>(args.classes), args.focal_gamma);
     if (!backward) {
@@ -343,27 +126,36 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
   return true;
 }
 
+template <class T, int R, Kind K, bool Stored, bool Smooth>
+void run_kind(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+  if (run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk)) return;
+  if constexpr (K == Kind::kCalibrated)
+    run_block<T, R, K, Stored, Smooth, true>(args, backward, rows, chunk);
+}
+
+template <class T, int R, Kind K, bool Stored>
+void run_smooth(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+  if (args.label_smoothing > 0)
+    run_kind<T, R, K, Stored, true>(args, backward, rows, chunk);
+  else
+    run_kind<T, R, K, Stored, false>(args, backward, rows, chunk);
+}
+
 template <class T, int R>
 void run_rows(const RowArgs& args, bool backward, const int64_t* index, Chunk& chunk) {
   const Rows<T, R> rows = gather<T, R>(args, index, chunk);
-  const bool smooth = args.label_smoothing > 0;
-  if (!args.confidence) {
-    const bool plain = !args.prior && !args.margin;
-    if (plain && smooth) run_block<T, R, Kind::kPlain, true, false>(args, backward, rows, chunk);
-    if (plain && !smooth) run_block<T, R, Kind::kPlain, false, false>(args, backward, rows, chunk);
-    if (!plain && smooth) run_block<T, R, Kind::kShifted, true, false>(args, backward, rows, chunk);
-    if (!plain && !smooth)
-      run_block<T, R, Kind::kShifted, false, false>(args, backward, rows, chunk);
-    return;
-  }
-  const bool done =
-      smooth ? run_block<T, R, Kind::kCalibrated, true, false>(args, backward, rows, chunk)
-             : run_block<T, R, Kind::kCalibrated, false, false>(args, backward, rows, chunk);
-  if (done) return;
-  if (smooth)
-    run_block<T, R, Kind::kCalibrated, true, true>(args, backward, rows, chunk);
+  // Where u takes three operations and the maximum is to be found first, storing it costs less than
+  // making it twice.
+  if (args.confidence && (args.margin || !backward))
+    run_smooth<T, R, Kind::kCalibrated, true>(args, backward, rows, chunk);
+  else if (args.confidence)
+    run_smooth<T, R, Kind::kCalibrated, false>(args, backward, rows, chunk);
+  else if (args.margin)
+    run_smooth<T, R, Kind::kShifted, true>(args, backward, rows, chunk);
+  else if (args.prior)
+    run_smooth<T, R, Kind::kShifted, false>(args, backward, rows, chunk);
   else
-    run_block<T, R, Kind::kCalibrated, false, true>(args, backward, rows, chunk);
+    run_smooth<T, R, Kind::kPlain, false>(args, backward, rows, chunk);
 }
 
 // An ignored row: loss and gradients 0 without looking at its logits, NaN or not.

@@ -1,0 +1,265 @@
+// The passes of the row kernels over the classes of a block of rows (row_kernel.cpp has the plan):
+// maximise, exponentiate, emit, and the target's margin between the first two.
+#pragma once
+
+#include "lanes.h"
+#include "row_kernel.h"
+
+namespace disalign::DISALIGN_CAPABILITY {
+
+// What u is: the logits; with a prior or a margin; calibrated (and perhaps those).
+enum class Kind { kPlain, kShifted, kCalibrated };
+
+template <class A>
+struct ClassVectors {
+  const A *weight, *scale, *bias, *prior, *margin;
+  explicit ClassVectors(const RowArgs& args)
+      : weight(static_cast<const A*>(args.weight)),
+        scale(static_cast<const A*>(args.scale)),
+        bias(static_cast<const A*>(args.bias)),
+        prior(static_cast<const A*>(args.prior)),
+        margin(static_cast<const A*>(args.margin)) {}
+};
+
+// The rows of a block and what is known of each before its classes are read.
+template <class T, int R>
+struct Rows {
+  using A = Accumulate<T>;
+  int64_t classes, stride;
+  int64_t index[R], target[R];
+  const T* z[R];
+  A* e[R];  // scratch of the row: u where it is stored, then exp(u - maximum)
+  A c[R];   // confidence after the sigmoid
+  double target_weight[R], sample_weight[R];
+};
+
+// What the passes over a block's classes yield for each row.
+template <class A, int R>
+struct Sums {
+  A maximum[R];
+  A target_logit[R];             // u_t, margin included
+  A target_slope[R];             // d_t, where d_j = a_j z_j + b_j; 0 where not finite
+  double exponential[R] = {};    // sum_j exp(u_j - maximum)
+  double smooth[R] = {};         // sum_j w_j (u_j - maximum)
+  double softmax_slope[R] = {};  // sum_j exp(u_j - maximum) (d_j - d_t)
+  double smooth_slope[R] = {};   // sum_j w_j (d_j - d_t)
+};
+
+// u = (1 + c a) z + c b + o of one register.
+template <Kind K, class V, class A>
+DISALIGN_INLINE V affine_of(V z, V a, V b, V o, A c) {
+  if constexpr (K == Kind::kCalibrated) return z * (a * c + A(1)) + (b * c + o);
+  if constexpr (K == Kind::kShifted) return z + o;
+  return z;
+}
+
+// The class vectors that u needs, one register of each.
+template <class V>
+struct Affine {
+  V a{}, b{}, o{};
+
+  template <bool Full, Kind K, class A>
+  static DISALIGN_INLINE Affine load(const ClassVectors<A>& classes, int64_t j, int n) {
+    Affine v;
+    if constexpr (K == Kind::kCalibrated) {
+      v.a = load_lanes<Full>(classes.scale + j, n);
+      v.b = load_lanes<Full>(classes.bias + j, n);
+    }
+    if (K != Kind::kPlain && classes.prior) v.o = load_lanes<Full>(classes.prior + j, n);
+    return v;
+  }
+
+  // u = (1 + c a) z + c b + o
+  template <Kind K, class A>
+  DISALIGN_INLINE V of(V z, A c) const {
+    if constexpr (K == Kind::kCalibrated) return z * (a * c + A(1)) + (b * c + o);
+    if constexpr (K == Kind::kShifted) return z + o;
+    return z;
+  }
+};
+
+// u_t without its margin, rounded as the passes round it.
+template <class T, int R, Kind K>
+Accumulate<T> target_logit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                           int r) {
+  using A = Accumulate<T>;
+  const int64_t t = rows.target[r];
+  const auto vectors = Affine<Vec<A>>::template load<false, K>(classes, t, 1);
+  return vectors.template of<K>(splat<A>(to_accumulate(rows.z[r][t])), rows.c[r])[0];
+}
+
+// The maximum of u over the classes. Stored: u also goes to scratch, for exponentiate and for a
+// margin to be taken off it; else exponentiate makes u again.
+template <class T, int R, Kind K, bool Stored>
+DISALIGN_INLINE void maximise(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                              Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  V maximum[R];
+  for (int r = 0; r < R; ++r)
+    maximum[r] = splat<A>(-std::numeric_limits<A>::max());  // finite: u - maximum is never NaN
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    const auto vectors = Affine<V>::template load<Full, K>(classes, j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V u = vectors.template of<K>(load_lanes<Full>(z[r] + j, n), c[r]);
+      if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
+      maximum[r] = vmax(u, maximum[r]);
+      if constexpr (Stored) store(e[r] + j, u);
+    }
+  });
+  for (int r = 0; r < R; ++r) sums.maximum[r] = reduce_max<A>(maximum[r]);
+}
+
+// Takes the target's margin off u_t in scratch, where the maximum may change with it.
+template <class T, int R>
+void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                  Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  for (int r = 0; r < R; ++r) {
+    A* u = rows.e[r];
+    const int64_t t = rows.target[r];
+    const A before = u[t];
+    u[t] = before - classes.margin[t];
+    if (u[t] > sums.maximum[r]) {
+      sums.maximum[r] = u[t];
+    } else if (before == sums.maximum[r]) {
+      Vec<A> m = splat<A>(-std::numeric_limits<A>::max());
+      for (int64_t j = 0; j < rows.classes; j += Lanes<A>::N) m = vmax(load(u + j), m);
+      sums.maximum[r] = reduce_max<A>(m);
+    }
+  }
+}
+
+// Scratch becomes exp(u - maximum), u from scratch where Stored. Slope: also the sums for the
+// confidence's gradient, which is sum_j q_j d_j = sum_j q_j (d_j - d_t), for sum_j q_j = 0: so the
+// target's own term, which would cancel only up to rounding where p_t is next to 1, is exactly 0.
+// Masked: d = 0 where it is not finite (z = -inf, or finfo.min times a scale above 1); without it
+// such a class, whose e is 0, makes the sums NaN, which the caller sees. A logit that is NaN or
+// +inf shows in sum_j e_j all the same.
+template <class T, int R, Kind K, bool Stored, bool Slope, bool Smooth, bool Masked>
+DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
+                                  const Rows<T, R>& rows, int64_t begin, int64_t end,
+                                  Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const Local<A, R> maximum(sums.maximum);
+  const Local<A, R> target_slope(sums.target_slope);
+  // The rows that this thread most likely takes next; a prefetch past the end does no harm.
+  const int64_t ahead = R * rows.stride;
+  V exponential[R], smooth[R], softmax_slope[R], smooth_slope[R];
+  for (int r = 0; r < R; ++r) {
+    exponential[r] = smooth[r] = V{};
+    softmax_slope[r] = smooth_slope[r] = V{};
+  }
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(begin, end, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    V w{};
+    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+    const auto vectors = Affine<V>::template load<Full, K>(classes, j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(z[r] + ahead + j, 0, 2);
+      V value{}, u;
+      if constexpr (!Stored || Slope) value = load_lanes<Full>(z[r] + j, n);
+      if constexpr (Stored) {
+        u = load(e[r] + j);
+      } else {
+        u = vectors.template of<K>(value, c[r]);
+        if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
+      }
+      u = u - maximum[r];
+      const V x = exp_nonpositive(u);
+      store(e[r] + j, x);
+      exponential[r] += x;
+      if constexpr (Smooth) {
+        if constexpr (!Full) u = lane_index<A>() < n ? u : V{};  // w u there would be 0 * -inf
+        smooth[r] += w * u;
+      }
+      if constexpr (Slope) {
+        V d = vectors.a * value + vectors.b;
+        if constexpr (Masked) d = d * A(0) == V{} ? d : V{};  // finite * 0 is 0, else NaN
+        d = d - target_slope[r];
+        softmax_slope[r] += x * d;
+        if constexpr (Smooth) smooth_slope[r] += w * d;
+      }
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    sums.exponential[r] += reduce_add<A>(exponential[r]);
+    if constexpr (Smooth) sums.smooth[r] += reduce_add<A>(smooth[r]);
+    if constexpr (Slope) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
+    if constexpr (Slope && Smooth) sums.smooth_slope[r] += reduce_add<A>(smooth_slope[r]);
+  }
+}
+
+// A row's gradient by u: q_j = softmax * e_j - smooth * w_j, everything from above included.
+template <class T, int R>
+struct Emission {
+  Accumulate<T> softmax[R], smooth[R];
+  T* grad_logits[R];
+};
+
+// From e in scratch: grad_logits, and the block's share of the class gradients.
+template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
+DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                          const Emission<T, R>& out, const Chunk& chunk) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const Local<T*, R> grad_logits(out.grad_logits);
+  // Without grad_logits the confidence is multiplied in once a row, not once a class.
+  A softmax[R], smooth[R];
+  for (int r = 0; r < R; ++r) {
+    softmax[r] = Logits ? out.softmax[r] : out.softmax[r] * rows.c[r];
+    smooth[r] = Logits ? out.smooth[r] : out.smooth[r] * rows.c[r];
+  }
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    V a{}, w{}, grad_scale{}, grad_bias{};
+    if constexpr (Calibrated && Logits) a = load_lanes<Full>(classes.scale + j, n);
+    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V q = load(e[r] + j) * softmax[r];
+      if constexpr (Smooth) q = q - w * smooth[r];
+      if constexpr (Classes) {
+        V value = load_lanes<Full>(z[r] + j, n);
+        if constexpr (Masked) value = value == -kInfinity<A> ? V{} : value;
+        const V qc = Logits ? q * c[r] : q;
+        grad_scale += qc * value;
+        grad_bias += qc;
+      }
+      if constexpr (Logits) {
+        if constexpr (Calibrated) q = q * (a * c[r] + A(1));
+        store_lanes<Full>(grad_logits[r] + j, q, n);
+      }
+    }
+    if constexpr (Classes) {
+      accumulate(chunk.grad_scale + j, grad_scale);
+      accumulate(chunk.grad_bias + j, grad_bias);
+    }
+  });
+}
+
+// d_t, rounded as exponentiate rounds it; 0 where it is not finite, as there.
+template <class T, int R>
+Accumulate<T> target_slope(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                           int r) {
+  using A = Accumulate<T>;
+  const int64_t t = rows.target[r];
+  const A z = to_accumulate(rows.z[r][t]);
+  const A d = classes.scale[t] * z + classes.bias[t];
+  return d * A(0) == A(0) ? d : A(0);
+}
+
+}  // namespace disalign::DISALIGN_CAPABILITY
