@@ -30,6 +30,8 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
+    if type(value) is float and low <= value <= high:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a number")
     if not low <= value <= high:

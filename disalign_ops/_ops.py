@@ -117,7 +117,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Non
     ctx.reduction = inputs[13]
     ctx.normalizer = inputs[14]
     ctx.taken = False  # whether a backward has given away the gradient of the logits made here
-    made = [grad if want else None for grad, want in zip(outputs[4:], inputs[15:], strict=True)]
+    made = [outputs[4 + k] if inputs[15 + k] else None for k in range(4)]
     ctx.save_for_backward(*inputs[:10], *outputs[1:4], *made)
 
 
@@ -144,20 +144,19 @@ def _row_backward(
         if ctx.taken:
             made[0] = None  # given away by an earlier backward; the caller may have changed it
         ctx.taken = True
-    missing = [n and g is None for n, g in zip(need, made, strict=True)]
+    missing = [need[k] and made[k] is None for k in range(4)]
     grads: list[Tensor | None] = [None] * 4
-    if in_place and need[0]:
-        fresh = _ops.row_backward_(grad_loss, *tensors, *statistics, *ctx.options, *missing)
-        grads = [g if m else None for g, m in zip(fresh, missing, strict=True)]
-        grads[0] = tensors[0].data
-        torch.autograd.graph.increment_version(tensors[0])
-    elif any(missing):
-        fresh = _ops.row_backward(grad_loss, *tensors, *statistics, *ctx.options, *missing)
-        grads = [g if m else None for g, m in zip(fresh, missing, strict=True)]
+    if True in missing:
+        backward = _ops.row_backward_ if in_place and need[0] else _ops.row_backward
+        fresh = backward(grad_loss, *tensors, *statistics, *ctx.options, *missing)
+        grads = [fresh[k] if missing[k] else None for k in range(4)]
+        if in_place and need[0]:
+            grads[0] = tensors[0].data
+            torch.autograd.graph.increment_version(tensors[0])
     for k in (1, 2, 3):
-        if need[k] and not missing[k]:
+        if made[k] is not None:
             grads[k] = made[k] * grad_loss
-    if need[0] and not missing[0]:
+    if made[0] is not None:
         # .data: a tensor of its own over the same memory, so that autograd may keep it as the
         # leaf's .grad without a copy, and changes to it are not changes to what we saved.
         whole = made[0].data

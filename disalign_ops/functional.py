@@ -309,10 +309,12 @@ def _loss(
             reduction=options.reduction,
             normalizer=normalizer,
         )
-    # Under autocast F.cross_entropy yields float32; the half logits themselves are not copied.
-    device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    wanted = torch.float32 if autocast and input.dtype != torch.float64 else input.dtype
+    wanted = input.dtype
+    if wanted in (torch.bfloat16, torch.float16):
+        # Under autocast F.cross_entropy yields float32; the half logits themselves are not copied.
+        device = input.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            wanted = torch.float32
     if loss.dtype != wanted:
         loss = loss.to(wanted)
     return loss.reshape(positions_shape(input)) if options.reduction == "none" else loss
