@@ -1,7 +1,7 @@
 """The public functions: the one place that validates what a user gives (with _arguments.py).
 
-Every input is viewed as rows (N * S, C): (N, C) and channels-last input without a copy, others
-with one. A backend (see `backend_info`) then computes the loss of the rows.
+Every input is viewed as rows or as class planes (_layouts.py); a backend (see `backend_info`) then
+computes their loss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _backends, _ops, reference
+from . import _autograd, _backends, _layouts, reference
 from ._arguments import (
     Normalizer,
     check_choice,
@@ -174,9 +174,11 @@ def calibrate(
     """
     classes = check_input(input)
     a, b, c = _calibration(input, confidence, scale, bias, form, background)
-    rows, _ = _rows(input)
+    rows = _layouts.rows(input)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
     if serving_backend(input) == "native":
-        out = _ops.row_calibrate(rows, a, b, c)
+        out = _autograd.row_calibrate(rows, a, b, c)
     else:
         out = reference.calibrate(rows, a, b, c).to(input.dtype)
     if input.dim() == 1:
@@ -226,45 +228,6 @@ def serving_backend(input: Tensor) -> str:
     return _backends.serving(input.device.type)
 
 
-def _rows(input: Tensor) -> tuple[Tensor, bool]:
-    """The input as rows (N * S, C) with neighbouring classes, and whether that took a copy."""
-    rows = input
-    if input.dim() == 1:
-        rows = input.unsqueeze(0)
-    elif input.dim() > 2:
-        moved = input.movedim(1, -1)
-        rows = moved.reshape(-1, input.shape[1])
-        if not moved.is_contiguous():
-            return rows.contiguous(), True
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        return rows.contiguous(), True
-    return rows, False
-
-
-def _check_in_place(input: Tensor, rows: Tensor, copied: bool) -> bool:
-    """Whether backward is to write over the logits, which must be possible if it is asked for."""
-    if torch.compiler.is_compiling():
-        raise ArgumentError("inplace_backward is True, which torch.compile does not support")
-    if not (input.requires_grad and torch.is_grad_enabled()):
-        return False
-    if input.is_leaf or (input._is_view() and input._base is not None and input._base.is_leaf):
-        raise ArgumentError(
-            "inplace_backward is True and input is a leaf, or a view of one: its values would be "
-            "lost; needed are logits that an operation made"
-        )
-    if copied:
-        raise ArgumentError(
-            f"inplace_backward is True and input of shape {tuple(input.shape)} and strides "
-            f"{input.stride()} had to be copied; needed are neighbouring classes"
-        )
-    if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
-        raise ArgumentError(
-            f"inplace_backward is True and rows of input overlap (strides {input.stride()}); "
-            "needed is memory of its own for each row"
-        )
-    return True
-
-
 def _loss(
     input: Tensor, target: Tensor, calibration: tuple[Tensor, ...] | None, options: _Options
 ) -> Tensor:
@@ -282,23 +245,26 @@ def _loss(
     normalizer = given_denominator(options.normalizer, input)
     a, b, c = calibration or (None, None, None)
 
-    rows, copied = _rows(input)
-    in_place = options.inplace_backward and _check_in_place(input, rows, copied)
+    stem, flat_logits, copied = _layouts.flatten(input)
+    in_place = options.inplace_backward and _layouts.check_in_place(input, flat_logits, copied)
     vectors: dict[str, Any] = {
         "weight": weight, "scale": a, "bias": b, "confidence": c, "prior": prior,
     }  # fmt: skip
     if target.is_floating_point():
-        loss = _soft_loss(rows, target, vectors, normalizer, smoothing, options)
+        loss = _soft_loss(_layouts.rows(input), target, vectors, normalizer, smoothing, options)
     elif serving_backend(input) == "native":
         flat = target if target.dim() == 1 else target.reshape(-1)
-        tensors = (rows, flat.contiguous(), *vectors.values(), margin, sample_weight)
+        tensors = (flat_logits, flat.contiguous(), *vectors.values(), margin, sample_weight)
         numbers = (options.ignore_index, smoothing, gamma)
-        loss = _ops.row_loss(tensors, numbers, options.reduction, normalizer, in_place)
+        try:
+            loss = _autograd.loss(stem, tensors, numbers, options.reduction, normalizer, in_place)
+        except IndexError as error:
+            raise IndexError(_autograd.name_position(str(error), target.shape)) from None
     else:
         flat = target.reshape(-1).to(torch.int64)
-        _check_classes(flat, classes, options.ignore_index)
+        _check_classes(target, classes, options.ignore_index)
         loss = reference.cross_entropy(
-            rows,
+            _layouts.rows(input),
             flat,
             **vectors,
             margin=margin,
@@ -343,7 +309,7 @@ def _soft_loss(
         )
     return reference.soft_cross_entropy(
         rows,
-        _rows(target)[0],
+        _layouts.rows(target),
         **vectors,
         reduction=options.reduction,
         normalizer=normalizer,
@@ -357,10 +323,12 @@ def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         return
     if torch._C._are_functorch_transforms_active():
         return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    flat = target.reshape(-1)
+    bad = ((flat < 0) | (flat >= classes)) & (flat != ignore_index)
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
-        raise IndexError(
-            f"Target {int(target[at])} is out of bounds: target[{at}], the logits have {classes} "
+        message = (
+            f"Target {int(flat[at])} is out of bounds: target[{at}], the logits have {classes} "
             f"classes and ignore_index is {ignore_index}"
         )
+        raise IndexError(_autograd.name_position(message, target.shape))

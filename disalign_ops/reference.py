@@ -10,6 +10,8 @@ m. Row vectors (N,): confidence (before the sigmoid), sample_weight v. `scale` i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -141,6 +143,12 @@ def cross_entropy(
     shared = {k: v for k, v in options.items() if k in ("weight", "sample_weight", "ignore_index")}
     divisor = denominator(target, normalizer, **shared)  # type: ignore[arg-type]
     return reduce(losses, reduction, normalizer, divisor)
+
+
+def dense_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The loss of class planes (N, C, S); position vectors and 'none' are flat, (N * S,)."""
+    rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    return cross_entropy(rows, target, **options)
 
 
 def soft_cross_entropy(

@@ -146,7 +146,7 @@ def test_logits_that_had_to_be_copied_are_refused() -> None:
     x = torch.randn(67, 9, requires_grad=True)
     with pytest.raises(ArgumentError, match="had to be copied"):
         disalign_ops.cross_entropy((x * 1.0).t(), TARGET, inplace_backward=True)
-    dense = torch.randn(2, 5, 3, 4, requires_grad=True) * 1.0
+    dense = (torch.randn(2, 5, 3, 8, requires_grad=True) * 1.0)[..., ::2]
     with pytest.raises(ArgumentError, match="had to be copied"):
         disalign_ops.cross_entropy(dense, torch.zeros(2, 3, 4).long(), inplace_backward=True)
 

@@ -104,7 +104,7 @@ BACKSTOPS: list[tuple[dict[str, Any], str]] = [
     ({"logits": torch.zeros(5)}, "logits has 1 dimensions, 2"),
     ({"logits": torch.zeros(5, 19).long()}, "logits is not float64"),
     ({"logits": torch.zeros(19, 5, dtype=torch.float64).t()}, "classes are not next to each other"),
-    ({"target": torch.zeros(4).long()}, "target is not a contiguous vector with an entry a row"),
+    ({"target": torch.zeros(4).long()}, "target is not contiguous with an entry a position"),
     ({"target": torch.zeros(5)}, "target is not uint8, int16, int32 or int64"),
     ({"target": torch.full((5,), 19)}, "IndexError: Target 19 is out of bounds"),
     ({"weight": torch.rand(18, dtype=torch.float64)}, "weight has 18 entries, 19 are needed"),
@@ -134,7 +134,7 @@ def test_backward_refuses_statistics_of_other_rows() -> None:
     with pytest.raises(RuntimeError, match="grad_loss has 3 entries, 5 are needed"):
         OPS.row_backward(**backward_arguments(grad_loss=torch.zeros(3, dtype=torch.float64)))
     overlapping = torch.randn(1, 19, dtype=torch.float64).expand(5, 19)
-    with pytest.raises(RuntimeError, match="rows overlap"):
+    with pytest.raises(RuntimeError, match="logits overlap in memory"):
         OPS.row_backward_(**backward_arguments(logits=overlapping))
 
 

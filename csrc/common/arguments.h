@@ -45,6 +45,19 @@ inline const void* vector_data(const OptionalTensor& vector, const char* name, i
   return vector->const_data_ptr();
 }
 
+inline int64_t size_of(ScalarType accumulate) {
+  return accumulate == ScalarType::Double ? sizeof(double) : sizeof(float);
+}
+
+inline void check_dense(const Tensor& logits, const char* name) {
+  require(logits.dim() == 3, std::string(name) + " has " + std::to_string(logits.dim()) +
+                                 " dimensions, 3 (images, classes, positions) are needed");
+  require(is_logits_dtype(logits.scalar_type()),
+          std::string(name) + " is not float64, float32, bfloat16 or float16");
+  require(logits.size(2) <= 1 || logits.stride(2) == 1,
+          std::string(name) + "'s positions are not next to each other");
+}
+
 inline void check_rows(const Tensor& logits, const char* name) {
   require(logits.dim() == 2, std::string(name) + " has " + std::to_string(logits.dim()) +
                                  " dimensions, 2 (rows, classes) are needed");
@@ -70,18 +83,33 @@ inline int32_t shim_dtype(ScalarType dtype) {
 // A new contiguous tensor on the CPU, not initialised. Through the C shim: torch::stable::empty
 // looks its operator up by name on every call, which costs more than a small batch's arithmetic.
 // DISALIGN_OPS_POISON (set by the tests) fills it with NaN, so that an entry never written shows.
-inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype) {
+inline Tensor new_tensor(const int64_t* size, int64_t dim, int32_t dtype) {
   static const bool poison = std::getenv("DISALIGN_OPS_POISON") != nullptr;
-  int64_t strides[2] = {1, 1};
-  const auto dim = static_cast<int64_t>(size.size());
-  if (dim == 2) strides[0] = size.begin()[1];
+  require(dim <= 4, "a tensor of more than 4 dimensions");
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= size[d];
+  }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, size.begin(), strides, shim_dtype(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   if (poison && tensor.numel() > 0)
     std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
   return tensor;
+}
+inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype) {
+  return new_tensor(size.begin(), static_cast<int64_t>(size.size()), shim_dtype(dtype));
+}
+
+// A new tensor of z's shape and dtype, contiguous whatever z's strides are.
+inline Tensor new_like(const Tensor& z) {
+  int64_t size[4];
+  require(z.dim() <= 4, "a tensor of more than 4 dimensions");
+  for (int64_t d = 0; d < z.dim(); ++d) size[d] = z.size(d);
+  return new_tensor(size, z.dim(), shim_dtype(z.scalar_type()));
 }
 
 }  // namespace disalign

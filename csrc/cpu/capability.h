@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/arguments.h"
-#include "row_kernel.h"
+#include "loss_args.h"
 
 namespace disalign {
 

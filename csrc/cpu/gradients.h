@@ -1,34 +1,28 @@
 // The gradients that an operator was asked for: their tensors, and their way into the kernels.
 #pragma once
 
-#include "../common/arguments.h"
+#include "call.h"
 #include "huge_pages.h"
 #include "partition.h"
 
 namespace disalign {
 
-struct Wanted {
-  bool logits, scale, bias, confidence;
-  bool any() const { return logits || scale || bias || confidence; }
-  bool classes() const { return scale || bias; }
-};
-
 // The gradients that are wanted; those that are not stay empty.
 struct Gradients {
   Tensor logits, scale, bias, confidence;
 
-  // new_logits: allocate the gradient of the logits, rows next to each other.
-  Gradients(const Tensor& z, Wanted wanted, bool new_logits)
+  // new_logits: allocate the gradient of the logits, contiguous.
+  Gradients(const Tensor& z, int64_t confidences, Wanted wanted, bool new_logits)
       : logits(new_tensor({0}, z.scalar_type())),
         scale(vector(z, wanted.scale ? z.size(1) : 0)),
         bias(vector(z, wanted.bias ? z.size(1) : 0)),
-        confidence(vector(z, wanted.confidence ? z.size(0) : 0)) {
+        confidence(vector(z, wanted.confidence ? confidences : 0)) {
     if (!new_logits) return;
-    logits = new_tensor({z.size(0), z.size(1)}, z.scalar_type());
+    logits = new_like(z);
     advise_huge_pages(logits.mutable_data_ptr(), logits.numel() * logits.element_size());
   }
 
-  // Tells the kernels' arguments (RowArgs, CalibrateArgs) where to write.
+  // Tells the kernels' arguments (LossArgs, CalibrateArgs) where to write.
   template <class Args>
   void attach(Wanted wanted, Args& args) const {
     args.class_gradients = wanted.classes();

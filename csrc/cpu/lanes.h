@@ -1,7 +1,7 @@
 // How the kernels walk over classes, on top of vec_math.h.
 #pragma once
 
-#include "row_kernel.h"
+#include "loss_args.h"
 #include "vec_math.h"
 
 namespace disalign::DISALIGN_CAPABILITY {

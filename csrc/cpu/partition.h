@@ -1,4 +1,4 @@
-// The partition of rows over threads: our own, since at::parallel_for's depends on nesting, and the
+// The partition of work over threads: our own, since at::parallel_for's depends on nesting, and the
 // order in which partial sums are added must depend on the number of threads alone.
 #pragma once
 
@@ -9,35 +9,36 @@
 #include <vector>
 
 #include "../common/arguments.h"
-#include "row_kernel.h"
+#include "loss_args.h"
 
 namespace disalign {
 
 constexpr int64_t kLogitsPerThread = 16384;  // below about this many a second thread costs more
 
-// Chunks of rows with their scratch; buffers are tensors, so that torch's memory accounting
+// Chunks of work with their scratch; buffers are tensors, so that torch's memory accounting
 // (profiler, memory limits) sees all that we allocate.
 class Partition {
  public:
-  Partition(const Tensor& logits, int64_t scratch_bytes_each, bool class_gradients)
-      : classes_(logits.size(1)) {
-    const int64_t rows = logits.size(0);
-    const int64_t work = rows * classes_ / kLogitsPerThread;
+  // units: of work, split over threads; logits: how many there are in all of them.
+  Partition(int64_t units, int64_t logits, int64_t classes, int64_t scratch_bytes_each,
+            bool class_gradients)
+      : classes_(classes) {
+    const int64_t work = logits / kLogitsPerThread;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t count = std::max<int64_t>(1, std::min({threads, work, rows}));
-    const int64_t padded = padded_classes(classes_);
+    const int64_t count = std::max<int64_t>(1, std::min({threads, work, units}));
+    const int64_t vector = padded_classes(classes_);
     const int64_t scratch_doubles = (scratch_bytes_each + 63) / 64 * 8;
-    const int64_t each = scratch_doubles + (class_gradients ? 2 * padded : 0);
+    const int64_t each = scratch_doubles + (class_gradients ? 2 * vector : 0);
     buffer_ = new_tensor({count * each}, ScalarType::Double);
     auto* base = static_cast<double*>(buffer_.mutable_data_ptr());
     for (int64_t i = 0; i < count; ++i) {
       Chunk chunk;
-      chunk.begin = rows * i / count;
-      chunk.end = rows * (i + 1) / count;
+      chunk.begin = units * i / count;
+      chunk.end = units * (i + 1) / count;
       chunk.scratch = base + i * each;
       if (class_gradients) {
         chunk.grad_scale = base + i * each + scratch_doubles;
-        chunk.grad_bias = chunk.grad_scale + padded;
+        chunk.grad_bias = chunk.grad_scale + vector;
       }
       chunks_.push_back(chunk);
     }

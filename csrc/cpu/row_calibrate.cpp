@@ -32,7 +32,7 @@ Tensor row_calibrate(const Tensor& logits, const Tensor& scale, const Tensor& bi
   advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   args.output = out.mutable_data_ptr();
   const auto& kernel = kernels_for(DISALIGN_CHOOSE(calibrate_kernels), logits.scalar_type());
-  Partition partition(logits, 0, false);
+  Partition partition(logits.size(0), logits.numel(), args.classes, 0, false);
   partition.run([&](Chunk& chunk) { kernel.forward(args, chunk); });
   return out;
 }
@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_calibrate_backward(
           "grad_output is not contiguous or not of the logits' shape and dtype");
   args.grad_output = grad_output.const_data_ptr();
   const Wanted wanted{want_logits, want_scale, want_bias, want_confidence};
-  const Gradients gradients(logits, wanted, wanted.logits);
+  const Gradients gradients(logits, logits.size(0), wanted, wanted.logits);
   gradients.attach(wanted, args);
   const auto& kernel = kernels_for(DISALIGN_CHOOSE(calibrate_kernels), logits.scalar_type());
-  Partition partition(logits, 0, args.class_gradients);
+  Partition partition(logits.size(0), logits.numel(), args.classes, 0, args.class_gradients);
   partition.run([&](Chunk& chunk) { kernel.backward(args, chunk); });
   gradients.reduce_classes(partition);
   return {gradients.logits, gradients.scale, gradients.bias, gradients.confidence};

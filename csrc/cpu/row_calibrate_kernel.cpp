@@ -8,6 +8,7 @@
 
 #include "../common/loss_math.h"
 #include "lanes.h"
+#include "row_kernel.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
 namespace {

@@ -2,7 +2,7 @@
 // row_kernel.h for the meaning of rows, class vectors and A.
 #pragma once
 
-#include "row_kernel.h"
+#include "loss_args.h"
 
 namespace disalign {
 

@@ -24,16 +24,16 @@ namespace {
 constexpr double kHuge = std::numeric_limits<double>::max();
 
 template <class T, int R>
-Rows<T, R> gather(const RowArgs& args, const int64_t* index, const Chunk& chunk) {
+Rows<T, R> gather(const LossArgs& args, const int64_t* index, const Chunk& chunk) {
   using A = Accumulate<T>;
   Rows<T, R> rows;
   rows.classes = args.classes;
-  rows.stride = args.row_stride;
+  rows.stride = args.image_stride;
   for (int r = 0; r < R; ++r) {
     const int64_t i = index[r];
     rows.index[r] = i;
     rows.target[r] = read_index(args.target, args.target_type, i);
-    rows.z[r] = static_cast<const T*>(args.logits) + i * args.row_stride;
+    rows.z[r] = static_cast<const T*>(args.logits) + i * args.image_stride;
     rows.e[r] = static_cast<A*>(chunk.scratch) + r * padded_classes(args.classes);
     rows.c[r] = args.confidence ? static_cast<A>(sigmoid(read_or<A>(args.confidence, i, 0))) : A(0);
     rows.target_weight[r] = read_or<A>(args.weight, rows.target[r], 1.0);
@@ -45,7 +45,7 @@ Rows<T, R> gather(const RowArgs& args, const int64_t* index, const Chunk& chunk)
 // Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
 // if a masked class was met and Masked is not set.
 template <class T, int R, Kind K, bool Stored, bool Smooth, bool Masked>
-bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
   using A = Accumulate<T>;
   constexpr bool Calibrated = K == Kind::kCalibrated;
   const ClassVectors<A> classes(args);
@@ -98,7 +98,7 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
     out.softmax[r] = static_cast<A>(g * terms.softmax / sum);
     out.smooth[r] = static_cast<A>(g * terms.smooth);
     out.grad_logits[r] =
-        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_row_stride : nullptr;
+        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_image_stride : nullptr;
     if constexpr (Calibrated) {
       if (args.grad_confidence) {
         const double c = rows.c[r];
@@ -127,14 +127,14 @@ bool run_block(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk
 }
 
 template <class T, int R, Kind K, bool Stored, bool Smooth>
-void run_kind(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+void run_kind(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
   if (run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk)) return;
   if constexpr (K == Kind::kCalibrated)
     run_block<T, R, K, Stored, Smooth, true>(args, backward, rows, chunk);
 }
 
 template <class T, int R, Kind K, bool Stored>
-void run_smooth(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+void run_smooth(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
   if (args.label_smoothing > 0)
     run_kind<T, R, K, Stored, true>(args, backward, rows, chunk);
   else
@@ -142,7 +142,7 @@ void run_smooth(const RowArgs& args, bool backward, const Rows<T, R>& rows, Chun
 }
 
 template <class T, int R>
-void run_rows(const RowArgs& args, bool backward, const int64_t* index, Chunk& chunk) {
+void run_rows(const LossArgs& args, bool backward, const int64_t* index, Chunk& chunk) {
   const Rows<T, R> rows = gather<T, R>(args, index, chunk);
   // Where u takes three operations and the maximum is to be found first, storing it costs less than
   // making it twice.
@@ -160,7 +160,7 @@ void run_rows(const RowArgs& args, bool backward, const int64_t* index, Chunk& c
 
 // An ignored row: loss and gradients 0 without looking at its logits, NaN or not.
 template <class T>
-void skip_row(const RowArgs& args, bool backward, int64_t i) {
+void skip_row(const LossArgs& args, bool backward, int64_t i) {
   using A = Accumulate<T>;
   if (!backward) {
     if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
@@ -169,13 +169,13 @@ void skip_row(const RowArgs& args, bool backward, int64_t i) {
   }
   if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
   if (args.grad_logits) {
-    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_row_stride;
+    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
     std::memset(grad, 0, args.classes * sizeof(T));
   }
 }
 
 template <class T>
-void run_chunk(const RowArgs& args, bool backward, Chunk& chunk) {
+void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
   if (args.class_gradients) clear_class_sums(chunk, args.classes);
   chunk.loss_sum = 0;
   int64_t block[kRowBlock];
@@ -195,25 +195,25 @@ void run_chunk(const RowArgs& args, bool backward, Chunk& chunk) {
 }
 
 template <class T>
-void forward(const RowArgs& args, Chunk& chunk) {
+void forward(const LossArgs& args, Chunk& chunk) {
   run_chunk<T>(args, false, chunk);
 }
 
 template <class T>
-void backward(const RowArgs& args, Chunk& chunk) {
+void backward(const LossArgs& args, Chunk& chunk) {
   run_chunk<T>(args, true, chunk);
 }
 
 template <class T>
-constexpr RowKernels kernels_of() {
+constexpr LossKernels kernels_of() {
   return {forward<T>, backward<T>};
 }
 
 }  // namespace
 
-const RowKernelTable& row_kernels() {
-  static const RowKernelTable table{kernels_of<double>(), kernels_of<float>(),
-                                    kernels_of<BFloat16>(), kernels_of<Float16>()};
+const LossKernelTable& row_kernels() {
+  static const LossKernelTable table{kernels_of<double>(), kernels_of<float>(),
+                                     kernels_of<BFloat16>(), kernels_of<Float16>()};
   return table;
 }
 

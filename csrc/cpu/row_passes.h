@@ -13,7 +13,7 @@ enum class Kind { kPlain, kShifted, kCalibrated };
 template <class A>
 struct ClassVectors {
   const A *weight, *scale, *bias, *prior, *margin;
-  explicit ClassVectors(const RowArgs& args)
+  explicit ClassVectors(const LossArgs& args)
       : weight(static_cast<const A*>(args.weight)),
         scale(static_cast<const A*>(args.scale)),
         bias(static_cast<const A*>(args.bias)),

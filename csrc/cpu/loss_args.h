@@ -1,0 +1,108 @@
+// What the launchers and the kernels (compiled once per instruction set) share: plain pointers, no
+// torch, so that the kernels' translation units pull in nothing that a linker could merge across
+// instruction sets.
+//
+// A is the arithmetic: double for float64 logits, float for all others. Class vectors have C
+// entries of A; position vectors have one entry a position.
+#pragma once
+
+#include <cstdint>
+
+namespace disalign {
+
+enum class IndexType : int { kUInt8, kInt16, kInt32, kInt64 };
+
+struct LossArgs {
+  // Logits of `images` images with `classes` planes of `inner` neighbouring positions each. Rows
+  // are images of one position, their classes next to each other (class_stride 1). Strides in
+  // elements; image_stride is 0 for an expanded row.
+  const void* logits = nullptr;
+  int64_t images = 0;
+  int64_t classes = 0;
+  int64_t inner = 1;
+  int64_t image_stride = 0;
+  int64_t class_stride = 1;
+  int64_t positions() const { return images * inner; }
+
+  const void* target = nullptr;
+  IndexType target_type = IndexType::kInt64;
+  int64_t ignore_index = -100;
+
+  // Class vectors of A; null where not given. scale is a of the formulas, bias is b.
+  const void* weight = nullptr;
+  const void* scale = nullptr;
+  const void* bias = nullptr;
+  const void* prior = nullptr;
+  const void* margin = nullptr;
+  // Position vectors of A. confidence (before the sigmoid) is given exactly when scale and bias
+  // are.
+  const void* confidence = nullptr;
+  const void* sample_weight = nullptr;
+
+  double label_smoothing = 0;
+  double focal_gamma = 0;
+  double weight_sum = 0;           // sum_j w_j; C without weights
+  double inverse_denominator = 1;  // what reduction multiplies the summed loss by
+
+  // Statistics of A a position: the maximum of the calibrated logits and sum_j exp(u_j - max).
+  // Written by forward, read by backward.
+  void* row_max = nullptr;
+  void* row_sum = nullptr;
+  void* loss = nullptr;  // forward: the position's loss times its sample weight, of A; or null
+
+  // backward: dL/dloss of A, one a position (stride 1) or one for all (stride 0). null: 1.
+  const void* upstream = nullptr;
+  int64_t upstream_stride = 0;
+
+  // Gradients wanted; null where not. grad_logits is contiguous, or is the logits.
+  void* grad_logits = nullptr;
+  int64_t grad_image_stride = 0;
+  int64_t grad_class_stride = 1;
+  void* grad_confidence = nullptr;  // of A
+  bool class_gradients = false;     // of scale and bias, into Chunk
+};
+
+// One thread's share of the work: units [begin, end), which are rows, or tiles of positions. The
+// class gradients are sums over the chunk's positions in double, padded_classes(C) entries each,
+// cleared by the kernel.
+struct Chunk {
+  int64_t begin = 0;
+  int64_t end = 0;
+  void* scratch = nullptr;
+  double* grad_scale = nullptr;
+  double* grad_bias = nullptr;
+  double loss_sum = 0;
+};
+
+// Up to the next multiple of 16, so that every buffer of ours can be read and written in full
+// registers.
+static constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+static constexpr int64_t padded_classes(int64_t classes) { return padded(classes); }
+
+// The kernels of one storage dtype.
+struct LossKernels {
+  void (*forward)(const LossArgs&, Chunk&);
+  void (*backward)(const LossArgs&, Chunk&);
+};
+
+// One Kernels a storage dtype.
+template <class Kernels>
+struct KernelTable {
+  Kernels float64, float32, bfloat16, float16;
+};
+using LossKernelTable = KernelTable<LossKernels>;
+
+static inline int64_t read_index(const void* p, IndexType type, int64_t i) {
+  switch (type) {
+    case IndexType::kUInt8:
+      return static_cast<const uint8_t*>(p)[i];
+    case IndexType::kInt16:
+      return static_cast<const int16_t*>(p)[i];
+    case IndexType::kInt32:
+      return static_cast<const int32_t*>(p)[i];
+    default:
+      return static_cast<const int64_t*>(p)[i];
+  }
+}
+
+}  // namespace disalign

@@ -1,0 +1,265 @@
+"""Autograd of the native operators: what forward keeps, what backward makes of it.
+
+A stem's forward reads the logits once. With a scalar reduction it also yields the gradients of
+scale, bias and confidence for an upstream gradient of 1, which backward multiplies by the real one,
+so a second read is never needed for them. The gradient of the logits is made by the stem's
+backward, or, in eager mode on the CPU for float32 and float64, in forward while the logits are in
+the cache (which costs one read of the logits and one exponential less) and handed over by the first
+backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._ops import (
+    DENOMINATOR,
+    DIFFERENTIABLE,
+    GIVEN_NORMALIZER,
+    NORMALIZERS,
+    OPTIONS,
+    REDUCTIONS,
+    STEMS,
+    TENSORS,
+    Stem,
+    library,
+)
+
+
+def _save(ctx: Any, stem: Stem, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made."""
+    after = OPTIONS + stem.options
+    ctx.stem = stem
+    ctx.options = inputs[OPTIONS:after]
+    ctx.reduction, ctx.normalizer = inputs[after : after + 2]
+    ctx.taken = False  # whether a backward has given away the gradient of the logits made here
+    made = [outputs[4 + k] if inputs[after + 2 + k] else None for k in range(4)]
+    ctx.save_for_backward(*inputs[: DENOMINATOR + 1], *outputs[1:4], *made)
+
+
+def _backward(
+    ctx: Any, grad_loss: Tensor, need: tuple[bool, ...], in_place: bool
+) -> list[Tensor | None]:
+    """The gradients of logits, scale, bias and confidence, None where not needed."""
+    saved = ctx.saved_tensors
+    tensors, statistics, made = saved[:TENSORS], saved[10:13], list(saved[13:])
+    if torch.is_grad_enabled():
+        if in_place:
+            raise RuntimeError(
+                "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
+                "logits are overwritten by their gradient"
+            )
+        return _differentiable_backward(ctx, grad_loss, tensors, saved[DENOMINATOR], need)
+
+    dtype = saved[10].dtype  # of the statistics: the accumulation dtype
+    if grad_loss.dtype != dtype:
+        grad_loss = grad_loss.to(dtype)
+    if grad_loss.dim():
+        grad_loss = grad_loss.contiguous()
+    if made[0] is not None:
+        if ctx.taken:
+            made[0] = None  # given away by an earlier backward; the caller may have changed it
+        ctx.taken = True
+    missing = [need[k] and made[k] is None for k in range(4)]
+    grads: list[Tensor | None] = [None] * 4
+    if True in missing:
+        backward = ctx.stem.backward(in_place and need[0])
+        fresh = backward(grad_loss, *tensors, *statistics, *ctx.options, *missing)
+        grads = [fresh[k] if missing[k] else None for k in range(4)]
+        if in_place and need[0]:
+            grads[0] = tensors[0].data
+            torch.autograd.graph.increment_version(tensors[0])
+    for k in (1, 2, 3):
+        if made[k] is not None:
+            grads[k] = made[k] * grad_loss
+    if made[0] is not None:
+        # .data: a tensor of its own over the same memory, so that autograd may keep it as the
+        # leaf's .grad without a copy, and changes to it are not changes to what we saved.
+        whole = made[0].data
+        if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+            grads[0] = whole * grad_loss  # a batch of upstream gradients: is_grads_batched
+        else:
+            grads[0] = whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
+    return grads
+
+
+def _differentiable_backward(
+    ctx: Any,
+    grad_loss: Tensor,
+    tensors: tuple[Any, ...],
+    given: Tensor | None,
+    need: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The same gradients through the reference, so that they can be differentiated again."""
+    logits, target, weight, scale, bias, confidence, prior, margin, sample_weight = tensors
+    names = {code: name for name, code in NORMALIZERS.items()}
+    ignore_index, smoothing, gamma, *stem_options = ctx.options
+    with torch.enable_grad():
+        loss = ctx.stem.reference(
+            logits,
+            target,
+            *stem_options,
+            weight=weight,
+            scale=scale,
+            bias=bias,
+            confidence=confidence,
+            prior=prior,
+            margin=margin,
+            sample_weight=sample_weight,
+            ignore_index=ignore_index,
+            label_smoothing=smoothing,
+            focal_gamma=gamma,
+            reduction={code: name for name, code in REDUCTIONS.items()}[ctx.reduction],
+            normalizer=given if given is not None else names[ctx.normalizer],
+        )
+    inputs = [t for t, n in zip((logits, scale, bias, confidence), need, strict=True) if n]
+    found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
+    return [next(found) if n else None for n in need]
+
+
+def _operator_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    need = tuple(ctx.needs_input_grad[i] for i in DIFFERENTIABLE)
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    found = _backward(ctx, grad_loss, need, in_place=False)
+    for i, grad in zip(DIFFERENTIABLE, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+def _operator_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], stem: Stem
+) -> None:
+    _save(ctx, stem, inputs, output)
+
+
+for _stem in STEMS:
+    torch.library.register_autograd(
+        f"disalign_ops::{_stem.name}_forward",
+        _operator_backward,
+        setup_context=functools.partial(_operator_context, stem=_stem),
+        lib=library,
+    )
+
+
+class _EagerLoss(torch.autograd.Function):
+    """A stem in eager mode: less overhead than the dispatcher's autograd, and in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        confidence: Tensor | None,
+        stem: Stem,
+        arguments: tuple[Any, ...],
+        in_place: bool,
+    ) -> Any:
+        # The four tensors are those of `arguments`, given apart for autograd to see.
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = stem.forward(*arguments)
+        _save(ctx, stem, arguments, outputs)
+        ctx.in_place = in_place
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = _backward(ctx, grad_loss, ctx.needs_input_grad[:4], ctx.in_place)
+        return (*grads, None, None, None)
+
+
+def loss(
+    stem: Stem,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    reduction: str,
+    normalizer: str | Tensor,
+    in_place: bool,
+) -> Tensor:
+    """The loss through a stem's operators, in the accumulation dtype; 'none': flat.
+
+    tensors: logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, as the
+    operator takes them: vectors flat, contiguous and of the accumulation dtype.
+    """
+    logits = tensors[0]
+    assert logits is not None
+    grad = torch.is_grad_enabled()
+    learned = [tensors[i] for i in DIFFERENTIABLE]
+    need = [grad and t is not None and t.requires_grad for t in learned]
+    scalar = reduction != "none"
+    compiling = torch.compiler.is_compiling()
+    in_forward = (
+        logits.device.type == "cpu"
+        and logits.dtype in (torch.float32, torch.float64)
+        and not compiling
+        and not in_place
+    )
+    want = (need[0] and scalar and in_forward, *(n and scalar for n in need[1:]))
+    if isinstance(normalizer, Tensor):
+        given, code = normalizer, GIVEN_NORMALIZER
+    else:
+        given, code = None, NORMALIZERS[normalizer]
+    arguments = (*tensors, given, *options, REDUCTIONS[reduction], code, *want)
+    if compiling:
+        compiled: Tensor = stem.forward(*arguments)[0]
+        return compiled
+    try:
+        if not any(need):
+            with torch._C._AutoDispatchBelowAutograd():
+                found: Tensor = stem.forward(*arguments)[0]
+            return found
+        found = _EagerLoss.apply(*learned, stem, arguments, in_place)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        # The stable ABI throws nothing but RuntimeError; F.cross_entropy raises IndexError here.
+        message = str(error)
+        if message.startswith("IndexError: "):
+            raise IndexError(message.removeprefix("IndexError: ")) from None
+        raise
+    return found
+
+
+def name_position(message: str, shape: torch.Size) -> str:
+    """An error's flat `target[i]` as indices into a target of `shape`: `target[n, y, x]`."""
+
+    def indices(match: re.Match[str]) -> str:
+        found = torch.unravel_index(torch.tensor(int(match[1])), shape)
+        return "target[" + ", ".join(str(int(i)) for i in found) + "]"
+
+    return re.sub(r"target\[(\d+)\]", indices, message, count=1) if len(shape) > 1 else message
+
+
+def _save_calibrate(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _calibrate_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    need = list(ctx.needs_input_grad)
+    if torch.is_grad_enabled():
+        with torch.enable_grad():
+            u = reference.calibrate(*tensors).to(tensors[0].dtype)
+        inputs = [t for t, n in zip(tensors, need, strict=True) if n]
+        found = iter(torch.autograd.grad(u, inputs, grad_output, create_graph=True))
+        return tuple(next(found) if n else None for n in need)
+    grads = torch.ops.disalign_ops.row_calibrate_backward(grad_output.contiguous(), *tensors, *need)
+    return tuple(g if n else None for g, n in zip(grads, need, strict=True))
+
+
+torch.library.register_autograd(
+    "disalign_ops::row_calibrate",
+    _calibrate_backward,
+    setup_context=_save_calibrate,
+    lib=library,
+)
+
+
+def row_calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
+    """(1 + c a) z + c b of (N, C) logits, in their dtype; vectors as in `loss`."""
+    calibrated: Tensor = torch.ops.disalign_ops.row_calibrate(logits, scale, bias, confidence)
+    return calibrated

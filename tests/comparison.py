@@ -1,0 +1,42 @@
+"""Native against reference, for the dense and upsampling losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from dense_cases import Dense
+from tolerances import assert_close
+from torch import Tensor
+
+import disalign_ops
+
+NAMES = ("input", "confidence", "scale", "bias")
+Loss = Callable[[Dense, bool], Tensor]
+
+
+def run(loss: Loss, d: Dense, calibrated: bool, upstream: Tensor | None = None) -> list[Tensor]:
+    """Loss, then the gradients of what is learned."""
+    value = loss(d, calibrated)
+    upstream = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
+    learned = d.learned if calibrated else [d.logits]
+    return [value.detach(), *torch.autograd.grad(value, learned, upstream)]
+
+
+def compare(
+    loss: Loss, d: Dense, calibrated: bool, upstream: Tensor | None = None, factor: float = 1.0
+) -> None:
+    """Native in the case's dtype against the reference in float64."""
+    dtype = d.logits.dtype
+    with disalign_ops.set_backend("native"):
+        actual = run(loss, d, calibrated, upstream)
+    with disalign_ops.set_backend("reference"):
+        exact = d.to(torch.float64) if dtype == torch.float32 else d
+        expected = run(loss, exact, calibrated, upstream)
+    for what, a, e in zip(("loss", *NAMES), actual, expected, strict=False):
+        assert_close(a, e, dtype, what, factor)
+
+
+def upstream_of(d: Dense, reduction: str) -> Tensor:
+    """A random upstream gradient, one a position for 'none'."""
+    return torch.randn(d.target.shape if reduction == "none" else (), dtype=torch.float64)
