@@ -7,6 +7,8 @@ copied once.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def _one_stride(tensor: Tensor, first: int, last: int) -> bool:
     kept = [d for d in range(first, last) if tensor.shape[d] != 1]
     return all(
         tensor.stride(d) == tensor.stride(after) * tensor.shape[after]
-        for d, after in zip(kept, kept[1:], strict=False)
+        for d, after in itertools.pairwise(kept)
     )
 
 

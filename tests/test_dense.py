@@ -252,7 +252,7 @@ def test_compiled_equals_eager(calibrated: bool) -> None:
 
 
 def allocated(function: Any) -> int:
-    """Bytes of every allocation that PyTorch's allocator sees while `function` runs, frees aside."""
+    """Bytes that PyTorch hands out while `function` runs, frees not taken off."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     assert record.profiler is not None

@@ -37,20 +37,23 @@ DISALIGN_HD double focal_slope(double nll, double gamma) {
   return pow(rest, gamma) + gamma * pow(rest, gamma - 1.0) * p_nll;
 }
 
+struct FocalTerms {
+  double value;  // (1 - p)^gamma * nll
+  double slope;  // its derivative by the target logit, divided by (p - 1)
+};
+
+DISALIGN_HD FocalTerms focal_terms(double nll, double gamma) {
+  if (nll <= 0) return {0.0, 0.0};  // the limits at p = 1, for every gamma > 0
+  return {pow(-expm1(-nll), gamma) * nll, focal_slope(nll, gamma)};
+}
+
 // nll: (M - u_t) + log s.  smooth_sum: sum_j w_j u_j - M sum_j w_j (used when smoothing > 0).
 DISALIGN_HD RowTerms row_terms(double nll, double log_sum, double target_weight, double smoothing,
                                double weight_sum, double smooth_sum, double classes, double gamma) {
   RowTerms out;
-  double value = nll;
-  double slope = 1.0;
-  if (gamma > 0 && nll <= 0) {
-    value = slope = 0.0;  // the limits at p = 1, for every gamma > 0
-  } else if (gamma > 0) {
-    value = pow(-expm1(-nll), gamma) * nll;
-    slope = focal_slope(nll, gamma);
-  }
-  out.loss = (1.0 - smoothing) * target_weight * value;
-  out.target = (1.0 - smoothing) * target_weight * slope;
+  const FocalTerms focal = gamma > 0 ? focal_terms(nll, gamma) : FocalTerms{nll, 1.0};
+  out.loss = (1.0 - smoothing) * target_weight * focal.value;
+  out.target = (1.0 - smoothing) * target_weight * focal.slope;
   out.softmax = out.target;
   out.smooth = 0.0;
   if (smoothing > 0) {

@@ -12,7 +12,6 @@
 // - The target's entry is patched in scratch between exponentiate and emit, as in row_kernel.cpp.
 #include "dense_kernel.h"
 
-#include "../common/loss_math.h"
 #include "dense_passes.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
@@ -22,31 +21,17 @@ namespace {
 template <class T>
 bool prepare(const LossArgs& args, Tile<T>& tile) {
   using A = Accumulate<T>;
-  int64_t valid = 0;
-  for (int64_t p = 0; p < tile.size; ++p) {
-    const bool counts = p < tile.count && read_index(args.target, args.target_type,
-                                                     tile.first + p) != args.ignore_index;
-    tile.valid[p] = counts ? A(1) : A(0);
-    tile.c[p] = counts && args.confidence
-                    ? static_cast<A>(sigmoid(read_or<A>(args.confidence, tile.first + p, 0)))
-                    : A(0);
-    valid += counts;
-  }
+  const Positions<A>& at = tile.positions;
+  const int64_t valid = at.prepare(args, tile.first, tile.count);
   tile.all_valid = valid == tile.size;
-  return valid > 0;
-}
-
-// The ignored positions' results: 0, without looking at their logits.
-template <class T>
-void skip(const LossArgs& args, bool backward, const Tile<T>& tile, int64_t p) {
-  using A = Accumulate<T>;
-  const int64_t i = tile.first + p;
-  if (!backward) {
-    if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
-    static_cast<A*>(args.row_max)[i] = A(0);
-    static_cast<A*>(args.row_sum)[i] = A(1);
+  for (int64_t p = 0; p < tile.size; ++p) {
+    const bool counts = at.target[p] >= 0;
+    tile.valid[p] = counts ? A(1) : A(0);
+    at.c[p] = counts && args.confidence
+                  ? static_cast<A>(sigmoid(read_or<A>(args.confidence, tile.first + p, 0)))
+                  : A(0);
   }
-  if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
+  return valid > 0;
 }
 
 // Takes the target's margin off u_t, where the maximum may change with it.
@@ -56,7 +41,7 @@ void apply_margin(const LossArgs& args, const Tile<T>& tile, int64_t p, int64_t 
   A& u = tile.e[t * tile.size + p];
   const A before = u;
   u -= static_cast<const A*>(args.margin)[t];
-  A& maximum = tile.maximum[p];
+  A& maximum = tile.positions.maximum[p];
   if (u > maximum) {
     maximum = u;
   } else if (before == maximum) {
@@ -72,16 +57,17 @@ void apply_margin(const LossArgs& args, const Tile<T>& tile, int64_t p, int64_t 
 template <class T>
 void read_targets(const LossArgs& args, bool backward, const Tile<T>& tile) {
   using A = Accumulate<T>;
+  const Positions<A>& at = tile.positions;
   for (int64_t p = 0; p < tile.size; ++p) {
-    tile.target_logit[p] = tile.target_slope[p] = A(0);
-    if (tile.valid[p] == A(0)) {
-      tile.maximum[p] = A(0);
+    const int64_t t = at.target[p];
+    at.target_logit[p] = tile.target_slope[p] = A(0);
+    if (t < 0) {
+      at.maximum[p] = A(0);  // u is 0
       continue;
     }
-    const int64_t t = read_index(args.target, args.target_type, tile.first + p);
     if (args.margin) apply_margin(args, tile, p, t);
-    if (backward) tile.maximum[p] = static_cast<const A*>(args.row_max)[tile.first + p];
-    tile.target_logit[p] = tile.e[t * tile.size + p];
+    if (backward) at.maximum[p] = static_cast<const A*>(args.row_max)[tile.first + p];
+    at.target_logit[p] = tile.e[t * tile.size + p];
     if (tile.logits) {
       const ClassEntry<A> entry(args, t);
       const A d = tile.logits[t * tile.size + p] * entry.a + entry.b;
@@ -94,61 +80,41 @@ void read_targets(const LossArgs& args, bool backward, const Tile<T>& tile) {
 template <class T, bool Slope, bool Smooth>
 void exponentiate_all(const LossArgs& args, const Tile<T>& tile) {
   using A = Accumulate<T>;
-  for (double* total : tile.total) std::memset(total, 0, tile.size * sizeof(double));
+  for (double* total : tile.positions.total) std::memset(total, 0, tile.size * sizeof(double));
   for_segments(tile.classes, [&](int64_t begin, int64_t end) {
     for (A* sum : tile.sum) std::memset(sum, 0, tile.size * sizeof(A));
     exponentiate<T, Slope, Smooth>(args, tile, begin, end);
-    for (int k = 0; k < kSums; ++k)
-      for (int64_t p = 0; p < tile.size; ++p)
-        tile.total[k][p] += static_cast<double>(tile.sum[k][p]);
+    for (int k = 0; k < kSums; ++k) {
+      double* total = tile.positions.total[k];
+      for (int64_t p = 0; p < tile.size; ++p) total[p] += static_cast<double>(tile.sum[k][p]);
+    }
   });
 }
 
 // Loss, statistics and the factors of the gradients of every position.
 template <class T>
-void finish_positions(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& chunk) {
+void finish(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& chunk) {
   using A = Accumulate<T>;
-  for (int64_t p = 0; p < tile.size; ++p) {
-    tile.softmax[p] = tile.smooth[p] = A(0);
-    if (tile.valid[p] == A(0)) {
-      if (p < tile.count) skip(args, backward, tile, p);
-      continue;
-    }
-    const int64_t i = tile.first + p;
-    const int64_t t = read_index(args.target, args.target_type, i);
-    const double sum = backward ? read_or<A>(args.row_sum, i, 0) : tile.total[kExponential][p];
-    const double log_sum = std::log(sum);
-    const double maximum = tile.maximum[p];
-    const RowTerms terms =
-        row_terms((maximum - tile.target_logit[p]) + log_sum, log_sum,
-                  read_or<A>(args.weight, t, 1.0), args.label_smoothing, args.weight_sum,
-                  tile.total[kSmooth][p], static_cast<double>(tile.classes), args.focal_gamma);
-    const double sample_weight = read_or<A>(args.sample_weight, i, 1.0);
-    if (!backward) {
-      const double loss = terms.loss * sample_weight;
-      chunk.loss_sum += loss;
-      if (args.loss) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
-      static_cast<A*>(args.row_max)[i] = tile.maximum[p];
-      static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
-    }
-    // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
-    const double g = args.inverse_denominator == 0
-                         ? 0.0
-                         : read_or<A>(args.upstream, i * args.upstream_stride, 1.0) *
-                               sample_weight * args.inverse_denominator;
-    tile.softmax[p] = static_cast<A>(g * terms.softmax / sum);
-    tile.smooth[p] = static_cast<A>(g * terms.smooth);
-    if (args.grad_confidence) {
-      const double c = tile.c[p];
-      const double slope_sum = terms.softmax * tile.total[kSoftmaxSlope][p] / sum -
-                               terms.smooth * tile.total[kSmoothSlope][p];
-      static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(g * c * (1 - c) * slope_sum);
-    }
-    if (terms.softmax != 0) {
-      A& e = tile.e[t * tile.size + p];
-      e = static_cast<A>(static_cast<double>(e) - sum * terms.target / terms.softmax);
-    }
+  const Positions<A>& at = tile.positions;
+  if (backward) at.take_statistics(args, tile.first, tile.count);
+  at.finish(args);
+  if (!backward) chunk.loss_sum += at.write(args, tile.first, tile.count);
+  if (args.grad_confidence) {
+    A* to = static_cast<A*>(args.grad_confidence) + tile.first;
+    for (int64_t p = 0; p < tile.count; ++p) to[p] = at.target[p] >= 0 ? at.slope[p] : A(0);
   }
+  for (int64_t p = 0; p < tile.count; ++p)
+    if (at.target[p] >= 0) tile.e[at.target[p] * tile.size + p] -= at.patch[p];
+}
+
+// Whether the gradient is more than the caches keep for its reader, and aligned for streaming.
+template <class T>
+bool streams(const LossArgs& args, const Tile<T>& tile) {
+  constexpr int64_t kCached = int64_t{16} << 20;
+  const auto aligned = [](int64_t address) { return address % kVectorBytes == 0; };
+  return args.positions() * args.classes * static_cast<int64_t>(sizeof(T)) > kCached &&
+         aligned(reinterpret_cast<int64_t>(tile.grad_logits)) &&
+         aligned(args.grad_class_stride * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T, bool Calibrated, bool Smooth>
@@ -162,18 +128,25 @@ void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& c
     exponentiate_all<T, Calibrated, Smooth>(args, tile);
   else
     exponentiate_all<T, false, Smooth>(args, tile);
-  finish_positions(args, backward, tile, chunk);
+  finish(args, backward, tile, chunk);
   if constexpr (Calibrated) {
-    if (args.class_gradients && args.grad_logits)
-      return emit<T, true, Smooth, true, true>(args, tile, chunk);
-    if (args.class_gradients) return emit<T, true, Smooth, false, true>(args, tile, chunk);
+    if (args.class_gradients && !args.grad_logits)
+      return emit<T, true, Smooth, false, true, false>(args, tile, chunk);
+    if (args.class_gradients && streams(args, tile))
+      return emit<T, true, Smooth, true, true, true>(args, tile, chunk);
+    if (args.class_gradients) return emit<T, true, Smooth, true, true, false>(args, tile, chunk);
   }
-  if (args.grad_logits) emit<T, Calibrated, Smooth, true, false>(args, tile, chunk);
+  if (!args.grad_logits) return;
+  if (streams(args, tile)) return emit<T, Calibrated, Smooth, true, false, true>(args, tile, chunk);
+  emit<T, Calibrated, Smooth, true, false, false>(args, tile, chunk);
 }
 
 template <class T>
 void ignore_tile(const LossArgs& args, bool backward, const Tile<T>& tile) {
-  for (int64_t p = 0; p < tile.count; ++p) skip(args, backward, tile, p);
+  using A = Accumulate<T>;
+  if (!backward) Positions<A>::write_ignored(args, tile.first, tile.count);
+  if (args.grad_confidence)
+    std::memset(static_cast<A*>(args.grad_confidence) + tile.first, 0, tile.count * sizeof(A));
   if (!args.grad_logits) return;
   for (int64_t j = 0; j < tile.classes; ++j)
     std::memset(tile.grad_logits + j * args.grad_class_stride, 0, tile.count * sizeof(T));
@@ -203,6 +176,7 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
     else
       run_tile<T, false, false>(args, backward, tile, chunk);
   }
+  stream_fence();
 }
 
 template <class T>

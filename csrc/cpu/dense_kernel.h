@@ -9,7 +9,6 @@ namespace disalign {
 // Scratch of a tile that stays in the second-level cache beside what streams through it.
 constexpr int64_t kDenseTileBytes = 256 << 10;
 constexpr int64_t kDenseTilePositions = 1024;  // more gain nothing: runs of whole pages
-constexpr int64_t kDenseVectors = 19;          // position vectors of a tile; a double is two
 
 static constexpr int64_t dense_planes(const LossArgs& args) {
   return args.confidence ? 2 : 1;  // u or e; the logits, for the gradients of the calibration
@@ -30,8 +29,11 @@ static constexpr int64_t dense_tiles(const LossArgs& args, int64_t size) {
   return (args.inner + tile - 1) / tile;  // of an image
 }
 
+// Bytes of a position's entries in all vectors of Tile, at most.
+constexpr int64_t kDensePositionBytes = 192;
+
 static constexpr int64_t dense_scratch_bytes(const LossArgs& args, int64_t size) {
-  return dense_tile(args, size) * (args.classes * dense_planes(args) + kDenseVectors) * size;
+  return dense_tile(args, size) * (args.classes * dense_planes(args) * size + kDensePositionBytes);
 }
 
 namespace baseline {

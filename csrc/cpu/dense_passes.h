@@ -5,11 +5,9 @@
 #include <initializer_list>
 
 #include "dense_kernel.h"
-#include "lanes.h"
+#include "positions.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
-
-enum Sum { kExponential, kSmooth, kSoftmaxSlope, kSmoothSlope, kSums };  // Sums of row_passes.h
 
 // Neighbouring positions of one image, with their scratch: planes of `size` positions a class, of
 // which the first `count` exist, and vectors of one entry a position.
@@ -19,29 +17,30 @@ struct Tile {
   int64_t classes, size, class_stride;
   A* e;       // plane: u, then exp(u - maximum)
   A* logits;  // plane: z, that of a masked class as 0; null without a calibration
-  double* total[kSums];
-  A* sum[kSums];  // over a segment of classes, added to total in double
-  A *valid, *c, *maximum, *target_logit, *target_slope, *softmax, *smooth;
+  Positions<A> positions;
+  A* valid;         // 0 where ignored
+  A* target_slope;  // d_t, where d_j = a_j z_j + b_j; 0 where not finite
+  A* sum[kSums];    // over a segment of classes, added to positions.total in double
 
   int64_t count = 0, first = 0;  // first: the tile's first position, counted over the batch
-  bool all_valid = true;         // every lane of valid is 1
-  const T* z = nullptr;          // of class 0
-  T* grad_logits = nullptr;      // of class 0
+  bool all_valid = true;
+  const T* z = nullptr;      // of class 0
+  T* grad_logits = nullptr;  // of class 0
 
   Tile(const LossArgs& args, void* scratch)
       : classes(args.classes),
         size(dense_tile(args, sizeof(A))),
         class_stride(args.class_stride),
         e(static_cast<A*>(scratch)),
-        logits(args.confidence ? e + classes * size : nullptr) {
-    A* next = e + dense_planes(args) * classes * size;
-    for (double*& vector : total) {
-      vector = reinterpret_cast<double*>(next);
-      next += size * (sizeof(double) / sizeof(A));
-    }
-    for (A*& vector : sum) next = (vector = next) + size;
-    for (A** vector : {&valid, &c, &maximum, &target_logit, &target_slope, &softmax, &smooth})
-      next = (*vector = next) + size;
+        logits(args.confidence ? e + classes * size : nullptr),
+        positions(e + dense_planes(args) * classes * size, size) {
+    constexpr int kMore = 2 + kSums;
+    static_assert(Positions<A>::bytes(1) + kMore * sizeof(A) <= kDensePositionBytes);
+    A* next = reinterpret_cast<A*>(reinterpret_cast<char*>(positions.total[0]) +
+                                   Positions<A>::bytes(size));
+    valid = next;
+    target_slope = next + size;
+    for (int k = 0; k < kSums; ++k) sum[k] = next + (2 + k) * size;
   }
 };
 
@@ -65,7 +64,7 @@ DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   constexpr int N = Lanes<A>::N;
-  A* __restrict__ maximum = tile.maximum;
+  A* __restrict__ maximum = tile.positions.maximum;
   for (int64_t p = 0; p < tile.size; p += N)
     store(maximum + p, splat<A>(-std::numeric_limits<A>::max()));  // finite: never NaN below
   for (int64_t j = 0; j < tile.classes; ++j) {
@@ -77,7 +76,7 @@ DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
       V value = load_lanes<decltype(full)::value>(z + p, n);
       V u;
       if constexpr (Calibrated) {
-        const V c = load(tile.c + p);
+        const V c = load(tile.positions.c + p);
         u = value * (c * entry.a + A(1)) + (c * entry.b + entry.o);
       } else {
         u = value + entry.o;
@@ -102,7 +101,7 @@ DISALIGN_INLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, int
   using A = Accumulate<T>;
   using V = Vec<A>;
   constexpr int N = Lanes<A>::N;
-  const A* __restrict__ maximum = tile.maximum;
+  const A* __restrict__ maximum = tile.positions.maximum;
   const A* __restrict__ target_slope = tile.target_slope;
   A* __restrict__ exponential = tile.sum[kExponential];
   A* __restrict__ smooth = tile.sum[kSmooth];
@@ -133,13 +132,13 @@ DISALIGN_INLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, int
 }
 
 // From e: the gradient of the logits and the tile's share of the class gradients.
-template <class T, bool Calibrated, bool Smooth, bool Logits, bool Classes>
+template <class T, bool Calibrated, bool Smooth, bool Logits, bool Classes, bool Stream>
 DISALIGN_INLINE void emit(const LossArgs& args, const Tile<T>& tile, const Chunk& chunk) {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  const A* __restrict__ softmax = tile.softmax;
-  const A* __restrict__ smooth = tile.smooth;
-  const A* __restrict__ c = tile.c;
+  const A* __restrict__ softmax = tile.positions.softmax;
+  const A* __restrict__ smooth = tile.positions.smooth;
+  const A* __restrict__ c = tile.positions.c;
   for (int64_t j = 0; j < tile.classes; ++j) {
     const ClassEntry<A> entry(args, j);
     const A* __restrict__ e = tile.e + j * tile.size;
@@ -157,7 +156,10 @@ DISALIGN_INLINE void emit(const LossArgs& args, const Tile<T>& tile, const Chunk
       }
       if constexpr (Logits) {
         if constexpr (Calibrated) q = q * (load(c + p) * entry.a + A(1));
-        store_lanes<decltype(full)::value>(grad + p, q, n);
+        if constexpr (Stream && decltype(full)::value)
+          stream(grad + p, q);
+        else
+          store_lanes<decltype(full)::value>(grad + p, q, n);
       }
     });
     if constexpr (Classes) {

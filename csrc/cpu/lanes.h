@@ -2,7 +2,7 @@
 #pragma once
 
 #include "loss_args.h"
-#include "vec_math.h"
+#include "vec_functions.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
 

@@ -218,6 +218,27 @@ DISALIGN_INLINE void store_tail(float* p, Vec<float> v, int n) {
 }
 #endif
 
+// Past the cache, for memory that nothing reads again soon: the lines are not fetched before they
+// are overwritten. Aligned to kVectorBytes, by whoever calls; other storage types store as ever.
+template <class T>
+DISALIGN_INLINE void stream(T* p, Vec<Accumulate<T>> v) {
+  store(p, v);
+}
+#if defined(__AVX512F__)
+DISALIGN_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, v); }
+DISALIGN_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, v); }
+#elif defined(__AVX2__)
+DISALIGN_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, v); }
+DISALIGN_INLINE void stream(double* p, Vec<double> v) { _mm256_stream_pd(p, v); }
+#endif
+
+// After the last stream: whoever sees what comes next in this thread sees what was streamed.
+DISALIGN_INLINE void stream_fence() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // full: whether all N lanes exist, known when compiling so that the body of a loop has no branch.
 template <bool Full, class T>
 DISALIGN_INLINE Vec<Accumulate<T>> load_lanes(const T* p, int n) {
@@ -280,69 +301,6 @@ DISALIGN_INLINE double reduce_add(Vec<A> v) {
   for (int width = Lanes<A>::N / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
-}
-
-// exp(x) for x <= 0 (a little above is fine); exactly 0 for -inf and below the normal range, NaN
-// for NaN. float: relative error below 1.5e-7 + 2e-8 |x|; double: below 3e-16.
-DISALIGN_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  constexpr float kLog2e = 1.44269504088896341f;
-  // f = x log2(e) - n. One fused operation rounds log2(e) alone; without it the product would be
-  // rounded too, so that n ln(2) is taken off x in two parts first, the larger of them exact.
-#if defined(__AVX512F__)
-  x = _mm512_max_ps(_mm512_set1_ps(-104.0f),
-                    x);  // keeps f finite at -inf; NaN passes (2nd operand)
-  const Vec<float> n = _mm512_roundscale_ps(x * kLog2e, 0);
-  const Vec<float> f = _mm512_fmsub_ps(x, splat(kLog2e), n);
-#else
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const Vec<float> shifted = x * kLog2e + kRound;
-  const Vec<float> n = shifted - kRound;
-#if defined(__AVX2__)
-  const Vec<float> f = _mm256_fmsub_ps(x, splat(kLog2e), n);
-#else
-  const Vec<float> f = ((x - n * 0.693145752f) - n * 1.42860677e-6f) * kLog2e;
-#endif
-#endif
-  // Minimax polynomial of 2^f on [-1/2, 1/2], p(0) = 1.
-  Vec<float> p = f * 1.3264737e-3f + 9.6715130e-3f;
-  p = p * f + 5.5507336e-2f;
-  p = p * f + 2.4022242e-1f;
-  p = p * f + 6.9314700e-1f;
-  p = p * f + 1.0f;
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
-#else
-  using I = Lanes<float>::I;
-  const Vec<float> scale = bit_cast<Vec<float>>((bit_cast<I>(shifted) + 127) << 23);
-  return x < -87.3365f ? Vec<float>{} : p * scale;
-#endif
-}
-
-DISALIGN_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  constexpr double kLog2e = 1.44269504088896340736;
-  constexpr double kLn2High = 6.93147180369123816490e-01;
-  constexpr double kLn2Low = 1.90821492927058770002e-10;
-  constexpr double kRound = 0x1.8p52;
-  const Vec<double> shifted = x * kLog2e + kRound;
-  const Vec<double> n = shifted - kRound;
-  const Vec<double> r = (x - n * kLn2High) - n * kLn2Low;
-  // Taylor to degree 13: the next term is 3e-18 of the sum at |r| = ln(2) / 2.
-  Vec<double> p = r * (1.0 / 6227020800.0) + (1.0 / 479001600.0);
-  p = p * r + (1.0 / 39916800.0);
-  p = p * r + (1.0 / 3628800.0);
-  p = p * r + (1.0 / 362880.0);
-  p = p * r + (1.0 / 40320.0);
-  p = p * r + (1.0 / 5040.0);
-  p = p * r + (1.0 / 720.0);
-  p = p * r + (1.0 / 120.0);
-  p = p * r + (1.0 / 24.0);
-  p = p * r + (1.0 / 6.0);
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
-  using I = Lanes<double>::I;
-  const Vec<double> scale = bit_cast<Vec<double>>((bit_cast<I>(shifted) + 1023) << 52);
-  return x < -708.0 ? Vec<double>{} : p * scale;
 }
 
 // acc[0..N) += v, in double.
