@@ -8,8 +8,10 @@ from . import class_stats, metrics, nn
 from ._backends import backend_info, set_backend
 from ._replace import replace_cross_entropy
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
+from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
 
 __all__ = [
+    "UpsampleDetails",
     "backend_info",
     "calibrate",
     "class_stats",
@@ -19,4 +21,6 @@ __all__ = [
     "nn",
     "replace_cross_entropy",
     "set_backend",
+    "upsample_cross_entropy",
+    "upsample_predict",
 ]

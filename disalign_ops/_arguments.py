@@ -66,6 +66,31 @@ def check_input(input: Tensor) -> int:
     return classes
 
 
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a bool")
+
+
+def check_image(input: Tensor) -> int:
+    """The number of classes of logits (N, C, h, w) with at least one position an image."""
+    classes = check_input(input)
+    if input.dim() != 4 or 0 in input.shape[2:]:
+        raise ArgumentError(
+            f"input has shape {_shape(input.shape)}, needed is (N, C, h, w) with h and w above 0"
+        )
+    return classes
+
+
+def check_size(size: object) -> tuple[int, int]:
+    """(H, W), both above 0."""
+    if isinstance(size, list | tuple) and len(size) == 2:
+        height, width = size
+        whole = all(isinstance(n, int | torch.SymInt) and n is not True for n in size)
+        if whole and height > 0 and width > 0:
+            return height, width
+    raise ArgumentError(f"size is {size!r}, needed is (height, width), integers above 0")
+
+
 def positions_shape(input: Tensor) -> torch.Size:
     """The shape of the positions: the input's without its class dimension."""
     if input.dim() == 1:
@@ -73,8 +98,8 @@ def positions_shape(input: Tensor) -> torch.Size:
     return torch.Size((input.shape[0], *input.shape[2:]))
 
 
-def check_target(input: Tensor, target: Tensor) -> None:
-    """Class indices of the positions' shape, or class probabilities of the input's shape."""
+def check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
+    """Class indices of `shape`, the positions', or class probabilities of the input's shape."""
     check_tensor("target", target)
     if target.device != input.device:
         raise ArgumentError(
@@ -93,7 +118,6 @@ def check_target(input: Tensor, target: Tensor) -> None:
             f"target has dtype {target.dtype}, needed is int64, int32, int16 or uint8 (class "
             "indices), or a floating dtype (class probabilities)"
         )
-    shape = positions_shape(input)
     if target.shape != shape:
         raise ArgumentError(
             f"target has shape {_shape(target.shape)}, needed is {_shape(shape)} for an input of "
@@ -157,9 +181,10 @@ def class_vector(
 
 
 def row_vector(
-    name: str, value: object, input: Tensor, dtype: torch.dtype, *, learned: bool = False
-) -> Tensor | None:
-    """One entry a position, of `dtype`, flat. A dimension of 1 may stand where the classes do."""
+    name: str, value: object, input: Tensor, shape: torch.Size, dtype: torch.dtype,
+    *, learned: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """One entry a position of `shape`, flat. A dimension of 1 may stand where the classes do."""
     if value is None:
         return None
     vector = check_tensor(name, value)
@@ -168,7 +193,6 @@ def row_vector(
     _same_device(name, vector, input)
     if not learned:
         _no_gradient(name, vector)
-    shape = positions_shape(input)
     with_class = (1,) if input.dim() == 1 else (shape[0], 1, *shape[1:])
     if vector.shape != shape and vector.shape != with_class:
         raise ArgumentError(

@@ -31,6 +31,8 @@ from ._ops import (
     library,
 )
 
+_RESULTS = 8  # of every forward; a stem's details follow
+
 
 def _save(ctx: Any, stem: Stem, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made."""
@@ -166,10 +168,14 @@ class _EagerLoss(torch.autograd.Function):
             outputs = stem.forward(*arguments)
         _save(ctx, stem, arguments, outputs)
         ctx.in_place = in_place
-        return outputs[0]
+        details = outputs[_RESULTS:]
+        if not details:
+            return outputs[0]
+        ctx.mark_non_differentiable(*details)
+        return (outputs[0], *details)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = _backward(ctx, grad_loss, ctx.needs_input_grad[:4], ctx.in_place)
         return (*grads, None, None, None)
 
@@ -181,14 +187,15 @@ def loss(
     reduction: str,
     normalizer: str | Tensor,
     in_place: bool,
-) -> Tensor:
-    """The loss through a stem's operators, in the accumulation dtype; 'none': flat.
+) -> tuple[Tensor, ...]:
+    """The loss through a stem's operators, in the accumulation dtype ('none': flat), and details.
 
     tensors: logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, as the
     operator takes them: vectors flat, contiguous and of the accumulation dtype.
     """
-    logits = tensors[0]
+    logits, target = tensors[:2]
     assert logits is not None
+    assert target is not None
     grad = torch.is_grad_enabled()
     learned = [tensors[i] for i in DIFFERENTIABLE]
     need = [grad and t is not None and t.requires_grad for t in learned]
@@ -207,21 +214,22 @@ def loss(
         given, code = None, NORMALIZERS[normalizer]
     arguments = (*tensors, given, *options, REDUCTIONS[reduction], code, *want)
     if compiling:
-        compiled: Tensor = stem.forward(*arguments)[0]
-        return compiled
+        outputs = stem.forward(*arguments)
+        return (outputs[0], *(t.detach() for t in outputs[_RESULTS:]))
     try:
         if not any(need):
             with torch._C._AutoDispatchBelowAutograd():
-                found: Tensor = stem.forward(*arguments)[0]
-            return found
+                outputs = stem.forward(*arguments)
+            return (outputs[0], *outputs[_RESULTS:])
         found = _EagerLoss.apply(*learned, stem, arguments, in_place)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         # The stable ABI throws nothing but RuntimeError; F.cross_entropy raises IndexError here.
         message = str(error)
         if message.startswith("IndexError: "):
-            raise IndexError(message.removeprefix("IndexError: ")) from None
+            message = name_position(message.removeprefix("IndexError: "), target.shape)
+            raise IndexError(message) from None
         raise
-    return found
+    return found if isinstance(found, tuple) else (found,)
 
 
 def name_position(message: str, shape: torch.Size) -> str:

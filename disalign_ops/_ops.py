@@ -34,9 +34,10 @@ DIFFERENTIABLE = (0, 3, 4, 5)  # logits, scale, bias, confidence
 
 @dataclass(frozen=True)
 class Stem:
-    """A family of operators. options: how many; dim: of the logits; reference: the same in PyTorch.
+    """A family of operators.
 
-    reference(logits, target, *options after the first three, **the rest by keyword).
+    options: how many, the first three of _OPTIONS included. dim: of the logits. reference: the same
+    loss in PyTorch, called with logits, target, the options after the third, and keywords.
     """
 
     name: str
@@ -56,7 +57,15 @@ class Stem:
 
 ROW = Stem("row", 3, 2, reference.cross_entropy)
 DENSE = Stem("dense", 3, 3, reference.dense_cross_entropy)
-STEMS = (ROW, DENSE)
+UPSAMPLE = Stem(
+    "upsample",
+    5,
+    4,
+    reference.upsample_cross_entropy,
+    ", bool align_corners, bool want_details",
+    ", Tensor position_loss, Tensor probability, Tensor prediction",
+)
+STEMS = (ROW, DENSE, UPSAMPLE)
 
 _INPUTS = (
     "logits, Tensor target, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? confidence, "
@@ -75,7 +84,7 @@ def _define(stem: Stem) -> None:
     library.define(
         f"{name}_forward(Tensor {_INPUTS}, Tensor? denominator, {options}, int reduction, "
         f"int normalizer, {_WANTED}) -> (Tensor loss, {_STATISTICS}, Tensor grad_logits, "
-        "Tensor grad_scale, Tensor grad_bias, Tensor grad_confidence)"
+        "Tensor grad_scale, Tensor grad_bias, Tensor grad_confidence" + stem.extra_results + ")"
     )
     library.define(
         f"{name}_backward(Tensor grad_loss, Tensor {_INPUTS}, {_STATISTICS}, {options}, {_WANTED})"
@@ -97,6 +106,10 @@ library.define(
 library.define(
     "row_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, Tensor bias, "
     f"Tensor confidence, {_WANTED}) -> {_GRADIENTS}"
+)
+library.define(
+    "upsample_predict(Tensor logits, Tensor? scale, Tensor? bias, Tensor? confidence, "
+    "Tensor? prior, SymInt height, SymInt width, bool align_corners) -> Tensor"
 )
 _backends.load_native()
 
@@ -125,7 +138,16 @@ def _forward_fake(stem: Stem) -> Callable[..., tuple[Tensor, ...]]:
             logits.new_empty((positions,), dtype=dtype),
             logits.new_empty((), dtype=torch.float64),
         )
-        return (loss, *statistics, *_gradient_fakes(logits, want))
+        results = (loss, *statistics, *_gradient_fakes(logits, want))
+        if stem is not UPSAMPLE:
+            return results
+        details = positions if rest[after - 1] else 0
+        return (
+            *results,
+            logits.new_empty((0 if each else details,), dtype=dtype),
+            logits.new_empty((details,), dtype=dtype),
+            logits.new_empty((details,), dtype=torch.int64),
+        )
 
     return fake
 
@@ -143,6 +165,20 @@ for _stem in STEMS:
     torch.library.register_fake(_name + "forward", _forward_fake(_stem), lib=library)
     torch.library.register_fake(_name + "backward", _backward_fake, lib=library)
     torch.library.register_fake(_name + "backward_", _in_place_fake, lib=library)
+
+
+@torch.library.register_fake("disalign_ops::upsample_predict", lib=library)
+def _upsample_predict_fake(
+    logits: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+    prior: Tensor | None,
+    height: int,
+    width: int,
+    align_corners: bool,
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
 
 
 @torch.library.register_fake("disalign_ops::row_calibrate", lib=library)

@@ -34,7 +34,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(slots=True)
-class _Options:
+class Options:
     """Keywords that both losses share; see `cross_entropy`."""
 
     weight: Tensor | None
@@ -105,7 +105,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    options = _Options(
+    options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
@@ -150,12 +150,12 @@ def disalign_cross_entropy(
 
     Source: Zhang et al., "Distribution Alignment", CVPR 2021, sections 3.2 and 3.3.
     """
-    options = _Options(
+    options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
     check_input(input)
-    calibration = _calibration(input, confidence, scale, bias, form, background)
+    calibration = calibration_vectors(input, confidence, scale, bias, form, background)
     return _loss(input, target, calibration, options)
 
 
@@ -173,7 +173,7 @@ def calibrate(
     Arguments, forms, errors and source as in `disalign_cross_entropy`.
     """
     classes = check_input(input)
-    a, b, c = _calibration(input, confidence, scale, bias, form, background)
+    a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
     rows = _layouts.rows(input)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -186,11 +186,11 @@ def calibrate(
     return out.reshape(*positions_shape(input), classes).movedim(-1, 1)
 
 
-def _calibration(
+def calibration_vectors(
     input: Tensor,
-    confidence: Tensor,
-    scale: Tensor,
-    bias: Tensor,
+    confidence: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
     form: str,
     background: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +202,7 @@ def _calibration(
     foreground = classes - (background is not None)
     a = class_vector("scale", scale, foreground, input, dtype, learned=True)
     b = class_vector("bias", bias, foreground, input, dtype, learned=True)
-    c = row_vector("confidence", confidence, input, dtype, learned=True)
+    c = row_vector("confidence", confidence, input, positions_shape(input), dtype, learned=True)
     for name, vector in (("scale", a), ("bias", b), ("confidence", c)):
         if vector is None:
             raise ArgumentError(f"{name} is None, needed is a tensor")
@@ -228,53 +228,35 @@ def serving_backend(input: Tensor) -> str:
     return _backends.serving(input.device.type)
 
 
-def _loss(
-    input: Tensor, target: Tensor, calibration: tuple[Tensor, ...] | None, options: _Options
-) -> Tensor:
-    classes = check_input(input)
-    check_target(input, target)
+@dataclass(slots=True)
+class Checked:
+    """Options after their checks: class vectors (C,) of the accumulation dtype, and numbers."""
+
+    weight: Tensor | None
+    prior: Tensor | None
+    margin: Tensor | None
+    normalizer: str | Tensor
+    numbers: tuple[int, float, float]  # ignore_index, label_smoothing, focal_gamma
+
+
+def checked(input: Tensor, classes: int, options: Options) -> Checked:
+    """Everything of `options` that does not depend on the positions."""
     check_choice("reduction", options.reduction, _REDUCTIONS)
     check_integer("ignore_index", options.ignore_index)
     smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     gamma = check_number("focal_gamma", options.focal_gamma, 0.0)
     dtype = reference.accumulate_dtype(input.dtype)
-    weight = class_vector("weight", options.weight, classes, input, dtype, exact=True)
-    prior = class_vector("prior", options.prior, classes, input, dtype)
-    margin = class_vector("margin", options.margin, classes, input, dtype)
-    sample_weight = row_vector("sample_weight", options.sample_weight, input, dtype)
-    normalizer = given_denominator(options.normalizer, input)
-    a, b, c = calibration or (None, None, None)
+    return Checked(
+        class_vector("weight", options.weight, classes, input, dtype, exact=True),
+        class_vector("prior", options.prior, classes, input, dtype),
+        class_vector("margin", options.margin, classes, input, dtype),
+        given_denominator(options.normalizer, input),
+        (options.ignore_index, smoothing, gamma),
+    )
 
-    stem, flat_logits, copied = _layouts.flatten(input)
-    in_place = options.inplace_backward and _layouts.check_in_place(input, flat_logits, copied)
-    vectors: dict[str, Any] = {
-        "weight": weight, "scale": a, "bias": b, "confidence": c, "prior": prior,
-    }  # fmt: skip
-    if target.is_floating_point():
-        loss = _soft_loss(_layouts.rows(input), target, vectors, normalizer, smoothing, options)
-    elif serving_backend(input) == "native":
-        flat = target if target.dim() == 1 else target.reshape(-1)
-        tensors = (flat_logits, flat.contiguous(), *vectors.values(), margin, sample_weight)
-        numbers = (options.ignore_index, smoothing, gamma)
-        try:
-            loss = _autograd.loss(stem, tensors, numbers, options.reduction, normalizer, in_place)
-        except IndexError as error:
-            raise IndexError(_autograd.name_position(str(error), target.shape)) from None
-    else:
-        flat = target.reshape(-1).to(torch.int64)
-        _check_classes(target, classes, options.ignore_index)
-        loss = reference.cross_entropy(
-            _layouts.rows(input),
-            flat,
-            **vectors,
-            margin=margin,
-            sample_weight=sample_weight,
-            ignore_index=options.ignore_index,
-            label_smoothing=smoothing,
-            focal_gamma=gamma,
-            reduction=options.reduction,
-            normalizer=normalizer,
-        )
+
+def output(input: Tensor, loss: Tensor, shape: torch.Size | None) -> Tensor:
+    """The loss in the dtype that F.cross_entropy has, of the positions' shape unless None."""
     wanted = input.dtype
     if wanted in (torch.bfloat16, torch.float16):
         # Under autocast F.cross_entropy yields float32; the half logits themselves are not copied.
@@ -283,16 +265,65 @@ def _loss(
             wanted = torch.float32
     if loss.dtype != wanted:
         loss = loss.to(wanted)
-    return loss.reshape(positions_shape(input)) if options.reduction == "none" else loss
+    return loss if shape is None else loss.reshape(shape)
+
+
+def _loss(
+    input: Tensor, target: Tensor, calibration: tuple[Tensor, ...] | None, options: Options
+) -> Tensor:
+    classes = check_input(input)
+    check_target(input, target, positions_shape(input))
+    given = checked(input, classes, options)
+    dtype = reference.accumulate_dtype(input.dtype)
+    sample_weight = row_vector(
+        "sample_weight", options.sample_weight, input, positions_shape(input), dtype
+    )
+    a, b, c = calibration or (None, None, None)
+    stem, flat_logits, copied = _layouts.flatten(input)
+    in_place = options.inplace_backward and _layouts.check_in_place(input, flat_logits, copied)
+    vectors: dict[str, Any] = {
+        "weight": given.weight, "scale": a, "bias": b, "confidence": c, "prior": given.prior,
+    }  # fmt: skip
+    if target.is_floating_point():
+        loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
+    elif serving_backend(input) == "native":
+        tensors = (
+            flat_logits, target.contiguous(), *vectors.values(), given.margin, sample_weight,
+        )  # fmt: skip
+        loss = _autograd.loss(
+            stem, tensors, given.numbers, options.reduction, given.normalizer, in_place
+        )[0]
+    else:
+        check_classes(target, classes, options.ignore_index)
+        loss = reference.cross_entropy(
+            _layouts.rows(input),
+            target,
+            **vectors,
+            **reference_options(given, options),
+            sample_weight=sample_weight,
+        )
+    return output(input, loss, positions_shape(input) if options.reduction == "none" else None)
+
+
+def reference_options(given: Checked, options: Options) -> dict[str, Any]:
+    """What every loss of reference.py takes beside vectors of classes and positions."""
+    ignore_index, smoothing, gamma = given.numbers
+    return {
+        "margin": given.margin,
+        "ignore_index": ignore_index,
+        "label_smoothing": smoothing,
+        "focal_gamma": gamma,
+        "reduction": options.reduction,
+        "normalizer": given.normalizer,
+    }
 
 
 def _soft_loss(
     rows: Tensor,
     target: Tensor,
     vectors: dict[str, Any],
-    normalizer: str | Tensor,
-    smoothing: float,
-    options: _Options,
+    given: Checked,
+    options: Options,
 ) -> Tensor:
     """Class probabilities: what has no meaning with them is refused; the reference computes."""
     for name in ("sample_weight", "margin"):
@@ -312,12 +343,12 @@ def _soft_loss(
         _layouts.rows(target),
         **vectors,
         reduction=options.reduction,
-        normalizer=normalizer,
-        label_smoothing=smoothing,
+        normalizer=given.normalizer,
+        label_smoothing=given.numbers[1],
     )
 
 
-def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for a target that is no class, on the CPU; other devices assert in the kernel."""
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -138,7 +138,11 @@ def cross_entropy(
     normalizer: str | Tensor = "weights",
     **options: object,
 ) -> Tensor:
-    """The loss of rows, in the accumulation dtype; options as in `position_loss`."""
+    """The loss of rows, in the accumulation dtype; options as in `position_loss`.
+
+    target may have any shape of N entries; 'none' is flat.
+    """
+    target = target.reshape(-1)
     losses = position_loss(logits, target, **options)  # type: ignore[arg-type]
     shared = {k: v for k, v in options.items() if k in ("weight", "sample_weight", "ignore_index")}
     divisor = denominator(target, normalizer, **shared)  # type: ignore[arg-type]
@@ -149,6 +153,73 @@ def dense_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tenso
     """The loss of class planes (N, C, S); position vectors and 'none' are flat, (N * S,)."""
     rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
     return cross_entropy(rows, target, **options)
+
+
+def upsample(
+    logits: Tensor,
+    size: tuple[int, int],
+    align_corners: bool,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    confidence: Tensor | None = None,
+    prior: Tensor | None = None,
+) -> Tensor:
+    """Calibrated logits (N, C, h, w), interpolated bilinearly to (N, C, H, W).
+
+    confidence: flat, (N * h * w,). Masked classes (-inf) are interpolated as a number so low that
+    its exponential is 0, since 0 * -inf between two columns would be NaN; where no other class is
+    left, every class is NaN.
+    """
+    n, classes, h, w = logits.shape
+    rows = logits.movedim(1, -1).reshape(-1, classes)
+    if confidence is None or scale is None or bias is None:
+        u = rows.to(accumulate_dtype(rows.dtype))
+    else:
+        u = calibrate(rows, scale, bias, confidence)
+    if prior is not None:
+        u = u + prior
+    low = torch.finfo(u.dtype).min / 4
+    u = torch.where(u < low, low, u)
+    u = u.reshape(n, h, w, classes).movedim(-1, 1)
+    u = torch.nn.functional.interpolate(u, size, mode="bilinear", align_corners=align_corners)
+    nothing = u.detach().amax(1, keepdim=True) <= low / 16
+    return torch.where(nothing, float("nan"), u)
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    align_corners: bool,
+    want_details: bool = False,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    confidence: Tensor | None = None,
+    prior: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The loss of `upsample` at target (N, H, W); sample_weight and 'none' are flat."""
+    u = upsample(
+        logits,
+        (target.shape[1], target.shape[2]),
+        align_corners,
+        scale=scale,
+        bias=bias,
+        confidence=confidence,
+        prior=prior,
+    )
+    return dense_cross_entropy(u.flatten(2), target, **options)
+
+
+def details(u: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Of u (N, C, S): softmax of the target, 0 where ignored, and the most probable class; flat."""
+    target = target.reshape(-1).to(torch.int64)
+    valid = target != ignore_index
+    rows = u.movedim(1, -1).reshape(-1, u.shape[1])
+    t = torch.where(valid, target, 0)[:, None]
+    probability = torch.softmax(rows, 1).gather(1, t)[:, 0]
+    return torch.where(valid, probability, 0.0), rows.argmax(1)
 
 
 def soft_cross_entropy(

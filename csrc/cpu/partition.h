@@ -53,6 +53,12 @@ class Partition {
                                 });
   }
 
+  // Calls body(before, after) for every two neighbouring chunks, in their order.
+  template <class Body>
+  void for_neighbours(Body body) {
+    for (size_t i = 1; i < chunks_.size(); ++i) body(chunks_[i - 1], chunks_[i]);
+  }
+
   double loss_sum() const {
     double sum = 0;
     for (const Chunk& chunk : chunks_) sum += chunk.loss_sum;

@@ -1,0 +1,219 @@
+"""The loss of logits at the resolution of their target, without logits of that resolution."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _autograd, _layouts, reference
+from ._arguments import (
+    Normalizer,
+    check_bool,
+    check_image,
+    check_size,
+    check_target,
+    class_vector,
+    row_vector,
+)
+from ._ops import UPSAMPLE
+from .errors import ArgumentError
+from .functional import (
+    Options,
+    calibration_vectors,
+    check_classes,
+    checked,
+    output,
+    reference_options,
+    serving_backend,
+)
+
+
+class UpsampleDetails(NamedTuple):
+    """A loss, and of every position (N, H, W), without gradients: loss and softmax of the target
+    (0 where ignored, sample_weight included in the loss), and most probable class (int64).
+    """
+
+    loss: Tensor
+    position_loss: Tensor
+    probability: Tensor
+    prediction: Tensor
+
+
+def upsample_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    align_corners: bool = False,
+    confidence: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    form: str = "interpolated",
+    background: str | None = None,
+    sample_weight: Tensor | None = None,
+    normalizer: Normalizer = "weights",
+    prior: Tensor | None = None,
+    margin: Tensor | float | None = None,
+    focal_gamma: float = 0.0,
+    inplace_backward: bool = False,
+    return_details: bool = False,
+) -> Tensor | UpsampleDetails:
+    """Loss of logits at 1/8 or 1/4 of the label's size, or any other, without upsampled logits.
+
+    What calibration at low resolution, `F.interpolate(u, (H, W), mode="bilinear", align_corners)`
+    and `cross_entropy` give, with all gradients; nothing of size (N, C, H, W) is made. Beyond the
+    input's gradient it takes memory for a few numbers a position of the target and, for each
+    thread, eight low-resolution rows of all classes. The same threads give the same bits.
+
+    Args:
+        input: logits (N, C, h, w) of any strides; float32, float64, bfloat16 or float16.
+        target: class indices (N, H, W), uint8, int16, int32 or int64, of any size: H and W need
+            not be multiples of h and w, and may be smaller.
+        confidence, scale, bias: DisAlign's calibration, all three or none: confidence (N, 1, h, w)
+            or (N, h, w) before the sigmoid, at the resolution of the input; scale, bias, form and
+            background as in `disalign_cross_entropy`.
+        sample_weight: (N, H, W).
+        return_details: also return what OHEM and accuracy need; see `UpsampleDetails`.
+        The others as in `cross_entropy`. ignore_index is 255 as segmentation masks have it: with
+        more than 255 classes that is a class too, and you are warned.
+
+    Returns:
+        As F.cross_entropy: a 0-d tensor, or (N, H, W), in the input's dtype (float32 under
+        autocast); with return_details an `UpsampleDetails`.
+
+    Raises:
+        As `cross_entropy`. IndexError: a value of target that is no class, with its place.
+
+    Masked classes (-inf) stay masked where F.interpolate would make NaN of them. Under
+    inplace_backward the gradient is written over the low-resolution logits.
+    """
+    classes = check_image(input)
+    check_bool("align_corners", align_corners)
+    check_bool("return_details", return_details)
+    options = Options(
+        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
+        margin, focal_gamma, inplace_backward,
+    )  # fmt: skip
+    shape = _target_shape(input, target)
+    check_target(input, target, shape)
+    given = checked(input, classes, options)
+    if ignore_index == 255 and classes > 255 and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"ignore_index is 255, and the logits have {classes} classes: class 255 is ignored; "
+            "pass the ignore_index of your masks, or a negative one",
+            stacklevel=2,
+        )
+    dtype = reference.accumulate_dtype(input.dtype)
+    v = row_vector("sample_weight", sample_weight, input, shape, dtype)
+    a, b, c = _calibration(input, confidence, scale, bias, form, background)
+    in_place = inplace_backward and _layouts.check_in_place(input, input, False)
+
+    if serving_backend(input) == "native":
+        found = _autograd.loss(
+            UPSAMPLE,
+            (input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v),
+            (*given.numbers, align_corners, return_details),
+            reduction,
+            given.normalizer,
+            in_place,
+        )
+        loss, details = found[0], found[1:]
+    else:
+        check_classes(target, classes, ignore_index)
+        u = reference.upsample(
+            input, (shape[1], shape[2]), align_corners,
+            scale=a, bias=b, confidence=c, prior=given.prior,
+        ).flatten(2)  # fmt: skip
+        rest = reference_options(given, options)
+        loss = reference.dense_cross_entropy(
+            u, target, weight=given.weight, sample_weight=v, **rest
+        )
+        if return_details:
+            rest["reduction"] = "none"
+            each = reference.dense_cross_entropy(
+                u, target, weight=given.weight, sample_weight=v, **rest
+            )
+            details = (each.detach(), *reference.details(u.detach(), target, ignore_index))
+    result = output(input, loss, shape if reduction == "none" else None)
+    if not return_details:
+        return result
+    position_loss, probability, prediction = (t.reshape(shape) if t.numel() else t for t in details)
+    if reduction == "none":
+        position_loss = result.detach()
+    return UpsampleDetails(result, position_loss, probability, prediction)
+
+
+def upsample_predict(
+    input: Tensor,
+    size: tuple[int, int],
+    *,
+    align_corners: bool = False,
+    confidence: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    form: str = "interpolated",
+    background: str | None = None,
+    prior: Tensor | None = None,
+) -> Tensor:
+    """The most probable class at every position of `size` (H, W): (N, H, W), int64.
+
+    What argmax over the classes of the upsampled, calibrated logits gives, without them: they are
+    made a few positions at a time, or an image's rows at a time where no kernel serves the device.
+    Arguments as in `upsample_cross_entropy`. No gradient.
+    """
+    classes = check_image(input)
+    height, width = check_size(size)
+    check_bool("align_corners", align_corners)
+    dtype = reference.accumulate_dtype(input.dtype)
+    with torch.no_grad():
+        a, b, c = _calibration(input, confidence, scale, bias, form, background)
+        o = class_vector("prior", prior, classes, input, dtype)
+        if serving_backend(input) == "native":
+            prediction: Tensor = torch.ops.disalign_ops.upsample_predict(
+                input, a, b, c, o, height, width, align_corners
+            )
+            return prediction
+        return reference.upsample(
+            input, (height, width), align_corners, scale=a, bias=b, confidence=c, prior=o
+        ).argmax(1)
+
+
+def _target_shape(input: Tensor, target: Tensor) -> torch.Size:
+    """(N, H, W), if target has that form."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise ArgumentError(
+            f"target holds class probabilities ({target.dtype}), needed are class indices"
+        )
+    if not isinstance(target, Tensor) or target.dim() != 3 or target.shape[0] != input.shape[0]:
+        given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ArgumentError(
+            f"target is {given}, needed is (N, H, W) with N = {input.shape[0]} for an input of "
+            f"shape {tuple(input.shape)}"
+        )
+    if 0 in target.shape[1:]:
+        raise ArgumentError(f"target has shape {tuple(target.shape)}: it has no positions")
+    return target.shape
+
+
+def _calibration(
+    input: Tensor,
+    confidence: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    form: str,
+    background: str | None,
+) -> tuple[Tensor | None, ...]:
+    if confidence is None and scale is None and bias is None:
+        if background is not None:
+            raise ArgumentError(
+                f"background is {background!r}, and no calibration is given: needed are "
+                "confidence, scale and bias"
+            )
+        return None, None, None
+    return calibration_vectors(input, confidence, scale, bias, form, background)
