@@ -23,8 +23,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
 from ._arguments import check_choice, check_number
+from ._nn_dense import DisAlignSegHead as DisAlignSegHead
+from ._nn_form import Calibration
 from .class_stats import Counts, grw_weights
 from .errors import ArgumentError
+from .upsample import UpsampleDetails, upsample_cross_entropy
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -66,6 +69,31 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )  # fmt: skip
 
 
+class UpsampleCrossEntropyLoss(CrossEntropyLoss):
+    """`disalign_ops.upsample_cross_entropy` as a module: logits (N, C, h, w), target (N, H, W).
+
+    Arguments as in `CrossEntropyLoss`, with ignore_index 255 as segmentation masks have it, and
+    align_corners. A calibration, sample_weight and return_details are given when it is called.
+    """
+
+    def __init__(
+        self, weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean",
+        label_smoothing: float = 0.0, *, align_corners: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, None, ignore_index, None, reduction, label_smoothing, **options)
+        self.align_corners = align_corners
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor, **options: Any
+    ) -> Tensor | UpsampleDetails:
+        return upsample_cross_entropy(
+            input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing,
+            align_corners=self.align_corners, normalizer=self.normalizer, prior=self.prior,
+            margin=self.margin, focal_gamma=self.focal_gamma,
+            inplace_backward=self.inplace_backward, **options,
+        )  # fmt: skip
+
+
 class GRWCrossEntropyLoss(CrossEntropyLoss):
     """Cross-entropy with DisAlign's generalised re-weighting by class counts.
 
@@ -95,11 +123,12 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
         return f"classes={self.weight.numel()}, rho={self.rho}"
 
 
-class _DisAlign(nn.Module):
+class _DisAlign(Calibration):
     """What both layers share: all but how features become raw logits."""
 
     weight: Tensor
     bias: Tensor | None
+    confidence_layer: nn.Linear
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool,
@@ -137,9 +166,6 @@ class _DisAlign(nn.Module):
         else:
             nn.init.normal_(self.confidence_layer.weight, std=0.01)
             nn.init.zeros_(self.confidence_layer.bias)
-
-    def _form(self) -> dict[str, Any]:
-        return {"form": self.form, "background": self.background}
 
     def _raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Raw logits (..., C), and the features that the confidence is computed from."""
@@ -186,30 +212,6 @@ class _DisAlign(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, form={self.form!r}, background={self.background!r}"
-
-    # The same logit_scale means another calibration in the other form. So the form goes into the
-    # state_dict's metadata, beside nn.Module's version, and loading compares it.
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        getattr(destination, "_metadata", {}).get(prefix[:-1], {}).update(self._form())
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any
-    ) -> None:
-        for name, own in self._form().items():
-            saved = local_metadata.get(name, own)
-            if saved != own:
-                others[-1].append(f"{prefix}{name} was {saved!r} when saved, is {own!r} here")
-        # Released checkpoints: a detector's raw classifier is a child named cls_score, its
-        # vectors are (K,), those of a segmentation head (1, C, 1, 1).
-        for name in ("weight", "bias", "scale"):
-            if f"{prefix}cls_score.{name}" in state_dict:
-                state_dict[prefix + name] = state_dict.pop(f"{prefix}cls_score.{name}")
-        for name in ("logit_scale", "logit_bias"):
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.numel() == self.logit_scale.numel():
-                state_dict[prefix + name] = value.reshape(1, -1)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
 
 class DisAlignLinear(_DisAlign):
@@ -292,8 +294,8 @@ def _normalize(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
-def _layers(model: nn.Module) -> list[_DisAlign]:
-    layers = [m for m in model.modules() if isinstance(m, _DisAlign)]
+def _layers(model: nn.Module) -> list[Calibration]:
+    layers = [m for m in model.modules() if isinstance(m, Calibration)]
     if not layers:
         given = f"model is a {type(model).__name__} without a DisAlign layer"
         raise ArgumentError(f"{given}, needed is one: see convert_to_disalign")
@@ -320,9 +322,9 @@ def freeze_for_stage2(model: nn.Module, bn: str = "eval") -> list[nn.Parameter]:
     """Freezes all but logit_scale, logit_bias and confidence_layer of the model's DisAlign layers.
 
     Args:
-        bn: "eval" keeps every BatchNorm in eval mode, also after a later `model.train()`, so that
-            stage 1's features stay as they are. "train" leaves them to `model.train()`, as the
-            released code does; their running statistics then drift.
+        bn: "eval" keeps every BatchNorm but a confidence layer's own in eval mode, also after a
+            later `model.train()`, so that stage 1's features stay as they are. "train" leaves them
+            to `model.train()`, as the released code does; their running statistics then drift.
     Returns the trained parameters, for an optimizer. Raises ArgumentError: another bn, or no
     DisAlign layer. Source: Zhang et al., CVPR 2021, section 3.3; released code.
     """
@@ -332,7 +334,10 @@ def freeze_for_stage2(model: nn.Module, bn: str = "eval") -> list[nn.Parameter]:
     for layer in layers:
         for learned in (layer.logit_scale, layer.logit_bias, layer.confidence_layer):
             learned.requires_grad_()
+    learned_modules = {m for layer in layers for m in layer.confidence_layer.modules()}
     for module in model.modules():
+        if module in learned_modules:
+            continue
         if bn == "eval" and isinstance(module, _BatchNorm):
             # In the instance's __dict__ it hides the class's train. deepcopy and pickle carry a
             # partial of a function of this file along with its module; a closure they do not.
@@ -367,7 +372,7 @@ def convert_to_disalign(
     modules = list(model.named_modules(remove_duplicate=False))
     linears = {n: m for n, m in modules if isinstance(m, nn.Linear)}
     what = f"model is a {type(model).__name__}"
-    if name is None and any(isinstance(m, _DisAlign) for _, m in modules):
+    if name is None and any(isinstance(m, Calibration) for _, m in modules):
         raise ArgumentError(f"{what} with a DisAlign layer already: needed is a name")
     if not linears:
         raise ArgumentError(f"{what} without an nn.Linear, needed is one")

@@ -8,6 +8,7 @@ import torch
 from dense_cases import Dense
 from tolerances import assert_close
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import disalign_ops
 
@@ -40,3 +41,26 @@ def compare(
 def upstream_of(d: Dense, reduction: str) -> Tensor:
     """A random upstream gradient, one a position for 'none'."""
     return torch.randn(d.target.shape if reduction == "none" else (), dtype=torch.float64)
+
+
+def _memory_events(function: Callable[[], object]) -> list[int]:
+    """Sizes of what PyTorch's allocator hands out, and of what it takes back below 0, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    assert record.profiler is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def memory_allocated(function: Callable[[], object]) -> int:
+    """Bytes that PyTorch hands out while `function` runs, frees not taken off."""
+    return sum(max(size, 0) for size in _memory_events(function))
+
+
+def memory_held(function: Callable[[], object]) -> int:
+    """The most bytes alive at once, while `function` runs, beyond those alive at its start."""
+    alive = peak = 0
+    for size in _memory_events(function):
+        alive += size
+        peak = max(peak, alive)
+    return peak

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import NAMES, compare, run, upstream_of
+from comparison import NAMES, compare, memory_allocated, run, upstream_of
 from dense_cases import CONTENTS, SHAPES, Dense, dense
 from tolerances import assert_close, assert_no_worse
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import disalign_ops
 from disalign_ops import _layouts
@@ -251,19 +250,10 @@ def test_compiled_equals_eager(calibrated: bool) -> None:
         assert_close(a, e, torch.float32, what)
 
 
-def allocated(function: Any) -> int:
-    """Bytes that PyTorch hands out while `function` runs, frees not taken off."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    assert record.profiler is not None
-    events = record.profiler.kineto_results.events()
-    return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
-
-
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_nothing_of_the_logits_size_but_their_gradient(calibrated: bool) -> None:
     d = dense((2, 150, 64, 64), dtype=torch.float32)
     loss(d, calibrated)
-    taken = allocated(lambda: loss(d, calibrated).backward())
+    taken = memory_allocated(lambda: loss(d, calibrated).backward())
     logits = d.logits.numel() * 4
     assert logits <= taken < 1.2 * logits
