@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -19,10 +20,15 @@ class Mode(Enum):
     STAGE2 = "stage2"
     PLAIN = "plain"
     IN_PLACE = "in-place"
+    PLAIN_IN_PLACE = "plain-in-place"
 
     @property
     def calibrated(self) -> bool:
-        return self is not Mode.PLAIN
+        return self not in (Mode.PLAIN, Mode.PLAIN_IN_PLACE)
+
+    @property
+    def in_place(self) -> bool:
+        return self in (Mode.IN_PLACE, Mode.PLAIN_IN_PLACE)
 
 
 WORK = {
@@ -30,19 +36,26 @@ WORK = {
     Mode.STAGE2: "DisAlign loss, stage 2",
     Mode.PLAIN: "weighted cross_entropy",
     Mode.IN_PLACE: "DisAlign loss in place",
+    Mode.PLAIN_IN_PLACE: "weighted cross_entropy in place",
 }
 _MODE_REASONS = {
     Mode.FULL: "gradients of logits, confidence, scale and bias",
     Mode.STAGE2: "frozen logits: gradients of confidence, scale and bias",
     Mode.PLAIN: "the drop-in for F.cross_entropy, gradient of the logits",
     Mode.IN_PLACE: "all gradients, that of the logits written over them; peers allocate theirs",
+    Mode.PLAIN_IN_PLACE: "the gradient of the logits written over them; peers allocate theirs",
 }
+IGNORED = 255  # of dense targets
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the benchmark: logits (rows, classes) of a dtype, and what is done with them."""
+    """One row of the benchmark: logits of a dtype, and what is done with them.
+
+    The logits are (rows, classes), or with a `size` (rows, classes, *size), the target of that size
+    or, where it has another, of `target_size`.
+    """
 
     name: str
     rows: int
@@ -51,18 +64,35 @@ class Case:
     mode: Mode
     reason: str
     quick: bool = False
+    size: tuple[int, ...] = ()
+    target_size: tuple[int, ...] = ()
 
     @property
     def dtype_name(self) -> str:
         return _DTYPE_NAMES[self.dtype]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, self.classes, *self.size)
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        return (self.rows, *(self.target_size or self.size))
+
+    @property
     def title(self) -> str:
-        return f"{WORK[self.mode]}, {self.rows} x {self.classes} {self.dtype_name}"
+        shape = " x ".join(str(n) for n in self.shape)
+        to = " to " + " x ".join(str(n) for n in self.target_size) if self.target_size else ""
+        return f"{WORK[self.mode]}, {shape}{to} {self.dtype_name}"
 
     @property
     def logits_bytes(self) -> int:
-        return self.rows * self.classes * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def full_bytes(self) -> int:
+        """Of the logits at the target's size: what memory is compared with."""
+        return math.prod(self.target_shape) * self.classes * self.dtype.itemsize
 
     @property
     def overhead(self) -> bool:
@@ -84,6 +114,16 @@ _SHAPES = (
         "a row larger than the second-level cache, fewer rows than work to share",
     ),
 )
+_ROW_MODES = (Mode.FULL, Mode.STAGE2, Mode.PLAIN, Mode.IN_PLACE)
+_ADE = "ADE20K, 150 classes, ignored frame"
+_DENSE = (
+    ("dense-plain", 2, (256, 256), (), Mode.PLAIN, "logits at the target's size", True),
+    ("dense-in-place", 2, (256, 256), (), Mode.PLAIN_IN_PLACE, "the same over the logits", True),
+    ("dense-stage2", 2, (256, 256), (), Mode.STAGE2, "frozen logits at the target's size", False),
+    ("upsample-full", 2, (32, 32), (256, 256), Mode.FULL, "logits at 1/8 of the target", True),
+    ("upsample-stage2", 2, (32, 32), (256, 256), Mode.STAGE2, "the same, frozen", False),
+    ("upsample-large", 4, (128, 128), (512, 512), Mode.FULL, "mmsegmentation's batch", False),
+)
 _QUICK = ("lvis-full", "lvis-stage2", "lvis-plain", "inat-in-place", "inat-stage2")
 
 
@@ -91,7 +131,7 @@ def _registry() -> dict[str, Case]:
     cases = []
     for data, rows, classes, why in _SHAPES:
         for dtype, dtype_name in _DTYPE_NAMES.items():
-            for mode in Mode:
+            for mode in _ROW_MODES:
                 name = f"{data}-{mode.value}" + ("" if dtype == torch.float32 else f"-{dtype_name}")
                 reason = f"{why}; {_MODE_REASONS[mode]}"
                 cases.append(Case(name, rows, classes, dtype, mode, reason, name in _QUICK))
@@ -107,6 +147,12 @@ def _registry() -> dict[str, Case]:
                 mode is Mode.PLAIN,
             )
         )
+    for name, images, size, target_size, mode, why, quick in _DENSE:
+        reason = f"{_ADE}: {why}; {_MODE_REASONS[mode]}"
+        case = Case(
+            f"ade-{name}", images, 150, torch.float32, mode, reason, quick, size, target_size
+        )
+        cases.append(case)
     return {case.name: case for case in cases}
 
 
@@ -158,10 +204,14 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
     # From 1280 samples to 5, as ImageNet-LT.
     counts = 1280.0 * (5 / 1280) ** torch.linspace(0, 1, case.classes, dtype=torch.float64)
-    target = torch.multinomial(counts, case.rows, replacement=True, generator=generator)
-    logits = (normal(case.rows, case.classes) * 3).to(device, case.dtype)
+    shape = case.target_shape
+    drawn = torch.multinomial(counts, math.prod(shape), replacement=True, generator=generator)
+    target = drawn.reshape(shape)
+    if case.size:
+        target[:, :4] = target[..., :4] = IGNORED
+    logits = (normal(*case.shape) * 3).to(device, case.dtype)
     learned = {
-        "confidence": normal(case.rows),
+        "confidence": normal(case.rows, *(1 for _ in case.size[:1]), *case.size),
         "scale": 1 + 0.3 * normal(case.classes),
         "bias": 0.5 * normal(case.classes),
     }

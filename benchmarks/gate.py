@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from disalign_ops import reference
 
-from .cases import Inputs
+from .cases import IGNORED, Inputs
 from .peers import Contestant
 
 # Error allowed relative to the largest magnitude of the expected tensor. float32: torch.compile
@@ -22,19 +22,55 @@ RELATIVE = {torch.float32: 5e-5, torch.bfloat16: 2.0**-8}
 def exact(inputs: Inputs) -> dict[str, Tensor]:
     """Loss and wanted gradients by the reference in float64."""
     logits = inputs.logits.detach().double().requires_grad_(inputs.logits.requires_grad)
-    calibration: dict[str, Any] = {}
+    calibration: dict[str, Tensor] = {}
     wanted = {"logits": logits} if logits.requires_grad else {}
     if inputs.mode.calibrated:
         for name in ("confidence", "scale", "bias"):
             calibration[name] = getattr(inputs, name).detach().double().requires_grad_()
         wanted |= calibration
+    loss = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for part, target, part_calibration in _parts(inputs, logits, calibration):
+        value = _part_loss(inputs, part, target, part_calibration)
+        value.backward()
+        loss += value.detach()
+    return {
+        "loss": loss,
+        **{name: tensor.grad for name, tensor in wanted.items() if tensor.grad is not None},
+    }
+
+
+def _parts(
+    inputs: Inputs, logits: Tensor, calibration: dict[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Rows all at once, images one at a time: in float64 they take gigabytes."""
+    if logits.dim() == 2:
+        yield logits, inputs.target, calibration
+        return
+    for i in range(len(logits)):
+        image = slice(i, i + 1)
+        own = dict(calibration)
+        if own:
+            own["confidence"] = own["confidence"][image]
+        yield logits[image], inputs.target[image], own
+
+
+def _part_loss(
+    inputs: Inputs, logits: Tensor, target: Tensor, calibration: dict[str, Tensor]
+) -> Tensor:
+    """The part's share of the mean."""
+    weight = inputs.weight.double()
+    options: dict[str, Any] = {"weight": weight}
+    if calibration:
         # The reference knows u = (1 + c a) z + c b alone; the form compared here has a = scale - 1.
-        calibration["scale"] = calibration["scale"] - 1
-    loss = reference.cross_entropy(
-        logits, inputs.target, weight=inputs.weight.double(), **calibration
-    )
-    grads = torch.autograd.grad(loss, list(wanted.values()))
-    return {"loss": loss.detach(), **dict(zip(wanted, grads, strict=True))}
+        options |= calibration | {"scale": calibration["scale"] - 1}
+        options["confidence"] = options["confidence"].flatten()
+    if logits.dim() == 2:
+        return reference.cross_entropy(logits, target, **options)
+    counted = inputs.target[inputs.target != IGNORED]
+    options |= {"ignore_index": IGNORED, "normalizer": weight[counted].sum()}
+    if target.shape[1:] == logits.shape[2:]:
+        return reference.dense_cross_entropy(logits.flatten(2), target, **options)
+    return reference.upsample_cross_entropy(logits, target, False, **options)
 
 
 def computed(contestant: Contestant, inputs: Inputs, logits: Tensor) -> dict[str, Tensor]:

@@ -200,7 +200,7 @@ def counted_passes(case: Case, device: torch.device) -> tuple[int, int]:
     # backward makes it, which reads again: a half gradient made before the loss scale is known
     # would flush to zero.
     in_forward = device.type == "cpu" and case.dtype == torch.float32
-    if in_forward and case.mode is not Mode.IN_PLACE:
+    if in_forward and not case.mode.in_place:
         return 1, 1
     return 2, 1
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import disalign_ops
 
-from .cases import Case, Inputs, Mode
+from .cases import IGNORED, Case, Inputs
 
 OURS = "disalign_ops"
 EAGER = "torch eager"
@@ -47,13 +47,21 @@ class LeftOut:
 
 def _calibrate(logits: Tensor, confidence: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """The paper's definition, c (scale z + bias) + (1 - c) z, as one writes it."""
-    c = torch.sigmoid(confidence)[:, None]
+    c = torch.sigmoid(confidence)
+    if logits.dim() == 2:
+        c = c[:, None]
+    else:
+        scale, bias = scale[:, None, None], bias[:, None, None]
     return c * (scale * logits + bias) + (1 - c) * logits
 
 
 def _weighted(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     # float(): what autocast does for cross_entropy; nothing for float32.
-    return F.cross_entropy(logits.float(), target, weight=weight)
+    if logits.dim() == 2:
+        return F.cross_entropy(logits.float(), target, weight=weight)
+    if target.shape[1:] != logits.shape[2:]:
+        logits = F.interpolate(logits, target.shape[1:], mode="bilinear")
+    return F.cross_entropy(logits.float(), target, weight=weight, ignore_index=IGNORED)
 
 
 def _disalign(
@@ -94,17 +102,28 @@ def _compiled_loss() -> Loss:
 
 
 def our_loss(inputs: Inputs, logits: Tensor) -> Tensor:
-    if not inputs.mode.calibrated:
-        return disalign_ops.cross_entropy(logits, inputs.target, inputs.weight)
-    return disalign_ops.disalign_cross_entropy(
-        logits,
-        inputs.target,
-        inputs.confidence,
-        inputs.scale,
-        inputs.bias,
-        inputs.weight,
-        inplace_backward=inputs.mode is Mode.IN_PLACE,
-    )
+    calibration: dict[str, Any] = {}
+    if inputs.mode.calibrated:
+        calibration = {
+            "confidence": inputs.confidence, "scale": inputs.scale, "bias": inputs.bias,
+        }  # fmt: skip
+    options: dict[str, Any] = {
+        "weight": inputs.weight,
+        "inplace_backward": inputs.mode.in_place,
+        **calibration,
+    }
+    if logits.dim() == 4:
+        options["ignore_index"] = IGNORED
+    loss: Tensor
+    if logits.dim() == 4 and inputs.target.shape[1:] != logits.shape[2:]:
+        found = disalign_ops.upsample_cross_entropy(logits, inputs.target, **options)
+        assert isinstance(found, Tensor)
+        loss = found
+    elif calibration:
+        loss = disalign_ops.disalign_cross_entropy(logits, inputs.target, **options)
+    else:
+        loss = disalign_ops.cross_entropy(logits, inputs.target, **options)
+    return loss
 
 
 def _mean_of_rows(row_losses: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -173,6 +192,8 @@ def _fused_contestant(fused: _Fused, case: Case, device: torch.device) -> Contes
     module, why_not = _import(fused.module)
     if module is None:
         return LeftOut(fused.name, why_not)
+    if case.size:
+        return LeftOut(fused.name, "takes rows (N, C), not class planes")
     if device.type != "cuda":
         return LeftOut(fused.name, f"has kernels for CUDA only, not for {device.type}")
     weighted = fused.adapter(module)
@@ -191,9 +212,7 @@ def contestants(
     case: Case, device: torch.device, peers: tuple[str, ...] = NAMES
 ) -> tuple[list[Contestant], list[LeftOut]]:
     """Ours first, then the named peers that can take part; and those that cannot."""
-    found: list[Contestant | LeftOut] = [
-        Contestant(OURS, our_loss, overwrites=case.mode is Mode.IN_PLACE)
-    ]
+    found: list[Contestant | LeftOut] = [Contestant(OURS, our_loss, overwrites=case.mode.in_place)]
     if EAGER in peers:
         found.append(Contestant(EAGER, eager_loss))
     if COMPILED in peers:

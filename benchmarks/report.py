@@ -68,6 +68,8 @@ def _record(of: CaseResult, result: Result) -> dict[str, Any]:
         "case": case.name,
         "work": WORK[case.mode],
         "rows": case.rows,
+        "size": "x".join(str(n) for n in case.size),
+        "target_size": "x".join(str(n) for n in case.target_size),
         "classes": case.classes,
         "dtype": case.dtype_name,
         "contestant": result.contestant,
@@ -179,7 +181,8 @@ def summary_table(cases: list[CaseResult], about: dict[str, Any]) -> Table:
     table = _table(
         "disalign_ops, forward and backward: medians of paired rounds",
         f"{about['device']}, {about['threads']} threads, torch {torch.__version__}. Peak extra "
-        "memory: beyond the inputs and the gradients asked for, in % of the logits' bytes.",
+        "memory: beyond the inputs and the gradients asked for, in % of the logits' "
+        "bytes, upsampled ones where the target is larger.",
     )
     table.add_column("work")
     for heading in ("ms", "times faster than\neager / torch.compile", "copies of\nthe logits",

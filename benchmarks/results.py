@@ -37,8 +37,8 @@ class Result:
 
     @property
     def memory_share(self) -> float | None:
-        """Peak extra memory as a share of the logits' bytes."""
-        return None if self.peak_extra is None else self.peak_extra / self.case.logits_bytes
+        """Peak extra memory as a share of the logits' bytes at the target's size."""
+        return None if self.peak_extra is None else self.peak_extra / self.case.full_bytes
 
 
 @dataclass

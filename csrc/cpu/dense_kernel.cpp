@@ -7,8 +7,10 @@
 // - forward: load (u to scratch, its maximum), exponentiate, then the scalars of each position, and
 //   emit makes whatever gradients are wanted. Memory: the logits are read once, grad_logits written
 //   once.
-// - backward: the same with the maximum and the sum that forward found; grad_logits may be the
-//   logits, which only load reads.
+// - backward: the same with the maximum and the sum that forward found, load and exponentiate in
+// one
+//   pass unless a margin or the confidence's gradient is in the way; grad_logits may be the logits,
+//   which only load reads.
 // - The target's entry is patched in scratch between exponentiate and emit, as in row_kernel.cpp.
 #include "dense_kernel.h"
 
@@ -117,17 +119,44 @@ bool streams(const LossArgs& args, const Tile<T>& tile) {
          aligned(args.grad_class_stride * static_cast<int64_t>(sizeof(T)));
 }
 
+template <class T, bool Calibrated, bool Known>
+void load_tile(const LossArgs& args, const Tile<T>& tile) {
+  if (tile.all_valid)
+    load<T, Calibrated, true, Known>(args, tile);
+  else
+    load<T, Calibrated, false, Known>(args, tile);
+}
+
+// What read_targets does, where u is never stored: from the logits themselves.
+template <class T>
+void recall_targets(const LossArgs& args, const Tile<T>& tile) {
+  using A = Accumulate<T>;
+  const Positions<A>& at = tile.positions;
+  for (int64_t p = 0; p < tile.size; ++p) {
+    const int64_t t = at.target[p];
+    at.target_logit[p] = at.maximum[p] = A(0);
+    if (t < 0) continue;
+    at.maximum[p] = static_cast<const A*>(args.row_max)[tile.first + p];
+    const ClassEntry<A> entry(args, t);
+    const A z = to_accumulate(tile.z[t * tile.class_stride + p]);
+    at.target_logit[p] = z * (at.c[p] * entry.a + A(1)) + (at.c[p] * entry.b + entry.o);
+  }
+}
+
 template <class T, bool Calibrated, bool Smooth>
 void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& chunk) {
-  if (tile.all_valid)
-    load<T, Calibrated, true>(args, tile);
-  else
-    load<T, Calibrated, false>(args, tile);
-  read_targets(args, backward, tile);
-  if (Calibrated && args.grad_confidence)
-    exponentiate_all<T, Calibrated, Smooth>(args, tile);
-  else
-    exponentiate_all<T, false, Smooth>(args, tile);
+  const bool slope = Calibrated && args.grad_confidence;
+  if (backward && !slope && !args.margin) {
+    recall_targets(args, tile);
+    load_tile<T, Calibrated, true>(args, tile);
+  } else {
+    load_tile<T, Calibrated, false>(args, tile);
+    read_targets(args, backward, tile);
+    if (slope)
+      exponentiate_all<T, Calibrated, Smooth>(args, tile);
+    else
+      exponentiate_all<T, false, Smooth>(args, tile);
+  }
   finish(args, backward, tile, chunk);
   if constexpr (Calibrated) {
     if (args.class_gradients && !args.grad_logits)

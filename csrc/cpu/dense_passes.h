@@ -58,21 +58,27 @@ struct ClassEntry {
 };
 
 // u to e, its maximum, and the logits where a calibration's gradients will need them. Ignored
-// positions become u = 0: whatever they hold, NaN or not, it goes no further.
-template <class T, bool Calibrated, bool AllValid>
+// positions become u = 0: whatever they hold, NaN or not, it goes no further. Known: the maximum is
+// known, and e is exp(u - maximum) at once.
+template <class T, bool Calibrated, bool AllValid, bool Known>
 DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   constexpr int N = Lanes<A>::N;
   A* __restrict__ maximum = tile.positions.maximum;
-  for (int64_t p = 0; p < tile.size; p += N)
-    store(maximum + p, splat<A>(-std::numeric_limits<A>::max()));  // finite: never NaN below
+  if constexpr (!Known) {
+    for (int64_t p = 0; p < tile.size; p += N)
+      store(maximum + p, splat<A>(-std::numeric_limits<A>::max()));  // finite: never NaN below
+  }
   for (int64_t j = 0; j < tile.classes; ++j) {
     const ClassEntry<A> entry(args, j);
     const T* __restrict__ z = tile.z + j * tile.class_stride;
     A* __restrict__ e = tile.e + j * tile.size;
     A* __restrict__ logits = tile.logits + j * tile.size;
     for_lanes<A>(0, tile.count, [&](int64_t p, int n, auto full) DISALIGN_ALWAYS_INLINE {
+      // With exponentials to make meanwhile, the planes ahead arrive in time; the processor does
+      // not foresee them. Past the end it does no harm.
+      if constexpr (Known) __builtin_prefetch(z + 4 * tile.class_stride + p, 0, 3);
       V value = load_lanes<decltype(full)::value>(z + p, n);
       V u;
       if constexpr (Calibrated) {
@@ -86,9 +92,13 @@ DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
         u = valid ? u : V{};
         value = valid ? value : V{};
       }
-      store(e + p, u);
       if constexpr (Calibrated) store(logits + p, value == -kInfinity<A> ? V{} : value);
-      store(maximum + p, vmax(u, load(maximum + p)));
+      if constexpr (Known) {
+        store(e + p, exp_nonpositive(u - load(maximum + p)));
+      } else {
+        store(e + p, u);
+        store(maximum + p, vmax(u, load(maximum + p)));
+      }
     });
   }
 }

@@ -77,8 +77,9 @@ struct Positions {
   }
 
   void take_statistics(const LossArgs& args, int64_t first, int64_t count) const {
-    for (int64_t p = 0; p < count; ++p)
-      total[kExponential][p] = static_cast<double>(static_cast<const A*>(args.row_sum)[first + p]);
+    for (int64_t p = 0; p < size; ++p)
+      total[kExponential][p] =
+          p < count ? static_cast<double>(static_cast<const A*>(args.row_sum)[first + p]) : 1.0;
   }
 
   void finish(const LossArgs& args) const {
