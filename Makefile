@@ -1,4 +1,4 @@
-# demo, test, bench and lint set up what they need: a virtual environment with pinned versions
+# demo, demo-dense, test, bench and lint set up what they need: a virtual environment with pinned versions
 # (requirements.txt) and the library built from this tree.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo test bench bench-full lint format clean
+.PHONY: setup demo demo-dense test bench bench-full lint format clean
 
 setup: $(VENV)/.built
 
@@ -22,6 +22,9 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE) pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/characters.py
+
+demo-dense: setup
+	$(BIN)/python examples/pages.py
 
 test: setup
 	$(BIN)/python -m pytest
