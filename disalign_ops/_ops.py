@@ -9,7 +9,6 @@ Below autograd an operator cannot know which gradients are wanted, so it is told
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,13 +46,15 @@ class Stem:
     extra_schema: str = ""
     extra_results: str = ""
 
-    @functools.cached_property
+    @property
     def forward(self) -> Any:
-        return getattr(torch.ops.disalign_ops, f"{self.name}_forward").default
+        return _OPERATORS[f"{self.name}_forward"]
 
     def backward(self, in_place: bool) -> Any:
-        return getattr(torch.ops.disalign_ops, f"{self.name}_backward{'_' * in_place}").default
+        return _OPERATORS[f"{self.name}_backward_" if in_place else f"{self.name}_backward"]
 
+
+_OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
 
 ROW = Stem("row", 3, 2, reference.cross_entropy)
 DENSE = Stem("dense", 3, 3, reference.dense_cross_entropy)
@@ -112,6 +113,10 @@ library.define(
     "Tensor? prior, SymInt height, SymInt width, bool align_corners) -> Tensor"
 )
 _backends.load_native()
+for _stem in STEMS:
+    for _part in ("forward", "backward", "backward_"):
+        _name = f"{_stem.name}_{_part}"
+        _OPERATORS[_name] = getattr(torch.ops.disalign_ops, _name).default
 
 
 def _gradient_fakes(logits: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:

@@ -8,6 +8,9 @@ import pytest
 import torch
 from dense_cases import dense
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+import disalign_ops
 
 OPS = torch.ops.disalign_ops
 EAGER_ONLY = ("test_schema", "test_faketensor")  # what eager mode alone calls, below autograd
@@ -143,3 +146,26 @@ def test_backward_refuses_statistics_and_overlap(stem: str) -> None:
     logits = backward_arguments(stem)["logits"]
     with pytest.raises(RuntimeError, match="logits overlap in memory"):
         in_place(**backward_arguments(stem, logits=logits[:1].expand(logits.shape)))
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last", "upsample"])
+def test_another_batch_or_image_size_compiles_nothing(layout: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    ratio = 4 if layout == "upsample" else 1
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def loss(z: Tensor, target: Tensor) -> Tensor:
+        if layout == "upsample":
+            value = disalign_ops.upsample_cross_entropy(z, target)
+            assert isinstance(value, Tensor)
+            return value
+        return disalign_ops.cross_entropy(z, target, ignore_index=255)
+
+    for n, h in ((2, 6), (3, 6), (5, 8), (4, 12)):
+        z = torch.randn(n, 21, h, h + 1)
+        if layout == "channels_last":
+            z = z.contiguous(memory_format=torch.channels_last)
+        target = torch.randint(0, 21, (n, h * ratio, (h + 1) * ratio))
+        loss(z.requires_grad_(), target).backward()
+    assert counter.frame_count == 1
