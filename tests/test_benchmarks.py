@@ -40,18 +40,61 @@ def _one_thread(threads: None) -> None:
     torch.set_num_threads(1)
 
 
+DENSE = {
+    "dense": Case("dense", 2, 19, torch.float32, Mode.FULL, "fast", size=(12, 10)),
+    "dense stage 2": Case("dense", 2, 19, torch.float32, Mode.STAGE2, "fast", size=(12, 10)),
+    "dense in place": Case("dense", 2, 19, torch.float32, Mode.PLAIN_IN_PLACE, "fast", size=(9, 8)),
+    "upsample": Case(
+        "up", 2, 19, torch.float32, Mode.FULL, "fast", size=(5, 4), target_size=(20, 17)
+    ),
+    "upsample plain": Case(
+        "up", 2, 19, torch.float32, Mode.PLAIN, "fast", size=(5, 4), target_size=(20, 17)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_cases_pass_the_gate_and_get_numbers(name: str) -> None:
+    case = DENSE[name]
+    found, left_out = peers.contestants(case, CPU, (peers.EAGER, "quack"))
+    assert [c.name for c in found] == [peers.OURS, peers.EAGER]
+    assert [c.name for c in left_out] == ["quack"]
+    result = run_case(case, found, CPU, 1, silent)
+    assert [r.problem for r in result.results] == ["", ""]
+    ours, eager = result.results
+    assert ours.peak_extra is not None
+    assert eager.peak_extra is not None
+    assert eager.memory_share == eager.peak_extra / case.full_bytes
+
+
+def test_the_exact_loss_of_images_is_that_of_the_batch() -> None:
+    inputs = make_inputs(DENSE["upsample"], CPU)
+    exact = gate.exact(inputs)
+    loss = eager_loss(inputs, inputs.logits)
+    wanted = inputs.wanted(inputs.logits)
+    assert float(exact["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (what, tensor), grad in zip(
+        wanted.items(), torch.autograd.grad(loss, list(wanted.values())), strict=True
+    ):
+        torch.testing.assert_close(exact[what].float(), grad, rtol=1e-3, atol=1e-6)
+        assert tensor.grad is None  # the inputs themselves stay as they are
+
+
 # --- the registry
 
 
 def test_the_quick_set_is_the_table_of_the_readme() -> None:
-    quick = {(c.rows, c.classes, c.mode) for c in select([], full=False)}
+    quick = {(c.shape, c.target_size, c.mode) for c in select([], full=False)}
     assert quick == {
-        (4096, 1204, Mode.FULL),
-        (4096, 1204, Mode.STAGE2),
-        (4096, 1204, Mode.PLAIN),
-        (2048, 8142, Mode.IN_PLACE),
-        (2048, 8142, Mode.STAGE2),
-        (64, 1000, Mode.PLAIN),
+        ((4096, 1204), (), Mode.FULL),
+        ((4096, 1204), (), Mode.STAGE2),
+        ((4096, 1204), (), Mode.PLAIN),
+        ((2048, 8142), (), Mode.IN_PLACE),
+        ((2048, 8142), (), Mode.STAGE2),
+        ((64, 1000), (), Mode.PLAIN),
+        ((2, 150, 256, 256), (), Mode.PLAIN),
+        ((2, 150, 256, 256), (), Mode.PLAIN_IN_PLACE),
+        ((2, 150, 32, 32), (256, 256), Mode.FULL),
     }
     assert all(c.dtype == torch.float32 for c in select([], full=False))
 
@@ -62,9 +105,13 @@ def test_the_registry_covers_what_it_promises() -> None:
     assert all(case.name == name and case.reason for name, case in CASES.items())
     for classes in (1000, 1204, 8142, 100_000, 1_000_000):
         found = {(c.mode, c.dtype) for c in every if c.classes == classes}
-        assert found == {(mode, dtype) for mode in Mode for dtype in DTYPES}
+        modes = set(Mode) - {Mode.PLAIN_IN_PLACE}
+        assert found == {(mode, dtype) for mode in modes for dtype in DTYPES}
     assert {c.dtype for c in every} == set(gate.RELATIVE)
-    assert max(c.logits_bytes for c in every) <= 110e6  # eager and float64 must fit a small machine
+    # Eager takes a few times as much, float64 twice that of an image: it must fit a small machine.
+    assert max(c.full_bytes for c in every) <= 630e6
+    large = CASES["ade-upsample-large"]
+    assert (large.shape, large.target_shape) == ((4, 150, 128, 128), (4, 512, 512))
 
 
 def test_cases_are_selected_by_name_and_wildcard() -> None:
