@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from comparison import NAMES, compare, memory_held, run, upstream_of
@@ -83,6 +85,29 @@ def test_sizes_against_the_composition(
         expected = run(composition, d, calibrated, upstream)
         for what, a, e in zip(("loss", *NAMES), actual, expected, strict=False):
             assert_close(a, e, torch.float64, f"{what} {reduction}")
+
+
+SIZE = st.integers(1, 24)
+
+
+@hypothesis.given(
+    st.integers(1, 3), st.integers(1, 40), SIZE, SIZE, SIZE, SIZE, st.booleans(), st.integers(1, 5)
+)
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_size_and_any_number_of_threads(
+    n: int, classes: int, h: int, w: int, height: int, width: int, align_corners: bool, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        d = dense((n, classes, h, w), (height, width), align_corners=align_corners)
+        d.target[torch.rand(d.target.shape) < 0.2] = 255
+        for what, a, e in zip(
+            ("loss", *NAMES), run(loss, d, True), run(composition, d, True), strict=True
+        ):
+            assert_close(a, e, torch.float64, what)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
