@@ -20,11 +20,13 @@ from torch import Tensor
 from . import reference
 from ._ops import (
     DENOMINATOR,
+    DENSE,
     DIFFERENTIABLE,
     GIVEN_NORMALIZER,
     NORMALIZERS,
     OPTIONS,
     REDUCTIONS,
+    ROW,
     STEMS,
     TENSORS,
     Stem,
@@ -246,7 +248,7 @@ def _save_calibrate(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Non
     ctx.save_for_backward(*inputs)
 
 
-def _calibrate_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _calibrate_backward(ctx: Any, grad_output: Tensor, stem: Stem) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     need = list(ctx.needs_input_grad)
     if torch.is_grad_enabled():
@@ -255,19 +257,24 @@ def _calibrate_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, .
         inputs = [t for t, n in zip(tensors, need, strict=True) if n]
         found = iter(torch.autograd.grad(u, inputs, grad_output, create_graph=True))
         return tuple(next(found) if n else None for n in need)
-    grads = torch.ops.disalign_ops.row_calibrate_backward(grad_output.contiguous(), *tensors, *need)
+    backward = getattr(torch.ops.disalign_ops, f"{stem.name}_calibrate_backward")
+    grads = backward(grad_output.contiguous(), *tensors, *need)
     return tuple(g if n else None for g, n in zip(grads, need, strict=True))
 
 
-torch.library.register_autograd(
-    "disalign_ops::row_calibrate",
-    _calibrate_backward,
-    setup_context=_save_calibrate,
-    lib=library,
-)
+for _stem in (ROW, DENSE):
+    torch.library.register_autograd(
+        f"disalign_ops::{_stem.name}_calibrate",
+        functools.partial(_calibrate_backward, stem=_stem),
+        setup_context=_save_calibrate,
+        lib=library,
+    )
 
 
-def row_calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
-    """(1 + c a) z + c b of (N, C) logits, in their dtype; vectors as in `loss`."""
-    calibrated: Tensor = torch.ops.disalign_ops.row_calibrate(logits, scale, bias, confidence)
+def calibrate(
+    stem: Stem, logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor
+) -> Tensor:
+    """(1 + c a) z + c b of (N, C) or (N, C, S) logits, in their dtype; vectors as in `loss`."""
+    operator = getattr(torch.ops.disalign_ops, f"{stem.name}_calibrate")
+    calibrated: Tensor = operator(logits, scale, bias, confidence)
     return calibrated

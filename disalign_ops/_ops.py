@@ -101,13 +101,15 @@ def _define(stem: Stem) -> None:
 library.define("build_info() -> str")
 for _stem in STEMS:
     _define(_stem)
-library.define(
-    "row_calibrate(Tensor logits, Tensor scale, Tensor bias, Tensor confidence) -> Tensor"
-)
-library.define(
-    "row_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, Tensor bias, "
-    f"Tensor confidence, {_WANTED}) -> {_GRADIENTS}"
-)
+for _stem in (ROW, DENSE):
+    library.define(
+        f"{_stem.name}_calibrate(Tensor logits, Tensor scale, Tensor bias, Tensor confidence)"
+        " -> Tensor"
+    )
+    library.define(
+        f"{_stem.name}_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, "
+        f"Tensor bias, Tensor confidence, {_WANTED}) -> {_GRADIENTS}"
+    )
 library.define(
     "upsample_predict(Tensor logits, Tensor? scale, Tensor? bias, Tensor? confidence, "
     "Tensor? prior, SymInt height, SymInt width, bool align_corners) -> Tensor"
@@ -186,9 +188,11 @@ def _upsample_predict_fake(
     return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
 
 
-@torch.library.register_fake("disalign_ops::row_calibrate", lib=library)
-def _row_calibrate_fake(logits: Tensor, *args: Any) -> Tensor:
+def _calibrate_fake(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-torch.library.register_fake("disalign_ops::row_calibrate_backward", _backward_fake, lib=library)
+for _stem in (ROW, DENSE):
+    _name = f"disalign_ops::{_stem.name}_calibrate"
+    torch.library.register_fake(_name, _calibrate_fake, lib=library)
+    torch.library.register_fake(_name + "_backward", _backward_fake, lib=library)

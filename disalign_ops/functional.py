@@ -174,15 +174,15 @@ def calibrate(
     """
     classes = check_input(input)
     a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
-    rows = _layouts.rows(input)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    stem, flat, _ = _layouts.flatten(input)
     if serving_backend(input) == "native":
-        out = _autograd.row_calibrate(rows, a, b, c)
+        out = _autograd.calibrate(stem, flat, a, b, c)
     else:
-        out = reference.calibrate(rows, a, b, c).to(input.dtype)
+        out = reference.calibrate(flat, a, b, c).to(input.dtype)
     if input.dim() == 1:
         return out.reshape(classes)
+    if out.dim() == 3:
+        return out.reshape(input.shape)
     return out.reshape(*positions_shape(input), classes).movedim(-1, 1)
 
 

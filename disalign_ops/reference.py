@@ -22,9 +22,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
-    """u = (1 + c a) z + c b of (N, C) logits, in their accumulation dtype."""
+    """u = (1 + c a) z + c b of (N, C) or (N, C, S) logits, in their accumulation dtype.
+
+    confidence: flat, (N,) or (N * S,).
+    """
     z = logits.to(accumulate_dtype(logits.dtype))
     c = torch.sigmoid(confidence)[:, None]
+    if logits.dim() == 3:
+        c = c.reshape(logits.shape[0], 1, logits.shape[2])
+        scale, bias = scale[:, None], bias[:, None]
     gain, offset = 1 + c * scale, c * bias
     # A masked class (z = -inf) stays masked and adds nothing to the gradients of scale and
     # confidence, where the formula's q z would be 0 * inf.

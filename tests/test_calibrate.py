@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dense_cases
 import pytest
 import torch
 from cases import CONTENTS, SHAPES, Rows, rows
@@ -83,3 +84,53 @@ def test_background_passes_unchanged(backend: str, background: str) -> None:
     column = 0 if background == "first" else 8
     assert torch.equal(out[:, column], z[:, column])
     assert not torch.equal(out[:, 4], z[:, 4])
+
+
+DENSE_CONTENTS = ("plain", "sliced", "cropped", "channels_last", "expanded", "masked")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("content", DENSE_CONTENTS)
+@pytest.mark.parametrize(
+    "shape", [(2, 21, 5, 7), (1, 150, 40, 31), (2, 3, 0, 4), (3, 5, 600)], ids=str
+)
+def test_dense_logits(shape: tuple[int, ...], content: str, dtype: torch.dtype) -> None:
+    d = dense_cases.CONTENTS[content][0](dense_cases.dense(shape, dtype=dtype))
+    upstream = torch.randn(shape)
+
+    def both(d: dense_cases.Dense) -> list[Tensor]:
+        out = disalign_ops.calibrate(d.logits, d.confidence, d.scale, d.bias, form="residual")
+        return [out.detach(), *torch.autograd.grad(out, d.learned, upstream.to(out.dtype))]
+
+    actual = both(d)
+    with disalign_ops.set_backend("reference"):
+        expected = both(d.to(torch.float64) if dtype == torch.float32 else d)
+    for what, a, e in zip(NAMES, actual, expected, strict=True):
+        assert_close(a, e, dtype, what)
+
+
+def test_dense_logits_in_half_and_their_gradcheck(backend: str) -> None:
+    d = dense_cases.dense((2, 3, 2, 2))
+
+    def function(*learned: Tensor) -> Tensor:
+        return disalign_ops.calibrate(*learned)
+
+    assert torch.autograd.gradcheck(function, d.learned)
+    assert torch.autograd.gradgradcheck(function, d.learned)
+    half = d.to(torch.bfloat16)
+    out = function(*half.learned)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), function(*d.learned), rtol=2e-2, atol=2e-2)
+
+
+def test_opcheck_dense_calibrate() -> None:
+    d = dense_cases.dense((2, 19, 3, 4))
+    tensors = (d.logits.detach().flatten(2).requires_grad_(), d.scale, d.bias,
+               d.confidence.detach().flatten().requires_grad_())  # fmt: skip
+    torch.library.opcheck(torch.ops.disalign_ops.dense_calibrate.default, tensors)
+    detached = [t.detach() for t in tensors]
+    torch.library.opcheck(
+        torch.ops.disalign_ops.dense_calibrate_backward.default,
+        (torch.randn(2, 19, 12, dtype=torch.float64), *detached, True, True, True, True),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )

@@ -4,9 +4,8 @@
 // - forward: one read of the logits, one write of the output.
 // - backward: one read of the output's gradient g and, unless grad_logits alone is wanted, of the
 //   logits; one write of grad_logits.
-#include "row_calibrate_kernel.h"
-
 #include "../common/loss_math.h"
+#include "calibrate_kernel.h"
 #include "lanes.h"
 #include "row_kernel.h"
 
@@ -29,7 +28,7 @@ void forward_block(const CalibrateArgs& args, int64_t row) {
   T* out[R];
   A c[R];
   for (int r = 0; r < R; ++r) {
-    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.row_stride;
+    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.image_stride;
     out[r] = static_cast<T*>(args.output) + (row + r) * args.classes;
     c[r] = confidence_of<T>(args, row + r);
   }
@@ -59,7 +58,7 @@ void backward_block(const CalibrateArgs& args, int64_t row, Chunk& chunk) {
   A c[R];
   V slope[R];
   for (int r = 0; r < R; ++r) {
-    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.row_stride;
+    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.image_stride;
     g[r] = static_cast<const T*>(args.grad_output) + (row + r) * args.classes;
     out[r] = logits ? static_cast<T*>(args.grad_logits) + (row + r) * args.classes : nullptr;
     c[r] = confidence_of<T>(args, row + r);
@@ -117,7 +116,7 @@ constexpr CalibrateKernels kernels_of() {
 
 }  // namespace
 
-const CalibrateKernelTable& calibrate_kernels() {
+const CalibrateKernelTable& row_calibrate_kernels() {
   static const CalibrateKernelTable table{kernels_of<double>(), kernels_of<float>(),
                                           kernels_of<BFloat16>(), kernels_of<Float16>()};
   return table;
