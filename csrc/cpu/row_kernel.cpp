@@ -2,10 +2,9 @@
 //
 // - Maps: kRowBlock rows at a time, so that class vectors and class sums are loaded once for all of
 //   them; classes in registers. The block's rows and their scratch stay in the second-level cache.
-// - forward: maximise, exponentiate (e = exp(u - maximum) to scratch, its sum); then, the sum
-// known,
-//   emit makes whatever gradients are wanted from e and z. Memory: the logits are read once,
-//   grad_logits written once.
+// - forward: maximise, exponentiate (e = exp(u - maximum) to scratch, its sum); the sum known, emit
+//   makes whatever gradients are wanted from e and z. Memory: the logits are read once, grad_logits
+//   written once.
 // - backward: the maximum and the sum are known from forward, so exponentiate comes first. Memory:
 //   one read of the logits, one write of grad_logits, which may be the logits themselves (emit
 //   reads a register of z before it writes the same place, and nothing else is read from the row

@@ -85,8 +85,8 @@ void load_row(const UpsampleArgs& args, int64_t image, int64_t row,
 }
 
 // From the gradient of a row's calibrated logits: those of the logits, the calibration and the
-// confidence. The sums over classes of d_j g_j, d_j = a_j z_j + b_j, are taken off a pivot, for
-// sum_j g_j = 0: what would cancel only up to rounding is not there to begin with.
+// confidence (sum_j g_j d_j, d_j = a_j z_j + b_j). Each place of the logits is read before it is
+// written: the gradient may lie over them.
 template <class T>
 void store_row(const UpsampleArgs& args, int64_t image, int64_t row,
                const UpsampleScratch<Accumulate<T>>& scratch,
