@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,3 +146,31 @@ CONTENTS: dict[str, tuple[Callable[[Dense], Dense], str]] = {
     "masked": (_masked, "-inf logits mask classes: 0, not 0 * inf"),
     "offset": (_offset, "a common offset of 1e4"),
 }
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "prior": {"prior": torch.linspace(-3, 3, 18, dtype=torch.float64)},
+    "margin": {"margin": torch.linspace(0.1, 4, 18, dtype=torch.float64)},
+    "negative margin": {"margin": -30.0},
+    "focal": {"focal_gamma": 2.0},
+}
+
+
+def combinations(
+    shape: tuple[int, ...], target_size: tuple[int, ...] | None, extra: str, reduction: str
+) -> Iterator[Dense]:
+    """Weights, smoothing, sample weights and normalisers in every combination, 18 classes."""
+    for weighted, smoothing, sampled, normalizer in itertools.product(
+        (False, True), (0.0, 0.1), (False, True), ("weights", "valid", "count", 7.5)
+    ):
+        d = dense(shape, target_size)
+        d.options = {
+            "weight": torch.rand(18, dtype=torch.float64) + 0.1 if weighted else None,
+            "label_smoothing": smoothing,
+            "sample_weight": torch.rand(d.target.shape).double() if sampled else None,
+            "normalizer": normalizer,
+            "reduction": reduction,
+            **EXTRAS[extra],
+        }
+        d.target[1, 2:4] = 255
+        yield d

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import hypothesis
@@ -10,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from comparison import NAMES, compare, memory_held, run, upstream_of
-from dense_cases import CONTENTS, Dense, dense
+from dense_cases import CONTENTS, EXTRAS, Dense, combinations, dense
 from tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
@@ -132,33 +131,11 @@ def test_contents(content: str, dtype: torch.dtype, reduction: str, calibrated: 
     compare(loss, d, calibrated, upstream_of(d, reduction), factor)
 
 
-EXTRAS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "prior": {"prior": torch.linspace(-3, 3, 18, dtype=torch.float64)},
-    "margin": {"margin": torch.linspace(0.1, 4, 18, dtype=torch.float64)},
-    "negative margin": {"margin": -30.0},
-    "focal": {"focal_gamma": 2.0},
-}
-
-
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_every_combination_of_options(extra: str, reduction: str, calibrated: bool) -> None:
-    for weighted, smoothing, sampled, normalizer in itertools.product(
-        (False, True), (0.0, 0.1), (False, True), ("weights", "valid", "count", 7.5)
-    ):
-        d = dense(
-            (2, 18, 3, 2),
-            (8, 7),
-            weight=torch.rand(18, dtype=torch.float64) + 0.1 if weighted else None,
-            label_smoothing=smoothing,
-            sample_weight=torch.rand(2, 8, 7, dtype=torch.float64) if sampled else None,
-            normalizer=normalizer,
-            reduction=reduction,
-            **EXTRAS[extra],
-        )
-        d.target[1, 2:4] = 255
+    for d in combinations((2, 18, 3, 2), (8, 7), extra, reduction):
         compare(loss, d, calibrated, upstream_of(d, reduction))
 
 
