@@ -35,13 +35,12 @@ DIFFERENTIABLE = (0, 3, 4, 5)  # logits, scale, bias, confidence
 class Stem:
     """A family of operators.
 
-    options: how many, the first three of _OPTIONS included. dim: of the logits. reference: the same
-    loss in PyTorch, called with logits, target, the options after the third, and keywords.
+    options: how many, the first three of _OPTIONS included. reference: the same loss in PyTorch,
+    called with logits, target, the options after the third, and keywords.
     """
 
     name: str
     options: int
-    dim: int
     reference: Callable[..., Tensor]
     extra_schema: str = ""
     extra_results: str = ""
@@ -56,12 +55,11 @@ class Stem:
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
 
-ROW = Stem("row", 3, 2, reference.cross_entropy)
-DENSE = Stem("dense", 3, 3, reference.dense_cross_entropy)
+ROW = Stem("row", 3, reference.cross_entropy)
+DENSE = Stem("dense", 3, reference.dense_cross_entropy)
 UPSAMPLE = Stem(
     "upsample",
     5,
-    4,
     reference.upsample_cross_entropy,
     ", bool align_corners, bool want_details",
     ", Tensor position_loss, Tensor probability, Tensor prediction",

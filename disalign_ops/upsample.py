@@ -164,7 +164,7 @@ def upsample_predict(
     """The most probable class at every position of `size` (H, W): (N, H, W), int64.
 
     What argmax over the classes of the upsampled, calibrated logits gives, without them: they are
-    made a few positions at a time, or an image's rows at a time where no kernel serves the device.
+    made a few positions at a time, or an image at a time where no kernel serves the device.
     Arguments as in `upsample_cross_entropy`. No gradient.
     """
     classes = check_image(input)
@@ -175,13 +175,21 @@ def upsample_predict(
         a, b, c = _calibration(input, confidence, scale, bias, form, background)
         o = class_vector("prior", prior, classes, input, dtype)
         if serving_backend(input) == "native":
-            prediction: Tensor = torch.ops.disalign_ops.upsample_predict(
+            found: Tensor = torch.ops.disalign_ops.upsample_predict(
                 input, a, b, c, o, height, width, align_corners
             )
-            return prediction
-        return reference.upsample(
-            input, (height, width), align_corners, scale=a, bias=b, confidence=c, prior=o
-        ).argmax(1)
+            return found
+        prediction = torch.empty(
+            (input.shape[0], height, width), dtype=torch.int64, device=input.device
+        )
+        shares = [None] * len(input) if c is None else c.reshape(len(input), -1)
+        for i, share in enumerate(shares):
+            u = reference.upsample(
+                input[i : i + 1], (height, width), align_corners,
+                scale=a, bias=b, confidence=share, prior=o,
+            )  # fmt: skip
+            prediction[i] = u[0].argmax(0)
+        return prediction
 
 
 def _target_shape(input: Tensor, target: Tensor) -> torch.Size:
