@@ -182,6 +182,11 @@ class _EagerLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+def _gradient_in_forward(logits: Tensor) -> bool:
+    """Whether forward may make the gradient of the logits; half precision would underflow."""
+    return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+
+
 def loss(
     stem: Stem,
     tensors: tuple[Tensor | None, ...],
@@ -203,12 +208,7 @@ def loss(
     need = [grad and t is not None and t.requires_grad for t in learned]
     scalar = reduction != "none"
     compiling = torch.compiler.is_compiling()
-    in_forward = (
-        logits.device.type == "cpu"
-        and logits.dtype in (torch.float32, torch.float64)
-        and not compiling
-        and not in_place
-    )
+    in_forward = _gradient_in_forward(logits) and not compiling and not in_place
     want = (need[0] and scalar and in_forward, *(n and scalar for n in need[1:]))
     if isinstance(normalizer, Tensor):
         given, code = normalizer, GIVEN_NORMALIZER

@@ -78,27 +78,25 @@ _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
 library = torch.library.Library("disalign_ops", "DEF")
 
 
-def _define(stem: Stem) -> None:
+def schemas(stem: Stem) -> tuple[str, ...]:
+    """The schemas of a stem's operators."""
     name, options = stem.name, _OPTIONS + stem.extra_schema
-    library.define(
+    return (
         f"{name}_forward(Tensor {_INPUTS}, Tensor? denominator, {options}, int reduction, "
         f"int normalizer, {_WANTED}) -> (Tensor loss, {_STATISTICS}, Tensor grad_logits, "
-        "Tensor grad_scale, Tensor grad_bias, Tensor grad_confidence" + stem.extra_results + ")"
-    )
-    library.define(
+        "Tensor grad_scale, Tensor grad_bias, Tensor grad_confidence" + stem.extra_results + ")",
         f"{name}_backward(Tensor grad_loss, Tensor {_INPUTS}, {_STATISTICS}, {options}, {_WANTED})"
-        f" -> {_GRADIENTS}"
-    )
-    # Writes the gradient over the logits; the first of the four results stays empty.
-    library.define(
+        f" -> {_GRADIENTS}",
+        # Writes the gradient over the logits; the first of the four results stays empty.
         f"{name}_backward_(Tensor grad_loss, Tensor(a!) {_INPUTS}, {_STATISTICS}, {options}, "
-        f"{_WANTED}) -> {_GRADIENTS}"
+        f"{_WANTED}) -> {_GRADIENTS}",
     )
 
 
 library.define("build_info() -> str")
 for _stem in STEMS:
-    _define(_stem)
+    for _schema in schemas(_stem):
+        library.define(_schema)
 for _stem in (ROW, DENSE):
     library.define(
         f"{_stem.name}_calibrate(Tensor logits, Tensor scale, Tensor bias, Tensor confidence)"

@@ -80,10 +80,23 @@ inline int32_t shim_dtype(ScalarType dtype) {
   }
 }
 
-// A new contiguous tensor on the CPU, not initialised. Through the C shim: torch::stable::empty
-// looks its operator up by name on every call, which costs more than a small batch's arithmetic.
+// Where a tensor lies, as the C shim numbers it.
+struct Place {
+  int32_t type = aoti_torch_device_type_cpu();
+  int32_t index = 0;
+};
+
+inline Place place_of(const Tensor& tensor) {
+  Place place;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &place.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &place.index));
+  return place;
+}
+
+// A new contiguous tensor, not initialised. Through the C shim: torch::stable::empty looks its
+// operator up by name on every call, which costs more than a small batch's arithmetic.
 // DISALIGN_OPS_POISON (set by the tests) fills it with NaN, so that an entry never written shows.
-inline Tensor new_tensor(const int64_t* size, int64_t dim, int32_t dtype) {
+inline Tensor new_tensor(const int64_t* size, int64_t dim, int32_t dtype, Place place = {}) {
   static const bool poison = std::getenv("DISALIGN_OPS_POISON") != nullptr;
   require(dim <= 4, "a tensor of more than 4 dimensions");
   int64_t strides[4];
@@ -93,23 +106,23 @@ inline Tensor new_tensor(const int64_t* size, int64_t dim, int32_t dtype) {
     stride *= size[d];
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, size, strides, dtype, place.type, place.index, &handle));
   Tensor tensor(handle);
-  if (poison && tensor.numel() > 0)
+  if (poison && place.type == aoti_torch_device_type_cpu() && tensor.numel() > 0)
     std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
   return tensor;
 }
-inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype) {
-  return new_tensor(size.begin(), static_cast<int64_t>(size.size()), shim_dtype(dtype));
+inline Tensor new_tensor(std::initializer_list<int64_t> size, ScalarType dtype, Place place = {}) {
+  return new_tensor(size.begin(), static_cast<int64_t>(size.size()), shim_dtype(dtype), place);
 }
 
-// A new tensor of z's shape and dtype, contiguous whatever z's strides are.
+// A new tensor of z's shape, dtype and device, contiguous whatever z's strides are.
 inline Tensor new_like(const Tensor& z) {
   int64_t size[4];
   require(z.dim() <= 4, "a tensor of more than 4 dimensions");
   for (int64_t d = 0; d < z.dim(); ++d) size[d] = z.size(d);
-  return new_tensor(size, z.dim(), shim_dtype(z.scalar_type()));
+  return new_tensor(size, z.dim(), shim_dtype(z.scalar_type()), place_of(z));
 }
 
 }  // namespace disalign

@@ -8,56 +8,65 @@
 #include <cmath>
 
 #if defined(__CUDACC__)
-#define DISALIGN_HD __host__ __device__ __forceinline__
+#define DISALIGN_METHOD __host__ __device__ __forceinline__
+#define DISALIGN_HD DISALIGN_METHOD
 #else
+#define DISALIGN_METHOD inline
 #define DISALIGN_HD static inline
 #endif
 
 namespace disalign {
 
+// Real: double on the CPU; the arithmetic of the logits on a GPU, where doubles are slow.
+template <class Real>
 struct RowTerms {
-  double loss;     // this row's loss, its sample weight not included
-  double softmax;  // dloss/du_j = softmax * p_j - smooth * w_j - target * [j = t]
-  double target;
-  double smooth;
+  Real loss;     // this row's loss, its sample weight not included
+  Real softmax;  // dloss/du_j = softmax * p_j - smooth * w_j - target * [j = t]
+  Real target;
+  Real smooth;
 };
 
-DISALIGN_HD double sigmoid(double x) {
+template <class Real>
+DISALIGN_HD Real sigmoid(Real x) {
   // The branch keeps exp from overflowing and c near 0 exact.
-  if (x >= 0) return 1.0 / (1.0 + exp(-x));
-  const double e = exp(x);
-  return e / (1.0 + e);
+  if (x >= 0) return Real(1) / (Real(1) + std::exp(-x));
+  const Real e = std::exp(x);
+  return e / (Real(1) + e);
 }
 
 // Derivative of (1 - p)^gamma * nll by the target logit, divided by (p - 1), for nll > 0 or NaN.
-DISALIGN_HD double focal_slope(double nll, double gamma) {
-  const double p = exp(-nll);
-  const double rest = -expm1(-nll);
-  const double p_nll = p == 0 ? 0.0 : p * nll;  // p log p -> 0, not 0 * inf
-  return pow(rest, gamma) + gamma * pow(rest, gamma - 1.0) * p_nll;
+template <class Real>
+DISALIGN_HD Real focal_slope(Real nll, Real gamma) {
+  const Real p = std::exp(-nll);
+  const Real rest = -std::expm1(-nll);
+  const Real p_nll = p == 0 ? Real(0) : p * nll;  // p log p -> 0, not 0 * inf
+  return std::pow(rest, gamma) + gamma * std::pow(rest, gamma - Real(1)) * p_nll;
 }
 
+template <class Real>
 struct FocalTerms {
-  double value;  // (1 - p)^gamma * nll
-  double slope;  // its derivative by the target logit, divided by (p - 1)
+  Real value;  // (1 - p)^gamma * nll
+  Real slope;  // its derivative by the target logit, divided by (p - 1)
 };
 
-DISALIGN_HD FocalTerms focal_terms(double nll, double gamma) {
-  if (nll <= 0) return {0.0, 0.0};  // the limits at p = 1, for every gamma > 0
-  return {pow(-expm1(-nll), gamma) * nll, focal_slope(nll, gamma)};
+template <class Real>
+DISALIGN_HD FocalTerms<Real> focal_terms(Real nll, Real gamma) {
+  if (nll <= 0) return {Real(0), Real(0)};  // the limits at p = 1, for every gamma > 0
+  return {std::pow(-std::expm1(-nll), gamma) * nll, focal_slope(nll, gamma)};
 }
 
 // nll: (M - u_t) + log s.  smooth_sum: sum_j w_j u_j - M sum_j w_j (used when smoothing > 0).
-DISALIGN_HD RowTerms row_terms(double nll, double log_sum, double target_weight, double smoothing,
-                               double weight_sum, double smooth_sum, double classes, double gamma) {
-  RowTerms out;
-  const FocalTerms focal = gamma > 0 ? focal_terms(nll, gamma) : FocalTerms{nll, 1.0};
-  out.loss = (1.0 - smoothing) * target_weight * focal.value;
-  out.target = (1.0 - smoothing) * target_weight * focal.slope;
+template <class Real>
+DISALIGN_HD RowTerms<Real> row_terms(Real nll, Real log_sum, Real target_weight, Real smoothing,
+                                     Real weight_sum, Real smooth_sum, Real classes, Real gamma) {
+  RowTerms<Real> out;
+  const FocalTerms<Real> focal = gamma > 0 ? focal_terms(nll, gamma) : FocalTerms<Real>{nll, 1};
+  out.loss = (1 - smoothing) * target_weight * focal.value;
+  out.target = (1 - smoothing) * target_weight * focal.slope;
   out.softmax = out.target;
-  out.smooth = 0.0;
+  out.smooth = 0;
   if (smoothing > 0) {
-    const double share = smoothing / classes;
+    const Real share = smoothing / classes;
     out.loss += share * (weight_sum * log_sum - smooth_sum);
     out.softmax += share * weight_sum;
     out.smooth = share;

@@ -1,8 +1,8 @@
-// What the launcher (calibrate.cpp) and the kernels of calibrated logits share; loss_args.h says
-// what images, class vectors and A are.
+// What the launcher (calibrate.cpp) and the kernels of calibrated logits share;
+// ../common/loss_args.h says what images, class vectors and A are.
 #pragma once
 
-#include "loss_args.h"
+#include "chunk.h"
 
 namespace disalign {
 

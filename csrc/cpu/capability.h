@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/arguments.h"
-#include "loss_args.h"
+#include "chunk.h"
 
 namespace disalign {
 

@@ -2,7 +2,7 @@
 // (N, C, H, W). A unit of work is a tile: some neighbouring positions of an image, all classes.
 #pragma once
 
-#include "loss_args.h"
+#include "chunk.h"
 
 namespace disalign {
 

@@ -1,7 +1,7 @@
 // How the kernels walk over classes, on top of vec_math.h.
 #pragma once
 
-#include "loss_args.h"
+#include "chunk.h"
 #include "vec_functions.h"
 
 namespace disalign::DISALIGN_CAPABILITY {

@@ -44,7 +44,7 @@ ForwardResult loss_forward(const Tensor& logits, const Tensor& target, const Opt
       reduction == kMean ? call.denominator(normalizer, given_denominator) : 1.0;
   call.divide_by(denominator);
 
-  call.require_calibration(wanted);
+  require_calibration(call.args, wanted);
   const Gradients gradients(logits, call.confidences, wanted, wanted.logits);
   gradients.attach(wanted, args);
   const Tensor row_max = new_tensor({call.positions}, call.dtype);
@@ -85,7 +85,7 @@ BackwardResult loss_backward(const Tensor& grad_loss, const Tensor& logits, cons
   LossArgs& args = call.args;
   call.take_backward(grad_loss, row_max, row_sum, denominator, logits);
   const Wanted wanted{want_logits, want_scale, want_bias, want_confidence};
-  call.require_calibration(wanted);
+  require_calibration(call.args, wanted);
   const Gradients gradients(logits, call.confidences, wanted, wanted.logits && !InPlace);
   gradients.attach(wanted, args);
   if (InPlace && wanted.logits) {

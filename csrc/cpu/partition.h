@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../common/arguments.h"
-#include "loss_args.h"
+#include "chunk.h"
 
 namespace disalign {
 

@@ -94,7 +94,7 @@ struct Positions {
         ratio = splat<double>(1.0);  // ratio: of the target term's slope to plain nll's
       if (gamma > 0) {
         for (int k = 0; k < Lanes<double>::N; ++k) {
-          const FocalTerms focal = focal_terms(nll[k], gamma);
+          const FocalTerms<double> focal = focal_terms(nll[k], gamma);
           value[k] = focal.value;
           ratio[k] = focal.slope;
         }

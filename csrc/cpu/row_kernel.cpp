@@ -79,7 +79,7 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
         backward ? read_or<A>(args.row_sum, i, 0) : static_cast<double>(sums.exponential[r]);
     const double log_sum = std::log(sum);
     const double nll = (static_cast<double>(sums.maximum[r]) - sums.target_logit[r]) + log_sum;
-    const RowTerms terms =
+    const RowTerms<double> terms =
         row_terms(nll, log_sum, rows.target_weight[r], args.label_smoothing, args.weight_sum,
                   sums.smooth[r], static_cast<double>(args.classes), args.focal_gamma);
     if (!backward) {

@@ -1,7 +1,7 @@
 // The row kernels: every position has its C logits next to each other.
 #pragma once
 
-#include "loss_args.h"
+#include "chunk.h"
 
 namespace disalign {
 

@@ -129,7 +129,7 @@ ForwardResult upsample_forward(
   const bool each = reduction == kNone;
   require(!each || !wanted.any(),
           "reduction 'none' has no gradients before its upstream gradient is known");
-  call.require_calibration(wanted);
+  require_calibration(call.args, wanted);
   const double denominator =
       reduction == kMean ? call.denominator(normalizer, given_denominator) : 1.0;
   call.divide_by(denominator);
@@ -192,7 +192,7 @@ BackwardResult upsample_backward(const Tensor& grad_loss, const Tensor& logits,
             target.numel(), columns_of(logits));
   call.take_backward(grad_loss, row_max, row_sum, denominator, logits);
   const Wanted wanted{want_logits, want_scale, want_bias, want_confidence};
-  call.require_calibration(wanted);
+  require_calibration(call.args, wanted);
   UpsampleArgs args;
   static_cast<LossArgs&>(args) = call.args;
   const Tensor axes = set_geometry(logits, target.size(1), target.size(2), align_corners, args);

@@ -3,7 +3,7 @@
 // the low-resolution logits: the output rows whose upper neighbour it is.
 #pragma once
 
-#include "loss_args.h"
+#include "chunk.h"
 
 namespace disalign {
 

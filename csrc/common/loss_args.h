@@ -1,12 +1,12 @@
-// What the launchers and the kernels (compiled once per instruction set) share: plain pointers, no
-// torch, so that the kernels' translation units pull in nothing that a linker could merge across
-// instruction sets.
+// What launchers and kernels of every native backend share: plain pointers, no torch.
 //
 // A is the arithmetic: double for float64 logits, float for all others. Class vectors have C
 // entries of A; position vectors have one entry a position.
 #pragma once
 
 #include <cstdint>
+
+#include "loss_math.h"
 
 namespace disalign {
 
@@ -22,7 +22,7 @@ struct LossArgs {
   int64_t inner = 1;
   int64_t image_stride = 0;
   int64_t class_stride = 1;
-  int64_t positions() const { return images * inner; }
+  DISALIGN_METHOD int64_t positions() const { return images * inner; }
 
   const void* target = nullptr;
   IndexType target_type = IndexType::kInt64;
@@ -59,40 +59,10 @@ struct LossArgs {
   int64_t grad_image_stride = 0;
   int64_t grad_class_stride = 1;
   void* grad_confidence = nullptr;  // of A
-  bool class_gradients = false;     // of scale and bias, into Chunk
+  bool class_gradients = false;     // of scale and bias: sums, that each backend keeps its own way
 };
 
-// One thread's share of the work: units [begin, end), which are rows, or tiles of positions. The
-// class gradients are sums over the chunk's positions in double, padded_classes(C) entries each,
-// cleared by the kernel.
-struct Chunk {
-  int64_t begin = 0;
-  int64_t end = 0;
-  void* scratch = nullptr;
-  double* grad_scale = nullptr;
-  double* grad_bias = nullptr;
-  double loss_sum = 0;
-};
-
-// Up to the next multiple of 16, so that every buffer of ours can be read and written in full
-// registers.
-static constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
-static constexpr int64_t padded_classes(int64_t classes) { return padded(classes); }
-
-// The kernels of one storage dtype.
-struct LossKernels {
-  void (*forward)(const LossArgs&, Chunk&);
-  void (*backward)(const LossArgs&, Chunk&);
-};
-
-// One Kernels a storage dtype.
-template <class Kernels>
-struct KernelTable {
-  Kernels float64, float32, bfloat16, float16;
-};
-using LossKernelTable = KernelTable<LossKernels>;
-
-static inline int64_t read_index(const void* p, IndexType type, int64_t i) {
+DISALIGN_HD int64_t read_index(const void* p, IndexType type, int64_t i) {
   switch (type) {
     case IndexType::kUInt8:
       return static_cast<const uint8_t*>(p)[i];

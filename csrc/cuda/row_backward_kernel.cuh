@@ -1,0 +1,187 @@
+// Row kernels, backward: the gradients of a row's loss whose maximum and sum forward has found.
+//
+// - Maps: row_tile.cuh; a row with more vectors than 256 threads keep is several blocks' work, each
+//   with its classes.
+// - row_backward_kernel: exp(u - maximum), q and whatever is wanted of it: grad_logits, the class
+//   sums, the confidence's sum over the tile. finish_kernel.cuh adds blocks and tiles.
+// - Memory: one read of the logits; one write of grad_logits, which may be the logits themselves: a
+//   thread has read a vector before it writes it, and needs no other of the row. What a whole row
+//   needs of its target's logit is then read before, by row_target_kernel.
+#pragma once
+
+#include "../common/loss_math.h"
+#include "row_tile.cuh"
+
+namespace disalign::cuda {
+
+constexpr int kBackwardThreads = 256;
+
+// What all of a row's classes share.
+template <class A>
+struct RowFactors {
+  int target;    // -1: the row counts nothing
+  A c, maximum;  // confidence after the sigmoid; maximum of u
+  A softmax;     // q_j = softmax * exp(u_j - maximum) - smooth * w_j - at_target * [j = t]
+  A smooth;
+  A at_target;
+  A target_slope;  // d_t, where the confidence's gradient is wanted
+};
+
+template <class T>
+__device__ __forceinline__ RowFactors<Accumulate<T>> row_factors(const RowArgs& args, int64_t i,
+                                                                 Accumulate<T> weights,
+                                                                 Accumulate<T> inverse) {
+  using A = Accumulate<T>;
+  RowFactors<A> row = {};
+  row.target = i < args.images ? static_cast<int>(target_of(args, i)) : -1;
+  if (row.target < 0) return row;
+  const int t = row.target;
+  if (args.confidence) row.c = sigmoid(static_cast<const A*>(args.confidence)[i]);
+  row.maximum = static_cast<const A*>(args.row_max)[i];
+  const A sum = static_cast<const A*>(args.row_sum)[i];
+  const bool focal = args.focal_gamma > 0;
+  A nll = 0;
+  if (focal || args.grad_confidence) {
+    const A z = args.target_logits ? static_cast<const A*>(args.target_logits)[i]
+                                   : to_accumulate(load_one(static_cast<const T*>(args.logits) +
+                                                            i * args.image_stride + t));
+    const A a = vector_entry<A>(args.scale, t, A(0)), b = vector_entry<A>(args.bias, t, A(0));
+    row.target_slope = finite_or_zero(a * z + b);
+    if (focal) {
+      const A u = z * (a * row.c + A(1)) + (b * row.c + vector_entry<A>(args.prior, t, A(0))) -
+                  vector_entry<A>(args.margin, t, A(0));
+      nll = u == row.maximum ? std::log1p(sum - A(1)) : (row.maximum - u) + std::log(sum);
+    }
+  }
+  const RowTerms<A> terms = row_terms<A>(
+      nll, A(0), vector_entry<A>(args.weight, t, A(1)), static_cast<A>(args.label_smoothing),
+      weights, A(0), static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
+  // Nothing left to divide by: every gradient is 0, whatever stands above.
+  const A g = inverse == A(0) ? A(0)
+                              : vector_entry<A>(args.upstream, i * args.upstream_stride, A(1)) *
+                                    vector_entry<A>(args.sample_weight, i, A(1)) * inverse;
+  row.softmax = g * terms.softmax / sum;
+  row.smooth = g * terms.smooth;
+  row.at_target = g * terms.target;
+  return row;
+}
+
+template <class T, bool Calibrated, bool Wide>
+__global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads)
+    row_backward_kernel(const RowArgs args) {
+  using A = Accumulate<T>;
+  constexpr int V = kVector<T>, K = kKept<T>, Q = kPart<T>, N = kPartsOfVector<T>;
+  DISALIGN_SHARED_MEMORY(memory);
+  A* class_memory = reinterpret_cast<A*>(memory + kRowScratchBytes<A, Wide>);
+
+  const Tile<T, Wide> tile(args);
+  const ClassVectors<T> classes(args, tile, class_memory);
+  Group<A, Wide> group(tile.lanes, class_memory - Group<A, Wide>::kScratchEntries);
+  const bool smoothing = args.label_smoothing > 0;
+  const bool sum_classes = Calibrated && args.class_gradients;
+  const bool slopes = Calibrated && args.confidence_sums;
+  A weights = 0;
+  if (smoothing) {
+    weights = weight_sum<A>(args, 0, tile.classes, reinterpret_cast<A*>(memory));
+    __syncthreads();
+  }
+  A inverse = 1;
+  if (args.denominator) {
+    const double denominator = *args.denominator;
+    inverse = denominator == 0 ? A(0) : static_cast<A>(1.0 / denominator);
+  }
+  const auto grad_address = reinterpret_cast<uintptr_t>(static_cast<T*>(args.grad_logits));
+  A grad_scale[K * V] = {}, grad_bias[K * V] = {};
+
+  int64_t i = tile.row;
+  for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
+    const RowFactors<A> row = row_factors<T>(args, i, weights, inverse);
+    const bool counts = row.target >= 0;
+    Raw raw[K];
+    if (counts) {
+      tile.load(static_cast<const T*>(args.logits) + i * args.image_stride, raw);
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; ++k) raw[k] = {};
+    }
+    const int slot = tile.slot_of(row.target);
+    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
+    const bool aligned =
+        (grad_address + (i * args.grad_image_stride + tile.first_class) * sizeof(T)) %
+            kVectorBytes ==
+        0;
+    A slope = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      Raw out = {};
+#pragma unroll
+      for (int part = 0; part < N; ++part) {
+        const int first = k * V + part * Q;
+        A z[Q], g[Q], w[Q] = {};
+        unpack<T>(raw[k], part, z);
+        classes.template affine<Calibrated>(tile.vector(k), part, z, row.c, g);
+        // Selects: see row_forward_kernel.
+        if (args.margin && slot >= first && slot < first + Q) {
+          const A m = static_cast<const A*>(args.margin)[row.target];
+#pragma unroll
+          for (int q = 0; q < Q; ++q) g[q] -= first + q == slot ? m : A(0);
+        }
+        if (smoothing) classes.load(classes.weight, tile.vector(k), part, w);
+#pragma unroll
+        for (int q = 0; q < Q; ++q) {
+          g[q] = row.softmax * exponential(g[q] - row.maximum) - row.smooth * w[q];
+          g[q] -= first + q == slot ? row.at_target : A(0);
+          g[q] = counts ? g[q] : A(0);
+        }
+        if (slopes) {
+          A d[Q];
+          classes.slope(tile.vector(k), part, z, d);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) slope += g[q] * (d[q] - row.target_slope);
+        }
+        if (sum_classes) {
+#pragma unroll
+          for (int q = 0; q < Q; ++q) {
+            const A gc = g[q] * row.c;
+            // A masked class adds 0, not 0 * -inf.
+            grad_scale[first + q] += gc * (z[q] == negative_infinity<A>() ? A(0) : z[q]);
+            grad_bias[first + q] += gc;
+          }
+        }
+        if constexpr (Calibrated) {
+          A a[Q];
+          classes.load(classes.scale, tile.vector(k), part, a);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) g[q] *= a[q] * row.c + A(1);
+        }
+        pack<T>(g, part, out);
+      }
+      if (args.grad_logits && i < args.images) tile.store(grad, k, aligned, out);
+    }
+    if (slopes) {
+      A values[1] = {slope};
+      group.sum(values);
+      if (tile.lane == 0 && i < args.images)
+        static_cast<A*>(args.confidence_sums)[blockIdx.y * args.images + i] =
+            row.c * (A(1) - row.c) * values[0];
+    }
+  }
+  if (sum_classes) {
+    if constexpr (Calibrated)
+      write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);
+  }
+}
+
+// The target's logit of every row, for a backward that writes over the logits.
+template <class T>
+__global__ void __launch_bounds__(kNarrowThreads) row_target_kernel(const RowArgs args) {
+  using A = Accumulate<T>;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.images;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t t = target_of(args, i);
+    const T* row = static_cast<const T*>(args.logits) + i * args.image_stride;
+    static_cast<A*>(args.target_logits)[i] = t < 0 ? A(0) : to_accumulate(load_one(row + t));
+  }
+}
+
+}  // namespace disalign::cuda
