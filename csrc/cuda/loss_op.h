@@ -86,8 +86,7 @@ ForwardResult loss_forward(const Tensor& logits, const Tensor& target, const Opt
   gradients.attach(wanted, args);
   const Tensor row_max = new_tensor({positions}, dtype, place);
   const Tensor row_sum = new_tensor({positions}, dtype, place);
-  const Tensor loss =
-      each ? new_tensor({positions}, dtype, place) : new_tensor({}, dtype, place);
+  const Tensor loss = each ? new_tensor({positions}, dtype, place) : new_tensor({}, dtype, place);
   const Tensor divisor = new_tensor({}, ScalarType::Double, place);
   args.row_max = row_max.mutable_data_ptr();
   args.row_sum = row_sum.mutable_data_ptr();

@@ -9,61 +9,27 @@
 //   needs of its target's logit is then read before, by row_target_kernel.
 #pragma once
 
-#include "../common/loss_math.h"
+#include "position.cuh"
 #include "row_tile.cuh"
 
 namespace disalign::cuda {
 
 constexpr int kBackwardThreads = 256;
 
-// What all of a row's classes share.
-template <class A>
-struct RowFactors {
-  int target;    // -1: the row counts nothing
-  A c, maximum;  // confidence after the sigmoid; maximum of u
-  A softmax;     // q_j = softmax * exp(u_j - maximum) - smooth * w_j - at_target * [j = t]
-  A smooth;
-  A at_target;
-  A target_slope;  // d_t, where the confidence's gradient is wanted
-};
-
 template <class T>
-__device__ __forceinline__ RowFactors<Accumulate<T>> row_factors(const RowArgs& args, int64_t i,
-                                                                 Accumulate<T> weights,
-                                                                 Accumulate<T> inverse) {
+__device__ __forceinline__ PositionFactors<Accumulate<T>> row_factors(const RowArgs& args,
+                                                                      int64_t i,
+                                                                      Accumulate<T> weights,
+                                                                      Accumulate<T> inverse) {
   using A = Accumulate<T>;
-  RowFactors<A> row = {};
-  row.target = i < args.images ? static_cast<int>(target_of(args, i)) : -1;
-  if (row.target < 0) return row;
-  const int t = row.target;
-  if (args.confidence) row.c = sigmoid(static_cast<const A*>(args.confidence)[i]);
-  row.maximum = static_cast<const A*>(args.row_max)[i];
-  const A sum = static_cast<const A*>(args.row_sum)[i];
-  const bool focal = args.focal_gamma > 0;
-  A nll = 0;
-  if (focal || args.grad_confidence) {
+  if (i >= args.images) return {};
+  const A c = confidence_of<A>(args, i);
+  return position_factors(args, i, c, weights, inverse, [&](int t) -> TargetLogit<A> {
+    const T* row = static_cast<const T*>(args.logits) + i * args.image_stride;
     const A z = args.target_logits ? static_cast<const A*>(args.target_logits)[i]
-                                   : to_accumulate(load_one(static_cast<const T*>(args.logits) +
-                                                            i * args.image_stride + t));
-    const A a = vector_entry<A>(args.scale, t, A(0)), b = vector_entry<A>(args.bias, t, A(0));
-    row.target_slope = finite_or_zero(a * z + b);
-    if (focal) {
-      const A u = z * (a * row.c + A(1)) + (b * row.c + vector_entry<A>(args.prior, t, A(0))) -
-                  vector_entry<A>(args.margin, t, A(0));
-      nll = u == row.maximum ? std::log1p(sum - A(1)) : (row.maximum - u) + std::log(sum);
-    }
-  }
-  const RowTerms<A> terms = row_terms<A>(
-      nll, A(0), vector_entry<A>(args.weight, t, A(1)), static_cast<A>(args.label_smoothing),
-      weights, A(0), static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
-  // Nothing left to divide by: every gradient is 0, whatever stands above.
-  const A g = inverse == A(0) ? A(0)
-                              : vector_entry<A>(args.upstream, i * args.upstream_stride, A(1)) *
-                                    vector_entry<A>(args.sample_weight, i, A(1)) * inverse;
-  row.softmax = g * terms.softmax / sum;
-  row.smooth = g * terms.smooth;
-  row.at_target = g * terms.target;
-  return row;
+                                   : to_accumulate(load_one(row + t));
+    return {z, target_logit_of(args, t, z, c)};
+  });
 }
 
 template <class T, bool Calibrated, bool Wide>
@@ -85,17 +51,13 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads)
     weights = weight_sum<A>(args, 0, tile.classes, reinterpret_cast<A*>(memory));
     __syncthreads();
   }
-  A inverse = 1;
-  if (args.denominator) {
-    const double denominator = *args.denominator;
-    inverse = denominator == 0 ? A(0) : static_cast<A>(1.0 / denominator);
-  }
+  const A inverse = inverse_denominator<A>(args);
   const auto grad_address = reinterpret_cast<uintptr_t>(static_cast<T*>(args.grad_logits));
   A grad_scale[K * V] = {}, grad_bias[K * V] = {};
 
   int64_t i = tile.row;
   for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
-    const RowFactors<A> row = row_factors<T>(args, i, weights, inverse);
+    const PositionFactors<A> row = row_factors<T>(args, i, weights, inverse);
     const bool counts = row.target >= 0;
     Raw raw[K];
     if (counts) {
@@ -178,7 +140,7 @@ __global__ void __launch_bounds__(kNarrowThreads) row_target_kernel(const RowArg
   using A = Accumulate<T>;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.images;
        i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t t = target_of(args, i);
+    const int t = target_of(args, i);
     const T* row = static_cast<const T*>(args.logits) + i * args.image_stride;
     static_cast<A*>(args.target_logits)[i] = t < 0 ? A(0) : to_accumulate(load_one(row + t));
   }

@@ -119,7 +119,8 @@ void row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     last.blocks = plan.shape.grid_x;
     Shape combine;
     if (plan.tiles > 1) {
-      args.tile_sums = launcher.allocate(kTileValues * plan.tiles * args.images * sizeof(A));
+      args.tile_sums =
+          launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.images * sizeof(A));
       combine.threads = kNarrowThreads;
       combine.grid_x = std::min(divide_up(args.images, kNarrowThreads), int64_t{1} << 10);
       combine.shared_bytes = BlockSums::entries(kNarrowThreads) * sizeof(double);

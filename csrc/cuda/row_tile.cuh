@@ -43,9 +43,9 @@ struct RowArgs : DeviceLoss {
   int32_t tiles = 1;         // of a row
   int32_t tile_vectors = 0;  // of a tile
   // Workspace; blocks are those along grid_x.
-  void* class_sums = nullptr;       // of A: [blocks][2: scale, bias][classes]
-  double* block_sums = nullptr;     // [blocks][2: loss, denominator]
-  void* tile_sums = nullptr;        // of A: [kTileValues][tiles][rows]; forward of many tiles
+  void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
+  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+  void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
   void* confidence_sums = nullptr;  // of A: [tiles][rows]; backward
   void* target_logits = nullptr;    // of A: [rows]; backward that overwrites the logits
 };
@@ -213,24 +213,6 @@ struct ClassVectors {
     return to;
   }
 };
-
-// The target of row i, or -1 where the row counts nothing. A target that is no class stops the
-// kernel, as in PyTorch.
-__device__ __forceinline__ int64_t target_of(const LossArgs& args, int64_t i) {
-  const int64_t t = read_index(args.target, args.target_type, i);
-  if (t == args.ignore_index) return -1;
-  DISALIGN_ASSERT(t >= 0 && t < args.classes, "target is no class");
-  return t;
-}
-
-// The sum of w_j over the classes [begin, end), by the whole block. `scratch` has an entry a warp.
-template <class A>
-__device__ __forceinline__ A weight_sum(const LossArgs& args, int begin, int end, A* scratch) {
-  A sum = 0;
-  for (int j = begin + threadIdx.x; j < end; j += blockDim.x)
-    sum += vector_entry<A>(args.weight, j, A(1));
-  return block_sum(sum, scratch);
-}
 
 // A thread's class sums to the block's, for all classes of the tile. Ends without a barrier.
 // Wide: each class is one thread's. Narrow: those of a warp's groups are added by shuffles, then

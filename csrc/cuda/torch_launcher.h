@@ -16,8 +16,8 @@
 #include <torch/csrc/stable/accelerator.h>
 
 // In torch's CUDA builds alone: weak, so that the library loads everywhere.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace disalign::cuda {
@@ -105,7 +105,7 @@ class TorchLauncher : public Workspace {
     require_grid(shape);
     allow_shared(kernel, shape.shared_bytes);
     const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
-    kernel<<<grid, shape.threads, shape.shared_bytes, stream_>>>(args);
+    kernel<<<grid, shape.threads, shape.shared_bytes, stream_> > >(args);
     require_cuda(cudaGetLastError(), "launch");
   }
 
@@ -125,12 +125,10 @@ class TorchLauncher : public Workspace {
     const auto found = known.find(device);
     if (found != known.end()) return found->second;
     int multiprocessors = 0, shared = 0;
-    require_cuda(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "device attribute");
-    require_cuda(
-        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "device attribute");
+    require_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                 "device attribute");
+    require_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                 "device attribute");
     return known[device] = {multiprocessors, static_cast<size_t>(shared)};
   }
 
