@@ -39,4 +39,12 @@ void for_bool(bool value, Body body) {
     body(Constant<false>{});
 }
 
+// Calls body(Type<T>{}, Constant<Calibrated>{}).
+template <class Body>
+void for_kernel(Dtype dtype, const LossArgs& args, Body body) {
+  for_dtype(dtype, [&](auto type) {
+    for_bool(args.scale != nullptr, [&](auto calibrated) { body(type, calibrated); });
+  });
+}
+
 }  // namespace disalign::cuda

@@ -175,21 +175,15 @@ void row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
 
 template <class Launcher>
 void row_forward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
-  for_dtype(dtype, [&](auto type) {
-    for_bool(args.scale != nullptr, [&](auto calibrated) {
-      row_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
-                                                                              dtype);
-    });
+  for_kernel(dtype, args, [&](auto type, auto calibrated) {
+    row_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args, dtype);
   });
 }
 
 template <class Launcher>
 void row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
-  for_dtype(dtype, [&](auto type) {
-    for_bool(args.scale != nullptr, [&](auto calibrated) {
-      row_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
-                                                                               dtype);
-    });
+  for_kernel(dtype, args, [&](auto type, auto calibrated) {
+    row_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args, dtype);
   });
 }
 
