@@ -29,6 +29,7 @@ from ._ops import (
     ROW,
     STEMS,
     TENSORS,
+    UPSAMPLE,
     Stem,
     library,
 )
@@ -187,6 +188,15 @@ def _gradient_in_forward(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
 
 
+def _class_sums_in_forward(stem: Stem, logits: Tensor) -> bool:
+    """Whether forward makes the gradients of scale, bias and confidence on the way.
+
+    Upsampling on a GPU makes them in backward: there they cost the low-resolution logits once more,
+    in forward every output position.
+    """
+    return stem is not UPSAMPLE or logits.device.type == "cpu"
+
+
 def loss(
     stem: Stem,
     tensors: tuple[Tensor | None, ...],
@@ -209,7 +219,8 @@ def loss(
     scalar = reduction != "none"
     compiling = torch.compiler.is_compiling()
     in_forward = _gradient_in_forward(logits) and not compiling and not in_place
-    want = (need[0] and scalar and in_forward, *(n and scalar for n in need[1:]))
+    sums = scalar and _class_sums_in_forward(stem, logits)
+    want = (need[0] and scalar and in_forward, *(n and sums for n in need[1:]))
     if isinstance(normalizer, Tensor):
         given, code = normalizer, GIVEN_NORMALIZER
     else:

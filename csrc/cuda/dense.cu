@@ -23,10 +23,10 @@ struct DenseLayout {
             args.image_stride < (args.classes - 1) * args.class_stride + args.inner);
   }
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
-    dense_forward(launcher, dtype, args);
+    launch_dense_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
-    dense_backward(launcher, dtype, args);
+    launch_dense_backward(launcher, dtype, args);
   }
 };
 

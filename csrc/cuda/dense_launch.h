@@ -36,7 +36,7 @@ Shape dense_plan(Launcher& launcher, Kernel kernel, DenseArgs& args) {
 }
 
 template <class T, bool Calibrated, class Launcher>
-void dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
+void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
   using A = Accumulate<T>;
   FinishArgs last;
   const auto kernel = dense_forward_kernel<T, Calibrated>;
@@ -60,7 +60,7 @@ void dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
 }
 
 template <class T, bool Calibrated, class Launcher>
-void dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
+void launch_dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
   using A = Accumulate<T>;
   FinishArgs last;
   const auto kernel = dense_backward_kernel<T, Calibrated>;
@@ -80,18 +80,18 @@ void dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
 }
 
 template <class Launcher>
-void dense_forward(Launcher& launcher, Dtype dtype, const DenseArgs& args) {
+void launch_dense_forward(Launcher& launcher, Dtype dtype, const DenseArgs& args) {
   for_kernel(dtype, args, [&](auto type, auto calibrated) {
-    dense_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
-                                                                              dtype);
+    launch_dense_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
+                                                                                     dtype);
   });
 }
 
 template <class Launcher>
-void dense_backward(Launcher& launcher, Dtype dtype, const DenseArgs& args) {
+void launch_dense_backward(Launcher& launcher, Dtype dtype, const DenseArgs& args) {
   for_kernel(dtype, args, [&](auto type, auto calibrated) {
-    dense_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
-                                                                               dtype);
+    launch_dense_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher,
+                                                                                      args, dtype);
   });
 }
 

@@ -18,10 +18,10 @@ struct RowLayout {
     return args.images > 1 && args.image_stride < args.classes;
   }
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
-    row_forward(launcher, dtype, args);
+    launch_row_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
-    row_backward(launcher, dtype, args);
+    launch_row_backward(launcher, dtype, args);
   }
 };
 

@@ -87,7 +87,7 @@ static inline void apply(const RowPlan& plan, RowArgs& args) {
 // A row's gradients, and with `sums_only` just those of the classes. Returns the blocks whose
 // class sums are in args.class_sums.
 template <class T, bool Calibrated, class Launcher>
-int64_t launch_row_backward(Launcher& launcher, RowArgs& args) {
+int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
   int64_t blocks = 0;
   RowPlan plan = row_plan<T>(args, launcher.limits(), kBackwardThreads);
   for_bool(plan.wide, [&](auto wide) {
@@ -106,7 +106,7 @@ int64_t launch_row_backward(Launcher& launcher, RowArgs& args) {
 }
 
 template <class T, bool Calibrated, class Launcher>
-void row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
+void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   using A = Accumulate<T>;
   const bool reduce = args.reduction != kReduceNone;
   FinishArgs last;
@@ -140,7 +140,7 @@ void row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     sums.denominator = nullptr;
     sums.grad_logits = nullptr;
     sums.grad_confidence = nullptr;
-    last.class_blocks = launch_row_backward<T, Calibrated>(launcher, sums);
+    last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, sums);
     args.class_sums = sums.class_sums;
   });
   static_cast<DeviceLoss&>(last) = args;
@@ -152,7 +152,7 @@ void row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
 }
 
 template <class T, bool Calibrated, class Launcher>
-void row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
+void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
   FinishArgs last;
   if (args.images > 0) {
     if (args.grad_logits == args.logits && (args.focal_gamma > 0 || args.grad_confidence)) {
@@ -162,7 +162,7 @@ void row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
       shape.grid_x = std::min(divide_up(args.images, kNarrowThreads), int64_t{1} << 10);
       launcher.launch(row_target_kernel<T>, shape, args);
     }
-    last.class_blocks = launch_row_backward<T, Calibrated>(launcher, args);
+    last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, args);
   }
   if (!args.class_gradients && !args.grad_confidence) return;
   static_cast<DeviceLoss&>(last) = args;
@@ -174,16 +174,18 @@ void row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
 }
 
 template <class Launcher>
-void row_forward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
+void launch_row_forward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
   for_kernel(dtype, args, [&](auto type, auto calibrated) {
-    row_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args, dtype);
+    launch_row_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
+                                                                                   dtype);
   });
 }
 
 template <class Launcher>
-void row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
+void launch_row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
   for_kernel(dtype, args, [&](auto type, auto calibrated) {
-    row_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args, dtype);
+    launch_row_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
+                                                                                    dtype);
   });
 }
 
