@@ -1,4 +1,4 @@
-"""Runs CMake with ninja and puts the library into the package. What is compiled: CMakeLists.txt."""
+"""Runs CMake with ninja and puts the libraries into the package. What is compiled: CMakeLists.txt."""
 
 from __future__ import annotations
 
@@ -14,8 +14,32 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME or CUDA_PATH, or the one that an nvcc on the PATH calls itself."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return Path(home) / "bin" / "nvcc"
+    found = shutil.which("nvcc")
+    if found is None:
+        return None
+    # What is on the PATH may be a script in another folder: nvcc says where it is.
+    run = subprocess.run(
+        [found, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
+    for line in run.stderr.splitlines():
+        if line.startswith("#$ _HERE_="):
+            return Path(line.removeprefix("#$ _HERE_=")) / "nvcc"
+    return Path(found)
+
+
 class CMakeBuild(build_ext):
-    """Without a C++ compiler the package installs all the same, and backend_info() says why."""
+    """Without a compiler the package installs all the same, and backend_info() says why.
+
+    DISALIGN_OPS_CUDA: "auto" (the default) builds the CUDA library where nvcc is found, and goes on
+    without it if it fails; "1" insists on it; "0" leaves it out. TORCH_CUDA_ARCH_LIST chooses its
+    architectures.
+    """
 
     def run(self) -> None:
         base = ROOT if self.inplace else Path(self.build_lib).resolve()
@@ -29,18 +53,58 @@ class CMakeBuild(build_ext):
             reason.write_text(text + "\n")
             self.warn(text)
             return
+        self.configure(lib, None)
+        self.build("disalign_ops_cpu", lib)
+        self.build_cuda(lib)
+
+    def build_cuda(self, lib: Path) -> None:
+        (lib / "libdisalign_ops_cuda.so").unlink(missing_ok=True)
+        reason = lib / "cuda_not_built.txt"
+        reason.unlink(missing_ok=True)
+        wanted = os.environ.get("DISALIGN_OPS_CUDA") or "auto"
+        if wanted not in ("0", "1", "auto"):
+            raise ValueError(f"DISALIGN_OPS_CUDA is {wanted!r}, needed is 0, 1 or auto")
+        nvcc = None if wanted == "0" else find_nvcc()
+        if wanted == "0":
+            reason.write_text("not compiled at installation: DISALIGN_OPS_CUDA was 0\n")
+        elif nvcc is None:
+            if wanted == "1":
+                raise FileNotFoundError("DISALIGN_OPS_CUDA is 1, and no nvcc was found")
+            reason.write_text("not compiled at installation: no nvcc was found\n")
+        else:
+            try:
+                self.configure(lib, nvcc)
+                self.build("disalign_ops_cuda", lib)
+            except subprocess.CalledProcessError as error:
+                if wanted == "1":
+                    raise
+                command = " ".join(str(part) for part in error.cmd[:3])
+                text = f"not compiled at installation: '{command} ...' failed with {nvcc}"
+                reason.write_text(text + "\n")
+                self.warn(text)
+
+    def build_folder(self) -> Path:
+        return ROOT / "build" / ("inplace" if self.inplace else "wheel")
+
+    def configure(self, lib: Path, nvcc: Path | None) -> None:
         import torch
 
         include = Path(torch.__file__).parent / "include"
-        build = ROOT / "build" / ("inplace" if self.inplace else "wheel")
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            f"-DDISALIGN_TORCH_INCLUDE={include}",
-            f"-DDISALIGN_TORCH_LIB={include.parent / 'lib'}",
-            f"-DCMAKE_INSTALL_PREFIX={lib}",
-        ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "install"], check=True)
+        subprocess.run(
+            [
+                "cmake", "-S", str(ROOT), "-B", str(self.build_folder()), "-G", "Ninja",
+                f"-DDISALIGN_TORCH_INCLUDE={include}",
+                f"-DDISALIGN_TORCH_LIB={include.parent / 'lib'}",
+                f"-DCMAKE_INSTALL_PREFIX={lib}",
+                f"-DDISALIGN_NVCC={nvcc or ''}",
+            ],
+            check=True,
+        )  # fmt: skip
+
+    def build(self, target: str, lib: Path) -> None:
+        folder = str(self.build_folder())
+        subprocess.run(["cmake", "--build", folder, "--target", target], check=True)
+        subprocess.run(["cmake", "--install", folder, "--component", target], check=True)
 
     def get_outputs(self) -> list[str]:
         return []

@@ -16,9 +16,9 @@ from .errors import ArgumentError
 
 NAMES = ("auto", "native", "triton", "reference")
 LIBRARY = Path(__file__).parent / "lib" / "libdisalign_ops_cpu.so"
+CUDA_LIBRARY = LIBRARY.parent / "libdisalign_ops_cuda.so"
 _ENVIRONMENT = "DISALIGN_OPS_BACKEND"
 _NO_TRITON = "no Triton kernels in this version"
-_NO_CUDA = "no CUDA kernels in this version"
 
 
 @dataclass
@@ -26,6 +26,8 @@ class _State:
     backend: str
     native_devices: tuple[str, ...] = ()
     why_not_native: str | None = None
+    why_not_cuda: str | None = None
+    cuda_loaded: bool = False
 
 
 def _checked(name: str, source: str) -> str:
@@ -37,24 +39,36 @@ def _checked(name: str, source: str) -> str:
 _state = _State(_checked(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT))
 
 
-def _why_missing() -> str:
-    reason = LIBRARY.parent / "not_built.txt"  # written by setup.py
+def _why_missing(library: Path, note: str) -> str:
+    reason = library.parent / note  # written by setup.py
     if reason.exists():
         return reason.read_text().strip()
-    return f"{LIBRARY.name} is not in the package: install it with pip, which builds it"
+    return f"{library.name} is not in the package: install it with pip, which builds it"
 
 
 def load_native() -> None:
-    """Load the compiled library; called once by _ops.py after it defined the schemas."""
+    """Load the compiled libraries; called once by _ops.py after it defined the schemas."""
+    _state.why_not_native = _load(LIBRARY, "not_built.txt", "build_info")
+    if _state.why_not_native is None:
+        _state.native_devices = ("cpu",)
+    _state.why_not_cuda = _load(CUDA_LIBRARY, "cuda_not_built.txt", "cuda_build_info")
+    _state.cuda_loaded = _state.why_not_cuda is None
+    if _state.cuda_loaded and torch.version.cuda is None:
+        _state.why_not_cuda = "this PyTorch is built without CUDA"
+    if _state.why_not_cuda is None:
+        _state.native_devices += ("cuda",)
+
+
+def _load(library: Path, note: str, probe: str) -> str | None:
+    """Loads a library and calls an operator of it; or says why that cannot be."""
     try:
-        if not LIBRARY.exists():
-            raise FileNotFoundError(_why_missing())
-        torch.ops.load_library(str(LIBRARY))
-        torch.ops.disalign_ops.build_info()
+        if not library.exists():
+            raise FileNotFoundError(_why_missing(library, note))
+        torch.ops.load_library(str(library))
+        getattr(torch.ops.disalign_ops, probe)()
     except (OSError, RuntimeError) as error:
-        _state.why_not_native = str(error).splitlines()[0]
-        return
-    _state.native_devices = ("cpu",)
+        return str(error).splitlines()[0]
+    return None
 
 
 def serving(device_type: str) -> str:
@@ -80,7 +94,11 @@ def _why_not(device_type: str) -> str | None:
         return None
     if device_type == "cpu":
         return _state.why_not_native
-    return _NO_CUDA if device_type == "cuda" else f"no kernels for {device_type}"
+    return _state.why_not_cuda if device_type == "cuda" else f"no kernels for {device_type}"
+
+
+def _parsed(info: str) -> dict[str, str]:
+    return dict(item.split("=", 1) for item in info.split(";"))
 
 
 class set_backend:  # noqa: N801 - a function to its users, and a context manager
@@ -107,14 +125,14 @@ def backend_info() -> dict[str, object]:
 
     Keys: version, torch, backend (as set), devices (device -> backend in use under "auto"),
     native / triton / reference (available, and why not; native also: instruction sets compiled and
-    in use, compiler, CUDA architectures, torch target).
+    in use, compilers, torch target, the CUDA architectures of the CUDA library if it is built and
+    loaded, and why it does not serve).
     """
     from . import __version__
 
     native: dict[str, object] = {"available": bool(_state.native_devices)}
-    if _state.native_devices:
-        pairs = (item.split("=", 1) for item in torch.ops.disalign_ops.build_info().split(";"))
-        built = dict(pairs)
+    if _state.why_not_native is None:
+        built = _parsed(torch.ops.disalign_ops.build_info())
         native |= {
             "devices": list(_state.native_devices),
             "instruction_set": built["used"],
@@ -124,7 +142,13 @@ def backend_info() -> dict[str, object]:
         }
     else:
         native["why_not"] = _state.why_not_native
-    native |= {"cuda_architectures": [], "why_not_cuda": _NO_CUDA}
+    cuda = _parsed(torch.ops.disalign_ops.cuda_build_info()) if _state.cuda_loaded else {}
+    architectures = cuda.get("architectures", "").split(",") if cuda else []
+    native |= {
+        "cuda_architectures": architectures,
+        "cuda_compiler": cuda.get("compiler"),
+        "why_not_cuda": _state.why_not_cuda,
+    }
     devices = {
         device: "native" if device in _state.native_devices else "reference"
         for device in ("cpu", "cuda")

@@ -94,6 +94,7 @@ def schemas(stem: Stem) -> tuple[str, ...]:
 
 
 library.define("build_info() -> str")
+library.define("cuda_build_info() -> str")
 for _stem in STEMS:
     for _schema in schemas(_stem):
         library.define(_schema)

@@ -105,8 +105,10 @@ class TorchLauncher : public Workspace {
     require_grid(shape);
     allow_shared(kernel, shape.shared_bytes);
     const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
-    kernel<<<grid, shape.threads, shape.shared_bytes, stream_> > >(args);
-    require_cuda(cudaGetLastError(), "launch");
+    void* arguments[] = {const_cast<Args*>(&args)};
+    require_cuda(
+        cudaLaunchKernel(kernel, grid, dim3(shape.threads), arguments, shape.shared_bytes, stream_),
+        "launch");
   }
 
  private:
