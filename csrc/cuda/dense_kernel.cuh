@@ -27,7 +27,7 @@ struct ClassEntries {
 };
 
 template <class T, bool Calibrated>
-__global__ void __launch_bounds__(kDenseThreads) dense_forward_kernel(const DenseArgs args) {
+__global__ void __launch_bounds__(kDenseThreads, 1) dense_forward_kernel(const DenseArgs args) {
   using A = Accumulate<T>;
   DISALIGN_SHARED_MEMORY(raw_memory);
   const DenseMemory<A> memory(args, raw_memory);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kDenseThreads) dense_forward_kernel(const Dens
 }
 
 template <class T, bool Calibrated>
-__global__ void __launch_bounds__(kDenseThreads) dense_backward_kernel(const DenseArgs args) {
+__global__ void __launch_bounds__(kDenseThreads, 1) dense_backward_kernel(const DenseArgs args) {
   using A = Accumulate<T>;
   DISALIGN_SHARED_MEMORY(raw_memory);
   const DenseMemory<A> memory(args, raw_memory);

@@ -28,7 +28,14 @@
 #define DISALIGN_NOTE_LOAD(address, bytes)
 #define DISALIGN_NOTE_STORE(address, bytes)
 #define DISALIGN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
-#define DISALIGN_ASSERT(condition, message) assert((condition) && (message))
+// As PyTorch's device-side assert; without assert (NDEBUG) the kernel stops all the same.
+#define DISALIGN_ASSERT(condition, message) \
+  do {                                      \
+    if (!(condition)) {                     \
+      assert(false && (message));           \
+      __trap();                             \
+    }                                       \
+  } while (0)
 #endif
 
 namespace disalign::cuda {

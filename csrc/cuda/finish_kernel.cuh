@@ -39,7 +39,7 @@ __device__ __forceinline__ double total_of(const FinishArgs& args, int what, dou
 }
 
 template <class A>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs args) {
+__global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishArgs args) {
   DISALIGN_SHARED_MEMORY(memory);
   double* scratch = reinterpret_cast<double*>(memory);
   double inverse = 1;

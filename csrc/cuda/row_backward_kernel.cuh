@@ -33,7 +33,7 @@ __device__ __forceinline__ PositionFactors<Accumulate<T>> row_factors(const RowA
 }
 
 template <class T, bool Calibrated, bool Wide>
-__global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads)
+__global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads, 1)
     row_backward_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, K = kKept<T>, Q = kPart<T>, N = kPartsOfVector<T>;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads)
 
 // The target's logit of every row, for a backward that writes over the logits.
 template <class T>
-__global__ void __launch_bounds__(kNarrowThreads) row_target_kernel(const RowArgs args) {
+__global__ void __launch_bounds__(kNarrowThreads, 1) row_target_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.images;
        i += int64_t{gridDim.x} * blockDim.x) {

@@ -36,7 +36,7 @@ struct FetchedRow {
 };
 
 template <class T, bool Calibrated, bool Wide>
-__global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads)
+__global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
     row_forward_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>;
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads)
 
 // The tiles of each row added up; a thread a row.
 template <class A>
-__global__ void __launch_bounds__(kNarrowThreads) row_combine_kernel(const RowArgs args) {
+__global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const RowArgs args) {
   DISALIGN_SHARED_MEMORY(memory);
   const bool smoothing = args.label_smoothing > 0;
   const int64_t stride = args.tiles * args.images;

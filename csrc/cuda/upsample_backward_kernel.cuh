@@ -40,7 +40,7 @@ struct UpsampleMemory {
 
 // [4]: maximum, softmax, smooth, at_target of PositionFactors.
 template <class T>
-__global__ void __launch_bounds__(kUpsampleBackwardThreads)
+__global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
     upsample_factors_kernel(const UpsampleArgs args) {
   using A = Accumulate<T>;
   DISALIGN_SHARED_MEMORY(memory);
@@ -148,7 +148,7 @@ struct Square {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kUpsampleBackwardThreads)
+__global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
     upsample_backward_kernel(const UpsampleArgs args) {
   using A = Accumulate<T>;
   constexpr int kColumn = UpsampleMemory<A>::kColumn;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kUpsampleBackwardThreads)
 // A contiguous gradient over the logits: while blocks still read their neighbours' logits, none may
 // write its own.
 template <class T>
-__global__ void __launch_bounds__(kUpsampleBackwardThreads)
+__global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
     upsample_overwrite_kernel(const UpsampleArgs args) {
   const int64_t all = args.low_positions() * args.classes;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < all;

@@ -80,7 +80,7 @@ __device__ __forceinline__ void fill_axis(const Axis& axis, bool align_corners) 
 }
 
 template <class A>
-__global__ void __launch_bounds__(kAxisThreads) upsample_axis_kernel(const UpsampleArgs args) {
+__global__ void __launch_bounds__(kAxisThreads, 1) upsample_axis_kernel(const UpsampleArgs args) {
   fill_axis<A>(args.y, args.align_corners);
   fill_axis<A>(args.x, args.align_corners);
 }

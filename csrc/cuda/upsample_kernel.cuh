@@ -63,7 +63,7 @@ struct UpsampleTile {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kUpsampleThreads)
+__global__ void __launch_bounds__(kUpsampleThreads, 1)
     upsample_forward_kernel(const UpsampleArgs args) {
   using A = Accumulate<T>;
   DISALIGN_SHARED_MEMORY(raw_memory);
