@@ -32,8 +32,18 @@ __device__ __forceinline__ PositionFactors<Accumulate<T>> row_factors(const RowA
   });
 }
 
-template <class T, bool Calibrated, bool Wide>
-__global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads, 1)
+// Blocks that shall fit on a multiprocessor: what streams through needs many, class sums need the
+// registers.
+template <class T, bool Calibrated, bool Wide, bool Sums>
+constexpr int kBackwardBlocks = Sums || sizeof(T) == 8 ? 1
+                                : !Wide                ? 5
+                                : Calibrated           ? 2
+                                                       : 3;
+
+// Sums: the class sums are wanted.
+template <class T, bool Calibrated, bool Wide, bool Sums>
+__global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
+                                  (kBackwardBlocks<T, Calibrated, Wide, Sums>))
     row_backward_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, K = kKept<T>, Q = kPart<T>, N = kPartsOfVector<T>;
@@ -44,7 +54,6 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads, 1)
   const ClassVectors<T> classes(args, tile, class_memory);
   Group<A, Wide> group(tile.lanes, class_memory - Group<A, Wide>::kScratchEntries);
   const bool smoothing = args.label_smoothing > 0;
-  const bool sum_classes = Calibrated && args.class_gradients;
   const bool slopes = Calibrated && args.confidence_sums;
   A weights = 0;
   if (smoothing) {
@@ -53,7 +62,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads, 1)
   }
   const A inverse = inverse_denominator<A>(args);
   const auto grad_address = reinterpret_cast<uintptr_t>(static_cast<T*>(args.grad_logits));
-  A grad_scale[K * V] = {}, grad_bias[K * V] = {};
+  A grad_scale[Sums ? K * V : 1] = {}, grad_bias[Sums ? K * V : 1] = {};
 
   int64_t i = tile.row;
   for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
@@ -101,7 +110,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads, 1)
 #pragma unroll
           for (int q = 0; q < Q; ++q) slope += g[q] * (d[q] - row.target_slope);
         }
-        if (sum_classes) {
+        if constexpr (Sums) {
 #pragma unroll
           for (int q = 0; q < Q; ++q) {
             const A gc = g[q] * row.c;
@@ -128,10 +137,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads, 1)
             row.c * (A(1) - row.c) * values[0];
     }
   }
-  if (sum_classes) {
-    if constexpr (Calibrated)
-      write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);
-  }
+  if constexpr (Sums) write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);
 }
 
 // The target's logit of every row, for a backward that writes over the logits.

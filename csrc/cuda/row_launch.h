@@ -90,8 +90,7 @@ template <class T, bool Calibrated, class Launcher>
 int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
   int64_t blocks = 0;
   RowPlan plan = row_plan<T>(args, launcher.limits(), kBackwardThreads);
-  for_bool(plan.wide, [&](auto wide) {
-    const auto kernel = row_backward_kernel<T, Calibrated, decltype(wide)::value>;
+  const auto launch = [&](auto kernel) {
     fill_grid(launcher, kernel, args, plan);
     apply(plan, args);
     blocks = plan.shape.grid_x;
@@ -101,6 +100,13 @@ int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
     if (args.grad_confidence)
       args.confidence_sums = launcher.allocate(plan.tiles * args.images * bytes);
     launcher.launch(kernel, plan.shape, args);
+  };
+  for_bool(plan.wide, [&](auto wide) {
+    constexpr bool kWide = decltype(wide)::value;
+    if constexpr (Calibrated) {
+      if (args.class_gradients) return launch(row_backward_kernel<T, true, kWide, true>);
+    }
+    launch(row_backward_kernel<T, Calibrated, kWide, false>);
   });
   return blocks;
 }

@@ -1,0 +1,279 @@
+// Small kernels, each right, and with a fault planted where kFault is set. A line that a sanitizer
+// must name carries a comment `fault: <kernel>` (two lines: either may be named).
+//
+// All have one signature, so that one table runs them (planted.cpp): in[n], out[n] or fewer.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cassert>
+
+#ifdef DISALIGN_SIMT
+#define NOTE_LOAD(pointer, bytes) simt::note_load(pointer, bytes)
+#define NOTE_STORE(pointer, bytes) simt::note_store(pointer, bytes)
+#define SHARED_FLOATS reinterpret_cast<float*>(simt::dynamic_shared())
+#else
+#define NOTE_LOAD(pointer, bytes)
+#define NOTE_STORE(pointer, bytes)
+extern __shared__ float dynamic_shared_memory[];
+#define SHARED_FLOATS dynamic_shared_memory
+#endif
+
+constexpr unsigned kFullMask = 0xffffffffu;
+
+template <typename T>
+__device__ __forceinline__ T load(const T* pointer) {
+  NOTE_LOAD(pointer, sizeof(T));
+  return *pointer;
+}
+
+template <typename T>
+__device__ __forceinline__ void store(T* pointer, T value) {
+  NOTE_STORE(pointer, sizeof(T));
+  *pointer = value;
+}
+
+__device__ __forceinline__ unsigned global_thread() {
+  return blockIdx.x * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kFullMask, value, step);
+  return value;
+}
+
+// out[block] = sum of in[], with 16-byte loads. The fault: warps' sums are read with no barrier.
+template <bool kFault>
+__global__ void block_sum(const float* in, float* out, int n) {
+  float* warp_sums = SHARED_FLOATS;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < n / 4; i += blockDim.x) {
+    const float4 v = load(reinterpret_cast<const float4*>(in) + i);
+    sum += v.x + v.y + v.z + v.w;
+  }
+  for (int i = n / 4 * 4 + threadIdx.x; i < n; i += blockDim.x) sum += load(in + i);
+  sum = warp_sum(sum);
+  if (lane == 0) warp_sums[warp] = sum;  // fault: block_sum
+  if (!kFault) __syncthreads();
+  if (warp == 0) {
+    const int warps = blockDim.x / 32;
+    sum = warp_sum(lane < warps ? warp_sums[lane] : 0.0f);  // fault: block_sum
+    if (lane == 0) store(out + blockIdx.x, sum);
+  }
+}
+
+// out[i] = in of the thread before. The fault: no barrier. Right in the order of the threads, which
+// a shuffled order is not.
+template <bool kFault>
+__global__ void shift(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  const int t = threadIdx.x;
+  values[t] = in[global_thread()];  // fault: shift
+  if (!kFault) __syncthreads();
+  out[global_thread()] = t ? values[t - 1] : 0.0f;  // fault: shift
+}
+
+// out[i] = sum of the first in[] of the block. The fault: no barrier before the table is loaded
+// anew. As it is the same table, the result is right in any order.
+template <bool kFault>
+__global__ void same_table(const float* in, float* out, int) {
+  float* table = SHARED_FLOATS;
+  float sum = 0.0f;
+  for (int round = 0; round < 4; round++) {
+    table[threadIdx.x] = in[threadIdx.x];  // fault: same_table
+    __syncthreads();
+    sum += table[round];  // fault: same_table
+    if (!kFault) __syncthreads();
+  }
+  out[global_thread()] = sum;
+}
+
+// out[i] = in of the neighbouring lane. The fault: no __syncwarp.
+template <bool kFault>
+__global__ void swap_lanes(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  values[threadIdx.x] = in[global_thread()];  // fault: swap_lanes
+  if (!kFault) __syncwarp();
+  out[global_thread()] = values[threadIdx.x ^ 1];  // fault: swap_lanes
+}
+
+// out[i] = in[] of the first lane. The fault: a shuffle instead of __syncwarp. It makes lanes meet,
+// but does not order memory, and the result is right.
+template <bool kFault>
+__global__ void meet_by_shuffle(const float* in, float* out, int) {
+  float* slots = SHARED_FLOATS;
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) slots[warp] = in[global_thread()];  // fault: meet_by_shuffle
+  if (kFault) {
+    __shfl_sync(kFullMask, 0, 0);
+  } else {
+    __syncwarp();
+  }
+  out[global_thread()] = slots[warp];  // fault: meet_by_shuffle
+}
+
+// out[i] = in of lane 0, or of lane 20, which is not in the mask.
+template <bool kFault>
+__global__ void shuffle_from(const float* in, float* out, int) {
+  const float value = in[global_thread()];
+  if (threadIdx.x % 32 < 16) {
+    out[global_thread()] = __shfl_sync(0x0000ffffu, value, kFault ? 20 : 0);
+  } else {
+    out[global_thread()] = value;
+  }
+}
+
+template <bool kFault>
+__global__ void outside_own_mask(const float* in, float* out, int) {
+  const float value = in[global_thread()];
+  out[global_thread()] = __shfl_xor_sync(kFault ? 0x0000ffffu : kFullMask, value, 0);
+}
+
+// The fault: lanes return before a collective that names them.
+template <bool kFault>
+__global__ void early_return(const float* in, float* out, int) {
+  out[global_thread()] = in[global_thread()];
+  if (kFault && threadIdx.x % 32 >= 16) return;
+  __syncwarp();
+}
+
+// The fault: a mask for each lane, 32 in a warp.
+template <bool kFault>
+__global__ void many_masks(const float* in, float* out, int) {
+  const unsigned mask = kFault ? 1u << threadIdx.x % 32 : kFullMask;
+  out[global_thread()] = __shfl_xor_sync(mask, in[global_thread()], 0);
+}
+
+template <bool kFault>
+__global__ void divergent_barrier(const float* in, float* out, int) {
+  const bool first_half = threadIdx.x < blockDim.x / 2;
+  if (kFault && first_half) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[global_thread()] = in[global_thread()];
+}
+
+// The fault: half of the threads wait in a barrier, the other half in a warp collective.
+template <bool kFault>
+__global__ void deadlock(const float* in, float* out, int) {
+  if (kFault && threadIdx.x % 32 < 16) __syncthreads();
+  __syncwarp();
+  out[global_thread()] = in[global_thread()];
+  if (kFault && threadIdx.x % 32 >= 16) __syncthreads();
+}
+
+// The fault: loads in[n].
+template <bool kFault>
+__global__ void load_outside(const float* in, float* out, int n) {
+  const int i = global_thread();
+  store(out + i, load(in + (kFault && i == n - 1 ? n : i)));
+}
+template <bool kFault>
+__global__ void plain_load_outside(const float* in, float* out, int n) {
+  const int i = global_thread();
+  out[i] = in[kFault && i == n - 1 ? n : i];  // fault: plain_load_outside
+}
+
+// The fault: stores into its input.
+template <bool kFault>
+__global__ void store_into_input(const float* in, float* out, int) {
+  const int i = global_thread();
+  store(kFault ? const_cast<float*>(in) + i : out + i, load(in + i));
+}
+
+// out[i] = sum of 4 in[] from i / 4 * 4 on. The fault: from i / 4 * 4 + 1 on, as one vector.
+template <bool kFault>
+__global__ void load_misaligned(const float* in, float* out, int n) {
+  const int i = global_thread();
+  const int first = i / 4 * 4 + (kFault && i < n - 4 ? 1 : 0);
+  const float4 v = load(reinterpret_cast<const float4*>(in + first));
+  store(out + i, v.x + v.y + v.z + v.w);
+}
+template <bool kFault>
+__global__ void plain_load_misaligned(const float* in, float* out, int n) {
+  const int i = global_thread();
+  const int first = i / 4 * 4 + (kFault && i < n - 4 ? 1 : 0);
+  const float4 v = *reinterpret_cast<const float4*>(in + first);  // fault: plain_load_misaligned
+  out[i] = v.x + v.y + v.z + v.w;
+}
+
+// The fault: the last slot of shared memory is read but was never written.
+template <bool kFault>
+__global__ void shared_unwritten(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  const unsigned t = threadIdx.x;
+  if (!kFault || t != blockDim.x - 1) values[t] = in[global_thread()];
+  __syncthreads();
+  out[global_thread()] = values[blockDim.x - 1 - t];
+}
+
+// The fault: writes one float behind shared memory.
+template <bool kFault>
+__global__ void shared_overflow(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  const float value = in[global_thread()];
+  values[threadIdx.x + (kFault ? 1 : 0)] = value;  // fault: shared_overflow
+  __syncthreads();
+  out[global_thread()] = value;
+}
+
+// The fault: every block writes out[0], with the same value.
+template <bool kFault>
+__global__ void blocks_write(const float* in, float* out, int) {
+  if (threadIdx.x == 0) out[kFault ? 0 : blockIdx.x] = in[0];  // fault: blocks_write
+}
+
+// The fault: a block reads what the block before wrote, which no launch order promises.
+template <bool kFault>
+__global__ void blocks_chain(const float* in, float* out, int) {
+  const int b = blockIdx.x;
+  if (threadIdx.x == 0) out[b] = in[b] + (kFault && b ? out[b - 1] : 0.0f);  // fault: blocks_chain
+}
+
+// Static shared memory: out[i] = in, reversed in the block. The fault: no barrier.
+template <bool kFault>
+__global__ void static_reverse(const float* in, float* out, int) {
+  __shared__ float values[1024];
+  values[threadIdx.x] = in[global_thread()];  // fault: static_reverse
+  if (!kFault) __syncthreads();
+  out[global_thread()] = values[blockDim.x - 1 - threadIdx.x];  // fault: static_reverse
+}
+
+// out = in rounded to bfloat16 in even threads, to float16 in odd ones. The fault: an assertion.
+template <bool kFault>
+__global__ void round_trip(const float* in, float* out, int) {
+  const float value = in[global_thread()];
+  const bool even = threadIdx.x % 2 == 0;
+  const float rounded =
+      even ? __bfloat162float(__float2bfloat16_rn(value)) : __half2float(__float2half_rn(value));
+  assert(!kFault || value == rounded);
+  out[global_thread()] = rounded;
+}
+
+// out = 1 where any thread of the block sees a negative value. The fault: __trap.
+template <bool kFault>
+__global__ void vote(const float* in, float* out, int) {
+  const bool negative = in[global_thread()] < 0.0f;
+  if (kFault && negative) __trap();
+  const unsigned lanes = __ballot_sync(kFullMask, negative);
+  const int threads = __syncthreads_count(negative);
+  const bool any = __syncthreads_or(negative), all = __syncthreads_and(negative);
+  assert(__popc(lanes) <= threads && any == (threads > 0));
+  assert(all == (threads == static_cast<int>(blockDim.x)));
+  assert(__any_sync(kFullMask, negative) == (lanes != 0));
+  assert(__all_sync(kFullMask, negative) == (lanes == kFullMask));
+  out[global_thread()] = any ? 1.0f : 0.0f;
+}
+
+// out[i] = i, from every index of the block and of the thread.
+__global__ void number_threads(float* out) {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const unsigned i = block * blockDim.x * blockDim.y * blockDim.z + thread;
+  store(out + i, static_cast<float>(i));
+}
