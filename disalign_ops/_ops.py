@@ -74,6 +74,10 @@ _OPTIONS = "int ignore_index, float label_smoothing, float focal_gamma"
 _WANTED = "bool want_logits, bool want_scale, bool want_bias, bool want_confidence"
 _STATISTICS = "Tensor row_max, Tensor row_sum, Tensor denominator"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+PREDICT_SCHEMA = (
+    "upsample_predict(Tensor logits, Tensor? scale, Tensor? bias, Tensor? confidence, "
+    "Tensor? prior, SymInt height, SymInt width, bool align_corners) -> Tensor"
+)
 
 library = torch.library.Library("disalign_ops", "DEF")
 
@@ -107,15 +111,13 @@ for _stem in (ROW, DENSE):
         f"{_stem.name}_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, "
         f"Tensor bias, Tensor confidence, {_WANTED}) -> {_GRADIENTS}"
     )
-library.define(
-    "upsample_predict(Tensor logits, Tensor? scale, Tensor? bias, Tensor? confidence, "
-    "Tensor? prior, SymInt height, SymInt width, bool align_corners) -> Tensor"
-)
+library.define(PREDICT_SCHEMA)
 _backends.load_native()
 for _stem in STEMS:
     for _part in ("forward", "backward", "backward_"):
         _name = f"{_stem.name}_{_part}"
         _OPERATORS[_name] = getattr(torch.ops.disalign_ops, _name).default
+_OPERATORS["upsample_predict"] = torch.ops.disalign_ops.upsample_predict.default
 
 
 def _gradient_fakes(logits: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -162,6 +164,13 @@ def _backward_fake(grad_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Tenso
 
 def _in_place_fake(grad_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _gradient_fakes(logits, (False, *rest[-3:]))
+
+
+
+def predict(*arguments: Any) -> Tensor:
+    """`upsample_predict`, see PREDICT_SCHEMA."""
+    found: Tensor = _OPERATORS["upsample_predict"](*arguments)
+    return found
 
 
 for _stem in STEMS:

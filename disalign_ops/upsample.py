@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autograd, _layouts, reference
+from . import _autograd, _layouts, _ops, reference
 from ._arguments import (
     Normalizer,
     check_bool,
@@ -175,10 +175,7 @@ def upsample_predict(
         a, b, c = _calibration(input, confidence, scale, bias, form, background)
         o = class_vector("prior", prior, classes, input, dtype)
         if serving_backend(input) == "native":
-            found: Tensor = torch.ops.disalign_ops.upsample_predict(
-                input, a, b, c, o, height, width, align_corners
-            )
-            return found
+            return _ops.predict(input, a, b, c, o, height, width, align_corners)
         prediction = torch.empty(
             (input.shape[0], height, width), dtype=torch.int64, device=input.device
         )

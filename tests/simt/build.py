@@ -64,6 +64,13 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
+def torch_folder() -> str:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent)
+
+
 def folder(sanitizer: str = "") -> Path:
     return ROOT / "build" / ("simt-" + sanitizer if sanitizer else "simt")
 
@@ -82,6 +89,7 @@ def build(name: str, sanitizer: str = "") -> Path:
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "SIMT_CUDA_INCLUDE": str(home / "include"),
         "SIMT_SANITIZER": sanitizer,
+        "SIMT_TORCH": torch_folder(),
     }
     cmake = _which("cmake") or "cmake"
     target = folder(sanitizer)
@@ -94,6 +102,8 @@ def build(name: str, sanitizer: str = "") -> Path:
             _run([cmake, "--fresh", "-S", str(HERE), "-B", str(target), "-G", "Ninja", *defined])
             configured.write_text(json.dumps(settings))
         _run([cmake, "--build", str(target), "--target", name])
+    if name == "operators":
+        return target / "liboperators.so"
     return target / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 

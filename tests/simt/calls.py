@@ -1,0 +1,176 @@
+"""Calls of the kernels module (kernels.cpp) and what they must yield.
+
+A call is plain NumPy, so that a process without torch, under a sanitizer, can run and check it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from disalign_ops import reference
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+TARGETS = {torch.uint8: 0, torch.int16: 1, torch.int32: 2, torch.int64: 3}
+MEAN = 1
+# Of the largest magnitude: one rounding to the storage, or sums of the arithmetic in another order.
+TOLERANCE = {0: 1e-12, 1: 4e-6, 2: 2.0**-8, 3: 2.0**-11}
+# Gradients of the calibration are kept in the arithmetic dtype.
+ARITHMETIC = {0: 1e-12, 1: 4e-6, 2: 4e-6, 3: 4e-6}
+
+
+@dataclass
+class Call:
+    """`getattr(kernels, operation)(fields)` writes `expected` into the fields of those names."""
+
+    name: str
+    operation: str
+    fields: dict[str, Any]
+    expected: dict[str, Array] = field(default_factory=dict)
+
+
+def _raw(tensor: Tensor) -> Array:
+    """The tensor's memory as NumPy knows it; bfloat16 as its bits."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    return np.asarray(tensor.numpy())
+
+
+@dataclass
+class Problem:
+    """A loss: logits of the storage dtype, all else as the operators take it.
+
+    size: of the upsampled target, else None. Logits (N, C), (N, C, S) or (N, C, h, w), contiguous.
+    """
+
+    logits: Tensor
+    target: Tensor
+    calibrated: bool = True
+    size: tuple[int, int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, classes, *spatial = self.logits.shape
+        dtype = reference.accumulate_dtype(self.logits.dtype)
+        low = n * int(np.prod(spatial))
+        self.vectors: dict[str, Tensor] = {}
+        if self.calibrated:
+            self.vectors = {
+                "scale": torch.randn(classes).to(dtype) * 0.3,
+                "bias": torch.randn(classes).to(dtype),
+                "confidence": torch.randn(low).to(dtype),
+            }
+
+    @property
+    def stem(self) -> str:
+        return "upsample" if self.size else "row" if self.logits.dim() == 2 else "dense"
+
+    def _loss(self, learned: dict[str, Tensor], reduction: str) -> Tensor:
+        options = {
+            k: v.double() if isinstance(v, Tensor) else v for k, v in self.options.items()
+        } | {"reduction": reduction}
+        vectors = {k: v for k, v in learned.items() if k != "logits"}
+        z = learned["logits"]
+        if self.size:
+            return reference.upsample_cross_entropy(z, self.target, False, **vectors, **options)
+        if z.dim() == 3:
+            return reference.dense_cross_entropy(z, self.target, **vectors, **options)
+        return reference.cross_entropy(z, self.target, **vectors, **options)
+
+    def calls(self, **limits: int) -> list[Call]:
+        """Forward with the class sums, where the stem makes them there, and backward with all.
+
+        To be run in this order: backward reads what forward writes.
+        """
+        z = self.logits
+        learned = {"logits": z.double()} | {k: v.double() for k, v in self.vectors.items()}
+        learned = {k: v.requires_grad_() for k, v in learned.items()}
+        loss = self._loss(learned, "mean")
+        grads = dict(zip(learned, torch.autograd.grad(loss, list(learned.values())), strict=True))
+        fields = self._fields() | limits
+        dtype = reference.accumulate_dtype(z.dtype)
+
+        def empty(*size: int, of: torch.dtype = dtype) -> Array:
+            return _raw(torch.full(size, float("nan"), dtype=of))
+
+        n, classes, *spatial = z.shape
+        positions, low = self.target.numel(), n * int(np.prod(spatial))
+        sums = {"grad_scale": empty(classes), "grad_bias": empty(classes),
+                "grad_confidence": empty(low)} if self.calibrated else {}  # fmt: skip
+        wanted = {f"grad_{k}": _raw(grads[k]) for k in self.vectors}
+        in_forward = self.calibrated and not self.size
+        statistics = {
+            "row_max": empty(positions), "row_sum": empty(positions),
+            "denominator": empty(1, of=torch.float64),
+        }  # fmt: skip
+        forward = fields | statistics | {
+            "reduced_loss": empty(1), "reduction": MEAN, "normalizer": 0,
+            "class_gradients": in_forward, **(sums if in_forward else {}),
+        }  # fmt: skip
+        backward = fields | statistics | {
+            "upstream": _raw(torch.ones(1).to(dtype)), "upstream_stride": 0,
+            "class_gradients": self.calibrated, "grad_logits": empty(*z.shape, of=z.dtype),
+            **{k: v.copy() for k, v in sums.items()},
+        }  # fmt: skip
+        loss_expected = {"reduced_loss": _raw(loss.reshape(1))}
+        name = f"{self.stem} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
+        return [
+            Call(name, f"{self.stem}_forward", forward,
+                 loss_expected | (wanted if in_forward else {})),
+            Call(name, f"{self.stem}_backward", backward,
+                 wanted | {"grad_logits": _raw(grads["logits"])}),
+        ]  # fmt: skip
+
+    def _fields(self) -> dict[str, Any]:
+        z = self.logits
+        n, classes, *spatial = z.shape
+        dtype = reference.accumulate_dtype(z.dtype)
+        fields: dict[str, Any] = {
+            "dtype": DTYPES[z.dtype], "images": n, "classes": classes, "logits": _raw(z),
+            "target": _raw(self.target), "target_type": TARGETS[self.target.dtype],
+            "inner": int(np.prod(spatial)), "image_stride": z.stride(0),
+            "class_stride": z.stride(1), "grad_image_stride": z.stride(0),
+            "grad_class_stride": z.stride(1),
+        }  # fmt: skip
+        if self.size:
+            fields |= {
+                "inner": self.size[0] * self.size[1], "y_in": z.shape[2], "x_in": z.shape[3],
+                "y_out": self.size[0], "x_out": self.size[1], "y_stride": z.stride(2),
+                "x_stride": z.stride(3), "align_corners": False,
+            }  # fmt: skip
+        given = self.vectors | {k: v for k, v in self.options.items() if isinstance(v, Tensor)}
+        fields |= {k: _raw(v.to(dtype)) for k, v in given.items()}
+        numbers = ("ignore_index", "label_smoothing", "focal_gamma")
+        return fields | {k: self.options[k] for k in numbers if k in self.options}
+
+
+def _numbers(found: Array, dtype: int) -> Array:
+    if dtype == DTYPES[torch.bfloat16] and found.dtype == np.int16:
+        return (found.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return found
+
+
+def check(kernels: ModuleType, call: Call) -> None:
+    """Runs a call; AssertionError where it does not yield what is expected."""
+    getattr(kernels, call.operation)(call.fields)
+    dtype = call.fields["dtype"]
+    for name, expected in call.expected.items():
+        actual = _numbers(call.fields[name], dtype).astype(np.float64).reshape(expected.shape)
+        largest = max(float(np.abs(expected).max(initial=0)), 1e-2)
+        table = TOLERANCE if name == "grad_logits" else ARITHMETIC
+        error = float(np.abs(actual - expected).max(initial=0))  # NaN: never written
+        assert error <= table[dtype] * largest, f"{call.name} {call.operation} {name}: {error:.3g}"
+
+
+def save(calls: list[Call], path: Path) -> None:
+    path.write_bytes(pickle.dumps([vars(call) for call in calls]))
