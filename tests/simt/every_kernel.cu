@@ -1,0 +1,35 @@
+// Every kernel of csrc/cuda, for the compiler's report: test_cuda_build.py.
+#include "../../csrc/cuda/dense_launch.h"
+#include "../../csrc/cuda/row_launch.h"
+#include "../../csrc/cuda/upsample_launch.h"
+
+using namespace disalign::cuda;
+
+namespace {
+
+struct Launcher {
+  Limits limits() const { return {}; }
+  template <class Args>
+  int blocks_per_multiprocessor(void (*)(Args), int, size_t) const {
+    return 1;
+  }
+  template <class Args>
+  void launch(void (*kernel)(Args), const Shape& shape, const Args& args) const {
+    void* arguments[] = {const_cast<Args*>(&args)};
+    cudaLaunchKernel(kernel, dim3(), dim3(), arguments, shape.shared_bytes, nullptr);
+  }
+  void* allocate(size_t) const { return nullptr; }
+};
+
+}  // namespace
+
+void every_kernel(Dtype dtype, const RowArgs& row, const DenseArgs& dense,
+                  const UpsampleArgs& upsample) {
+  Launcher launcher;
+  launch_row_forward(launcher, dtype, row);
+  launch_row_backward(launcher, dtype, row);
+  launch_dense_forward(launcher, dtype, dense);
+  launch_dense_backward(launcher, dtype, dense);
+  launch_upsample_forward(launcher, dtype, upsample);
+  launch_upsample_backward(launcher, dtype, upsample);
+}
