@@ -31,6 +31,7 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE)
+	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m benchmarks.bandwidth --device cuda)
 
 bench-full: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE) --full

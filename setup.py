@@ -1,4 +1,4 @@
-"""Runs CMake with ninja and puts the libraries into the package. What is compiled: CMakeLists.txt."""
+"""Runs CMake with ninja and puts the libraries into the package; CMakeLists.txt has what is built."""
 
 from __future__ import annotations
 

@@ -166,7 +166,6 @@ def _in_place_fake(grad_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Tenso
     return _gradient_fakes(logits, (False, *rest[-3:]))
 
 
-
 def predict(*arguments: Any) -> Tensor:
     """`upsample_predict`, see PREDICT_SCHEMA."""
     found: Tensor = _OPERATORS["upsample_predict"](*arguments)

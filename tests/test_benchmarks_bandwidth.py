@@ -1,0 +1,44 @@
+"""The bandwidth benchmark: it runs, and the predictions that the repository states are its own."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bandwidth
+
+RESULTS = Path(bandwidth.__file__).parent / "results" / "README.md"
+
+
+def test_it_measures_every_kernel(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--megabytes", "0.2", "--classes", "67", "--rounds", "2"]
+    assert bandwidth.main([*arguments, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "bandwidth.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["dtype"], r["work"]) for r in rows] == [
+        (dtype, work) for dtype in bandwidth.DTYPES for work in bandwidth.PASSES
+    ]
+    for row in rows:
+        count = int(0.2e6 / (67 * bandwidth.DTYPES[row["dtype"]].itemsize))
+        moved = bandwidth.PASSES[row["work"]] * count * 67 * bandwidth.DTYPES[row["dtype"]].itemsize
+        assert float(row["gigabytes_per_second"]) == pytest.approx(
+            moved / float(row["milliseconds"]) * 1e-6
+        )
+
+
+def test_the_stated_predictions_are_those_of_the_counted_bytes() -> None:
+    assert bandwidth.predictions() in RESULTS.read_text()
+    # 65536 x 1204 fp32, read once, at 80 % of 3350 GB/s.
+    moved = 65536 * 1204 * 4
+    line = f"| 1204 | fp32 | forward | {moved / 1e6:.1f} | {moved / (3350e9 * 0.8) * 1e3:.3f} ms"
+    assert line in bandwidth.predictions()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bandwidth.main([])
+    assert "this PyTorch sees no GPU" in capsys.readouterr().err
