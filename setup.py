@@ -1,4 +1,4 @@
-"""Runs CMake with ninja and puts the libraries into the package; CMakeLists.txt has what is built."""
+"""Runs CMake with ninja and puts the libraries into the package. What is built: CMakeLists.txt."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class CMakeBuild(build_ext):
         if shutil.which(compiler.split()[0]) is None:
             text = f"not compiled at installation: no C++ compiler ({compiler}) was found"
             reason.write_text(text + "\n")
+            (lib / "cuda_not_built.txt").write_text(text + "\n")
             self.warn(text)
             return
         self.configure(lib, None)

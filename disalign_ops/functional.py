@@ -170,12 +170,15 @@ def calibrate(
 ) -> Tensor:
     """DisAlign's calibrated logits, of the input's shape and dtype; differentiable.
 
+    On the CPU one pass over the logits; on other devices the reference's PyTorch operations.
+
     Arguments, forms, errors and source as in `disalign_cross_entropy`.
     """
     classes = check_input(input)
     a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
     stem, flat, _ = _layouts.flatten(input)
-    if serving_backend(input) == "native":
+    # On other devices than the CPU, PyTorch's own elementwise operations.
+    if serving_backend(input) == "native" and input.device.type == "cpu":
         out = _autograd.calibrate(stem, flat, a, b, c)
     else:
         out = reference.calibrate(flat, a, b, c).to(input.dtype)
