@@ -268,8 +268,7 @@ def _calibrate_backward(ctx: Any, grad_output: Tensor, stem: Stem) -> tuple[Tens
         inputs = [t for t, n in zip(tensors, need, strict=True) if n]
         found = iter(torch.autograd.grad(u, inputs, grad_output, create_graph=True))
         return tuple(next(found) if n else None for n in need)
-    backward = getattr(torch.ops.disalign_ops, f"{stem.name}_calibrate_backward")
-    grads = backward(grad_output.contiguous(), *tensors, *need)
+    grads = stem.calibrate_backward(grad_output.contiguous(), *tensors, *need)
     return tuple(g if n else None for g, n in zip(grads, need, strict=True))
 
 
@@ -286,6 +285,5 @@ def calibrate(
     stem: Stem, logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor
 ) -> Tensor:
     """(1 + c a) z + c b of (N, C) or (N, C, S) logits, in their dtype; vectors as in `loss`."""
-    operator = getattr(torch.ops.disalign_ops, f"{stem.name}_calibrate")
-    calibrated: Tensor = operator(logits, scale, bias, confidence)
+    calibrated: Tensor = stem.calibrate(logits, scale, bias, confidence)
     return calibrated

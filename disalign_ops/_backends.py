@@ -7,7 +7,7 @@ the first of native, triton, reference that serves the tensor's device.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class _State:
     why_not_native: str | None = None
     why_not_cuda: str | None = None
     cuda_loaded: bool = False
+    cuda_devices: dict[int, str] = field(default_factory=dict)  # why not, "" if it serves
 
 
 def _checked(name: str, source: str) -> str:
@@ -71,8 +72,8 @@ def _load(library: Path, note: str, probe: str) -> str | None:
     return None
 
 
-def serving(device_type: str) -> str:
-    """The backend that a tensor on `device_type` goes to: "native" or "reference".
+def serving(device: torch.device) -> str:
+    """The backend that a tensor on `device` goes to: "native" or "reference".
 
     Raises ArgumentError if `set_backend` or DISALIGN_OPS_BACKEND forces one that cannot serve it.
     """
@@ -80,21 +81,27 @@ def serving(device_type: str) -> str:
     if wanted == "reference":
         return "reference"
     if wanted == "triton":
-        raise ArgumentError(f"backend 'triton' is set but cannot serve {device_type}: {_NO_TRITON}")
-    if device_type in _state.native_devices:
+        raise ArgumentError(f"backend 'triton' is set but cannot serve {device.type}: {_NO_TRITON}")
+    reason = _why_not(device)
+    if reason is None:
         return "native"
     if wanted == "native":
-        reason = _why_not(device_type)
-        raise ArgumentError(f"backend 'native' is set but cannot serve {device_type}: {reason}")
+        raise ArgumentError(f"backend 'native' is set but cannot serve {device.type}: {reason}")
     return "reference"
 
 
-def _why_not(device_type: str) -> str | None:
-    if device_type in _state.native_devices:
-        return None
-    if device_type == "cpu":
+def _why_not(device: torch.device) -> str | None:
+    """Why the native backend does not serve this device; None if it does."""
+    if device.type == "cpu":
         return _state.why_not_native
-    return _state.why_not_cuda if device_type == "cuda" else f"no kernels for {device_type}"
+    if device.type != "cuda":
+        return f"no kernels for {device.type}"
+    if _state.why_not_cuda is not None or torch.compiler.is_compiling():
+        return _state.why_not_cuda
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _state.cuda_devices:  # the driver and the device's architecture
+        _state.cuda_devices[index] = torch.ops.disalign_ops.cuda_why_not(index)
+    return _state.cuda_devices[index] or None
 
 
 def _parsed(info: str) -> dict[str, str]:

@@ -52,6 +52,14 @@ class Stem:
     def backward(self, in_place: bool) -> Any:
         return _OPERATORS[f"{self.name}_backward_" if in_place else f"{self.name}_backward"]
 
+    @property
+    def calibrate(self) -> Any:
+        return _OPERATORS[f"{self.name}_calibrate"]
+
+    @property
+    def calibrate_backward(self) -> Any:
+        return _OPERATORS[f"{self.name}_calibrate_backward"]
+
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
 
@@ -97,27 +105,31 @@ def schemas(stem: Stem) -> tuple[str, ...]:
     )
 
 
+def calibrate_schemas(stem: Stem) -> tuple[str, ...]:
+    """The schemas of the calibrated logits, rows and class planes."""
+    return (
+        f"{stem.name}_calibrate(Tensor logits, Tensor scale, Tensor bias, Tensor confidence)"
+        " -> Tensor",
+        f"{stem.name}_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, "
+        f"Tensor bias, Tensor confidence, {_WANTED}) -> {_GRADIENTS}",
+    )
+
+
 library.define("build_info() -> str")
 library.define("cuda_build_info() -> str")
+library.define("cuda_why_not(int device) -> str")
 for _stem in STEMS:
     for _schema in schemas(_stem):
         library.define(_schema)
 for _stem in (ROW, DENSE):
-    library.define(
-        f"{_stem.name}_calibrate(Tensor logits, Tensor scale, Tensor bias, Tensor confidence)"
-        " -> Tensor"
-    )
-    library.define(
-        f"{_stem.name}_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, "
-        f"Tensor bias, Tensor confidence, {_WANTED}) -> {_GRADIENTS}"
-    )
+    for _schema in calibrate_schemas(_stem):
+        library.define(_schema)
 library.define(PREDICT_SCHEMA)
 _backends.load_native()
-for _stem in STEMS:
-    for _part in ("forward", "backward", "backward_"):
-        _name = f"{_stem.name}_{_part}"
-        _OPERATORS[_name] = getattr(torch.ops.disalign_ops, _name).default
-_OPERATORS["upsample_predict"] = torch.ops.disalign_ops.upsample_predict.default
+_NAMES = [f"{s.name}_{part}" for s in STEMS for part in ("forward", "backward", "backward_")]
+_NAMES += [f"{s.name}_{part}" for s in (ROW, DENSE) for part in ("calibrate", "calibrate_backward")]
+for _name in [*_NAMES, "upsample_predict"]:
+    _OPERATORS[_name] = getattr(torch.ops.disalign_ops, _name).default
 
 
 def _gradient_fakes(logits: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:

@@ -170,15 +170,12 @@ def calibrate(
 ) -> Tensor:
     """DisAlign's calibrated logits, of the input's shape and dtype; differentiable.
 
-    On the CPU one pass over the logits; on other devices the reference's PyTorch operations.
-
     Arguments, forms, errors and source as in `disalign_cross_entropy`.
     """
     classes = check_input(input)
     a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
     stem, flat, _ = _layouts.flatten(input)
-    # On other devices than the CPU, PyTorch's own elementwise operations.
-    if serving_backend(input) == "native" and input.device.type == "cpu":
+    if serving_backend(input) == "native":
         out = _autograd.calibrate(stem, flat, a, b, c)
     else:
         out = reference.calibrate(flat, a, b, c).to(input.dtype)
@@ -228,7 +225,7 @@ def serving_backend(input: Tensor) -> str:
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
         return "reference"
-    return _backends.serving(input.device.type)
+    return _backends.serving(input.device)
 
 
 @dataclass(slots=True)

@@ -91,7 +91,8 @@ def upsample_cross_entropy(
         As `cross_entropy`. IndexError: a value of target that is no class, with its place.
 
     Masked classes (-inf) stay masked where F.interpolate would make NaN of them. Under
-    inplace_backward the gradient is written over the low-resolution logits.
+    inplace_backward the gradient is written over the low-resolution logits (on a GPU by way of a
+    buffer of their size: blocks read what lies around theirs).
     """
     classes = check_image(input)
     check_bool("align_corners", align_corners)

@@ -26,6 +26,8 @@ def _to_gpu(value: Any) -> Any:
 
 def _remote(name: str) -> Callable[..., Any]:
     operator = getattr(torch.ops.disalign_ops, name).default
+    if name.endswith("calibrate"):
+        return operator  # whose autograd is the dispatcher's: test_cuda.py
 
     def call(*arguments: Any) -> Any:
         moved = [_to_gpu(a.detach() if isinstance(a, Tensor) else a) for a in arguments]

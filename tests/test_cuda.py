@@ -155,6 +155,20 @@ def test_dense_and_upsampling_equal_the_reference() -> None:
     assert_same(found, expected, "on the device")
 
 
+@pytest.mark.parametrize("shape", [(9, 1203), (2, 21, 8, 9)], ids=str)
+def test_calibrate_equals_the_reference(shape: tuple[int, ...]) -> None:
+    z = torch.randn(shape, device="cuda", requires_grad=True)
+    c = torch.randn(shape[0], *shape[2:], device="cuda", requires_grad=True)
+    a, b = (torch.randn(shape[1], device="cuda", requires_grad=True) for _ in range(2))
+    upstream = torch.randn_like(z)
+    found, expected = [], []
+    for results, backend in ((found, "native"), (expected, "reference")):
+        with disalign_ops.set_backend(backend):
+            u = disalign_ops.calibrate(z, c, a, b)
+            results += [u.detach(), *torch.autograd.grad(u, (z, c, a, b), upstream)]
+    assert_same(found, expected, "calibrate")
+
+
 def test_a_target_that_is_no_class_stops_the_kernel() -> None:
     # The device is lost to the process that did it.
     program = (

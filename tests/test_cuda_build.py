@@ -107,6 +107,14 @@ REGISTERS = {
     ("dense_backward_kernel plain", True): 80,
     ("dense_backward_kernel calibrated", False): 80,
     ("dense_backward_kernel calibrated", True): 96,
+    ("row_calibrate_kernel forward", False): 128,
+    ("row_calibrate_kernel forward", True): 120,
+    ("row_calibrate_kernel backward", False): 184,
+    ("row_calibrate_kernel backward", True): 152,
+    ("dense_calibrate_kernel forward", False): 64,
+    ("dense_calibrate_kernel forward", True): 64,
+    ("dense_calibrate_kernel backward", False): 72,
+    ("dense_calibrate_kernel backward", True): 64,
     ("upsample_axis_kernel", False): 56,
     ("upsample_axis_kernel", True): 56,
     ("upsample_forward_kernel", False): 112,
@@ -144,6 +152,8 @@ class Kernel:
     @property
     def budget(self) -> tuple[str, bool]:
         kinds = {(): "", (False,): " plain", (True,): " calibrated"}
+        if "calibrate" in self.name:
+            kinds = {(False,): " forward", (True,): " backward"}
         kind = kinds[tuple(self.flags[:1])]
         if self.name == "row_backward_kernel" and self.flags[2]:
             kind = " class sums"

@@ -196,13 +196,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_backward_kernel(const 
       }
     }
     if (slopes) {
-      if (tile.slices > 1) {
-        memory.exchange[tile.slice * tile.positions + tile.position] = slope;
-        __syncthreads();
-        slope = 0;
-        for (int slice = 0; slice < tile.slices; ++slice)
-          slope += memory.exchange[slice * tile.positions + tile.position];
-      }
+      slope = sum_of_slices(memory, tile, slope);
       if (tile.slice == 0 && tile.inside)
         static_cast<A*>(args.grad_confidence)[i] = at.c * (A(1) - at.c) * slope;
     }

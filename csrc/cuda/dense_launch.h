@@ -12,13 +12,14 @@ namespace disalign::cuda {
 // At most about so many classes a thread before a position gets another warp.
 constexpr int64_t kDenseClassesOfThread = 48;
 
+// resident: whether the kernel wants a tile's logits in shared memory.
 template <class A, class Launcher, class Kernel>
-Shape dense_plan(Launcher& launcher, Kernel kernel, DenseArgs& args) {
+Shape dense_plan(Launcher& launcher, Kernel kernel, DenseArgs& args, bool resident) {
   const size_t most = launcher.limits().shared_bytes;
   args.slices = 1;
   while (args.slices < kDenseThreads / 32 && args.classes > kDenseClassesOfThread * args.slices)
     args.slices *= 2;
-  args.resident = args.class_gradients;
+  args.resident = resident;
   // Fewer positions a tile, until its logits fit.
   while (args.resident && static_cast<size_t>(DenseMemory<A>::bytes(args)) > most &&
          args.slices < kDenseThreads / 32)
@@ -28,10 +29,10 @@ Shape dense_plan(Launcher& launcher, Kernel kernel, DenseArgs& args) {
   Shape shape;
   shape.threads = kDenseThreads;
   shape.shared_bytes = static_cast<size_t>(DenseMemory<A>::bytes(args));
-  const int64_t resident =
+  const int64_t blocks =
       int64_t{launcher.limits().multiprocessors} *
       std::max(1, launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes));
-  shape.grid_x = std::max<int64_t>(1, std::min(resident, args.images * args.image_tiles));
+  shape.grid_x = std::max<int64_t>(1, std::min(blocks, args.images * args.image_tiles));
   return shape;
 }
 
@@ -41,7 +42,7 @@ void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
   FinishArgs last;
   const auto kernel = dense_forward_kernel<T, Calibrated>;
   if (args.positions() > 0) {
-    const Shape shape = dense_plan<A>(launcher, kernel, args);
+    const Shape shape = dense_plan<A>(launcher, kernel, args, args.class_gradients);
     last.blocks = shape.grid_x;
     if (args.reduction != kReduceNone)
       args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
@@ -65,7 +66,7 @@ void launch_dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
   FinishArgs last;
   const auto kernel = dense_backward_kernel<T, Calibrated>;
   if (args.positions() > 0) {
-    const Shape shape = dense_plan<A>(launcher, kernel, args);
+    const Shape shape = dense_plan<A>(launcher, kernel, args, args.class_gradients);
     if (args.class_gradients) {
       last.class_blocks = shape.grid_x;
       args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));

@@ -17,9 +17,10 @@ constexpr int kDenseThreads = 256;
 constexpr int kDenseUnroll = 4;  // classes whose loads are on their way together
 
 struct DenseArgs : DeviceLoss {
-  int32_t slices = 1;       // of the classes: a power of two of warps
-  bool resident = false;    // whether a tile's logits stay in shared memory
-  int64_t image_tiles = 0;  // tiles of an image
+  int32_t slices = 1;                 // of the classes: a power of two of warps
+  bool resident = false;              // whether a tile's logits stay in shared memory
+  int64_t image_tiles = 0;            // tiles of an image
+  const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
   // Workspace.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
@@ -33,7 +34,8 @@ struct DenseMemory {
   static constexpr int kShared = 6;  // vectors of one entry a position, see ClassPhase
 
   double* block_sums;
-  A* exchange;   // [PositionSums::kValues][slices][positions], where there are slices
+  A* exchange;   // [PositionSums::kValues][slices][positions], where there are slices; ClassPhase's
+                 // [2][threads]
   A* positions;  // [kShared][positions]
   int* targets;  // [positions]
   A* logits;     // [classes][stride], where resident
@@ -41,9 +43,14 @@ struct DenseMemory {
   // A column more than there are positions: threads with neighbouring classes read other banks.
   static __host__ __device__ constexpr int stride(int positions) { return positions + 1; }
 
+  static __host__ __device__ int exchange_entries(const DenseArgs& args) {
+    if (args.slices > 1) return PositionSums<A>::kValues * kDenseThreads;
+    return args.class_gradients ? 2 * kDenseThreads : 0;
+  }
+
   static __host__ __device__ int64_t bytes(const DenseArgs& args) {
     const int64_t positions = kDenseThreads / args.slices;
-    const int64_t exchange = args.slices > 1 ? PositionSums<A>::kValues * kDenseThreads : 0;
+    const int64_t exchange = exchange_entries(args);
     const int64_t entries =
         exchange + kShared * positions +
         (args.resident ? args.classes * stride(static_cast<int>(positions)) : 0);
@@ -56,7 +63,7 @@ struct DenseMemory {
     const int count = kDenseThreads / args.slices;
     block_sums = reinterpret_cast<double*>(memory);
     exchange = reinterpret_cast<A*>(block_sums + BlockSums::entries(count));
-    positions = exchange + (args.slices > 1 ? PositionSums<A>::kValues * kDenseThreads : 0);
+    positions = exchange + exchange_entries(args);
     logits = positions + kShared * count;
     targets = reinterpret_cast<int*>(logits +
                                      (args.resident ? args.classes * stride(count) : int64_t{0}));
@@ -102,6 +109,20 @@ struct DenseTile {
   }
 };
 
+// Over a position's slices; each of its threads gets it. By the whole block.
+template <class A, class T>
+__device__ __forceinline__ A sum_of_slices(const DenseMemory<A>& memory, const DenseTile<T>& tile,
+                                           A value) {
+  if (tile.slices == 1) return value;
+  memory.exchange[tile.slice * tile.positions + tile.position] = value;
+  __syncthreads();
+  value = 0;
+  for (int slice = 0; slice < tile.slices; ++slice)
+    value += memory.exchange[slice * tile.positions + tile.position];
+  __syncthreads();
+  return value;
+}
+
 // The class sums of a tile. The block's positions put what q_j needs into shared memory; then each
 // thread takes a class (and its every blockDim.x-th after it) through all positions. Sums over the
 // block's tiles are kept in global memory, each class by the same thread.
@@ -128,35 +149,62 @@ class ClassPhase {
     memory_.targets[tile.position] = target;
   }
 
-  // Between two barriers.
+  // By the whole block, between two barriers. Where there are fewer classes than threads, several
+  // threads share a class: each takes a part of the positions, added up in their order.
   __device__ __forceinline__ void run(const DenseArgs& args, const DenseTile<T>& tile) {
-    const A* at = memory_.positions;
-    for (int j = threadIdx.x; j < tile.classes; j += blockDim.x) {
-      const A a = static_cast<const A*>(args.scale)[j], b = static_cast<const A*>(args.bias)[j];
-      const A o = vector_entry<A>(args.prior, j, A(0)), w = vector_entry<A>(args.weight, j, A(1));
-      const A m = Forward ? A(0) : vector_entry<A>(args.margin, j, A(0));
-      const T* row = tile.logit(args, j);
-      A scale = 0, bias = 0;
-      for (int p = 0; p < tile.count; ++p) {
-        const int t = memory_.targets[p];
-        if (t < 0) continue;
-        const A z = args.resident ? memory_.logits[j * DenseMemory<A>::stride(tile.positions) + p]
-                                  : to_accumulate(load_one(row + p));
-        const A c = at[p], maximum = at[tile.positions + p], softmax = at[2 * tile.positions + p];
-        const A smooth = at[3 * tile.positions + p], at_target = at[4 * tile.positions + p];
-        const A u = z * (a * c + A(1)) + (b * c + o) - (j == t ? m : A(0));
-        A q = softmax * exponential(u - maximum) - smooth * w;
-        if (j == t) q = Forward ? at_target : q - at_target;
-        // A masked class adds 0, not 0 * -inf.
-        scale += q * c * (z == negative_infinity<A>() ? A(0) : z);
-        bias += q * c;
+    const int threads = blockDim.x, id = threadIdx.x;
+    const int parts = tile.classes < threads ? threads / tile.classes : 1;
+    if (parts == 1) {
+      for (int j = id; j < tile.classes; j += threads) {
+        A scale = 0, bias = 0;
+        add(args, tile, j, 0, tile.count, scale, bias);
+        sums_[j] += scale;
+        sums_[tile.classes + j] += bias;
       }
-      sums_[j] += scale;
-      sums_[tile.classes + j] += bias;
+      return;
     }
+    const int part = id / tile.classes;
+    A scale = 0, bias = 0;
+    if (part < parts)
+      add(args, tile, id % tile.classes, tile.count * part / parts, tile.count * (part + 1) / parts,
+          scale, bias);
+    memory_.exchange[id] = scale;
+    memory_.exchange[threads + id] = bias;
+    __syncthreads();
+    if (part > 0) return;
+    for (int other = 1; other < parts; ++other) {
+      scale += memory_.exchange[other * tile.classes + id];
+      bias += memory_.exchange[threads + other * tile.classes + id];
+    }
+    sums_[id] += scale;
+    sums_[tile.classes + id] += bias;
   }
 
  private:
+  // The share of the positions [begin, end) in class j.
+  __device__ __forceinline__ void add(const DenseArgs& args, const DenseTile<T>& tile, int j,
+                                      int begin, int end, A& scale, A& bias) const {
+    const A* at = memory_.positions;
+    const A a = static_cast<const A*>(args.scale)[j], b = static_cast<const A*>(args.bias)[j];
+    const A o = vector_entry<A>(args.prior, j, A(0)), w = vector_entry<A>(args.weight, j, A(1));
+    const A m = Forward ? A(0) : vector_entry<A>(args.margin, j, A(0));
+    const T* row = tile.logit(args, j);
+    for (int p = begin; p < end; ++p) {
+      const int t = memory_.targets[p];
+      if (t < 0) continue;
+      const A z = args.resident ? memory_.logits[j * DenseMemory<A>::stride(tile.positions) + p]
+                                : to_accumulate(load_one(row + p));
+      const A c = at[p], maximum = at[tile.positions + p], softmax = at[2 * tile.positions + p];
+      const A smooth = at[3 * tile.positions + p], at_target = at[4 * tile.positions + p];
+      const A u = z * (a * c + A(1)) + (b * c + o) - (j == t ? m : A(0));
+      A q = softmax * exponential(u - maximum) - smooth * w;
+      if (j == t) q = Forward ? at_target : q - at_target;
+      // A masked class adds 0, not 0 * -inf.
+      scale += q * c * (z == negative_infinity<A>() ? A(0) : z);
+      bias += q * c;
+    }
+  }
+
   A* sums_;
   const DenseMemory<A>& memory_;
 };

@@ -2,7 +2,8 @@
 // the sums over blocks and tiles of the gradients of scale, bias and confidence.
 //
 // - Maps: a block adds kFinishClasses neighbouring classes, kFinishSlices threads to a class, each
-//   a part of the blocks, added up in their order; further blocks go over the positions.
+//   a part of the blocks, added up in their order, every other block for scale and for bias;
+//   further blocks go over the positions.
 // - The same blocks give the same bits.
 #pragma once
 
@@ -67,28 +68,26 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishA
 
   if (static_cast<int64_t>(blockIdx.x) < args.class_grid) {
     const int column = threadIdx.x % kFinishClasses, slice = threadIdx.x / kFinishClasses;
-    const int64_t j = int64_t{blockIdx.x} * kFinishClasses + column;
+    const int which = blockIdx.x % 2;
+    const int64_t j = int64_t{blockIdx.x / 2} * kFinishClasses + column;
     const int64_t begin = args.class_blocks * slice / kFinishSlices;
     const int64_t end = args.class_blocks * (slice + 1) / kFinishSlices;
-    for (int which = 0; which < 2; ++which) {
-      void* out = which == 0 ? args.grad_scale : args.grad_bias;
-      if (!out) continue;
-      double sum = 0;
-      if (j < args.classes) {
-        const A* from = static_cast<const A*>(args.class_sums) + which * args.classes + j;
-        for (int64_t block = begin; block < end; ++block)
-          sum += static_cast<double>(from[2 * block * args.classes]);
-      }
-      scratch[threadIdx.x] = sum;
-      __syncthreads();
-      if (slice == 0 && j < args.classes) {
-        sum = 0;
-        for (int other = 0; other < kFinishSlices; ++other)
-          sum += scratch[other * kFinishClasses + column];
-        static_cast<A*>(out)[j] = scaled(sum);
-      }
-      __syncthreads();
+    void* out = which == 0 ? args.grad_scale : args.grad_bias;
+    if (!out) return;
+    double sum = 0;
+    if (j < args.classes) {
+      const A* from = static_cast<const A*>(args.class_sums) + which * args.classes + j;
+#pragma unroll 4
+      for (int64_t block = begin; block < end; ++block)
+        sum += static_cast<double>(from[2 * block * args.classes]);
     }
+    scratch[threadIdx.x] = sum;
+    __syncthreads();
+    if (slice > 0 || j >= args.classes) return;
+    sum = 0;
+    for (int other = 0; other < kFinishSlices; ++other)
+      sum += scratch[other * kFinishClasses + column];
+    static_cast<A*>(out)[j] = scaled(sum);
     return;
   }
   if (!args.grad_confidence) return;

@@ -10,7 +10,7 @@ namespace disalign::cuda {
 
 template <class Launcher>
 void finish(Launcher& launcher, Dtype dtype, FinishArgs args) {
-  args.class_grid = args.class_gradients ? divide_up(args.classes, kFinishClasses) : 0;
+  args.class_grid = args.class_gradients ? 2 * divide_up(args.classes, kFinishClasses) : 0;
   const int64_t rest = args.grad_confidence
                            ? std::min(divide_up(args.confidences, kFinishThreads), int64_t{1} << 12)
                            : 0;

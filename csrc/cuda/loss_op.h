@@ -52,7 +52,7 @@ inline const double* given_denominator(const OptionalTensor& given, int64_t norm
 }
 
 inline void require_classes(const Tensor& logits) {
-  require(logits.size(1) < int64_t{1} << 31, "more than 2^31 classes");
+  require(logits.size(1) <= int64_t{1} << 27, "more than 2^27 classes");  // of tiles in a grid
 }
 
 template <class Layout>

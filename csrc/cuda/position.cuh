@@ -95,8 +95,9 @@ __device__ __forceinline__ PositionResult<A> position_result(const LossArgs& arg
   PositionResult<A> out;
   out.sum = sums.rest + at_target;
   const A log_sum = std::log(out.sum);
-  const A nll = sums.target_logit == sums.maximum ? std::log1p(sums.rest)
-                                                  : (sums.maximum - sums.target_logit) + log_sum;
+  // inf - inf is NaN, as in PyTorch, where the target's logit is infinite.
+  const A nll = (sums.maximum - sums.target_logit) +
+                (sums.target_logit == sums.maximum ? std::log1p(sums.rest) : log_sum);
   const RowTerms<A> terms =
       row_terms<A>(nll, log_sum, target_weight, static_cast<A>(args.label_smoothing), sums.weight,
                    sums.smooth, static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
@@ -174,7 +175,7 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const DeviceLoss&
     out.target_slope = finite_or_zero(vector_entry<A>(args.scale, t, A(0)) * at.z +
                                       vector_entry<A>(args.bias, t, A(0)));
     if (focal)
-      nll = at.u == out.maximum ? std::log1p(sum - A(1)) : (out.maximum - at.u) + std::log(sum);
+      nll = (out.maximum - at.u) + (at.u == out.maximum ? std::log1p(sum - A(1)) : std::log(sum));
   }
   const RowTerms<A> terms = row_terms<A>(
       nll, A(0), vector_entry<A>(args.weight, t, A(1)), static_cast<A>(args.label_smoothing),

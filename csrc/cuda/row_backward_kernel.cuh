@@ -61,7 +61,6 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
     __syncthreads();
   }
   const A inverse = inverse_denominator<A>(args);
-  const auto grad_address = reinterpret_cast<uintptr_t>(static_cast<T*>(args.grad_logits));
   A grad_scale[Sums ? K * V : 1] = {}, grad_bias[Sums ? K * V : 1] = {};
 
   int64_t i = tile.row;
@@ -77,10 +76,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
     }
     const int slot = tile.slot_of(row.target);
     T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
-    const bool aligned =
-        (grad_address + (i * args.grad_image_stride + tile.first_class) * sizeof(T)) %
-            kVectorBytes ==
-        0;
+    const bool aligned = tile.aligned(grad);
     A slope = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) {

@@ -37,9 +37,13 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   using A = Accumulate<T>;
   constexpr int K = kKept<T>;
   RowPlan plan;
-  plan.period = row_period(args.image_stride * static_cast<int64_t>(sizeof(T)));
+  plan.period = static_cast<int>(
+      std::min<int64_t>(row_period(args.image_stride * static_cast<int64_t>(sizeof(T))),
+                        std::max<int64_t>(args.images, 1)));
   // Where rows are not all aligned alike, one of them may begin just before an aligned address.
-  const int64_t vectors = divide_up(args.classes + kVector<T> - 1, kVector<T>);
+  const auto address = reinterpret_cast<uintptr_t>(args.logits);
+  const int64_t phase = plan.period == 1 ? address % kVectorBytes / sizeof(T) : kVector<T> - 1;
+  const int64_t vectors = divide_up(phase + args.classes, kVector<T>);
   plan.wide = vectors > 32 * K;
   if (!plan.wide) {
     plan.lanes = 1;
@@ -55,10 +59,14 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   const auto bytes = [&](int64_t n) {
     return static_cast<size_t>(kRowScratchBytes<A, true> + row_class_bytes<T>(args, n));
   };
-  if (vectors > most_threads * K || bytes(vectors) > limits.shared_bytes)
-    plan.tiles = static_cast<int>(divide_up(vectors, kBackwardThreads * K));
-  plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
-  plan.tiles = static_cast<int>(divide_up(vectors, plan.tile_vectors));
+  int64_t most = most_threads * K;
+  if (vectors > most || bytes(vectors) > limits.shared_bytes) most = kBackwardThreads * K;
+  do {
+    plan.tiles = static_cast<int>(divide_up(vectors, most));
+    plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
+    plan.tiles = static_cast<int>(divide_up(vectors, plan.tile_vectors));
+    most /= 2;
+  } while (bytes(plan.tile_vectors) > limits.shared_bytes && most >= 32);
   plan.shape.threads = static_cast<int>(divide_up(divide_up(plan.tile_vectors, K), 32) * 32);
   plan.shape.grid_y = plan.tiles;
   plan.shape.shared_bytes = bytes(plan.tile_vectors);
@@ -71,7 +79,10 @@ void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, Ro
   const int64_t resident = int64_t{launcher.limits().multiprocessors} *
                            std::max(1, launcher.blocks_per_multiprocessor(
                                            kernel, plan.shape.threads, plan.shape.shared_bytes));
-  const int64_t groups = plan.wide ? 1 : plan.shape.threads / plan.lanes;
+  // Class sums are written and read once a block: worth the rows that it has.
+  constexpr int64_t kRowsOfSums = 4;
+  const int64_t groups =
+      (plan.wide ? 1 : plan.shape.threads / plan.lanes) * (args.class_gradients ? kRowsOfSums : 1);
   const int64_t wanted = std::min(std::max<int64_t>(1, resident / plan.tiles),
                                   divide_up(std::max<int64_t>(args.images, 1), groups));
   plan.shape.grid_x = divide_up(wanted, plan.period) * plan.period;

@@ -46,8 +46,9 @@ struct RowArgs : DeviceLoss {
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
   void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
-  void* confidence_sums = nullptr;  // of A: [tiles][rows]; backward
-  void* target_logits = nullptr;    // of A: [rows]; backward that overwrites the logits
+  void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
+  const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
+  void* target_logits = nullptr;      // of A: [rows]; backward that overwrites the logits
 };
 
 template <class T, bool Wide>
@@ -99,13 +100,14 @@ struct Tile {
     return -1;
   }
 
-  // This thread's vectors of a row. What is not the row's own is -inf: its exponential is 0.
-  __device__ __forceinline__ void load(const T* from, Raw (&raw)[K]) const {
+  // This thread's vectors of a row, whose vectors lie like the logits' only if `aligned`. What is
+  // not the row's own is -inf: its exponential is 0.
+  __device__ __forceinline__ void load(const T* from, Raw (&raw)[K], bool aligned = true) const {
     const T nothing = from_accumulate<T>(negative_infinity<Accumulate<T>>());
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int j = class_of(k);
-      if (vector(k) < vectors && whole(j)) {
+      if (aligned && vector(k) < vectors && whole(j)) {
         raw[k] = load_vector(from + j);
         continue;
       }
@@ -117,7 +119,14 @@ struct Tile {
     }
   }
 
-  // One of them to a row of the output, whose vectors lie like the logits' only if `aligned`.
+  // Whether the vectors of this row, of another tensor, lie like those of the logits' rows.
+  __device__ __forceinline__ bool aligned(const T* row) const {
+    return (reinterpret_cast<uintptr_t>(row) + first_class * static_cast<int64_t>(sizeof(T))) %
+               kVectorBytes ==
+           0;
+  }
+
+  // One of them to a row of another tensor.
   __device__ __forceinline__ void store(T* to, int k, bool aligned, const Raw& raw) const {
     const int j = class_of(k);
     if (vector(k) >= vectors) return;

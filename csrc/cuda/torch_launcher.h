@@ -13,11 +13,8 @@
 #include "launch.h"
 
 #if !defined(DISALIGN_SIMT)
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-
-// In torch's CUDA builds alone: weak, so that the library loads everywhere.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace disalign::cuda {
@@ -63,7 +60,7 @@ class TorchLauncher : public Workspace {
   explicit TorchLauncher(const Tensor& logits) : Workspace(place_of(logits)) {}
 
   // A small device: its few blocks go round their loops several times.
-  Limits limits() const { return {2, 100 << 10}; }
+  Limits limits() const { return {2, 99 << 10}; }
 
   template <class Args>
   int blocks_per_multiprocessor(void (*)(Args), int, size_t) const {
@@ -73,6 +70,7 @@ class TorchLauncher : public Workspace {
   template <class Args>
   void launch(void (*kernel)(Args), const Shape& shape, const Args& args) {
     require_grid(shape);
+    require(shape.shared_bytes <= limits().shared_bytes, "more shared memory than there is");
     ::simt::launch(dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
                    [&] { kernel(args); });
   }
@@ -82,6 +80,19 @@ class TorchLauncher : public Workspace {
 
 inline void require_cuda(cudaError_t status, const char* what) {
   require(status == cudaSuccess, std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Of torch's CUDA builds alone. The library is loaded everywhere, so it does not link to
+// libtorch_cuda.so; and since Python loads both with RTLD_LOCAL, a weak symbol would not find it.
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+inline CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    const char* name = "aoti_torch_get_current_cuda_stream";
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = dlsym(library != nullptr ? library : RTLD_DEFAULT, name);
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  return found;
 }
 
 class TorchLauncher : public Workspace {
@@ -113,9 +124,9 @@ class TorchLauncher : public Workspace {
 
  private:
   explicit TorchLauncher(Place place) : Workspace(place), guard_(place.index) {
-    require(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
+    require(current_stream() != nullptr, "this build of torch has no CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(place.index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     limits_ = limits_of(place.index);
   }
@@ -134,12 +145,13 @@ class TorchLauncher : public Workspace {
     return known[device] = {multiprocessors, static_cast<size_t>(shared)};
   }
 
-  // More than 48 KiB must be asked for.
+  // More than 48 KiB must be asked for. All that there is, always: a thread that asked for less
+  // would take it from another's launch.
   template <class Args>
-  static void allow_shared(void (*kernel)(Args), size_t bytes) {
+  void allow_shared(void (*kernel)(Args), size_t bytes) const {
     if (bytes <= 48 << 10) return;
     require_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)),
+                                      static_cast<int>(limits_.shared_bytes)),
                  "shared memory");
   }
 

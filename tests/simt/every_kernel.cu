@@ -1,4 +1,5 @@
 // Every kernel of csrc/cuda, for the compiler's report: test_cuda_build.py.
+#include "../../csrc/cuda/calibrate_launch.h"
 #include "../../csrc/cuda/dense_launch.h"
 #include "../../csrc/cuda/row_launch.h"
 #include "../../csrc/cuda/upsample_launch.h"
@@ -32,4 +33,8 @@ void every_kernel(Dtype dtype, const RowArgs& row, const DenseArgs& dense,
   launch_dense_backward(launcher, dtype, dense);
   launch_upsample_forward(launcher, dtype, upsample);
   launch_upsample_backward(launcher, dtype, upsample);
+  launch_calibrate<false>(launcher, dtype, row);
+  launch_calibrate<true>(launcher, dtype, row);
+  launch_calibrate<false>(launcher, dtype, dense);
+  launch_calibrate<true>(launcher, dtype, dense);
 }

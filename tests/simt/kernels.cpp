@@ -9,6 +9,7 @@
 
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,9 @@ class Launcher {
 
   template <class Args>
   void launch(void (*kernel)(Args), const Shape& shape, const Args& args) const {
+    if (shape.shared_bytes > limits_.shared_bytes)
+      throw std::runtime_error("more shared memory than there is");
+    if (shape.grid_y > 65535) throw std::runtime_error("more blocks than there are");
     simt::launch(dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
                  [&] { kernel(args); });
   }
@@ -114,7 +118,7 @@ void define(py::module_& module, const char* name, Run<Args> run) {
     const Fields fields(given);
     Args args;
     fill(fields, args);
-    Limits limits{2, 100 << 10};
+    Limits limits{2, 99 << 10};
     fields.number("multiprocessors", limits.multiprocessors);
     fields.number("shared_bytes", limits.shared_bytes);
     Launcher launcher(limits);

@@ -9,6 +9,7 @@ The .cu files of csrc/cuda, launchers included, are compiled as C++ and register
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 
 import operator_swap
@@ -19,7 +20,7 @@ from . import build
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from disalign_ops import _ops
+    from disalign_ops import _autograd, _ops
 
     library = build.build("operators")
     definitions = torch.library.Library("disalign_simt", "DEF")
@@ -27,6 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     for stem in _ops.STEMS:
         for schema in _ops.schemas(stem):
             definitions.define(schema)
+    for stem in (_ops.ROW, _ops.DENSE):
+        for schema in _ops.calibrate_schemas(stem):
+            definitions.define(schema)
+        torch.library.register_autograd(
+            f"disalign_simt::{stem.name}_calibrate",
+            functools.partial(_autograd._calibrate_backward, stem=stem),
+            setup_context=_autograd._save_calibrate,
+            lib=definitions,
+        )
     definitions.define(_ops.PREDICT_SCHEMA)
     torch.ops.load_library(str(library))
     operator_swap.swap(lambda name: getattr(torch.ops.disalign_simt, name).default)
