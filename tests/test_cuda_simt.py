@@ -120,6 +120,11 @@ def small_calls() -> list[Call]:
         (dense(1, 90, 50), 30 << 10), (upsample((1, 500, 6, 8), (9, 13)), 64 << 10),
     ):  # fmt: skip
         calls += problem.calls(shared_bytes=shared)
+    for problem in (
+        row(7, 19), row(3, 1203, torch.bfloat16), row(2, 5001, torch.float64),
+        dense(2, 5, 70), dense(1, 60, 40, torch.float16),
+    ):  # fmt: skip
+        calls += problem.calibrate_calls()
     return calls
 
 

@@ -120,8 +120,13 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_forward_kernel(const D
   if (args.block_sums) block_sums.write(args.block_sums);
 }
 
+// Blocks that shall fit on a multiprocessor: see row_backward_kernel.cuh.
+template <class T>
+constexpr int kDenseBackwardBlocks = sizeof(T) == 8 ? 1 : 3;
+
 template <class T, bool Calibrated>
-__global__ void __launch_bounds__(kDenseThreads, 1) dense_backward_kernel(const DenseArgs args) {
+__global__ void __launch_bounds__(kDenseThreads, kDenseBackwardBlocks<T>)
+    dense_backward_kernel(const DenseArgs args) {
   using A = Accumulate<T>;
   DISALIGN_SHARED_MEMORY(raw_memory);
   const DenseMemory<A> memory(args, raw_memory);

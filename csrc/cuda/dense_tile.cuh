@@ -154,20 +154,17 @@ class ClassPhase {
   __device__ __forceinline__ void run(const DenseArgs& args, const DenseTile<T>& tile) {
     const int threads = blockDim.x, id = threadIdx.x;
     const int parts = tile.classes < threads ? threads / tile.classes : 1;
-    if (parts == 1) {
-      for (int j = id; j < tile.classes; j += threads) {
-        A scale = 0, bias = 0;
-        add(args, tile, j, 0, tile.count, scale, bias);
-        sums_[j] += scale;
-        sums_[tile.classes + j] += bias;
-      }
-      return;
-    }
-    const int part = id / tile.classes;
+    const int step = parts > 1 ? tile.classes : threads;
+    const int part = id / step;
     A scale = 0, bias = 0;
-    if (part < parts)
-      add(args, tile, id % tile.classes, tile.count * part / parts, tile.count * (part + 1) / parts,
-          scale, bias);
+    for (int j = part < parts ? id % step : tile.classes; j < tile.classes; j += step) {
+      scale = bias = 0;
+      add(args, tile, j, tile.count * part / parts, tile.count * (part + 1) / parts, scale, bias);
+      if (parts > 1) break;
+      sums_[j] += scale;
+      sums_[tile.classes + j] += bias;
+    }
+    if (parts == 1) return;
     memory_.exchange[id] = scale;
     memory_.exchange[threads + id] = bias;
     __syncthreads();

@@ -131,6 +131,30 @@ class Problem:
                  wanted | {"grad_logits": _raw(grads["logits"])}),
         ]  # fmt: skip
 
+    def calibrate_calls(self) -> list[Call]:
+        """The calibrated logits, and their backward with all gradients."""
+        z = self.logits
+        learned = {"logits": z.double()} | {k: v.double() for k, v in self.vectors.items()}
+        learned = {k: v.requires_grad_() for k, v in learned.items()}
+        u = reference.calibrate(*learned.values())
+        upstream = torch.randn(u.shape).to(z.dtype)
+        grads = torch.autograd.grad(u, list(learned.values()), upstream.double())
+        dtype = reference.accumulate_dtype(z.dtype)
+        nan = float("nan")
+        out = _raw(torch.full(z.shape, nan, dtype=z.dtype))
+        sums = {f"grad_{k}": _raw(torch.full(v.shape, nan, dtype=dtype))
+                for k, v in self.vectors.items()}  # fmt: skip
+        forward = self._fields() | {"grad_logits": out}
+        backward = forward | sums | {
+            "grad_logits": out.copy(), "grad_output": _raw(upstream), "class_gradients": True,
+        }  # fmt: skip
+        expected = {f"grad_{k}": _raw(g) for k, g in zip(learned, grads, strict=True)}
+        name = f"{self.stem} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
+        return [
+            Call(name, f"{self.stem}_calibrate", forward, {"grad_logits": _raw(u)}),
+            Call(name, f"{self.stem}_calibrate_backward", backward, expected),
+        ]
+
     def _fields(self) -> dict[str, Any]:
         z = self.logits
         n, classes, *spatial = z.shape

@@ -4,7 +4,7 @@
 //   row_forward({"dtype": 1, "logits": z, "images": 5, "target": t, ...})
 //
 // A key is a member of the arguments' struct; an array gives its address, and must have the type
-// that the kernels expect. logits and grad_logits are watched: their traffic is counted.
+// that the kernels expect. What is of the logits' size is watched: its traffic is counted.
 #include <pybind11/numpy.h>
 
 #include <cstring>
@@ -15,6 +15,7 @@
 
 #include "simt.h"
 //
+#include "../../csrc/cuda/calibrate_launch.h"
 #include "../../csrc/cuda/dense_launch.h"
 #include "../../csrc/cuda/row_launch.h"
 #include "../../csrc/cuda/upsample_launch.h"
@@ -72,7 +73,7 @@ class Fields {
     const auto found = fields_[name].cast<py::array>();
     to = static_cast<P*>(const_cast<void*>(found.data()));
     const std::string which = name;
-    if (which == "logits" || which == "grad_logits")
+    if (which == "logits" || which == "grad_logits" || which == "grad_output")
       simt::watch(name, found.data(), found.nbytes(), which == "grad_logits");
   }
   int integer(const char* name) const { return fields_[name].cast<int>(); }
@@ -101,6 +102,14 @@ void fill(const Fields& fields, DeviceLoss& args) {
   DISALIGN_ARRAY(grad_scale), DISALIGN_ARRAY(grad_bias), DISALIGN_ARRAY(grad_confidence);
 }
 
+template <class Args>
+void fill_rows(const Fields& fields, Args& args) {
+  fill(fields, static_cast<DeviceLoss&>(args));
+  DISALIGN_ARRAY(grad_output);
+}
+void fill(const Fields& fields, RowArgs& args) { fill_rows(fields, args); }
+void fill(const Fields& fields, DenseArgs& args) { fill_rows(fields, args); }
+
 void fill(const Fields& fields, UpsampleArgs& args) {
   fill(fields, static_cast<DeviceLoss&>(args));
   fields.number("y_in", args.y.in), fields.number("y_out", args.y.out);
@@ -111,6 +120,11 @@ void fill(const Fields& fields, UpsampleArgs& args) {
 
 template <class Args>
 using Run = void (*)(Launcher&, Dtype, const Args&);
+
+template <bool Backward, class Args>
+void calibrate(Launcher& launcher, Dtype dtype, const Args& args) {
+  launch_calibrate<Backward>(launcher, dtype, args);
+}
 
 template <class Args>
 void define(py::module_& module, const char* name, Run<Args> run) {
@@ -134,6 +148,10 @@ PYBIND11_MODULE(kernels, module) {
   define<RowArgs>(module, "row_backward", launch_row_backward<Launcher>);
   define<DenseArgs>(module, "dense_forward", launch_dense_forward<Launcher>);
   define<DenseArgs>(module, "dense_backward", launch_dense_backward<Launcher>);
+  define<RowArgs>(module, "row_calibrate", calibrate<false, RowArgs>);
+  define<RowArgs>(module, "row_calibrate_backward", calibrate<true, RowArgs>);
+  define<DenseArgs>(module, "dense_calibrate", calibrate<false, DenseArgs>);
+  define<DenseArgs>(module, "dense_calibrate_backward", calibrate<true, DenseArgs>);
   define<UpsampleArgs>(module, "upsample_forward", launch_upsample_forward<Launcher>);
   define<UpsampleArgs>(module, "upsample_backward", launch_upsample_backward<Launcher>);
 }
