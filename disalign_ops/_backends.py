@@ -149,16 +149,20 @@ def backend_info() -> dict[str, object]:
         }
     else:
         native["why_not"] = _state.why_not_native
+    why_not_cuda = _state.why_not_cuda
+    if why_not_cuda is None:
+        available = torch.cuda.is_available()
+        why_not_cuda = _why_not(torch.device("cuda")) if available else "no CUDA device was found"
     cuda = _parsed(torch.ops.disalign_ops.cuda_build_info()) if _state.cuda_loaded else {}
     architectures = cuda.get("architectures", "").split(",") if cuda else []
     native |= {
         "cuda_architectures": architectures,
         "cuda_compiler": cuda.get("compiler"),
-        "why_not_cuda": _state.why_not_cuda,
+        "why_not_cuda": why_not_cuda,
     }
     devices = {
-        device: "native" if device in _state.native_devices else "reference"
-        for device in ("cpu", "cuda")
+        "cpu": "reference" if _state.why_not_native else "native",
+        "cuda": "reference" if why_not_cuda else "native",
     }
     return {
         "version": __version__,

@@ -242,6 +242,19 @@ def test_in_place_writes_over_the_low_resolution_logits(channels_last: bool) -> 
         loss(d, True)
 
 
+@pytest.mark.parametrize("margin", [0.5, 40.0, -3.0])
+def test_the_targets_probability_is_without_the_margin(backend: str, margin: float) -> None:
+    d = dense((1, 19, 4, 5), (15, 21))
+    given, plain = (
+        upsample_cross_entropy(d.logits, d.target, margin=m, return_details=True)
+        for m in (margin, None)
+    )
+    assert isinstance(given, disalign_ops.UpsampleDetails)
+    assert isinstance(plain, disalign_ops.UpsampleDetails)
+    assert_close(given.probability, plain.probability, torch.float64, "probability")
+    assert torch.equal(given.prediction, plain.prediction)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_details_are_those_of_the_composition(backend: str, reduction: str) -> None:
     d = dense((2, 19, 4, 5), (15, 21), reduction=reduction)

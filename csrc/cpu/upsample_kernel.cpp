@@ -210,6 +210,17 @@ void interpolate_strip(const UpsampleArgs& args, const Strip<T>& strip, bool all
              [&](int at, auto size) { interpolate<T, decltype(size)::value>(args, strip, at); });
 }
 
+// Softmax of the target, without the margin, which only training knows.
+template <class A>
+double target_probability(const LossArgs& args, const Positions<A>& at, int p) {
+  const double maximum = at.maximum[p], u = at.target_logit[p];
+  const double rest = at.total[kExponential][p] - std::exp(u - maximum);
+  const double logit = u + read_or<A>(args.margin, at.target[p], 0);
+  const double highest = logit > maximum ? logit : maximum;
+  const double e = std::exp(logit - highest);
+  return e / (rest * std::exp(maximum - highest) + e);
+}
+
 template <class T, bool Smooth>
 void run_strip(const UpsampleArgs& args, bool backward, const Strip<T>& strip, int64_t first,
                Accumulate<T>* grad_blend, Chunk& chunk) {
@@ -233,11 +244,7 @@ void run_strip(const UpsampleArgs& args, bool backward, const Strip<T>& strip, i
     if (args.probability) {
       A* to = static_cast<A*>(args.probability) + first;
       for (int p = 0; p < strip.count; ++p)
-        to[p] =
-            at.target[p] < 0
-                ? A(0)
-                : static_cast<A>(std::exp(static_cast<double>(at.target_logit[p]) - at.maximum[p]) /
-                                 at.total[kExponential][p]);
+        to[p] = at.target[p] < 0 ? A(0) : static_cast<A>(target_probability(args, at, p));
     }
   }
   if (valid == 0 || !args.gradients) return;

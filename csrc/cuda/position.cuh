@@ -64,6 +64,16 @@ struct PositionSums {
     weight += other.weight;
   }
 
+  // Those of the lane that is `distance` away by its bits.
+  __device__ __forceinline__ PositionSums of_lane(int distance) const {
+    const auto from = [distance](A v) { return __shfl_xor_sync(kFullWarp, v, distance); };
+    PositionSums s;
+    s.maximum = from(maximum), s.rest = from(rest), s.rest_slope = from(rest_slope);
+    s.target_logit = from(target_logit), s.target_slope = from(target_slope);
+    s.smooth = from(smooth), s.smooth_slope = from(smooth_slope), s.weight = from(weight);
+    return s;
+  }
+
   // From and to memory, values `stride` apart.
   __device__ __forceinline__ void write(A* to, int64_t stride) const {
     const A values[kValues] = {maximum,      rest,   rest_slope,   target_logit,

@@ -192,27 +192,31 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
   }
 }
 
-// The tiles of each row added up; a thread a row.
+// The tiles of each row added up; a warp a row.
 template <class A>
 __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const RowArgs args) {
   DISALIGN_SHARED_MEMORY(memory);
   const bool smoothing = args.label_smoothing > 0;
   const int64_t stride = args.tiles * args.images;
-  BlockSums block_sums(reinterpret_cast<double*>(memory), blockDim.x);
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.images;
-       i += int64_t{gridDim.x} * blockDim.x) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  BlockSums block_sums(reinterpret_cast<double*>(memory), warps);
+  for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.images;
+       i += int64_t{gridDim.x} * warps) {
     const int t = target_of(args, i);
     PositionSums<A> sums;
-    for (int tile = 0; tile < args.tiles; ++tile)
+    for (int tile = lane; tile < args.tiles; tile += 32)
       sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.images + i,
                                      stride),
                smoothing);
+    for (int distance = 16; distance > 0; distance /= 2)
+      sums.add(sums.of_lane(distance), smoothing);
+    if (lane > 0) continue;
     const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
     const A v_i = t < 0 ? A(0) : vector_entry<A>(args.sample_weight, i, A(1));
     const PositionResult<A> result = position_result(args, sums, target_weight);
     write_position(args, i, t, sums, result, v_i, confidence_of<A>(args, i));
     if (t < 0) continue;
-    block_sums.add(threadIdx.x, result.loss * v_i, divisor_share(args, target_weight, v_i));
+    block_sums.add(warp, result.loss * v_i, divisor_share(args, target_weight, v_i));
   }
   if (args.block_sums) block_sums.write(args.block_sums);
 }

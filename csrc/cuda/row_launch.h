@@ -139,7 +139,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
       args.tile_sums =
           launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.images * sizeof(A));
       combine.threads = kNarrowThreads;
-      combine.grid_x = std::min(divide_up(args.images, kNarrowThreads), int64_t{1} << 10);
+      combine.grid_x = std::min(divide_up(args.images, kNarrowThreads / 32), int64_t{1} << 10);
       combine.shared_bytes = BlockSums::entries(kNarrowThreads) * sizeof(double);
       last.blocks = combine.grid_x;
     } else if (args.class_gradients) {
