@@ -6,12 +6,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace disalign {
 
@@ -65,6 +67,21 @@ inline void check_rows(const Tensor& logits, const char* name) {
           std::string(name) + " is not float64, float32, bfloat16 or float16");
   require(logits.size(1) <= 1 || logits.stride(1) == 1,
           std::string(name) + "'s classes are not next to each other");
+}
+
+// Whether two elements of a tensor of 4 dimensions may share memory: sorted by stride, every
+// dimension must step over all that lies below it.
+inline bool overlaps(const Tensor& tensor) {
+  std::pair<int64_t, int64_t> dims[4];
+  for (int64_t d = 0; d < 4; ++d) dims[d] = {tensor.stride(d), tensor.size(d)};
+  std::sort(dims, dims + 4);
+  int64_t reach = 1;
+  for (const auto& [stride, size] : dims) {
+    if (size <= 1) continue;
+    if (stride < reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
 }
 
 inline int32_t shim_dtype(ScalarType dtype) {

@@ -65,21 +65,6 @@ void contiguous_gradient(UpsampleArgs& args) {
   args.grad_image_stride = args.classes * args.grad_class_stride;
 }
 
-// Whether two of the tensor's elements may share memory: sorted by stride, every dimension must
-// step over all that lies below it.
-bool overlaps(const Tensor& tensor) {
-  std::pair<int64_t, int64_t> dims[4];
-  for (int64_t d = 0; d < 4; ++d) dims[d] = {tensor.stride(d), tensor.size(d)};
-  std::sort(dims, dims + 4);
-  int64_t reach = 1;
-  for (const auto& [stride, size] : dims) {
-    if (size <= 1) continue;
-    if (stride < reach) return true;
-    reach += stride * (size - 1);
-  }
-  return false;
-}
-
 // The rows that chunks share, and the chunks' sums.
 void finish(const UpsampleArgs& args, Partition& partition, const UpsampleKernels& kernels,
             const Gradients& gradients) {

@@ -36,21 +36,6 @@ void set_geometry(const Tensor& logits, int64_t height, int64_t width, bool alig
   args.align_corners = align_corners;
 }
 
-// Whether two of the tensor's elements may share memory: sorted by stride, every dimension must
-// step over all that lies below it.
-bool overlaps(const Tensor& tensor) {
-  std::pair<int64_t, int64_t> dims[4];
-  for (int64_t d = 0; d < 4; ++d) dims[d] = {tensor.stride(d), tensor.size(d)};
-  std::sort(dims, dims + 4);
-  int64_t reach = 1;
-  for (const auto& [stride, size] : dims) {
-    if (size <= 1) continue;
-    if (stride < reach) return true;
-    reach += stride * (size - 1);
-  }
-  return false;
-}
-
 UpsampleArgs checked(const Inputs& in, bool align_corners) {
   require(in.target.dim() == 3 && in.target.size(0) == in.logits.size(0),
           "target is not (images, height, width)");
