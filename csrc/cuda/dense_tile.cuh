@@ -31,7 +31,7 @@ constexpr int dense_positions(int slices) { return kDenseThreads / slices; }  //
 // Shared memory of a block, in this order.
 template <class A>
 struct DenseMemory {
-  static constexpr int kShared = 6;  // vectors of one entry a position, see ClassPhase
+  static constexpr int kShared = 5;  // vectors of one entry a position, see ClassPhase
 
   double* block_sums;
   A* exchange;   // [PositionSums::kValues][slices][positions], where there are slices; ClassPhase's
@@ -142,9 +142,9 @@ class ClassPhase {
   // By one thread a position. at_target: in forward q_t itself, else what is taken off it.
   __device__ __forceinline__ void put(const DenseTile<T>& tile, int target, A c, A maximum,
                                       A softmax, A smooth, A at_target) {
-    const A values[DenseMemory<A>::kShared - 1] = {c, maximum, softmax, smooth, at_target};
+    const A values[DenseMemory<A>::kShared] = {c, maximum, softmax, smooth, at_target};
 #pragma unroll
-    for (int k = 0; k < DenseMemory<A>::kShared - 1; ++k)
+    for (int k = 0; k < DenseMemory<A>::kShared; ++k)
       memory_.positions[k * tile.positions + tile.position] = values[k];
     memory_.targets[tile.position] = target;
   }
