@@ -1,0 +1,99 @@
+"""The kernels of the calibrated logits u = (1 + c a) z + c b; maps as in loss.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .loss import (
+    RUN_TIME,
+    affine,
+    class_indices,
+    elements,
+    entries,
+    finite_or_zero,
+    hints,
+    positions_of,
+    sigmoid,
+    write_class_sums,
+)
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "out_image_stride", "out_stride"])
+def calibrate_kernel(
+    logits, scale, bias, confidence, out,
+    images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
+    out_image_stride: tl.int64, out_stride: tl.int64,
+    PLANES: tl.constexpr, ALIGNED: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One read of the logits, one write of u."""
+    inner, classes, image_stride, stride = hints(
+        inner, classes, image_stride, stride, PLANES, ALIGNED
+    )
+    inner, classes, out_image_stride, out_stride = hints(
+        inner, classes, out_image_stride, out_stride, PLANES, ALIGNED
+    )
+    columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
+    own = columns < classes
+    blocks = images * tl.cdiv(inner, POSITIONS)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        i, inside, base = positions_of(block, inner, image_stride, stride, PLANES, POSITIONS)
+        i, inside, to = positions_of(block, inner, out_image_stride, out_stride, PLANES, POSITIONS)
+        mask = inside[:, None] & own[None, :]
+        c = sigmoid(tl.load(confidence + i, mask=inside, other=0.0))
+        z = tl.load(logits + elements(base, columns, stride, PLANES), mask=mask, other=0.0)
+        u = affine(z.to(ACC), c, columns, own, scale, bias, None, ACC)
+        tl.store(out + elements(to, columns, out_stride, PLANES), u.to(out.dtype.element_ty),
+                 mask=mask)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*RUN_TIME, "given_image_stride", "given_stride"])
+def calibrate_backward_kernel(
+    grad_output, logits, scale, bias, confidence, grad_logits, class_sums, confidence_sums,
+    images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
+    given_image_stride: tl.int64, given_stride: tl.int64,
+    PLANES: tl.constexpr, ALIGNED: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One read of the logits and of grad_output; outputs as loss.backward_kernel's.
+
+    given_*: strides of grad_output and of grad_logits, both contiguous.
+    """
+    inner, classes, image_stride, stride = hints(
+        inner, classes, image_stride, stride, PLANES, ALIGNED
+    )
+    inner, classes, given_image_stride, given_stride = hints(
+        inner, classes, given_image_stride, given_stride, PLANES, ALIGNED
+    )
+    columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
+    own = columns < classes
+    grad_scale = tl.zeros([POSITIONS, CLASSES], ACC)
+    grad_bias = tl.zeros([POSITIONS, CLASSES], ACC)
+    blocks = images * tl.cdiv(inner, POSITIONS)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        i, inside, base = positions_of(block, inner, image_stride, stride, PLANES, POSITIONS)
+        i, inside, to = positions_of(
+            block, inner, given_image_stride, given_stride, PLANES, POSITIONS
+        )
+        mask = inside[:, None] & own[None, :]
+        c = sigmoid(tl.load(confidence + i, mask=inside, other=0.0))
+        at = elements(to, columns, given_stride, PLANES)
+        z = tl.load(logits + elements(base, columns, stride, PLANES), mask=mask, other=0.0).to(ACC)
+        g = tl.load(grad_output + at, mask=mask, other=0.0).to(ACC)
+        masked = z == -float("inf")  # adds 0, not 0 * -inf
+        a = entries(scale, columns, own, 0.0, ACC)[None, :]
+        if confidence_sums is not None:
+            b = entries(bias, columns, own, 0.0, ACC)[None, :]
+            g_d = tl.where(masked, 0.0, g * finite_or_zero(a * z + b))
+            sums = c * (1.0 - c) * tl.sum(g_d, 1)
+            tl.store(confidence_sums + tl.program_id(1) * images * inner + i, sums, mask=inside)
+        if class_sums is not None:
+            g_c = g * c[:, None]
+            grad_scale += tl.where(masked, 0.0, g_c * z)
+            grad_bias += g_c
+        if grad_logits is not None:
+            g *= a * c[:, None] + 1.0
+            tl.store(grad_logits + at, g.to(grad_logits.dtype.element_ty), mask=mask)
+    if class_sums is not None:
+        write_class_sums(class_sums, grad_scale, grad_bias, classes, columns)

@@ -1,0 +1,110 @@
+"""Compiles what the Triton operators launch, for GPUs that are not here.
+
+`launches` collects what an operator would launch, with its arguments; `compile_launch` does what
+Triton's launcher does up to the driver: specialises the arguments, and compiles for a target.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TARGETS = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction[Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+@contextmanager
+def launches(module: Any) -> Iterator[list[Launch]]:
+    """What `module` launches meanwhile, instead of launching it."""
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: JITFunction[Any]) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any, **options: Any) -> None:
+                found.append(Launch(self.kernel, arguments, options))
+
+            return launch
+
+    with mock.patch.object(module, "wrap_triton", Recorder):
+        yield found
+
+
+def specialised(launch: Launch, architecture: int) -> tuple[Any, str]:
+    """The launch's source for the compiler with its options, and the key of Triton's cache."""
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given = {**launch.options, "debug": kernel.debug}
+    bound, specialization, options = binder(*launch.arguments, **given)
+    key = f"{launch.name} {specialization} {options}"
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, given, bound, specialization, options
+    )
+    return (ASTSource(kernel, signature, constants, attributes), parsed), key
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    spilled: int  # bytes of local memory
+    shared: int
+    wide_loads: int  # of 16 bytes, from global memory
+    loads: int
+
+
+def compile_launch(launch: Launch, architecture: int) -> Compiled:
+    (source, options), _ = specialised(launch, architecture)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton_compile(source, target=target, options=options.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = cuobjdump("-res-usage", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, usage
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        registers=int(found[1]),
+        spilled=int(found[2]) + int(found[4]),
+        shared=int(compiled.metadata.shared),
+        wide_loads=len(re.findall(r"ld\.global\.v4\.b32", ptx)),
+        loads=len(re.findall(r"ld\.global", ptx)),
+    )
+
+
+def cuobjdump(*arguments: str) -> str:
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    tools = Path(sys.prefix, "lib", name, "site-packages", "nvidia", "cu13", "bin")
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    tool = shutil.which("cuobjdump", path=path)
+    assert tool, "needs cuobjdump (package nvidia-cuda-cuobjdump)"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
