@@ -1,4 +1,4 @@
-"""Autograd of the native operators: what forward keeps, what backward makes of it.
+"""Autograd of the operators: what forward keeps, what backward makes of it.
 
 A stem's forward reads the logits once. With a scalar reduction it also yields the gradients of
 scale, bias and confidence for an upstream gradient of 1, which backward multiplies by the real one,
@@ -20,13 +20,11 @@ from torch import Tensor
 from . import reference
 from ._ops import (
     DENOMINATOR,
-    DENSE,
     DIFFERENTIABLE,
     GIVEN_NORMALIZER,
     NORMALIZERS,
     OPTIONS,
     REDUCTIONS,
-    ROW,
     STEMS,
     TENSORS,
     UPSAMPLE,
@@ -143,13 +141,24 @@ def _operator_context(
     _save(ctx, stem, inputs, output)
 
 
-for _stem in STEMS:
+def register(stem: Stem, lib: torch.library.Library | None = None) -> None:
+    """Autograd of a stem's loss and calibrated logits under the dispatcher, as torch.compile and
+    `calibrate` take it.
+    """
+    name = f"disalign_ops::{stem.prefix}{stem.name}_"
     torch.library.register_autograd(
-        f"disalign_ops::{_stem.name}_forward",
+        name + "forward",
         _operator_backward,
-        setup_context=functools.partial(_operator_context, stem=_stem),
-        lib=library,
+        setup_context=functools.partial(_operator_context, stem=stem),
+        lib=lib,
     )
+    if stem.name != UPSAMPLE.name:
+        torch.library.register_autograd(
+            name + "calibrate",
+            functools.partial(_calibrate_backward, stem=stem),
+            setup_context=_save_calibrate,
+            lib=lib,
+        )
 
 
 class _EagerLoss(torch.autograd.Function):
@@ -183,9 +192,14 @@ class _EagerLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _gradient_in_forward(logits: Tensor) -> bool:
+def _on_cpu(stem: Stem, logits: Tensor) -> bool:
+    """Whether the CPU kernels serve, which make more in forward: the logits are in the cache."""
+    return stem.native and logits.device.type == "cpu"
+
+
+def _gradient_in_forward(stem: Stem, logits: Tensor) -> bool:
     """Whether forward may make the gradient of the logits; half precision would underflow."""
-    return logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64)
+    return _on_cpu(stem, logits) and logits.dtype in (torch.float32, torch.float64)
 
 
 def _class_sums_in_forward(stem: Stem, logits: Tensor) -> bool:
@@ -194,7 +208,7 @@ def _class_sums_in_forward(stem: Stem, logits: Tensor) -> bool:
     Upsampling on a GPU makes them in backward: there they cost the low-resolution logits once more,
     in forward every output position.
     """
-    return stem is not UPSAMPLE or logits.device.type == "cpu"
+    return stem.name != UPSAMPLE.name or _on_cpu(stem, logits)
 
 
 def loss(
@@ -218,7 +232,7 @@ def loss(
     need = [grad and t is not None and t.requires_grad for t in learned]
     scalar = reduction != "none"
     compiling = torch.compiler.is_compiling()
-    in_forward = _gradient_in_forward(logits) and not compiling and not in_place
+    in_forward = _gradient_in_forward(stem, logits) and not compiling and not in_place
     sums = scalar and _class_sums_in_forward(stem, logits)
     want = (need[0] and scalar and in_forward, *(n and sums for n in need[1:]))
     if isinstance(normalizer, Tensor):
@@ -268,22 +282,17 @@ def _calibrate_backward(ctx: Any, grad_output: Tensor, stem: Stem) -> tuple[Tens
         inputs = [t for t, n in zip(tensors, need, strict=True) if n]
         found = iter(torch.autograd.grad(u, inputs, grad_output, create_graph=True))
         return tuple(next(found) if n else None for n in need)
-    grads = stem.calibrate_backward(grad_output.contiguous(), *tensors, *need)
+    grads = stem.operator("calibrate_backward")(grad_output.contiguous(), *tensors, *need)
     return tuple(g if n else None for g, n in zip(grads, need, strict=True))
 
 
-for _stem in (ROW, DENSE):
-    torch.library.register_autograd(
-        f"disalign_ops::{_stem.name}_calibrate",
-        functools.partial(_calibrate_backward, stem=_stem),
-        setup_context=_save_calibrate,
-        lib=library,
-    )
+for _stem in STEMS:
+    register(_stem, library)
 
 
 def calibrate(
     stem: Stem, logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor
 ) -> Tensor:
     """(1 + c a) z + c b of (N, C) or (N, C, S) logits, in their dtype; vectors as in `loss`."""
-    calibrated: Tensor = stem.calibrate(logits, scale, bias, confidence)
+    calibrated: Tensor = stem.operator("calibrate")(logits, scale, bias, confidence)
     return calibrated

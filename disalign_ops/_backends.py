@@ -6,6 +6,8 @@ the first of native, triton, reference that serves the tensor's device.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,6 @@ NAMES = ("auto", "native", "triton", "reference")
 LIBRARY = Path(__file__).parent / "lib" / "libdisalign_ops_cpu.so"
 CUDA_LIBRARY = LIBRARY.parent / "libdisalign_ops_cuda.so"
 _ENVIRONMENT = "DISALIGN_OPS_BACKEND"
-_NO_TRITON = "no Triton kernels in this version"
 
 
 @dataclass
@@ -29,6 +30,8 @@ class _State:
     why_not_cuda: str | None = None
     cuda_loaded: bool = False
     cuda_devices: dict[int, str] = field(default_factory=dict)  # why not, "" if it serves
+    triton_missing: str | None = None
+    triton_devices: dict[int, str] = field(default_factory=dict)  # the same
 
 
 def _checked(name: str, source: str) -> str:
@@ -73,20 +76,21 @@ def _load(library: Path, note: str, probe: str) -> str | None:
 
 
 def serving(device: torch.device) -> str:
-    """The backend that a tensor on `device` goes to: "native" or "reference".
+    """The backend that a tensor on `device` goes to: "native", "triton" or "reference".
 
     Raises ArgumentError if `set_backend` or DISALIGN_OPS_BACKEND forces one that cannot serve it.
     """
     wanted = _state.backend
     if wanted == "reference":
         return "reference"
-    if wanted == "triton":
-        raise ArgumentError(f"backend 'triton' is set but cannot serve {device.type}: {_NO_TRITON}")
-    reason = _why_not(device)
-    if reason is None:
-        return "native"
-    if wanted == "native":
-        raise ArgumentError(f"backend 'native' is set but cannot serve {device.type}: {reason}")
+    for name, why_not in (("native", _why_not), ("triton", _why_not_triton)):
+        if wanted not in ("auto", name):
+            continue
+        reason = why_not(device)
+        if reason is None:
+            return name
+        if wanted == name:
+            raise ArgumentError(f"backend {name!r} is set but cannot serve {device.type}: {reason}")
     return "reference"
 
 
@@ -102,6 +106,39 @@ def _why_not(device: torch.device) -> str | None:
     if index not in _state.cuda_devices:  # the driver and the device's architecture
         _state.cuda_devices[index] = torch.ops.disalign_ops.cuda_why_not(index)
     return _state.cuda_devices[index] or None
+
+
+_OLDEST_NVIDIA = (7, 5)
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """Why Triton does not serve this device; None if it does."""
+    if _state.triton_missing is not None:
+        return _state.triton_missing
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "Triton compiles for GPUs (with TRITON_INTERPRET=1 it interprets on the CPU, slowly)"
+    if device.type not in ("cuda", "xpu"):
+        return f"no Triton kernels for {device.type}"
+    if device.type == "xpu" or torch.version.hip is not None or torch.compiler.is_compiling():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _state.triton_devices:
+        found = torch.cuda.get_device_capability(index)
+        old = f"compute capability {found[0]}.{found[1]}, Triton needs 7.5 or newer"
+        _state.triton_devices[index] = old if found < _OLDEST_NVIDIA else ""
+    return _state.triton_devices[index] or None
+
+
+def _find_triton() -> str | None:
+    """Why there is no Triton; does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton, or the extra disalign_ops[triton]"
+    return None
+
+
+_state.triton_missing = _find_triton()
 
 
 def _parsed(info: str) -> dict[str, str]:
@@ -127,13 +164,18 @@ class set_backend:  # noqa: N801 - a function to its users, and a context manage
         _state.backend = self._previous
 
 
+def _after_native(triton: dict[str, object], kind: str) -> str:
+    serves = triton["available"] and triton[f"why_not_{kind}"] is None
+    return "triton" if serves else "reference"
+
+
 def backend_info() -> dict[str, object]:
     """What is available and what serves each device, as a dictionary of plain values.
 
     Keys: version, torch, backend (as set), devices (device -> backend in use under "auto"),
     native / triton / reference (available, and why not; native also: instruction sets compiled and
     in use, compilers, torch target, the CUDA architectures of the CUDA library if it is built and
-    loaded, and why it does not serve).
+    loaded, and why it does not serve; triton also: version, and why it serves no GPU of a kind).
     """
     from . import __version__
 
@@ -160,9 +202,19 @@ def backend_info() -> dict[str, object]:
         "cuda_compiler": cuda.get("compiler"),
         "why_not_cuda": why_not_cuda,
     }
+    triton: dict[str, object] = {"available": _state.triton_missing is None}
+    if _state.triton_missing is not None:
+        triton["why_not"] = _state.triton_missing
+    else:
+        triton["version"] = importlib.metadata.version("triton")
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
+        for kind, found in there.items():
+            why = _why_not_triton(torch.device(kind)) if found else f"no {kind} device was found"
+            triton[f"why_not_{kind}"] = why
+    why_not_native = {"cpu": _state.why_not_native, "cuda": why_not_cuda, "xpu": "no kernels"}
     devices = {
-        "cpu": "reference" if _state.why_not_native else "native",
-        "cuda": "reference" if why_not_cuda else "native",
+        kind: "native" if why is None else _after_native(triton, kind)
+        for kind, why in why_not_native.items()
     }
     return {
         "version": __version__,
@@ -170,6 +222,6 @@ def backend_info() -> dict[str, object]:
         "backend": _state.backend,
         "devices": devices,
         "native": native,
-        "triton": {"available": False, "why_not": _NO_TRITON},
+        "triton": triton,
         "reference": {"available": True},
     }

@@ -1,4 +1,5 @@
 """Schemas, fakes and registration of the native operators; the compiled library has the kernels.
+_ops_triton.py registers the same operators as Triton kernels, under names of their own.
 
 One stem a layout of logits, each with `<stem>_forward`, `<stem>_backward` and `<stem>_backward_`:
 row (N, C), dense (N, C, S) and upsample (N, C, h, w) under a target of another size.
@@ -36,7 +37,8 @@ class Stem:
     """A family of operators.
 
     options: how many, the first three of _OPTIONS included. reference: the same loss in PyTorch,
-    called with logits, target, the options after the third, and keywords.
+    called with logits, target, the options after the third, and keywords. prefix: of the operators'
+    names, "" for the native ones.
     """
 
     name: str
@@ -44,21 +46,21 @@ class Stem:
     reference: Callable[..., Tensor]
     extra_schema: str = ""
     extra_results: str = ""
+    prefix: str = ""
+
+    @property
+    def native(self) -> bool:
+        return not self.prefix
+
+    def operator(self, part: str) -> Any:
+        return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
 
     @property
     def forward(self) -> Any:
-        return _OPERATORS[f"{self.name}_forward"]
+        return self.operator("forward")
 
     def backward(self, in_place: bool) -> Any:
-        return _OPERATORS[f"{self.name}_backward_" if in_place else f"{self.name}_backward"]
-
-    @property
-    def calibrate(self) -> Any:
-        return _OPERATORS[f"{self.name}_calibrate"]
-
-    @property
-    def calibrate_backward(self) -> Any:
-        return _OPERATORS[f"{self.name}_calibrate_backward"]
+        return self.operator("backward_" if in_place else "backward")
 
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
@@ -126,10 +128,6 @@ for _stem in (ROW, DENSE):
         library.define(_schema)
 library.define(PREDICT_SCHEMA)
 _backends.load_native()
-_NAMES = [f"{s.name}_{part}" for s in STEMS for part in ("forward", "backward", "backward_")]
-_NAMES += [f"{s.name}_{part}" for s in (ROW, DENSE) for part in ("calibrate", "calibrate_backward")]
-for _name in [*_NAMES, "upsample_predict"]:
-    _OPERATORS[_name] = getattr(torch.ops.disalign_ops, _name).default
 
 
 def _gradient_fakes(logits: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -178,21 +176,7 @@ def _in_place_fake(grad_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Tenso
     return _gradient_fakes(logits, (False, *rest[-3:]))
 
 
-def predict(*arguments: Any) -> Tensor:
-    """`upsample_predict`, see PREDICT_SCHEMA."""
-    found: Tensor = _OPERATORS["upsample_predict"](*arguments)
-    return found
-
-
-for _stem in STEMS:
-    _name = f"disalign_ops::{_stem.name}_"
-    torch.library.register_fake(_name + "forward", _forward_fake(_stem), lib=library)
-    torch.library.register_fake(_name + "backward", _backward_fake, lib=library)
-    torch.library.register_fake(_name + "backward_", _in_place_fake, lib=library)
-
-
-@torch.library.register_fake("disalign_ops::upsample_predict", lib=library)
-def _upsample_predict_fake(
+def _predict_fake(
     logits: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
@@ -209,7 +193,19 @@ def _calibrate_fake(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-for _stem in (ROW, DENSE):
-    _name = f"disalign_ops::{_stem.name}_calibrate"
-    torch.library.register_fake(_name, _calibrate_fake, lib=library)
-    torch.library.register_fake(_name + "_backward", _backward_fake, lib=library)
+def fakes() -> dict[str, Callable[..., Any]]:
+    """The fake of every loss and calibration operator, by its name without prefix."""
+    found: dict[str, Callable[..., Any]] = {"upsample_predict": _predict_fake}
+    for stem in STEMS:
+        found[f"{stem.name}_forward"] = _forward_fake(stem)
+        found[f"{stem.name}_backward"] = _backward_fake
+        found[f"{stem.name}_backward_"] = _in_place_fake
+    for stem in (ROW, DENSE):
+        found[f"{stem.name}_calibrate"] = _calibrate_fake
+        found[f"{stem.name}_calibrate_backward"] = _backward_fake
+    return found
+
+
+for _name, _fake in fakes().items():
+    _OPERATORS[_name] = getattr(torch.ops.disalign_ops, _name).default
+    torch.library.register_fake(f"disalign_ops::{_name}", _fake, lib=library)

@@ -26,6 +26,7 @@ from ._arguments import (
     positions_shape,
     row_vector,
 )
+from ._ops import Stem
 from .errors import ArgumentError
 
 _FORMS = ("interpolated", "residual")
@@ -175,8 +176,9 @@ def calibrate(
     classes = check_input(input)
     a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
     stem, flat, _ = _layouts.flatten(input)
-    if serving_backend(input) == "native":
-        out = _autograd.calibrate(stem, flat, a, b, c)
+    backend = serving_backend(input)
+    if backend != "reference":
+        out = _autograd.calibrate(operators_of(stem, backend), flat, a, b, c)
     else:
         out = reference.calibrate(flat, a, b, c).to(input.dtype)
     if input.dim() == 1:
@@ -226,6 +228,15 @@ def serving_backend(input: Tensor) -> str:
     ):
         return "reference"
     return _backends.serving(input.device)
+
+
+def operators_of(stem: Stem, backend: str) -> Stem:
+    """The stem's operators of a backend, "native" or "triton"."""
+    if backend == "native":
+        return stem
+    from . import _ops_triton  # which imports triton
+
+    return _ops_triton.stem_of(stem)
 
 
 @dataclass(slots=True)
@@ -286,12 +297,19 @@ def _loss(
     }  # fmt: skip
     if target.is_floating_point():
         loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
-    elif serving_backend(input) == "native":
+    elif (backend := serving_backend(input)) != "reference":
         tensors = (
             flat_logits, target.contiguous(), *vectors.values(), given.margin, sample_weight,
         )  # fmt: skip
+        if backend == "triton":
+            check_classes(target, classes, options.ignore_index)
         loss = _autograd.loss(
-            stem, tensors, given.numbers, options.reduction, given.normalizer, in_place
+            operators_of(stem, backend),
+            tensors,
+            given.numbers,
+            options.reduction,
+            given.normalizer,
+            in_place,
         )[0]
     else:
         check_classes(target, classes, options.ignore_index)

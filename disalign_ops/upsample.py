@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autograd, _layouts, _ops, reference
+from . import _autograd, _layouts, reference
 from ._arguments import (
     Normalizer,
     check_bool,
@@ -25,6 +25,7 @@ from .functional import (
     calibration_vectors,
     check_classes,
     checked,
+    operators_of,
     output,
     reference_options,
     serving_backend,
@@ -115,9 +116,11 @@ def upsample_cross_entropy(
     a, b, c = _calibration(input, confidence, scale, bias, form, background)
     in_place = inplace_backward and _layouts.check_in_place(input, input, False)
 
-    if serving_backend(input) == "native":
+    if (backend := serving_backend(input)) != "reference":
+        if backend == "triton":
+            check_classes(target, classes, ignore_index)
         found = _autograd.loss(
-            UPSAMPLE,
+            operators_of(UPSAMPLE, backend),
             (input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v),
             (*given.numbers, align_corners, return_details),
             reduction,
@@ -175,8 +178,10 @@ def upsample_predict(
     with torch.no_grad():
         a, b, c = _calibration(input, confidence, scale, bias, form, background)
         o = class_vector("prior", prior, classes, input, dtype)
-        if serving_backend(input) == "native":
-            return _ops.predict(input, a, b, c, o, height, width, align_corners)
+        if (backend := serving_backend(input)) != "reference":
+            operator = operators_of(UPSAMPLE, backend).operator("predict")
+            found: Tensor = operator(input, a, b, c, o, height, width, align_corners)
+            return found
         prediction = torch.empty(
             (input.shape[0], height, width), dtype=torch.int64, device=input.device
         )

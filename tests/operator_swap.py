@@ -39,17 +39,13 @@ def _counted(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
 
 def swap(operator_of: Callable[[str], Callable[..., Any]]) -> None:
     """Every operator becomes operator_of(name), and what forward makes is what it makes on CUDA."""
-    for name in _ops._OPERATORS:
+    for name in _ops.fakes():
         _ops._OPERATORS[name] = _counted(name, operator_of(name))
 
-    def gradient_in_forward(logits: Tensor) -> bool:
+    def on_cpu(stem: _ops.Stem, logits: Tensor) -> bool:
         return False
 
-    def class_sums_in_forward(stem: _ops.Stem, logits: Tensor) -> bool:
-        return stem is not _ops.UPSAMPLE
-
-    _autograd._gradient_in_forward = gradient_in_forward
-    _autograd._class_sums_in_forward = class_sums_in_forward
+    _autograd._on_cpu = on_cpu
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -96,7 +96,7 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
         registers=int(found[1]),
         spilled=int(found[2]) + int(found[4]),
         shared=int(compiled.metadata.shared),
-        wide_loads=len(re.findall(r"ld\.global\.v4\.b32", ptx)),
+        wide_loads=len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
         loads=len(re.findall(r"ld\.global", ptx)),
     )
 

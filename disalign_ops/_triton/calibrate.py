@@ -5,18 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import (
-    RUN_TIME,
-    affine,
-    class_indices,
-    elements,
-    entries,
-    finite_or_zero,
-    hints,
-    positions_of,
-    sigmoid,
-    write_class_sums,
-)
+from .loss import RUN_TIME, affine, class_indices, elements, entries, positions_of, write_class_sums
+from .position import finite_or_zero, sigmoid
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "out_image_stride", "out_stride"])
@@ -24,16 +14,16 @@ def calibrate_kernel(
     logits, scale, bias, confidence, out,
     images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
     out_image_stride: tl.int64, out_stride: tl.int64,
-    PLANES: tl.constexpr, ALIGNED: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
+    PLANES: tl.constexpr, UNIT: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """One read of the logits, one write of u."""
-    inner, classes, image_stride, stride = hints(
-        inner, classes, image_stride, stride, PLANES, ALIGNED
-    )
-    inner, classes, out_image_stride, out_stride = hints(
-        inner, classes, out_image_stride, out_stride, PLANES, ALIGNED
-    )
+    if PLANES:
+        inner *= UNIT
+    else:
+        classes *= UNIT
+    image_stride, stride = image_stride * UNIT, stride * UNIT
+    out_image_stride, out_stride = out_image_stride * UNIT, out_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
     own = columns < classes
     blocks = images * tl.cdiv(inner, POSITIONS)
@@ -53,19 +43,19 @@ def calibrate_backward_kernel(
     grad_output, logits, scale, bias, confidence, grad_logits, class_sums, confidence_sums,
     images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
     given_image_stride: tl.int64, given_stride: tl.int64,
-    PLANES: tl.constexpr, ALIGNED: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
+    PLANES: tl.constexpr, UNIT: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """One read of the logits and of grad_output; outputs as loss.backward_kernel's.
 
     given_*: strides of grad_output and of grad_logits, both contiguous.
     """
-    inner, classes, image_stride, stride = hints(
-        inner, classes, image_stride, stride, PLANES, ALIGNED
-    )
-    inner, classes, given_image_stride, given_stride = hints(
-        inner, classes, given_image_stride, given_stride, PLANES, ALIGNED
-    )
+    if PLANES:
+        inner *= UNIT
+    else:
+        classes *= UNIT
+    image_stride, stride = image_stride * UNIT, stride * UNIT
+    given_image_stride, given_stride = given_image_stride * UNIT, given_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
     own = columns < classes
     grad_scale = tl.zeros([POSITIONS, CLASSES], ACC)

@@ -1,7 +1,7 @@
 """Tiles and grids of the kernels of rows and class planes.
 
-A thread keeps about 16 logits (float64: 8) with what the class sums need of them, which is what 128
-registers hold. Tiles are powers of two, so that few kernels are compiled for all class counts.
+Tiles are powers of two, so that few kernels are compiled for all class counts, and so small that a
+thread's registers hold its logits with their class sums: tests/test_triton_build.py.
 """
 
 from __future__ import annotations
@@ -21,40 +21,44 @@ class Tile:
     tiled: bool  # whether the classes need more than one
 
     @property
-    def registers_resident(self) -> int:
+    def resident(self) -> int:
         """Programs that a multiprocessor's registers hold, at 128 a thread."""
         return max(1, 16 // self.warps)
 
+    def options(self, device: torch.device) -> dict[str, int]:
+        """Options of a launch.
 
-# Elements of a tile, and the classes that it holds at most where it holds all of them.
-_ELEMENTS = 2048
-_MOST_CLASSES = {False: 8192, True: 256}
-# Where it does not: (positions, classes) of a tile.
-_PART = {False: (1, 4096), True: (32, 64)}
-# Neighbouring positions of planes: 128 bytes of float32.
-_LEAST_POSITIONS = {False: 1, True: 32}
+        maxnreg: all registers that a program of this size can have; left to itself the assembler
+        stops at half of them and spills. Of NVIDIA's back end alone, and unknown to torch.compile.
+        """
+        options = {"num_warps": self.warps}
+        nvidia = device.type != "xpu" and torch.version.hip is None
+        if nvidia and not torch.compiler.is_compiling():
+            options["maxnreg"] = min(255, 65536 // (32 * self.warps))
+        return options
 
 
 def tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
-    """The tile for C classes, (C, dtype) -> size class:
+    """The tile for C classes: of the power of two at or above C, or a part of them.
 
-    rows, C <= 2048: the power of two at or above C, and rows that make it 2048 elements, 4 warps
-    rows, C <= 8192: one row, 8 and 16 warps; rows beyond: parts of 4096 classes, 8 warps
-    planes, C <= 256: 32 positions or more; planes beyond: 32 positions x 64 classes, 4 warps
-    float64: as many elements by twice the warps
+    rows, C <= 512: 512 logits, 4 warps; C <= 4096 (float64: 2048): one row, 8 logits a thread
+    rows beyond: parts of 2048 classes, 8 logits a thread
+    planes, C <= 32: 32 positions, 128 bytes of float32 next to each other, 4 warps (float64: 8)
+    planes, C <= 128: 32 positions, 8 warps; C <= 256: 16 positions, 8 warps (neither for float64)
+    planes beyond: 32 positions x 64 classes, 8 logits a thread
     """
     doubles = dtype == torch.float64
-    most = _MOST_CLASSES[planes] // (2 if doubles else 1)
-    tiled = classes > most
-    if tiled:
-        positions, width = _PART[planes]
-        if doubles and not planes:
-            width //= 2
-    else:
-        width = max(16, triton.next_power_of_2(classes))
-        positions = max(_LEAST_POSITIONS[planes], _ELEMENTS // width)
-    warps = positions * width // (32 * (8 if doubles else 16))
-    return Tile(positions, width, max(1, min(16, warps)), tiled)
+    width = max(16, triton.next_power_of_2(classes))
+    if planes:
+        if width > (32 if doubles else 256):
+            return Tile(32, 64, 8, True)
+        return Tile(
+            32 if width <= 128 else 16, width, 4 if width <= 32 and not doubles else 8, False
+        )
+    if width > (2048 if doubles else 4096):
+        return Tile(1, 2048, 8, True)
+    logits = max(512, width)
+    return Tile(logits // width, width, max(4, logits // 256), False)
 
 
 @functools.cache
@@ -70,5 +74,5 @@ def multiprocessors(device: torch.device) -> int:
 
 def programs(blocks: int, tile: Tile, parts: int, device: torch.device) -> int:
     """Programs along the positions: as many as run at once, or as there are blocks."""
-    resident = multiprocessors(device) * tile.registers_resident
+    resident = multiprocessors(device) * tile.resident
     return int(max(1, min(blocks, resident // parts)))

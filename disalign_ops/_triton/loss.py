@@ -9,6 +9,8 @@
   of the gradient, which may be over the logits: a program reads a tile before it writes it, and
   what it needs of the target's logit, which may be another's, comes in target_logits then.
 - Sizes, strides and options are run-time values; absent tensors (None) and tile sizes are not.
+- UNIT: 16 where all strides, and the size of the dimension whose entries are neighbours, are
+  multiples of 16: they are given divided by it, which tells the compiler that vectors are aligned.
 """
 
 from __future__ import annotations
@@ -28,18 +30,6 @@ from .position import (
 
 RUN_TIME = ["images", "inner", "classes", "image_stride", "stride"]
 OPTIONS = ["ignore_index", "by_weights"]
-
-
-@triton.jit
-def hints(inner, classes, image_stride, stride, PLANES: tl.constexpr, ALIGNED: tl.constexpr):
-    """The same values, known to be multiples of 16 where they are: loads of 16 bytes."""
-    if ALIGNED:
-        image_stride, stride = tl.multiple_of(image_stride, 16), tl.multiple_of(stride, 16)
-        if PLANES:
-            inner = tl.multiple_of(inner, 16)
-        else:
-            classes = tl.multiple_of(classes, 16)
-    return inner, classes, image_stride, stride
 
 
 @triton.jit
@@ -115,7 +105,7 @@ def forward_kernel(
     loss, row_max, row_sum, block_sums, class_sums, grad_confidence,
     images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
     ignore_index: tl.int64, smoothing: tl.float64, gamma: tl.float64, by_weights: tl.int32,
-    PLANES: tl.constexpr, ALIGNED: tl.constexpr, TILED: tl.constexpr,
+    PLANES: tl.constexpr, UNIT: tl.constexpr, TILED: tl.constexpr,
     POSITIONS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics of every position; sums a program: see finish.py.
@@ -123,9 +113,11 @@ def forward_kernel(
     weights: sum_j w_j, one entry; None: there are no weights. block_sums: [programs][2: loss,
     denominator]; class_sums: [programs][2: scale, bias][classes]; None where not wanted.
     """
-    inner, classes, image_stride, stride = hints(
-        inner, classes, image_stride, stride, PLANES, ALIGNED
-    )
+    if PLANES:
+        inner *= UNIT
+    else:
+        classes *= UNIT
+    image_stride, stride = image_stride * UNIT, stride * UNIT
     program = tl.program_id(0)
     e = tl.full((), smoothing, ACC)
     g = tl.full((), gamma, ACC)
@@ -255,18 +247,18 @@ def backward_kernel(
     images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
     upstream_stride: tl.int64, grad_image_stride: tl.int64, grad_stride: tl.int64,
     ignore_index: tl.int64, smoothing: tl.float64, gamma: tl.float64,
-    PLANES: tl.constexpr, ALIGNED: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
+    PLANES: tl.constexpr, UNIT: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """What is wanted of grad_logits, class_sums [programs][2][classes] and confidence_sums
     [tiles][positions], where upstream (stride 0 or 1; None: 1) and the denominator are included.
     """
-    inner, classes, image_stride, stride = hints(
-        inner, classes, image_stride, stride, PLANES, ALIGNED
-    )
-    inner, classes, grad_image_stride, grad_stride = hints(
-        inner, classes, grad_image_stride, grad_stride, PLANES, ALIGNED
-    )
+    if PLANES:
+        inner *= UNIT
+    else:
+        classes *= UNIT
+    image_stride, stride = image_stride * UNIT, stride * UNIT
+    grad_image_stride, grad_stride = grad_image_stride * UNIT, grad_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
     own = columns < classes
     e = tl.full((), smoothing, ACC)
@@ -303,7 +295,7 @@ def backward_kernel(
             target_slope = finite_or_zero(a_t * z_t + b_t)
             u_t = z_t * (a_t * c + 1.0) + b_t * c + entries(prior, t, counts, 0.0, ACC) - margin_t
             nll = (maximum - u_t) + tl.where(u_t == maximum, log1p(total - 1.0), tl.log(total))
-        softmax, at_target, share, value = row_terms(nll, w_t, all_weights, e, count, g)
+        softmax, at_target, share, _value = row_terms(nll, w_t, all_weights, e, count, g)
         factor = entries(sample_weight, i, counts, 1.0, ACC)
         if upstream is not None:
             factor *= tl.load(upstream + i * upstream_stride, mask=counts, other=0.0)

@@ -53,21 +53,33 @@ class Layout:
         return self.images * self.inner
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.images, self.inner, self.classes, self.image_stride, self.stride
-
-    def output_strides(self) -> tuple[int, int]:
-        """(image_stride, stride) of a contiguous tensor of this shape."""
-        if self.planes:
-            return self.classes * self.inner, self.inner
-        return 0, self.classes
+    def unit(self) -> int:
+        """See loss.py."""
+        last = self.inner if self.planes else self.classes
+        steps = (self.stride, self.image_stride, *self._contiguous, last)
+        return 16 if all(s % 16 == 0 for s in steps) else 1
 
     @property
-    def aligned(self) -> bool:
-        """Whether all that a tile's addresses and bounds are made of is a multiple of 16."""
-        last = self.inner if self.planes else self.classes
-        steps = (self.stride, self.image_stride, *self.output_strides(), last)
-        return all(s % 16 == 0 for s in steps)
+    def sizes(self) -> tuple[int, ...]:
+        """As kernels take them: images, inner, classes, image_stride, stride."""
+        inner, classes = self.inner, self.classes
+        if self.planes:
+            inner //= self.unit
+        else:
+            classes //= self.unit
+        return self.images, inner, classes, *self.strides(self.image_stride, self.stride)
+
+    def strides(self, image_stride: int, stride: int) -> tuple[int, int]:
+        return image_stride // self.unit, stride // self.unit
+
+    @property
+    def contiguous(self) -> tuple[int, int]:
+        """Strides, as kernels take them, of a contiguous tensor of this shape."""
+        return self.strides(*self._contiguous)
+
+    @property
+    def _contiguous(self) -> tuple[int, int]:
+        return (self.classes * self.inner, self.inner) if self.planes else (0, self.classes)
 
 
 def _vector(logits: Tensor, entries: int) -> Tensor:
@@ -182,9 +194,9 @@ def forward(
             *given.tensors, loss if each else None, row_max, row_sum, block_sums, class_sums,
             grad_confidence, *layout.sizes, given.ignore_index, given.label_smoothing,
             given.focal_gamma, int(normalizer == _BY_WEIGHTS),
-            PLANES=layout.planes, ALIGNED=layout.aligned, TILED=tile.tiled,
+            PLANES=layout.planes, UNIT=layout.unit, TILED=tile.tiled,
             POSITIONS=tile.positions, CLASSES=tile.classes, ACC=_arithmetic(logits),
-            num_warps=tile.warps,
+            **tile.options(logits.device),
         )  # fmt: skip
     wrap_triton(loss_kernel)[(1,)](
         block_sums, denominator, None if each else loss, divisor, programs, n, reduction,
@@ -224,17 +236,17 @@ def _launch_backward(
         class_sums = logits.new_zeros((programs, 2, layout.classes), dtype=dtype)
     if confidence:
         confidence_sums = logits.new_empty((parts, n), dtype=dtype)
-    strides = layout.output_strides()
+    strides = layout.contiguous
     if grad_logits is logits:
-        strides = (layout.image_stride, layout.stride)
+        strides = layout.strides(layout.image_stride, layout.stride)
     each = upstream is not None and upstream.dim() > 0
     if n:
         wrap_triton(backward_kernel)[(programs, parts)](
             *given.tensors, upstream, *statistics, denominator, target_logits, grad_logits,
             class_sums, confidence_sums, *layout.sizes, int(each), *strides, given.ignore_index,
             given.label_smoothing, given.focal_gamma,
-            PLANES=layout.planes, ALIGNED=layout.aligned, POSITIONS=tile.positions,
-            CLASSES=tile.classes, ACC=_arithmetic(logits), num_warps=tile.warps,
+            PLANES=layout.planes, UNIT=layout.unit, POSITIONS=tile.positions,
+            CLASSES=tile.classes, ACC=_arithmetic(logits), **tile.options(logits.device),
         )  # fmt: skip
     return class_sums, confidence_sums
 
@@ -361,9 +373,9 @@ def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -
         wrap_triton(calibrate_kernel)[
             (launch.programs(blocks, tile, parts, logits.device), parts)
         ](
-            logits, scale, bias, confidence, out, *layout.sizes, *layout.output_strides(),
-            PLANES=layout.planes, ALIGNED=layout.aligned, POSITIONS=tile.positions,
-            CLASSES=tile.classes, ACC=_arithmetic(logits), num_warps=tile.warps,
+            logits, scale, bias, confidence, out, *layout.sizes, *layout.contiguous,
+            PLANES=layout.planes, UNIT=layout.unit, POSITIONS=tile.positions,
+            CLASSES=tile.classes, ACC=_arithmetic(logits), **tile.options(logits.device),
         )  # fmt: skip
     return out
 
@@ -394,9 +406,9 @@ def calibrate_backward(
     if n:
         wrap_triton(calibrate_backward_kernel)[(programs, parts)](
             grad_output, logits, scale, bias, confidence, grad_logits if want_logits else None,
-            class_sums, confidence_sums, *layout.sizes, *layout.output_strides(),
-            PLANES=layout.planes, ALIGNED=layout.aligned, POSITIONS=tile.positions,
-            CLASSES=tile.classes, ACC=_arithmetic(logits), num_warps=tile.warps,
+            class_sums, confidence_sums, *layout.sizes, *layout.contiguous,
+            PLANES=layout.planes, UNIT=layout.unit, POSITIONS=tile.positions,
+            CLASSES=tile.classes, ACC=_arithmetic(logits), **tile.options(logits.device),
         )  # fmt: skip
     empty = logits.new_empty((0,), dtype=dtype)
     grad_scale, grad_bias = _class_gradients(class_sums, None, (want_scale, want_bias), empty)
