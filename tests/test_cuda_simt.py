@@ -120,6 +120,9 @@ def small_calls() -> list[Call]:
         (dense(1, 90, 50), 30 << 10), (upsample((1, 500, 6, 8), (9, 13)), 64 << 10),
     ):  # fmt: skip
         calls += problem.calls(shared_bytes=shared)
+    # Rows by clusters of two blocks.
+    for problem in (row(5, 8200), row(3, 9001, torch.bfloat16, options=everything(9001, 3))):
+        calls.append(problem.calls(has_clusters=True)[0])
     for problem in (
         row(7, 19), row(3, 1203, torch.bfloat16), row(2, 5001, torch.float64),
         dense(2, 5, 70), dense(1, 60, 40, torch.float16),
@@ -143,6 +146,26 @@ def test_row_tiers_at_every_alignment(
     kernels.set_options()
     for call in row(11, classes, dtype).calls():
         check(kernels, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [8193, 12288, 12289, 40001, 49145])
+def test_rows_by_clusters(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+    for seed in (None, 1):
+        kernels.set_options(shuffle=seed is not None, seed=seed or 0)
+        problem = row(5, classes, dtype, options=everything(classes, 5))
+        problem.target[1] = -100
+        check(kernels, problem.calls(has_clusters=True)[0])
+
+
+def test_clusters_read_a_wide_row_once(kernels: ModuleType) -> None:
+    problem = row(3, 40001)
+    logits = problem.logits.numel() * 4
+    for clusters, reads in ((True, 1), (False, 2)):
+        run_call(kernels, problem.calls(has_clusters=clusters)[0])
+        traffic = kernels.traffic("logits")
+        assert traffic["load_bytes"] == reads * logits
+        assert 16 * traffic["wide_loads"] >= 0.98 * reads * logits
 
 
 SCRIPT = """

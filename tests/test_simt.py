@@ -46,6 +46,14 @@ def first_lanes(x: Array) -> Array:
     return result
 
 
+def cluster_sums(x: Array) -> Array:
+    return np.asarray(x.reshape(GRID // 2, 2, BLOCK)[:, :, :3].sum((1, 2)).repeat(2))
+
+
+def next_in_cluster(x: Array) -> Array:
+    return np.asarray(x.reshape(GRID // 2, 2, BLOCK)[:, ::-1])
+
+
 # What each right kernel leaves at the start of its output.
 EXPECTED: dict[str, Callable[[Array], Any]] = {
     "block_sum": lambda x: np.full(GRID, x.sum(dtype=np.float64)),
@@ -71,6 +79,11 @@ EXPECTED: dict[str, Callable[[Array], Any]] = {
     "static_reverse": lambda x: x.reshape(GRID, BLOCK)[:, ::-1],
     "round_trip": rounded,
     "vote": lambda x: np.ones_like(x),
+    "cluster_sum": cluster_sums,
+    "cluster_exit": next_in_cluster,
+    "cluster_deadlock": lambda x: x,
+    "cluster_arrival": lambda x: x,
+    "cluster_rank": lambda x: x,
 }
 
 # The faults that launch reports by itself.
@@ -87,6 +100,10 @@ ERRORS = {
     "store_into_input": r"store into a read-only buffer: 4 bytes at byte \d+ of in",
     "load_misaligned": r"misaligned load: 16 bytes at byte \d+ of in",
     "shared_overflow": "shared memory overflow: byte 1024 of 1024 was written",
+    "cluster_exit": "shared memory of block [01], which has exited",
+    "cluster_deadlock": "deadlock: not all threads reach the same barrier",
+    "cluster_arrival": "a second arrival at the cluster's barrier",
+    "cluster_rank": "block 2 of a cluster of 2 blocks",
 }
 
 # The faults that the thread sanitizer reports, and what is special about each.
@@ -99,6 +116,7 @@ RACES = {
     "blocks_write": "two blocks",
     "blocks_chain": "two blocks",
     "static_reverse": "static shared memory",
+    "cluster_sum": "memory of another block of the cluster",
 }
 
 
@@ -202,17 +220,20 @@ def test_indices(
 
 
 @pytest.mark.parametrize(
-    ("grid", "block", "shared", "message"),
+    ("kernel", "grid", "block", "shared", "message"),
     [
-        (1, 1025, 0, "more than 1024 threads"),
-        (0, 32, 0, "empty grid or block"),
-        (1, 32, 228 << 10, "more than 227 KiB"),
+        ("shift", 1, 1025, 0, "more than 1024 threads"),
+        ("shift", 0, 32, 0, "empty grid or block"),
+        ("shift", 1, 32, 228 << 10, "more than 227 KiB"),
+        ("cluster_sum", 3, 32, 0, "a grid that is no multiple of its clusters"),
     ],
 )
-def test_limits(planted: ModuleType, grid: int, block: int, shared: int, message: str) -> None:
+def test_limits(
+    planted: ModuleType, kernel: str, grid: int, block: int, shared: int, message: str
+) -> None:
     x = np.zeros(1, np.float32)
     with pytest.raises(planted.Error, match=message):
-        planted.run("shift", False, x, x.copy(), grid, block, shared)
+        planted.run(kernel, False, x, x.copy(), grid, block, shared)
 
 
 # ---- Under the sanitizers: each run is a process of its own ----

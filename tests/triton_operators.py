@@ -1,6 +1,6 @@
 """A pytest plugin: the Triton operators, interpreted on the CPU, in place of the native ones.
 
-    python -m pytest -p triton_operators tests/test_row.py
+python -m pytest -p triton_operators tests/test_row.py
 """
 
 from __future__ import annotations

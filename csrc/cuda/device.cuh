@@ -201,6 +201,29 @@ __device__ __forceinline__ A vector_entry(const void* vector, int64_t i, A absen
   return vector ? static_cast<const A*>(vector)[i] : absent;
 }
 
+// The blocks of a cluster (sm_90 and newer): they run together, and write each other's shared
+// memory.
+struct Cluster {
+  // What threads of all blocks wrote before is seen after it by all of them.
+  static __device__ __forceinline__ void barrier() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+#else
+    __trap();  // not launched: TorchLauncher::clusters
+#endif
+  }
+  // The same place in the shared memory of block `rank`.
+  template <class V>
+  static __device__ __forceinline__ V* of_block(V* shared, int rank) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    return static_cast<V*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
+#else
+    return shared;
+#endif
+  }
+};
+
 // The threads that work on one row together: a power of two within a warp, or, Wide, the block.
 template <class A, bool Wide>
 class Group {

@@ -14,17 +14,23 @@ struct Shape {
   int64_t grid_y = 1;
   int threads = 0;
   size_t shared_bytes = 0;
+  bool clustered = false;  // the grid_y blocks of one x run together and share memory
 };
+
+constexpr int kClusterBlocks = 8;  // at most, on every device that has clusters
 
 // Of the device.
 struct Limits {
   int multiprocessors = 0;
   size_t shared_bytes = 0;  // of a block, at most
+  bool has_clusters = false;
 };
 
 // Interface: every launcher has
 //   Limits limits() const;
 //   int blocks_per_multiprocessor(void (*kernel)(Args), int threads, size_t shared_bytes);
+//   int clusters(void (*kernel)(Args), const Shape& shape);
+//     how many of the shape's clusters run at once; 0: the device or the kernel's code has none
 //   void launch(void (*kernel)(Args), Shape shape, const Args& args);
 //   void* allocate(size_t bytes);   // device memory, valid until the launcher's end
 

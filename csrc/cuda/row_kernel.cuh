@@ -4,9 +4,12 @@
 //   the class sums; the next row's are on their way meanwhile.
 // - row_forward_kernel: the maximum of u, the exponentials and their sums, the row's loss, and with
 //   these known the row's share of the gradients of scale, bias and confidence (position.cuh).
-// - With more vectors than a block keeps, each block sums a tile of the row and row_combine_kernel
-//   adds the tiles; the class sums are then made by row_backward_kernel.cuh from a second read.
-// - Memory: the logits are read once (twice for class sums of such a wide row).
+// - With more vectors than a block keeps, the blocks of a cluster keep a tile each and add their
+// sums
+//   through shared memory (sm_90 and newer, class sums wanted, up to kClusterBlocks tiles). Else
+//   each block sums a tile and row_combine_kernel adds the tiles; class sums are then made by
+//   row_backward_kernel.cuh from a second read.
+// - Memory: the logits are read once (but for that second read).
 // - Whatever reduction divides by is known when all blocks are done: finish_kernel.cuh divides.
 #pragma once
 
@@ -35,9 +38,57 @@ struct FetchedRow {
   }
 };
 
-template <class T, bool Calibrated, bool Wide>
-__global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
-    row_forward_kernel(const RowArgs args) {
+// The sums of a row's tiles, one of each block of a cluster, added up in every block.
+template <class A>
+class ClusterSums {
+ public:
+  // Ends with a barrier: until then blocks may not have started, and have no memory to write to.
+  __device__ __forceinline__ ClusterSums(A* memory, int tiles) : memory_(memory), tiles_(tiles) {
+    Cluster::barrier();
+  }
+
+  __device__ __forceinline__ PositionSums<A> add(const PositionSums<A>& sums, bool smoothing,
+                                                 int64_t round) {
+    if (static_cast<int>(threadIdx.x) < tiles_)
+      sums.write(Cluster::of_block(area(round), threadIdx.x) + blockIdx.y * kValues, 1);
+    Cluster::barrier();
+    const int tile = threadIdx.x % kClusterBlocks;
+    PositionSums<A> total;
+    if (tile < tiles_) total = PositionSums<A>::read(area(round) + tile * kValues, 1);
+    // Every thread of every block by the same additions: the same bits.
+#pragma unroll
+    for (int distance = kClusterBlocks / 2; distance > 0; distance /= 2)
+      total.add(total.of_lane(distance), smoothing);
+    return total;
+  }
+
+  // The maximum that this block has added, again: read, so as not to be kept in a register.
+  __device__ __forceinline__ A own_maximum(int64_t round) const {
+    return area(round)[blockIdx.y * kValues];
+  }
+
+ private:
+  // Two in turn: who writes one again has met all others since they read it.
+  __device__ __forceinline__ A* area(int64_t round) const {
+    return memory_ + (round & 1) * kClusterBlocks * kValues;
+  }
+
+  static constexpr int kValues = PositionSums<A>::kValues;
+  static_assert(2 * kClusterBlocks * kValues == kClusterSumsEntries, "scratch of another size");
+  A* memory_;
+  int tiles_;
+};
+
+struct NoCluster {
+  __device__ __forceinline__ NoCluster(const void*, int) {}
+};
+
+// Clustered: a row's tiles are the blocks of a cluster.
+template <class T, bool Calibrated, bool Wide, bool Clustered = false>
+__global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
+                                  : Wide    ? kWideThreads<T>
+                                            : kNarrowThreads,
+                                  1) row_forward_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>;
   DISALIGN_SHARED_MEMORY(memory);
@@ -54,8 +105,12 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
     __syncthreads();
   }
   BlockSums block_sums(reinterpret_cast<double*>(memory), tile.groups);
-  Group<A, Wide> group(tile.lanes, class_memory - Group<A, Wide>::kScratchEntries);
-  const bool tiled = args.tiles > 1;
+  A* group_memory = class_memory - Group<A, Wide>::kScratchEntries;
+  Group<A, Wide> group(tile.lanes, group_memory);
+  std::conditional_t<Clustered, ClusterSums<A>, NoCluster> cluster(
+      group_memory - kClusterSumsEntries, args.tiles);
+  const bool tiled = !Clustered && args.tiles > 1;
+  const bool writes = !Clustered || blockIdx.y == 0;  // what is the whole row's
   const bool sum_classes = Calibrated && args.class_gradients && !tiled;
   const bool slopes = Calibrated && args.grad_confidence;
   const A* class_weight = static_cast<const A*>(args.weight);
@@ -157,16 +212,21 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
       continue;
     }
 
+    A rescale = 1;  // of e, which is relative to the tile's maximum
+    if constexpr (Clustered) {
+      sums = cluster.add(sums, smoothing, round);
+      rescale = exponential(cluster.own_maximum(round) - sums.maximum);
+    }
     const A target_weight = counts && class_weight ? class_weight[row.target] : A(1);
     const A v_i = counts ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
-    if (tile.lane == 0 && i < args.images) {
+    if (writes && tile.lane == 0 && i < args.images) {
       write_position(args, i, row.target, sums, result, v_i, c);
       if (counts)
         block_sums.add(tile.group, result.loss * v_i, divisor_share(args, target_weight, v_i));
     }
     if (!sum_classes || !counts) continue;
-    const A softmax = v_i * c * result.softmax, smooth = v_i * c * result.smooth;
+    const A softmax = v_i * c * result.softmax * rescale, smooth = v_i * c * result.smooth;
     const A at_target = v_i * c * result.at_target;
 #pragma unroll
     for (int part = 0; part < kParts<T>; ++part) {
@@ -185,7 +245,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
     }
   }
   if (tiled) return;
-  if (args.block_sums) block_sums.write(args.block_sums);
+  if (args.block_sums && writes) block_sums.write(args.block_sums);
   if (sum_classes) {
     if constexpr (Calibrated)
       write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);

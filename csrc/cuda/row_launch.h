@@ -73,12 +73,32 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   return plan;
 }
 
+// The same rows by clusters: a tile as large as a block can keep, all tiles of a row at once.
+// plan.tiles is 1 where they are too many, or there is too little shared memory.
+template <class T>
+RowPlan row_cluster_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
+  constexpr int K = kKept<T>;
+  const int64_t vectors = plan.tiles * int64_t{plan.tile_vectors};
+  plan.tiles = static_cast<int>(divide_up(vectors, kClusterThreads<T> * K));
+  plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
+  plan.shape.threads = static_cast<int>(divide_up(divide_up(plan.tile_vectors, K), 32) * 32);
+  plan.shape.grid_y = plan.tiles;
+  plan.shape.shared_bytes = static_cast<size_t>(kRowScratchBytes<Accumulate<T>, true> +
+                                                row_class_bytes<T>(args, plan.tile_vectors));
+  plan.shape.clustered = true;
+  if (plan.tiles > kClusterBlocks || plan.shape.shared_bytes > limits.shared_bytes) plan.tiles = 1;
+  return plan;
+}
+
 // As many blocks as run at once, or as there is work for; a multiple of the period.
 template <class Launcher, class Args>
 void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, RowPlan& plan) {
-  const int64_t resident = int64_t{launcher.limits().multiprocessors} *
-                           std::max(1, launcher.blocks_per_multiprocessor(
-                                           kernel, plan.shape.threads, plan.shape.shared_bytes));
+  const int64_t resident =
+      plan.shape.clustered
+          ? int64_t{plan.tiles} * launcher.clusters(kernel, plan.shape)
+          : int64_t{launcher.limits().multiprocessors} *
+                std::max(1, launcher.blocks_per_multiprocessor(kernel, plan.shape.threads,
+                                                               plan.shape.shared_bytes));
   // Class sums are written and read once a block: worth the rows that it has.
   constexpr int64_t kRowsOfSums = 4;
   const int64_t groups =
@@ -128,14 +148,27 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   const bool reduce = args.reduction != kReduceNone;
   FinishArgs last;
   RowPlan plan = row_plan<T>(args, launcher.limits(), kWideThreads<T>);
+  bool clustered = false;
+  if constexpr (Calibrated) {
+    if (plan.tiles > 1 && args.class_gradients) {
+      const RowPlan cluster = row_cluster_plan<T>(args, launcher.limits(), plan);
+      clustered = cluster.tiles > 1 &&
+                  launcher.clusters(row_forward_kernel<T, true, true, true>, cluster.shape) > 0;
+      if (clustered) plan = cluster;
+    }
+  }
   for_bool(plan.wide, [&](auto wide) {
-    const auto kernel = row_forward_kernel<T, Calibrated, decltype(wide)::value>;
+    auto kernel = row_forward_kernel<T, Calibrated, decltype(wide)::value>;
+    if constexpr (Calibrated && decltype(wide)::value) {
+      if (clustered) kernel = row_forward_kernel<T, true, true, true>;
+    }
     fill_grid(launcher, kernel, args, plan);
     apply(plan, args);
     if (args.images == 0) return;
     last.blocks = plan.shape.grid_x;
     Shape combine;
-    if (plan.tiles > 1) {
+    const bool tiled = plan.tiles > 1 && !clustered;
+    if (tiled) {
       args.tile_sums =
           launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.images * sizeof(A));
       combine.threads = kNarrowThreads;
@@ -149,7 +182,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     if (reduce)
       args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
     launcher.launch(kernel, plan.shape, args);
-    if (plan.tiles == 1) return;
+    if (!tiled) return;
     launcher.launch(row_combine_kernel<A>, combine, args);
     if (!args.class_gradients) return;
     // Their sums, not yet divided: the loss's gradient for an upstream gradient of 1.

@@ -60,7 +60,7 @@ class TorchLauncher : public Workspace {
   explicit TorchLauncher(const Tensor& logits) : Workspace(place_of(logits)) {}
 
   // A small device: its few blocks go round their loops several times.
-  Limits limits() const { return {2, 99 << 10}; }
+  Limits limits() const { return {2, 99 << 10, true}; }
 
   template <class Args>
   int blocks_per_multiprocessor(void (*)(Args), int, size_t) const {
@@ -68,11 +68,17 @@ class TorchLauncher : public Workspace {
   }
 
   template <class Args>
+  int clusters(void (*)(Args), const Shape&) const {
+    return 2;
+  }
+
+  template <class Args>
   void launch(void (*kernel)(Args), const Shape& shape, const Args& args) {
     require_grid(shape);
     require(shape.shared_bytes <= limits().shared_bytes, "more shared memory than there is");
-    ::simt::launch(dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
-                   [&] { kernel(args); });
+    ::simt::launch(
+        dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
+        [&] { kernel(args); }, dim3(1, shape.clustered ? shape.grid_y : 1));
   }
 };
 
@@ -112,17 +118,53 @@ class TorchLauncher : public Workspace {
   }
 
   template <class Args>
+  int clusters(void (*kernel)(Args), const Shape& shape) {
+    // Code for an older architecture, compiled anew for this device, has no clusters either.
+    cudaFuncAttributes attributes;
+    require_cuda(cudaFuncGetAttributes(&attributes, kernel), "function attributes");
+    if (!limits_.has_clusters || attributes.ptxVersion < 90) return 0;
+    Configuration configuration(shape, stream_);
+    allow_shared(kernel, shape.shared_bytes);
+    int clusters = 0;
+    const void* function = reinterpret_cast<const void*>(kernel);
+    // An error: a cluster of this size does not fit.
+    if (cudaOccupancyMaxActiveClusters(&clusters, function, &configuration.launch) != cudaSuccess) {
+      cudaGetLastError();
+      return 0;
+    }
+    return clusters;
+  }
+
+  template <class Args>
   void launch(void (*kernel)(Args), const Shape& shape, const Args& args) {
     require_grid(shape);
     allow_shared(kernel, shape.shared_bytes);
-    const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
+    Configuration configuration(shape, stream_);
     void* arguments[] = {const_cast<Args*>(&args)};
-    require_cuda(
-        cudaLaunchKernel(kernel, grid, dim3(shape.threads), arguments, shape.shared_bytes, stream_),
-        "launch");
+    require_cuda(cudaLaunchKernelExC(&configuration.launch, reinterpret_cast<const void*>(kernel),
+                                     arguments),
+                 "launch");
   }
 
  private:
+  struct Configuration {
+    cudaLaunchAttribute attribute = {};
+    cudaLaunchConfig_t launch = {};
+
+    Configuration(const Shape& shape, cudaStream_t stream) {
+      launch.gridDim =
+          dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y));
+      launch.blockDim = dim3(static_cast<unsigned>(shape.threads));
+      launch.dynamicSmemBytes = shape.shared_bytes;
+      launch.stream = stream;
+      launch.attrs = &attribute;
+      launch.numAttrs = shape.clustered ? 1 : 0;
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {1, static_cast<unsigned>(shape.grid_y), 1};
+    }
+    Configuration(const Configuration&) = delete;
+  };
+
   explicit TorchLauncher(Place place) : Workspace(place), guard_(place.index) {
     require(current_stream() != nullptr, "this build of torch has no CUDA");
     void* stream = nullptr;
@@ -142,7 +184,10 @@ class TorchLauncher : public Workspace {
                  "device attribute");
     require_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                  "device attribute");
-    return known[device] = {multiprocessors, static_cast<size_t>(shared)};
+    int clusters = 0;
+    require_cuda(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device),
+                 "device attribute");
+    return known[device] = {multiprocessors, static_cast<size_t>(shared), clusters != 0};
   }
 
   // More than 48 KiB must be asked for. All that there is, always: a thread that asked for less

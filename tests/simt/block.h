@@ -36,7 +36,7 @@ struct Warp {
 };
 
 struct Launch {
-  dim3 grid, block;
+  dim3 grid, block, cluster;
   size_t shared_bytes = 0;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
@@ -45,10 +45,13 @@ struct Launch {
   char message[1024] = "";  // the first failure's
 };
 
+struct Cluster;
+
 // Reused for one block after another, and for later launches (scheduler.h).
 struct Block {
   Launch* launch = nullptr;
-  uint64_t number = 0;
+  Cluster* cluster = nullptr;
+  uint32_t rank = 0;  // in the cluster
   uint3 index{};
   dim3 grid, dim;
 
@@ -81,6 +84,21 @@ struct Block {
   SharedMemory shared;
   Traffic traffic[kMostWatched];
   int last_watched[2] = {};  // by loads, by stores
+};
+
+constexpr uint32_t kMostClusterBlocks = 8;
+
+// Blocks that run together; a launch without clusters has clusters of one block.
+struct Cluster {
+  explicit Cluster(const Launch& launch)
+      : size(launch.cluster.x * launch.cluster.y * launch.cluster.z) {}
+
+  uint32_t size;
+  Block* blocks[kMostClusterBlocks] = {};
+  // The barrier: cluster.h.
+  uint32_t live = 0, arrived = 0;  // threads
+  uint64_t generation = 0;
+  char tags[2] = {};
 };
 
 inline thread_local Block* this_block = nullptr;
@@ -178,6 +196,18 @@ SIMT_UNSEEN inline void barrier(Place place, bool predicate = false) {
   acquire(tag);
 }
 
+SIMT_UNSEEN inline void open_cluster_barrier(Cluster& cluster) {
+  cluster.arrived = 0;
+  cluster.generation++;
+}
+
+// Threads that have exited count as arrived.
+SIMT_UNSEEN inline void leave_cluster(Cluster& cluster, const Fiber& fiber) {
+  cluster.live--;
+  if (fiber.arrived_at_cluster && fiber.cluster_generation == cluster.generation) cluster.arrived--;
+  if (cluster.live && cluster.arrived == cluster.live) open_cluster_barrier(cluster);
+}
+
 // The running thread returns from the kernel. As on the device, a barrier does not wait for it; a
 // warp collective that names it can no longer complete.
 SIMT_UNSEEN inline void exit_thread() {
@@ -195,6 +225,7 @@ SIMT_UNSEEN inline void exit_thread() {
   fiber.finished = true;
   block.live--;
   if (block.live && block.arrived == block.live) open_barrier(block);
+  leave_cluster(*block.cluster, fiber);
 }
 
 }  // namespace simt

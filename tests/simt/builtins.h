@@ -16,6 +16,7 @@
 
 #include "basics.h"
 #include "block.h"
+#include "cluster.h"
 #include "warp.h"
 
 #undef __shared__
@@ -74,6 +75,21 @@ SIMT_UNSEEN inline int __syncthreads_and(int predicate, simt::Place place = simt
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Place place = simt::Place::here()) {
   simt::exchange<true>(mask, 0, place);
+}
+
+// ---- Clusters (sm_90) ----
+
+inline unsigned __clusterRelativeBlockRank() { return simt::this_block->rank; }
+inline unsigned __clusterSizeInBlocks() { return simt::this_block->cluster->size; }
+inline void __cluster_barrier_arrive(simt::Place place = simt::Place::here()) {
+  simt::cluster_arrive(place);
+}
+inline void __cluster_barrier_wait(simt::Place place = simt::Place::here()) {
+  simt::cluster_wait(place);
+}
+inline void* __cluster_map_shared_rank(const void* pointer, unsigned rank,
+                                       simt::Place place = simt::Place::here()) {
+  return simt::map_shared(pointer, rank, place);
 }
 
 // ---- Warp collectives ----

@@ -77,6 +77,8 @@ struct Fiber {
   const uint64_t* awaited = nullptr;
   uint64_t awaited_generation = 0;
   Place place;
+  bool arrived_at_cluster = false;  // at the barrier of this generation, without having waited
+  uint64_t cluster_generation = 0;
   void* timeline = nullptr;
   void* fake_stack = nullptr;
 };

@@ -39,12 +39,18 @@ class Launcher {
   }
 
   template <class Args>
+  int clusters(void (*)(Args), const Shape&) const {
+    return limits_.has_clusters ? 2 : 0;
+  }
+
+  template <class Args>
   void launch(void (*kernel)(Args), const Shape& shape, const Args& args) const {
     if (shape.shared_bytes > limits_.shared_bytes)
       throw std::runtime_error("more shared memory than there is");
     if (shape.grid_y > 65535) throw std::runtime_error("more blocks than there are");
-    simt::launch(dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
-                 [&] { kernel(args); });
+    simt::launch(
+        dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
+        [&] { kernel(args); }, dim3(1, shape.clustered ? shape.grid_y : 1));
   }
 
   // Of exactly this size, so that the address sanitizer sees its end; NaN until written.
@@ -135,6 +141,7 @@ void define(py::module_& module, const char* name, Run<Args> run) {
     Limits limits{2, 99 << 10};
     fields.number("multiprocessors", limits.multiprocessors);
     fields.number("shared_bytes", limits.shared_bytes);
+    fields.number("has_clusters", limits.has_clusters);
     Launcher launcher(limits);
     run(launcher, static_cast<Dtype>(fields.integer("dtype")), args);
   });

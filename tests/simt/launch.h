@@ -1,9 +1,10 @@
-// simt::launch: all blocks of a grid, on a few OS threads.
+// simt::launch: all blocks of a grid, on a few OS threads; a cluster of blocks on one.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -47,18 +48,26 @@ inline bool has_failed(const Launch& launch) {
   return __atomic_load_n(&launch.failed, __ATOMIC_RELAXED);
 }
 
+// order: of the clusters.
 inline void run_on_threads(Launch& launch, const std::vector<uint32_t>& order) {
   uint64_t next = 0;
   const auto work = [&] {
-    std::unique_ptr<Block> block = idle_blocks.take();
-    prepare(*block, launch);
+    std::unique_ptr<Block> blocks[kMostClusterBlocks];
+    Cluster cluster(launch);
+    for (uint32_t rank = 0; rank < cluster.size; rank++) {
+      blocks[rank] = idle_blocks.take();
+      prepare(*blocks[rank], launch);
+      cluster.blocks[rank] = blocks[rank].get();
+    }
     while (!has_failed(launch)) {
       const uint64_t i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (i >= order.size()) break;
-      run_block(*block, order[i]);
+      run_cluster(cluster, order[i]);
     }
-    add_traffic(block->traffic);
-    idle_blocks.put_back(std::move(block));
+    for (uint32_t rank = 0; rank < cluster.size; rank++) {
+      add_traffic(blocks[rank]->traffic);
+      idle_blocks.put_back(std::move(blocks[rank]));
+    }
   };
   // A thread is worth its start from a few blocks on.
   uint64_t thread_count = launch.options.shuffle ? 1 : launch.options.os_threads;
@@ -69,7 +78,7 @@ inline void run_on_threads(Launch& launch, const std::vector<uint32_t>& order) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// For the thread sanitizer: every block on an OS thread of its own, with memory of its own, one
+// For the thread sanitizer: every cluster on an OS thread of its own, with memory of its own, one
 // after another, but nothing that the sanitizer knows of orders them. So it sees races between
 // blocks, and does not take the reuse of a stack or of shared memory for one.
 SIMT_UNSEEN inline void run_unordered(Launch& launch, const std::vector<uint32_t>& order) {
@@ -82,15 +91,22 @@ SIMT_UNSEEN inline void run_unordered(Launch& launch, const std::vector<uint32_t
   const uint32_t thread_count = launch.block.x * launch.block.y * launch.block.z;
   for (uint64_t i = 0; i < order.size(); i++) {
     if (threads.size() == kMostThreads) join();
-    void** block_timelines = timelines.of_block(i, thread_count);
+    std::array<void**, kMostClusterBlocks> of_rank{};
+    const uint32_t size = Cluster(launch).size;
+    for (uint32_t rank = 0; rank < size; rank++)
+      of_rank[rank] = timelines.of_block(i * size + rank, thread_count);
     bool done = false;
-    threads.emplace_back([&launch, &done, block_timelines, number = order[i]] {
+    threads.emplace_back([&launch, &done, of_rank, number = order[i]] {
       {
-        Block block;
-        block.timelines = block_timelines;
-        prepare(block, launch);
-        run_block(block, number);
-        add_traffic(block.traffic);
+        Block blocks[kMostClusterBlocks];
+        Cluster cluster(launch);
+        for (uint32_t rank = 0; rank < cluster.size; rank++) {
+          blocks[rank].timelines = of_rank[rank];
+          prepare(blocks[rank], launch);
+          cluster.blocks[rank] = &blocks[rank];
+        }
+        run_cluster(cluster, number);
+        for (uint32_t rank = 0; rank < cluster.size; rank++) add_traffic(blocks[rank].traffic);
       }
       __atomic_store_n(&done, true, __ATOMIC_RELAXED);
     });
@@ -106,7 +122,8 @@ SIMT_UNSEEN inline void run_unordered(Launch& launch, const std::vector<uint32_t
 }
 
 inline void check_limits(const Launch& launch) {
-  const dim3 grid = launch.grid, block = launch.block;
+  const dim3 grid = launch.grid, block = launch.block, cluster = launch.cluster;
+  const uint64_t clustered = uint64_t{cluster.x} * cluster.y * cluster.z;
   const auto require = [](bool holds, const std::string& what) {
     if (!holds) throw Error("simt: " + what);
   };
@@ -116,23 +133,31 @@ inline void check_limits(const Launch& launch) {
               uint64_t{block.x} * block.y * block.z <= 1024,
           "a block of more than 1024 threads");
   require(launch.shared_bytes <= 227 << 10, "more than 227 KiB of shared memory");
+  require(clustered > 0 && clustered <= kMostClusterBlocks, "a cluster of more than 8 blocks");
+  require(grid.x % cluster.x == 0 && grid.y % cluster.y == 0 && grid.z % cluster.z == 0,
+          "a grid that is no multiple of its clusters");
+  require(!kThreadSanitizer || clustered <= Timelines::number_of_sets(block.x * block.y * block.z),
+          "a cluster whose blocks the thread sanitizer would take for one another");
   require(!this_block, "a launch from inside a kernel");
 }
 
-// Runs body() once for each thread of each block; throws Error when it fails, and the next launch
-// works all the same. Not to be called from two OS threads at once.
+// Runs body() once for each thread of each block, the blocks of a cluster in turn; throws Error
+// when it fails, and the next launch works all the same. Not to be called from two OS threads at
+// once.
 template <class F>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, F&& body) {
+void launch(dim3 grid, dim3 block, size_t shared_bytes, F&& body, dim3 cluster = dim3(1)) {
   using Body = std::remove_reference_t<F>;
   Launch launch;
   launch.grid = grid;
   launch.block = block;
+  launch.cluster = cluster;
   launch.shared_bytes = shared_bytes;
   launch.body = [](void* argument) { (*static_cast<Body*>(argument))(); };
   launch.argument = const_cast<void*>(static_cast<const void*>(std::addressof(body)));
   launch.options = options();
   check_limits(launch);
-  std::vector<uint32_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  std::vector<uint32_t> order(blocks / (cluster.x * cluster.y * cluster.z));
   std::iota(order.begin(), order.end(), 0);
   if (launch.options.shuffle) {
     Random(launch.options.seed).shuffle(order.data(), order.size());

@@ -45,6 +45,11 @@ constexpr Planted kKernels[] = {
     PLANTED(static_reverse),
     PLANTED(round_trip),
     PLANTED(vote),
+    PLANTED(cluster_sum),
+    PLANTED(cluster_exit),
+    PLANTED(cluster_deadlock),
+    PLANTED(cluster_arrival),
+    PLANTED(cluster_rank),
 };
 
 using Array = py::array_t<float, py::array::c_style>;
@@ -62,7 +67,10 @@ void run(const std::string& name, bool fault, const Array& in, Array out, unsign
   for (const Planted& planted : kKernels) {
     if (planted.name != name) continue;
     const Kernel kernel = fault ? planted.wrong : planted.right;
-    simt::launch(grid, block, shared_bytes, [&] { kernel(source, target, n); });
+    const bool clustered = name.rfind("cluster_", 0) == 0;
+    simt::launch(
+        grid, block, shared_bytes, [&] { kernel(source, target, n); },
+        dim3(clustered ? kClusterSize : 1));
     return;
   }
   throw py::key_error(name);

@@ -270,6 +270,80 @@ __global__ void vote(const float* in, float* out, int) {
   out[global_thread()] = any ? 1.0f : 0.0f;
 }
 
+// ---- Clusters of kClusterSize blocks ----
+
+constexpr unsigned kClusterSize = 2;
+
+__device__ inline void cluster_barrier() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+__device__ inline float* of_block(float* shared, unsigned rank) {
+  return static_cast<float*>(__cluster_map_shared_rank(shared, rank));
+}
+
+// out[block] = sum of in[0], in[1] and in[2] of the cluster's blocks, each written by its block
+// into the memory of all of them. The fault: no barrier between that and the sum.
+template <bool kFault>
+__global__ void cluster_sum(const float* in, float* out, int) {
+  float* slots = SHARED_FLOATS;
+  float sum = 0.0f;
+  cluster_barrier();
+  for (int round = 0; round < 3; round++) {
+    float* area = slots + round % 2 * kClusterSize;
+    if (threadIdx.x < kClusterSize) {
+      float* to = of_block(area, threadIdx.x) + __clusterRelativeBlockRank();
+      *to = in[blockIdx.x * blockDim.x + round];  // fault: cluster_sum
+    }
+    if (!kFault) cluster_barrier();
+    for (unsigned rank = 0; rank < kClusterSize; rank++) {
+      sum += area[rank];  // fault: cluster_sum
+    }
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+  if (kFault) cluster_barrier();
+}
+
+// out[i] = in[i] of the next block of the cluster. The fault: no barrier at the end, so that a
+// block may have exited when another reads its memory.
+template <bool kFault>
+__global__ void cluster_exit(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  values[threadIdx.x] = in[global_thread()];
+  cluster_barrier();
+  const unsigned next = (__clusterRelativeBlockRank() + 1) % __clusterSizeInBlocks();
+  out[global_thread()] = of_block(values, next)[threadIdx.x];
+  if (!kFault) cluster_barrier();
+}
+
+// The fault: half of the threads wait for the cluster, the other half for their block.
+template <bool kFault>
+__global__ void cluster_deadlock(const float* in, float* out, int) {
+  if (!kFault || threadIdx.x % 2 == 0) cluster_barrier();
+  __syncthreads();
+  if (kFault && threadIdx.x % 2 == 1) cluster_barrier();
+  out[global_thread()] = in[global_thread()];
+}
+
+template <bool kFault>
+__global__ void cluster_arrival(const float* in, float* out, int) {
+  __cluster_barrier_arrive();
+  if (kFault) __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  out[global_thread()] = in[global_thread()];
+}
+
+// The fault: the memory of a third block of two.
+template <bool kFault>
+__global__ void cluster_rank(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  cluster_barrier();
+  of_block(values, kFault ? kClusterSize : __clusterRelativeBlockRank())[threadIdx.x] =
+      in[global_thread()];
+  out[global_thread()] = values[threadIdx.x];
+  cluster_barrier();
+}
+
 // out[i] = i, from every index of the block and of the thread.
 __global__ void number_threads(float* out) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;

@@ -1,4 +1,4 @@
-// Runs the fibers of a block in turn.
+// Runs the fibers of a block in turn, and the blocks of a cluster.
 #pragma once
 
 #include <algorithm>
@@ -85,6 +85,7 @@ inline void start_fibers(Block& block) {
     fiber.timeline = block.timelines ? block.timelines[i] : nullptr;
     fiber.finished = false;
     fiber.awaited = nullptr;
+    fiber.arrived_at_cluster = false;
     fiber.fake_stack = nullptr;
   }
   for (uint32_t i = 0; i < block.warp_count; i++) {
@@ -120,64 +121,104 @@ inline void record_deadlock(const Block& block) {
   record_failure(block, nullptr, places[0], text.c_str());
 }
 
-// Until all threads have exited or one has failed. A warp runs until none of its lanes can, then
-// the next one; lanes of a warp take turns between its collectives.
-SIMT_UNSEEN inline void take_turns(Block& block, Random* random) {
+// Every warp runs until none of its lanes can, lanes of a warp taking turns between its
+// collectives. Returns whether any thread ran.
+SIMT_UNSEEN inline bool take_turns(Block& block, Random* random) {
   uint32_t warp_order[32], lane_order[32];
   for (uint32_t i = 0; i < 32; i++) warp_order[i] = lane_order[i] = i;
-  while (block.live) {
-    bool progress = false;
-    if (random) random->shuffle(warp_order, block.warp_count);
-    for (uint32_t w = 0; w < block.warp_count; w++) {
-      for (bool again = true; again;) {
-        again = false;
-        if (random) random->shuffle(lane_order, 32);
-        for (uint32_t l = 0; l < 32; l++) {
-          const uint32_t i = warp_order[w] * 32 + lane_order[l];
-          if (i >= block.fiber_count) continue;
-          Fiber& fiber = block.fibers[i];
-          if (fiber.finished) continue;
-          if (fiber.awaited && *fiber.awaited == fiber.awaited_generation) continue;
-          enter_fiber(block, fiber);
-          if (block.abandoned) return;
-          again = progress = true;
-        }
+  bool progress = false;
+  if (random) random->shuffle(warp_order, block.warp_count);
+  for (uint32_t w = 0; w < block.warp_count; w++) {
+    for (bool again = true; again;) {
+      again = false;
+      if (random) random->shuffle(lane_order, 32);
+      for (uint32_t l = 0; l < 32; l++) {
+        const uint32_t i = warp_order[w] * 32 + lane_order[l];
+        if (i >= block.fiber_count) continue;
+        Fiber& fiber = block.fibers[i];
+        if (fiber.finished) continue;
+        if (fiber.awaited && *fiber.awaited == fiber.awaited_generation) continue;
+        enter_fiber(block, fiber);
+        if (block.abandoned) return true;
+        again = progress = true;
       }
     }
-    if (!progress) {
-      record_deadlock(block);
-      block.abandoned = true;
-      return;
-    }
   }
+  return progress;
 }
 
-SIMT_UNSEEN inline void run_fibers(Block& block) {
-  const Options& options = block.launch->options;
-  Random random(options.seed * 0x100000001 + block.number);
-  block.scheduler_timeline = current_timeline();
-  release(&block.start_tag);
-  this_block = &block;
-  take_turns(block, options.shuffle ? &random : nullptr);
-  this_block = nullptr;
-}
-
-inline void run_block(Block& block, uint64_t number) {
-  const dim3 grid = block.grid;
-  block.number = number;
-  block.index = make_uint3(static_cast<unsigned>(number % grid.x),
-                           static_cast<unsigned>(number / grid.x % grid.y),
-                           static_cast<unsigned>(number / grid.x / grid.y));
-  block.shared.poison();
-  start_fibers(block);
-  run_fibers(block);
+// A block whose threads have all exited: its memory is checked, and no longer anyone's.
+SIMT_UNSEEN inline void finish_block(Block& block) {
   for (uint32_t i = 0; i < block.fiber_count; i++) join_timeline(block.fibers[i].timeline);
   const int overwritten = block.shared.overwritten();
-  if (overwritten >= 0 && !block.abandoned) {
+  if (overwritten >= 0) {
     const std::string text = "shared memory overflow: byte " +
                              std::to_string(block.shared.bytes() + overwritten) + " of " +
                              std::to_string(block.shared.bytes()) + " was written";
     record_failure(block, nullptr, {}, text.c_str());
+  }
+  if (block.cluster->size > 1) block.shared.poison();
+}
+
+// Until all threads of the cluster have exited or one has failed.
+SIMT_UNSEEN inline void run_blocks(Cluster& cluster, Random* random) {
+  uint32_t order[kMostClusterBlocks];
+  for (uint32_t i = 0; i < cluster.size; i++) order[i] = i;
+  while (cluster.live) {
+    bool progress = false;
+    if (random) random->shuffle(order, cluster.size);
+    for (uint32_t i = 0; i < cluster.size; i++) {
+      Block& block = *cluster.blocks[order[i]];
+      if (!block.live) continue;
+      this_block = &block;
+      progress |= take_turns(block, random);
+      this_block = nullptr;
+      if (block.abandoned) return;
+      if (!block.live) finish_block(block);
+    }
+    if (!progress) {
+      for (uint32_t i = 0; i < cluster.size; i++) {
+        Block& block = *cluster.blocks[i];
+        if (!block.live) continue;
+        record_deadlock(block);
+        block.abandoned = true;
+        return;
+      }
+    }
+  }
+}
+
+inline uint3 block_index(const Launch& launch, uint32_t cluster, uint32_t rank) {
+  const dim3 size = launch.cluster, grid = launch.grid;
+  const uint32_t columns = grid.x / size.x, rows = grid.y / size.y;
+  return make_uint3(cluster % columns * size.x + rank % size.x,
+                    cluster / columns % rows * size.y + rank / size.x % size.y,
+                    cluster / columns / rows * size.z + rank / size.x / size.y);
+}
+
+// number: of the cluster.
+inline void run_cluster(Cluster& cluster, uint32_t number) {
+  const Launch& launch = *cluster.blocks[0]->launch;
+  cluster.live = cluster.arrived = 0;
+  for (uint32_t rank = 0; rank < cluster.size; rank++) {
+    Block& block = *cluster.blocks[rank];
+    block.cluster = &cluster;
+    block.rank = rank;
+    block.index = block_index(launch, number, rank);
+    block.shared.poison();
+    start_fibers(block);
+    cluster.live += block.live;
+    block.scheduler_timeline = current_timeline();
+    release(&block.start_tag);
+  }
+  Random random(launch.options.seed * 0x100000001 + number);
+  run_blocks(cluster, launch.options.shuffle ? &random : nullptr);
+  // After a failure: the other blocks' fibers are abandoned too.
+  for (uint32_t rank = 0; rank < cluster.size; rank++) {
+    Block& block = *cluster.blocks[rank];
+    if (!block.live) continue;
+    block.abandoned = true;
+    for (uint32_t i = 0; i < block.fiber_count; i++) join_timeline(block.fibers[i].timeline);
   }
 }
 

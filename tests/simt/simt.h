@@ -6,6 +6,7 @@
 //
 // Faults that simt sees by itself become simt::Error, thrown by simt::launch:
 //   - threads that do not all reach the same barrier or warp collective, bad lane masks
+//   - shared memory of another block that is not of the cluster, or has exited
 //   - accesses that note_load and note_store refuse (memory.h)
 //   - writes just behind dynamic shared memory; shared memory never written reads as NaN
 // The sanitizers see the rest: -fsanitize=address plain accesses outside a buffer, =alignment
@@ -21,6 +22,7 @@
 #include "basics.h"
 #include "block.h"
 #include "builtins.h"
+#include "cluster.h"
 #include "fiber.h"
 #include "launch.h"
 #include "memory.h"

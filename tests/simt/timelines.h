@@ -1,7 +1,8 @@
 // What the thread sanitizer must be told about fibers. Nothing without it.
 //
 // Each CUDA thread has a timeline of its own (a "fiber" of the sanitizer), and switching between
-// timelines orders nothing. Only __syncthreads and __syncwarp order: two accesses that no barrier
+// timelines orders nothing. Only __syncthreads, __syncwarp and
+// the cluster's barrier order: two accesses that no barrier
 // orders are reported as a data race with their source lines, under any schedule. simt's own state
 // passes between timelines all the time, so the functions that touch it are SIMT_UNSEEN and must
 // not call into the standard library with it.
@@ -59,10 +60,11 @@ class Timelines {
     while (count_ > 0) __tsan_destroy_fiber(all_[--count_]);
   }
 
- private:
   static uint64_t number_of_sets(uint32_t threads) {
     return threads >= 512 ? 2 : threads <= 128 ? 8 : 1024 / threads;
   }
+
+ private:
   // Not a vector: the blocks of a launch read here, and nothing orders them before it grows.
   void* all_[2048] = {};
   uint64_t count_ = 0;
@@ -82,6 +84,7 @@ inline void acquire(void*) {}
 
 class Timelines {
  public:
+  static uint64_t number_of_sets(uint32_t) { return 1; }
   void** of_block(uint64_t, uint32_t) { return nullptr; }
   void discard() {}
 };
