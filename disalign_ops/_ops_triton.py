@@ -14,7 +14,7 @@ import torch
 
 from . import _autograd, _ops
 from ._ops import Stem
-from ._triton import operators
+from ._triton import operators, upsample_operators
 
 _PREFIX = "triton_"
 
@@ -25,6 +25,11 @@ for _name in (_ops.ROW.name, _ops.DENSE.name):
     _FUNCTIONS[f"{_name}_backward_"] = operators.backward_in_place
     _FUNCTIONS[f"{_name}_calibrate"] = operators.calibrate
     _FUNCTIONS[f"{_name}_calibrate_backward"] = operators.calibrate_backward
+
+_FUNCTIONS["upsample_forward"] = upsample_operators.forward
+_FUNCTIONS["upsample_backward"] = upsample_operators.backward
+_FUNCTIONS["upsample_backward_"] = upsample_operators.backward_in_place
+_FUNCTIONS["upsample_predict"] = upsample_operators.predict
 
 _fakes = _ops.fakes()
 for _name, _function in _FUNCTIONS.items():
@@ -37,7 +42,7 @@ for _name, _function in _FUNCTIONS.items():
     _operator.register_fake(_fakes[_name])
     _ops._OPERATORS[_PREFIX + _name] = getattr(torch.ops.disalign_ops, _PREFIX + _name).default
 
-_STEMS = {stem.name: dataclasses.replace(stem, prefix=_PREFIX) for stem in (_ops.ROW, _ops.DENSE)}
+_STEMS = {stem.name: dataclasses.replace(stem, prefix=_PREFIX) for stem in _ops.STEMS}
 for _stem in _STEMS.values():
     _autograd.register(_stem)
 

@@ -38,12 +38,14 @@ def test_backend_info_says_what_serves_and_what_was_compiled() -> None:
     info = disalign_ops.backend_info()
     assert info["version"] == disalign_ops.__version__
     assert info["torch"] == torch.__version__
-    assert info["devices"] == {"cpu": "native", "cuda": "reference"}
+    assert info["devices"] == {"cpu": "native", "cuda": "reference", "xpu": "reference"}
     assert info["native"]["available"] is True
     assert info["native"]["instruction_set"] in COMPILED
     assert info["native"]["torch_target"] == "2.10"
     assert info["native"]["why_not_cuda"]
-    assert info["triton"]["why_not"]
+    assert info["triton"]["available"] is True
+    assert "GPU" in info["triton"]["why_not_cpu"]
+    assert info["triton"]["why_not_cuda"] == "no cuda device was found"
 
 
 def test_module_prints_backend_info() -> None:

@@ -16,8 +16,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 def pytest_configure(config: pytest.Config) -> None:
     from disalign_ops import _ops, _ops_triton
 
-    missing = [name for name in _ops.fakes() if name not in _ops_triton._FUNCTIONS]
-    operator_swap.swap(lambda name: _ops._OPERATORS[name if name in missing else f"triton_{name}"])
+    assert _ops_triton.stem_of(_ops.ROW).prefix == "triton_"
+    operator_swap.swap(lambda name: _ops._OPERATORS[f"triton_{name}"])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

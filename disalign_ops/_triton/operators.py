@@ -82,15 +82,15 @@ class Layout:
         return (self.classes * self.inner, self.inner) if self.planes else (0, self.classes)
 
 
-def _vector(logits: Tensor, entries: int) -> Tensor:
+def vector(logits: Tensor, entries: int) -> Tensor:
     return logits.new_empty((entries,), dtype=accumulate_dtype(logits.dtype))
 
 
-def _arithmetic(logits: Tensor) -> Any:
+def arithmetic(logits: Tensor) -> Any:
     return tl.float64 if logits.dtype == torch.float64 else tl.float32
 
 
-def _sum(sums: Tensor, denominator: Tensor | None, entries: int, offset: int = 0) -> Tensor:
+def sum_of(sums: Tensor, denominator: Tensor | None, entries: int, offset: int = 0) -> Tensor:
     """Over the programs of [programs][...]: `entries` from `offset` on; see sum_kernel."""
     out = sums.new_empty((entries,))
     count, stride = sums.shape[0], sums.stride(0)
@@ -102,7 +102,7 @@ def _sum(sums: Tensor, denominator: Tensor | None, entries: int, offset: int = 0
     return out
 
 
-def _class_gradients(
+def class_gradients(
     sums: Tensor | None, denominator: Tensor | None, wanted: tuple[bool, bool], empty: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of scale and bias from [programs][2][classes]."""
@@ -111,7 +111,7 @@ def _class_gradients(
         if wanted[k]:
             assert sums is not None
             classes = sums.shape[2]
-            grads[k] = _sum(sums, denominator, classes, k * classes)
+            grads[k] = sum_of(sums, denominator, classes, k * classes)
     return grads[0], grads[1]
 
 
@@ -180,22 +180,22 @@ def forward(
     blocks = layout.images * triton.cdiv(layout.inner, tile.positions)
     programs = launch.programs(blocks, tile, 1, logits.device)
     each = reduction == _REDUCE_NONE
-    row_max, row_sum = _vector(logits, n), _vector(logits, n)
-    loss = _vector(logits, n) if each else logits.new_empty((), dtype=row_max.dtype)
+    row_max, row_sum = vector(logits, n), vector(logits, n)
+    loss = vector(logits, n) if each else logits.new_empty((), dtype=row_max.dtype)
     divisor = logits.new_empty((), dtype=torch.float64)
     block_sums = None if each else logits.new_zeros((programs, 2), dtype=torch.float64)
     classes = want_scale or want_bias
     class_sums = None
     if classes and not tile.tiled:
         class_sums = logits.new_zeros((programs, 2, layout.classes), dtype=row_max.dtype)
-    grad_confidence = _vector(logits, n) if want_confidence else None
+    grad_confidence = vector(logits, n) if want_confidence else None
     if n:
         wrap_triton(forward_kernel)[(programs,)](
             *given.tensors, loss if each else None, row_max, row_sum, block_sums, class_sums,
             grad_confidence, *layout.sizes, given.ignore_index, given.label_smoothing,
             given.focal_gamma, int(normalizer == _BY_WEIGHTS),
             PLANES=layout.planes, UNIT=layout.unit, TILED=tile.tiled,
-            POSITIONS=tile.positions, CLASSES=tile.classes, ACC=_arithmetic(logits),
+            POSITIONS=tile.positions, CLASSES=tile.classes, ACC=arithmetic(logits),
             **tile.options(logits.device),
         )  # fmt: skip
     wrap_triton(loss_kernel)[(1,)](
@@ -205,9 +205,9 @@ def forward(
     if classes and class_sums is None and n:
         # Their sums, not yet divided: the loss's gradient for an upstream gradient of 1.
         class_sums = _sums_of_classes(given, row_max, row_sum)
-    scale, bias = _class_gradients(class_sums, divisor, (want_scale, want_bias), row_max)
+    scale, bias = class_gradients(class_sums, divisor, (want_scale, want_bias), row_max)
     if grad_confidence is not None:
-        confidence = _sum(grad_confidence.view(1, n), divisor, n)
+        confidence = sum_of(grad_confidence.view(1, n), divisor, n)
     else:
         confidence = row_max.new_empty((0,))
     return loss, row_max, row_sum, divisor, logits.new_empty((0,)), scale, bias, confidence
@@ -246,7 +246,7 @@ def _launch_backward(
             class_sums, confidence_sums, *layout.sizes, int(each), *strides, given.ignore_index,
             given.label_smoothing, given.focal_gamma,
             PLANES=layout.planes, UNIT=layout.unit, POSITIONS=tile.positions,
-            CLASSES=tile.classes, ACC=_arithmetic(logits), **tile.options(logits.device),
+            CLASSES=tile.classes, ACC=arithmetic(logits), **tile.options(logits.device),
         )  # fmt: skip
     return class_sums, confidence_sums
 
@@ -288,10 +288,10 @@ def _backward(
         given, grad_loss, (row_max, row_sum), denominator, target_logits, grad_logits,
         want_scale or want_bias, want_confidence,
     )  # fmt: skip
-    scale, bias = _class_gradients(class_sums, None, (want_scale, want_bias), row_max)
+    scale, bias = class_gradients(class_sums, None, (want_scale, want_bias), row_max)
     confidence = row_max.new_empty((0,))
     if confidence_sums is not None:
-        confidence = _sum(confidence_sums, None, confidence_sums.shape[1])
+        confidence = sum_of(confidence_sums, None, confidence_sums.shape[1])
     if grad_logits is None or in_place:
         grad_logits = logits.new_empty((0,))
     return grad_logits, scale, bias, confidence
@@ -375,7 +375,7 @@ def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -
         ](
             logits, scale, bias, confidence, out, *layout.sizes, *layout.contiguous,
             PLANES=layout.planes, UNIT=layout.unit, POSITIONS=tile.positions,
-            CLASSES=tile.classes, ACC=_arithmetic(logits), **tile.options(logits.device),
+            CLASSES=tile.classes, ACC=arithmetic(logits), **tile.options(logits.device),
         )  # fmt: skip
     return out
 
@@ -408,9 +408,9 @@ def calibrate_backward(
             grad_output, logits, scale, bias, confidence, grad_logits if want_logits else None,
             class_sums, confidence_sums, *layout.sizes, *layout.contiguous,
             PLANES=layout.planes, UNIT=layout.unit, POSITIONS=tile.positions,
-            CLASSES=tile.classes, ACC=_arithmetic(logits), **tile.options(logits.device),
+            CLASSES=tile.classes, ACC=arithmetic(logits), **tile.options(logits.device),
         )  # fmt: skip
     empty = logits.new_empty((0,), dtype=dtype)
-    grad_scale, grad_bias = _class_gradients(class_sums, None, (want_scale, want_bias), empty)
-    found = empty if confidence_sums is None else _sum(confidence_sums, None, n)
+    grad_scale, grad_bias = class_gradients(class_sums, None, (want_scale, want_bias), empty)
+    found = empty if confidence_sums is None else sum_of(confidence_sums, None, n)
     return grad_logits, grad_scale, grad_bias, found

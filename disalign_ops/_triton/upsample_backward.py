@@ -1,0 +1,220 @@
+"""The kernels of the upsampled loss, backward: gradients of the low-resolution logits and of their
+calibration.
+
+- factors_kernel: what the classes of an output share.
+- backward_kernel: a program owns NODES neighbouring nodes of a row and CLASSES classes. A cell is
+  what lies between four nodes: of each of the four cells around its nodes it goes through the
+  outputs and adds up its nodes' share, so nobody writes what another adds to.
+- Memory: the nodes around and their gradient; the factors of the outputs, once for the classes of a
+  program and each of the four nodes around an output.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .loss import class_indices, entries, inverse_of, slope, targets_of, write_class_sums
+from .position import log1p, row_terms, sigmoid
+from .upsample import OPTIONS, SIZES, STRIDES, between, masked, node, outputs_of
+
+
+@triton.jit
+def target_node(
+    logits, confidence, scale, bias, prior, t, valid, image, y, x, height, width,
+    image_stride, class_stride, y_stride, x_stride, ACC: tl.constexpr,
+):  # fmt: skip
+    """u of nodes, each in a class of its own (vectors y, x, t)."""
+    at = image * image_stride + y.to(tl.int64) * y_stride + x.to(tl.int64) * x_stride
+    at += t.to(tl.int64) * class_stride
+    u = tl.load(logits + at, mask=valid, other=0.0).to(ACC)
+    if confidence is not None:
+        c = sigmoid(tl.load(confidence + (image * height + y) * width + x, mask=valid, other=0.0))
+        u = u * (entries(scale, t, valid, 0.0, ACC) * c + 1.0)
+        u += entries(bias, t, valid, 0.0, ACC) * c
+    u += entries(prior, t, valid, 0.0, ACC)
+    low = masked(u)
+    return tl.where(u < low, low, u)
+
+
+@triton.jit(debug=True, do_not_specialize=[*SIZES, *STRIDES, *OPTIONS, "upstream_stride"])
+def factors_kernel(
+    logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
+    y_source, y_weight, x_source, x_weight, upstream, row_max, row_sum, denominator,
+    targets, factors,
+    images: tl.int64, classes: tl.int32, height: tl.int32, width: tl.int32,
+    out_height: tl.int32, out_width: tl.int32, image_stride: tl.int64, class_stride: tl.int64,
+    y_stride: tl.int64, x_stride: tl.int64, upstream_stride: tl.int64,
+    ignore_index: tl.int64, smoothing: tl.float64, gamma: tl.float64,
+    POSITIONS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """targets[positions], -1 where nothing counts, and factors[4][positions]: maximum, softmax,
+    smooth and at_target of q_j = softmax exp(u_j - maximum) - smooth w_j - at_target [j = t].
+    """
+    e = tl.full((), smoothing, ACC)
+    g = tl.full((), gamma, ACC)
+    count = tl.full((), classes, ACC)
+    all_weights = count if weights is None else tl.load(weights)
+    inverse = inverse_of(denominator, ACC)
+    image, y, x, i, inside = outputs_of(tl.program_id(0), out_height, out_width, POSITIONS)
+    t = targets_of(target, i, inside, ignore_index, classes)
+    counts = t >= 0
+    maximum = tl.load(row_max + i, mask=counts, other=0.0)
+    total = tl.load(row_sum + i, mask=counts, other=1.0)
+    nll = tl.zeros([POSITIONS], ACC)
+    if gamma > 0:
+        top, left = tl.load(y_source + y), tl.load(x_source + x)
+        down, across = tl.load(y_weight + y), tl.load(x_weight + x)
+        bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
+        u_t = between(
+            target_node(
+                logits, confidence, scale, bias, prior, t, counts, image, top, left, height,
+                width, image_stride, class_stride, y_stride, x_stride, ACC,
+            ),
+            target_node(
+                logits, confidence, scale, bias, prior, t, counts, image, top, right, height,
+                width, image_stride, class_stride, y_stride, x_stride, ACC,
+            ),
+            target_node(
+                logits, confidence, scale, bias, prior, t, counts, image, bottom, left, height,
+                width, image_stride, class_stride, y_stride, x_stride, ACC,
+            ),
+            target_node(
+                logits, confidence, scale, bias, prior, t, counts, image, bottom, right, height,
+                width, image_stride, class_stride, y_stride, x_stride, ACC,
+            ),
+            down, across,
+        )  # fmt: skip
+        u_t -= entries(margin, t, counts, 0.0, ACC)
+        nll = (maximum - u_t) + tl.where(u_t == maximum, log1p(total - 1.0), tl.log(total))
+    w_t = entries(weight, t, counts, 1.0, ACC)
+    softmax, at_target, share, _value = row_terms(nll, w_t, all_weights, e, count, g)
+    factor = entries(sample_weight, i, counts, 1.0, ACC)
+    if upstream is not None:
+        factor *= tl.load(upstream + i * upstream_stride, mask=counts, other=0.0)
+    # Where nothing is left to divide by every gradient is 0, whatever stands above.
+    factor = tl.where(inverse == 0.0, 0.0, factor * inverse)
+    positions = images * out_height * out_width
+    tl.store(targets + i, t, mask=inside)
+    tl.store(factors + i, maximum, mask=inside)
+    tl.store(factors + positions + i, factor * softmax / total, mask=inside)
+    tl.store(factors + 2 * positions + i, factor * share, mask=inside)
+    tl.store(factors + 3 * positions + i, factor * at_target, mask=inside)
+
+
+@triton.jit(debug=True, do_not_specialize=SIZES + STRIDES)
+def backward_kernel(
+    logits, weight, scale, bias, confidence, prior, margin,
+    y_weight, y_first, x_weight, x_first, targets, factors,
+    grad_logits, class_sums, confidence_sums,
+    images: tl.int64, classes: tl.int32, height: tl.int32, width: tl.int32,
+    out_height: tl.int32, out_width: tl.int32, image_stride: tl.int64, class_stride: tl.int64,
+    y_stride: tl.int64, x_stride: tl.int64, smoothing: tl.float64,
+    NODES: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """grad_logits, contiguous; class_sums [programs][2: scale, bias][classes]; confidence_sums
+    [tiles of classes][nodes].
+    """
+    columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
+    own = columns < classes
+    margins = entries(margin, columns, own, 0.0, ACC)[None, :]
+    grad_scale = tl.zeros([NODES, CLASSES], ACC)
+    grad_bias = tl.zeros([NODES, CLASSES], ACC)
+    positions = images * out_height * out_width
+    per_row = tl.cdiv(width, NODES)
+    blocks = images * height * per_row
+
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        row = block // per_row
+        image, y = (row // height).to(tl.int64), (row % height).to(tl.int32)
+        x = (block % per_row).to(tl.int32) * NODES + tl.arange(0, NODES)
+        inside = x < width
+        sum_u = tl.zeros([NODES, CLASSES], ACC)
+        for side_y in tl.static_range(2):
+            # The cells above (0) and below (1) the nodes: outputs between the rows top and bottom.
+            top = y - 1 + side_y
+            bottom = tl.minimum(top + 1, height - 1)
+            begin_y = tl.load(y_first + tl.maximum(top, 0))
+            end_y = tl.load(y_first + tl.maximum(top + 1, 0))
+            end_y = tl.where(top < 0, begin_y, end_y)
+            rows = tl.zeros([NODES], tl.int32)
+            for side_x in tl.static_range(2):
+                left = x - 1 + side_x
+                valid = inside & (left >= 0)
+                left = tl.where(valid, left, 0)
+                right = tl.minimum(left + 1, width - 1)
+                begin_x = tl.load(x_first + left, mask=valid, other=0)
+                end_x = tl.load(x_first + left + 1, mask=valid, other=0)
+                longest = tl.max(end_x - begin_x, 0)
+                up = tl.maximum(top, 0)
+                _z, ul, _c = node(
+                    logits, confidence, scale, bias, prior, columns, valid, own, image, rows + up,
+                    left, height, width, image_stride, class_stride, y_stride, x_stride, ACC,
+                )  # fmt: skip
+                _z, ur, _c = node(
+                    logits, confidence, scale, bias, prior, columns, valid, own, image, rows + up,
+                    right, height, width, image_stride, class_stride, y_stride, x_stride, ACC,
+                )  # fmt: skip
+                _z, ll, _c = node(
+                    logits, confidence, scale, bias, prior, columns, valid, own, image,
+                    rows + bottom, left, height, width, image_stride, class_stride, y_stride,
+                    x_stride, ACC,
+                )  # fmt: skip
+                _z, lr, _c = node(
+                    logits, confidence, scale, bias, prior, columns, valid, own, image,
+                    rows + bottom, right, height, width, image_stride, class_stride, y_stride,
+                    x_stride, ACC,
+                )  # fmt: skip
+                for out_y in range(begin_y, end_y):
+                    down = tl.load(y_weight + out_y)
+                    share_y = 1.0 - down if side_y == 1 else down
+                    for k in range(0, longest):
+                        out_x = begin_x + k
+                        there = out_x < end_x
+                        i = (image * out_height + out_y) * out_width + out_x
+                        t = tl.load(targets + i, mask=there, other=-1)
+                        counts = t >= 0
+                        maximum = tl.load(factors + i, mask=counts, other=0.0)
+                        softmax = tl.load(factors + positions + i, mask=counts, other=0.0)
+                        at_target = tl.load(factors + 3 * positions + i, mask=counts, other=0.0)
+                        across = tl.load(x_weight + out_x, mask=there, other=0.0)
+                        is_target = columns[None, :] == t[:, None]
+                        u = between(ul, ur, ll, lr, down, across[:, None])
+                        u = tl.where(is_target, u - margins, u)
+                        q = softmax[:, None] * tl.exp(u - maximum[:, None])
+                        if smoothing > 0:
+                            share = tl.load(factors + 2 * positions + i, mask=counts, other=0.0)
+                            w = entries(weight, columns, own, 1.0, ACC)[None, :]
+                            q -= share[:, None] * w
+                        q -= tl.where(is_target, at_target[:, None], 0.0)
+                        share_x = 1.0 - across if side_x == 1 else across
+                        q = q * (share_y * share_x)[:, None]
+                        sum_u += tl.where(counts[:, None], q, 0.0)
+
+        mask = inside[:, None] & own[None, :]
+        sum_u = tl.where(mask, sum_u, 0.0)
+        z, _u, c = node(
+            logits, confidence, scale, bias, prior, columns, inside, own, image,
+            tl.zeros([NODES], tl.int32) + y, tl.where(inside, x, 0), height, width,
+            image_stride, class_stride, y_stride, x_stride, ACC,
+        )  # fmt: skip
+        if confidence_sums is not None:
+            d = slope(z, columns, own, scale, bias, ACC)
+            sums = c * (1.0 - c) * tl.sum(sum_u * d, 1)
+            nodes = images * height * width
+            at = tl.program_id(1) * nodes + (image * height + y) * width + x
+            tl.store(confidence_sums + at, sums, mask=inside)
+        if class_sums is not None:
+            g_c = sum_u * c[:, None]
+            # A masked class adds 0, not 0 * -inf.
+            grad_scale += g_c * tl.where(z == -float("inf"), 0.0, z)
+            grad_bias += g_c
+        if grad_logits is not None:
+            if scale is not None:
+                sum_u *= entries(scale, columns, own, 0.0, ACC)[None, :] * c[:, None] + 1.0
+            at = ((image * classes + columns.to(tl.int64))[None, :] * height + y) * width
+            tl.store(grad_logits + (at + x[:, None]), sum_u.to(grad_logits.dtype.element_ty),
+                     mask=mask)  # fmt: skip
+
+    if class_sums is not None:
+        write_class_sums(class_sums, grad_scale, grad_bias, classes, columns)
