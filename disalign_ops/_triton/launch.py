@@ -41,7 +41,8 @@ class Tile:
 def tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
     """The tile for C classes: of the power of two at or above C, or a part of them.
 
-    rows, C <= 512: 512 logits (float64: 256), 4 warps; C <= 4096 (float64: 2048): one row, 8 logits a thread
+    rows, C <= 512: 512 logits (float64: 256), 4 warps
+    rows, C <= 4096 (float64: 2048): one row, 8 logits a thread
     rows beyond: parts of 2048 classes, 8 logits a thread
     planes, C <= 32: 32 positions, 128 bytes of float32 next to each other, 4 warps (float64: 8)
     planes, C <= 128: 32 positions, 8 warps; C <= 256: 16 positions, 8 warps (neither for float64)
