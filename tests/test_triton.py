@@ -35,7 +35,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     [
         (["row"], "shapes or contents or combination or integer_type"),
         (["dense", "calibrate", "in_place"], "shapes or contents or calibrate or in_place"),
-        (["upsample"], "details or mask or ignored"),
+        (["upsample"], "details_are or masked_classes_stay or integer_type"),
     ],
     ids=["row", "dense", "upsample"],
 )
