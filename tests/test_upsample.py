@@ -310,6 +310,24 @@ def test_masked_classes_stay_masked_between_columns(backend: str) -> None:
     assert run(loss, d, False)[0].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_masked_target_has_no_share_in_the_confidence(backend: str, dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 3, 2, 2, dtype=dtype)
+    logits[0, 1, 0, 0] = float("-inf")
+    target = torch.ones(1, 4, 4, dtype=torch.int64)
+    found = []
+    for name in (backend, "reference"):
+        torch.manual_seed(0)
+        c = torch.randn(1, 1, 2, 2, dtype=dtype, requires_grad=True)
+        scale, bias = torch.rand(3, dtype=dtype), torch.randn(3, dtype=dtype)
+        with disalign_ops.set_backend(name):
+            disalign_ops.upsample_cross_entropy(
+                logits, target, confidence=c, scale=scale, bias=bias
+            ).backward()
+        found.append(c.grad)
+    assert_close(found[0], found[1], dtype, "confidence")
+
+
 def test_nan_reaches_what_is_interpolated_from_it_and_nothing_else() -> None:
     d = dense((1, 9, 5, 5), (20, 20), torch.float32, reduction="none")
     with torch.no_grad():

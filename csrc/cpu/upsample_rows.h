@@ -110,12 +110,12 @@ void store_row(const UpsampleArgs& args, int64_t image, int64_t row,
       A grad_scale = 0, grad_bias = 0;
       for (int64_t x = 0; x < columns; ++x) {
         const A g = grad[x * padded + j];
-        A value = to_accumulate(z[x * args.x_stride]);
-        value = value == -kInfinity<A> ? A(0) : value;
-        grad_scale += g * c[x] * value;
+        const A value = to_accumulate(z[x * args.x_stride]);
+        const bool masked = value == -kInfinity<A>;  // no share in the scale's and confidence's
+        grad_scale += masked ? A(0) : g * c[x] * value;
         grad_bias += g * c[x];
         const A d = a * value + b;
-        slope[x] += g == A(0) ? A(0) : g * d;  // d may overflow where z masks
+        slope[x] += masked || g == A(0) ? A(0) : g * d;  // d may overflow where z is as low
       }
       if (args.class_gradients) {
         chunk.grad_scale[j] += static_cast<double>(grad_scale);
