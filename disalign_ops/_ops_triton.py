@@ -1,5 +1,5 @@
-"""Registers the Triton operators: `triton_row_forward` and so on, with the fakes, the autograd and
-the signatures of the native operators.
+"""Registers the Triton operators: `triton_row_forward` and so on, with the schemas, the fakes and
+the autograd of the native operators.
 
 Importing this module imports triton, which takes a second: _backends.py decides when.
 """
@@ -7,39 +7,65 @@ Importing this module imports triton, which takes a second: _backends.py decides
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _autograd, _ops
 from ._ops import Stem
 from ._triton import operators, upsample_operators
 
 _PREFIX = "triton_"
+_TYPES = {
+    "Tensor": Tensor,
+    "Optional[Tensor]": Tensor | None,
+    "int": int,
+    "float": float,
+    "bool": bool,
+}
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {}
-for _name in (_ops.ROW.name, _ops.DENSE.name):
-    _FUNCTIONS[f"{_name}_forward"] = operators.forward
-    _FUNCTIONS[f"{_name}_backward"] = operators.backward
-    _FUNCTIONS[f"{_name}_backward_"] = operators.backward_in_place
-    _FUNCTIONS[f"{_name}_calibrate"] = operators.calibrate
-    _FUNCTIONS[f"{_name}_calibrate_backward"] = operators.calibrate_backward
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"upsample_predict": upsample_operators.predict}
+for _stem, _module in (
+    (_ops.ROW, operators), (_ops.DENSE, operators), (_ops.UPSAMPLE, upsample_operators),
+):  # fmt: skip
+    _FUNCTIONS[f"{_stem.name}_forward"] = _module.forward
+    _FUNCTIONS[f"{_stem.name}_backward"] = _module.backward
+    _FUNCTIONS[f"{_stem.name}_backward_"] = _module.backward_in_place
+for _stem in (_ops.ROW, _ops.DENSE):
+    _FUNCTIONS[f"{_stem.name}_calibrate"] = operators.calibrate
+    _FUNCTIONS[f"{_stem.name}_calibrate_backward"] = operators.calibrate_backward
 
-_FUNCTIONS["upsample_forward"] = upsample_operators.forward
-_FUNCTIONS["upsample_backward"] = upsample_operators.backward
-_FUNCTIONS["upsample_backward_"] = upsample_operators.backward_in_place
-_FUNCTIONS["upsample_predict"] = upsample_operators.predict
 
-_fakes = _ops.fakes()
-for _name, _function in _FUNCTIONS.items():
-    # triton_op makes the function itself the fake; ours launches nothing.
+def _typed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function with the signature of the native operator of this name, for triton_op."""
+    schema = _ops._OPERATORS[name]._schema
+
+    def operator(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    parameters = [
+        inspect.Parameter(
+            argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            annotation=_TYPES[str(argument.type)],
+        )
+        for argument in schema.arguments
+    ]  # fmt: skip
+    results = len(schema.returns)
+    returns = Tensor if results == 1 else tuple[(Tensor,) * results]  # type: ignore[misc]
+    operator.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+    return operator
+
+
+for _name, _fake in _ops.fakes().items():
     _operator: Any = torch.library.triton_op(
         f"disalign_ops::{_PREFIX}{_name}",
-        _function,
+        _typed(_FUNCTIONS[_name], _name),
         mutates_args={"logits"} if _name.endswith("_backward_") else (),
     )
-    _operator.register_fake(_fakes[_name])
+    _operator.register_fake(_fake)  # which launches nothing
     _ops._OPERATORS[_PREFIX + _name] = getattr(torch.ops.disalign_ops, _PREFIX + _name).default
 
 _STEMS = {stem.name: dataclasses.replace(stem, prefix=_PREFIX) for stem in _ops.STEMS}

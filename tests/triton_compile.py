@@ -25,6 +25,8 @@ from triton.compiler import compile as triton_compile
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from disalign_ops._triton import launch
+
 TARGETS = (80, 90, 100, 120)
 
 
@@ -40,8 +42,8 @@ class Launch:
 
 
 @contextmanager
-def launches(module: Any) -> Iterator[list[Launch]]:
-    """What `module` launches meanwhile, instead of launching it."""
+def launches() -> Iterator[list[Launch]]:
+    """What is launched meanwhile, instead of launching it."""
     found: list[Launch] = []
 
     class Recorder:
@@ -49,23 +51,23 @@ def launches(module: Any) -> Iterator[list[Launch]]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*arguments: Any, **options: Any) -> None:
+            def note(*arguments: Any, **options: Any) -> None:
                 found.append(Launch(self.kernel, arguments, options))
 
-            return launch
+            return note
 
-    with mock.patch.object(module, "wrap_triton", Recorder):
+    with mock.patch.object(launch, "wrap_triton", Recorder):
         yield found
 
 
-def specialised(launch: Launch, architecture: int) -> tuple[Any, str]:
+def specialised(found: Launch, architecture: int) -> tuple[Any, str]:
     """The launch's source for the compiler with its options, and the key of Triton's cache."""
     backend = make_backend(GPUTarget("cuda", architecture, 32))
-    kernel = launch.kernel
+    kernel = found.kernel
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {**launch.options, "debug": kernel.debug}
-    bound, specialization, options = binder(*launch.arguments, **given)
-    key = f"{launch.name} {specialization} {options}"
+    given = {**found.options, "debug": kernel.debug}
+    bound, specialization, options = binder(*found.arguments, **given)
+    key = f"{found.name} {specialization} {options}"
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, given, bound, specialization, options
     )
@@ -81,20 +83,20 @@ class Compiled:
     loads: int
 
 
-def compile_launch(launch: Launch, architecture: int) -> Compiled:
-    (source, options), _ = specialised(launch, architecture)
+def compile_launch(found: Launch, architecture: int) -> Compiled:
+    (source, options), _ = specialised(found, architecture)
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton_compile(source, target=target, options=options.__dict__)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = cuobjdump("-res-usage", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found, usage
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert used, usage
     ptx = compiled.asm["ptx"]
     return Compiled(
-        registers=int(found[1]),
-        spilled=int(found[2]) + int(found[4]),
+        registers=int(used[1]),
+        spilled=int(used[2]) + int(used[4]),
         shared=int(compiled.metadata.shared),
         wide_loads=len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
         loads=len(re.findall(r"ld\.global", ptx)),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import RUN_TIME, affine, class_indices, elements, entries, positions_of, write_class_sums
+from .loss import (
+    RUN_TIME,
+    affine,
+    bounds,
+    class_indices,
+    elements,
+    entries,
+    positions_of,
+    write_class_sums,
+)
 from .position import finite_or_zero, sigmoid
 
 
@@ -18,10 +27,7 @@ def calibrate_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """One read of the logits, one write of u."""
-    if PLANES:
-        inner *= UNIT
-    else:
-        classes *= UNIT
+    inner, classes = bounds(inner, classes, PLANES, UNIT)
     image_stride, stride = image_stride * UNIT, stride * UNIT
     out_image_stride, out_stride = out_image_stride * UNIT, out_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
@@ -50,10 +56,7 @@ def calibrate_backward_kernel(
 
     given_*: strides of grad_output and of grad_logits, both contiguous.
     """
-    if PLANES:
-        inner *= UNIT
-    else:
-        classes *= UNIT
+    inner, classes = bounds(inner, classes, PLANES, UNIT)
     image_stride, stride = image_stride * UNIT, stride * UNIT
     given_image_stride, given_stride = given_image_stride * UNIT, given_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)

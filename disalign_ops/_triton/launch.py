@@ -7,10 +7,13 @@ thread's registers hold its logits with their class sums: tests/test_triton_buil
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
+from torch.library import wrap_triton
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,39 @@ def programs(blocks: int, tile: Tile, parts: int, device: torch.device) -> int:
     """Programs along the positions: as many as run at once, or as there are blocks."""
     resident = multiprocessors(device) * tile.resident
     return int(max(1, min(blocks, resident // parts)))
+
+
+_AUTOTUNE = "DISALIGN_OPS_TRITON_AUTOTUNE"
+_SIZE_CLASS = ("PLANES", "UNIT", "TILED", "POSITIONS", "CLASSES", "NODES")
+_SMALL = Tile(1, 256, 4, False)  # of kernels that sum up
+
+
+@functools.cache
+def autotuned(kernel: Any) -> Any:
+    """The kernel with the number of warps that is fastest, tried once a size class and dtype."""
+    configs = [
+        triton.Config({}, **Tile(1, 1, warps, False).options(torch.device("cuda")))
+        for warps in (4, 8, 16)
+    ]
+    key = [name for name in _SIZE_CLASS if name in kernel.arg_names]
+    # In place, what it reads is what it writes: trials must leave it as it was.
+    restore = [name for name in ("grad_logits",) if name in kernel.arg_names]
+    return triton.autotune(configs, key=key, restore_value=restore)(kernel)
+
+
+def start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    tile: Tile = _SMALL,
+    device: torch.device | None = None,
+    **constants: Any,
+) -> None:
+    """Launches a kernel; one that works on logits with the tile and device that they have."""
+    if device is None:
+        options = {"num_warps": tile.warps}
+    elif os.environ.get(_AUTOTUNE) == "1":
+        kernel, options = autotuned(kernel), {}
+    else:
+        options = tile.options(device)
+    wrap_triton(kernel)[grid](*arguments, **constants, **options)

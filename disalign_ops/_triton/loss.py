@@ -33,6 +33,16 @@ OPTIONS = ["ignore_index", "by_weights"]
 
 
 @triton.jit
+def bounds(inner, classes, PLANES: tl.constexpr, UNIT: tl.constexpr):
+    """Both as they are: the one whose entries are neighbours is given in units."""
+    if PLANES:
+        inner *= UNIT
+    else:
+        classes *= UNIT
+    return inner, classes
+
+
+@triton.jit
 def positions_of(block, inner, image_stride, stride, PLANES: tl.constexpr,
                  POSITIONS: tl.constexpr):  # fmt: skip
     """A block's positions: their numbers, which of them exist, and the element of their class 0."""
@@ -113,12 +123,8 @@ def forward_kernel(
     weights: sum_j w_j, one entry; None: there are no weights. block_sums: [programs][2: loss,
     denominator]; class_sums: [programs][2: scale, bias][classes]; None where not wanted.
     """
-    if PLANES:
-        inner *= UNIT
-    else:
-        classes *= UNIT
+    inner, classes = bounds(inner, classes, PLANES, UNIT)
     image_stride, stride = image_stride * UNIT, stride * UNIT
-    program = tl.program_id(0)
     e = tl.full((), smoothing, ACC)
     g = tl.full((), gamma, ACC)
     count = classes.to(ACC)
@@ -129,7 +135,7 @@ def forward_kernel(
     grad_bias = tl.zeros([POSITIONS, CLASSES], ACC)
     blocks = images * tl.cdiv(inner, POSITIONS)
 
-    for block in range(program, blocks, tl.num_programs(0)):
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i, inside, base = positions_of(block, inner, image_stride, stride, PLANES, POSITIONS)
         t = targets_of(target, i, inside, ignore_index, classes)
         counts = t >= 0
@@ -199,8 +205,7 @@ def forward_kernel(
             tl.store(grad_confidence + i, tl.where(counts, v * c * (1.0 - c) * q_d, 0.0),
                      mask=inside)  # fmt: skip
         loss_sum += value.to(tl.float64)
-        by = tl.where(by_weights != 0, w_t * v, 1.0)
-        share_sum += tl.where(counts, by, 0.0).to(tl.float64)
+        share_sum += divisor_share(counts, w_t, v, by_weights)
         if class_sums is not None:
             q = softmax[:, None] * x
             if smoothing > 0:
@@ -212,10 +217,22 @@ def forward_kernel(
             grad_bias += q
 
     if block_sums is not None:
-        tl.store(block_sums + 2 * program, tl.sum(loss_sum, 0))
-        tl.store(block_sums + 2 * program + 1, tl.sum(share_sum, 0))
+        write_block_sums(block_sums, loss_sum, share_sum)
     if class_sums is not None:
         write_class_sums(class_sums, grad_scale, grad_bias, classes, tl.arange(0, CLASSES))
+
+
+@triton.jit
+def divisor_share(counts, target_weight, sample_weight, by_weights):
+    """Of the denominator that forward adds up."""
+    by = tl.where(by_weights != 0, target_weight * sample_weight, 1.0)
+    return tl.where(counts, by, 0.0).to(tl.float64)
+
+
+@triton.jit
+def write_block_sums(block_sums, loss_sum, share_sum):
+    tl.store(block_sums + 2 * tl.program_id(0), tl.sum(loss_sum, 0))
+    tl.store(block_sums + 2 * tl.program_id(0) + 1, tl.sum(share_sum, 0))
 
 
 @triton.jit
@@ -253,10 +270,7 @@ def backward_kernel(
     """What is wanted of grad_logits, class_sums [programs][2][classes] and confidence_sums
     [tiles][positions], where upstream (stride 0 or 1; None: 1) and the denominator are included.
     """
-    if PLANES:
-        inner *= UNIT
-    else:
-        classes *= UNIT
+    inner, classes = bounds(inner, classes, PLANES, UNIT)
     image_stride, stride = image_stride * UNIT, stride * UNIT
     grad_image_stride, grad_stride = grad_image_stride * UNIT, grad_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)

@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import affine, class_indices, entries, targets_of
+from .loss import (
+    affine,
+    class_indices,
+    divisor_share,
+    entries,
+    targets_of,
+    write_block_sums,
+)
 from .position import add_sums, lowest, position_loss, sigmoid
 
 SIZES = ["images", "classes", "height", "width", "out_height", "out_width"]
@@ -66,20 +73,43 @@ def masked(like):
 
 
 @triton.jit
-def node(
-    logits, confidence, scale, bias, prior, columns, valid, own, image, y, x, height, width,
-    image_stride, class_stride, y_stride, x_stride, ACC: tl.constexpr,
-):  # fmt: skip
-    """z and u of nodes (vectors y, x) x classes, and c of the nodes."""
-    base = image * image_stride + y.to(tl.int64) * y_stride + x.to(tl.int64) * x_stride
+def node(low, columns, valid, own, image, y, x, ACC: tl.constexpr):
+    """z and u of nodes (vectors y, x) x classes, and c of the nodes.
+
+    low: what is read at low resolution, as `forward_kernel` puts it together.
+    """
+    (
+        logits,
+        confidence,
+        scale,
+        bias,
+        prior,
+        height,
+        width,
+        i_stride,
+        c_stride,
+        y_stride,
+        x_stride,
+    ) = low
+    base = image * i_stride + y.to(tl.int64) * y_stride + x.to(tl.int64) * x_stride
     c = tl.zeros(base.shape, ACC)
     if confidence is not None:
         c = sigmoid(tl.load(confidence + (image * height + y) * width + x, mask=valid, other=0.0))
-    at = base[:, None] + columns.to(tl.int64)[None, :] * class_stride
+    at = base[:, None] + columns.to(tl.int64)[None, :] * c_stride
     z = tl.load(logits + at, mask=valid[:, None] & own[None, :], other=0.0).to(ACC)
     u = affine(z, c, columns, own, scale, bias, prior, ACC)
-    low = masked(u)
-    return z, tl.where(u < low, low, u), c
+    least = masked(u)
+    return z, tl.where(u < least, least, u), c
+
+
+@triton.jit
+def corners(low, columns, valid, own, image, top, bottom, left, right, ACC: tl.constexpr):
+    """u of the four nodes around something."""
+    _z, ul, _c = node(low, columns, valid, own, image, top, left, ACC)
+    _z, ur, _c = node(low, columns, valid, own, image, top, right, ACC)
+    _z, ll, _c = node(low, columns, valid, own, image, bottom, left, ACC)
+    _z, lr, _c = node(low, columns, valid, own, image, bottom, right, ACC)
+    return ul, ur, ll, lr
 
 
 @triton.jit
@@ -87,32 +117,6 @@ def between(upper_left, upper_right, lower_left, lower_right, down, across):
     upper = upper_left * (1.0 - across) + upper_right * across
     lower = lower_left * (1.0 - across) + lower_right * across
     return upper * (1.0 - down) + lower * down
-
-
-@triton.jit
-def upsampled(
-    logits, confidence, scale, bias, prior, columns, valid, own, image, top, left, down, across,
-    height, width, image_stride, class_stride, y_stride, x_stride, ACC: tl.constexpr,
-):  # fmt: skip
-    """u of outputs x classes, from the four nodes around each."""
-    bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
-    _z, ul, _c = node(
-        logits, confidence, scale, bias, prior, columns, valid, own, image, top, left, height,
-        width, image_stride, class_stride, y_stride, x_stride, ACC,
-    )  # fmt: skip
-    _z, ur, _c = node(
-        logits, confidence, scale, bias, prior, columns, valid, own, image, top, right, height,
-        width, image_stride, class_stride, y_stride, x_stride, ACC,
-    )  # fmt: skip
-    _z, ll, _c = node(
-        logits, confidence, scale, bias, prior, columns, valid, own, image, bottom, left, height,
-        width, image_stride, class_stride, y_stride, x_stride, ACC,
-    )  # fmt: skip
-    _z, lr, _c = node(
-        logits, confidence, scale, bias, prior, columns, valid, own, image, bottom, right, height,
-        width, image_stride, class_stride, y_stride, x_stride, ACC,
-    )  # fmt: skip
-    return between(ul, ur, ll, lr, down[:, None], across[:, None])
 
 
 @triton.jit
@@ -147,6 +151,8 @@ def forward_kernel(
     loss_sum = tl.zeros([POSITIONS], tl.float64)
     share_sum = tl.zeros([POSITIONS], tl.float64)
     blocks = images * tl.cdiv(out_height.to(tl.int64) * out_width, POSITIONS)
+    low = (logits, confidence, scale, bias, prior, height, width,
+           image_stride, class_stride, y_stride, x_stride)  # fmt: skip
 
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         image, y, x, i, inside = outputs_of(block, out_height, out_width, POSITIONS)
@@ -157,6 +163,7 @@ def forward_kernel(
         counts = t >= 0
         valid = inside if prediction is not None else counts
         top, left = tl.load(y_source + y), tl.load(x_source + x)
+        bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
         down, across = tl.load(y_weight + y), tl.load(x_weight + x)
         margin_t = entries(margin, t, counts, 0.0, ACC)
 
@@ -168,10 +175,8 @@ def forward_kernel(
             columns = class_indices(first, CLASSES)
             own = columns < classes
             is_target = columns[None, :] == t[:, None]
-            u = upsampled(
-                logits, confidence, scale, bias, prior, columns, valid, own, image, top, left,
-                down, across, height, width, image_stride, class_stride, y_stride, x_stride, ACC,
-            )  # fmt: skip
+            ul, ur, ll, lr = corners(low, columns, valid, own, image, top, bottom, left, right, ACC)
+            u = between(ul, ur, ll, lr, down[:, None], across[:, None])
             u = tl.where(own[None, :], u, -float("inf"))
             highest, at = tl.max(u, 1, return_indices=True)
             best = tl.where(highest > greatest, first + at, best)
@@ -214,9 +219,7 @@ def forward_kernel(
                 p = own_part / (rest * tl.exp(maximum - m) + own_part)
                 tl.store(probability + i, tl.where(counts, p, 0.0), mask=inside)
             loss_sum += value.to(tl.float64)
-            by = tl.where(by_weights != 0, w_t * v, 1.0)
-            share_sum += tl.where(counts, by, 0.0).to(tl.float64)
+            share_sum += divisor_share(counts, w_t, v, by_weights)
 
     if block_sums is not None:
-        tl.store(block_sums + 2 * tl.program_id(0), tl.sum(loss_sum, 0))
-        tl.store(block_sums + 2 * tl.program_id(0) + 1, tl.sum(share_sum, 0))
+        write_block_sums(block_sums, loss_sum, share_sum)

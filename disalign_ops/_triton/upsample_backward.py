@@ -16,25 +16,34 @@ import triton.language as tl
 
 from .loss import class_indices, entries, inverse_of, slope, targets_of, write_class_sums
 from .position import log1p, row_terms, sigmoid
-from .upsample import OPTIONS, SIZES, STRIDES, between, masked, node, outputs_of
+from .upsample import OPTIONS, SIZES, STRIDES, between, corners, masked, node, outputs_of
 
 
 @triton.jit
-def target_node(
-    logits, confidence, scale, bias, prior, t, valid, image, y, x, height, width,
-    image_stride, class_stride, y_stride, x_stride, ACC: tl.constexpr,
-):  # fmt: skip
+def target_node(low, t, valid, image, y, x, ACC: tl.constexpr):
     """u of nodes, each in a class of its own (vectors y, x, t)."""
-    at = image * image_stride + y.to(tl.int64) * y_stride + x.to(tl.int64) * x_stride
-    at += t.to(tl.int64) * class_stride
-    u = tl.load(logits + at, mask=valid, other=0.0).to(ACC)
+    (
+        logits,
+        confidence,
+        scale,
+        bias,
+        prior,
+        height,
+        width,
+        i_stride,
+        c_stride,
+        y_stride,
+        x_stride,
+    ) = low
+    at = image * i_stride + y.to(tl.int64) * y_stride + x.to(tl.int64) * x_stride
+    u = tl.load(logits + at + t.to(tl.int64) * c_stride, mask=valid, other=0.0).to(ACC)
     if confidence is not None:
         c = sigmoid(tl.load(confidence + (image * height + y) * width + x, mask=valid, other=0.0))
         u = u * (entries(scale, t, valid, 0.0, ACC) * c + 1.0)
         u += entries(bias, t, valid, 0.0, ACC) * c
     u += entries(prior, t, valid, 0.0, ACC)
-    low = masked(u)
-    return tl.where(u < low, low, u)
+    least = masked(u)
+    return tl.where(u < least, least, u)
 
 
 @triton.jit(debug=True, do_not_specialize=[*SIZES, *STRIDES, *OPTIONS, "upstream_stride"])
@@ -56,6 +65,8 @@ def factors_kernel(
     count = tl.full((), classes, ACC)
     all_weights = count if weights is None else tl.load(weights)
     inverse = inverse_of(denominator, ACC)
+    low = (logits, confidence, scale, bias, prior, height, width,
+           image_stride, class_stride, y_stride, x_stride)  # fmt: skip
     image, y, x, i, inside = outputs_of(tl.program_id(0), out_height, out_width, POSITIONS)
     t = targets_of(target, i, inside, ignore_index, classes)
     counts = t >= 0
@@ -67,22 +78,10 @@ def factors_kernel(
         down, across = tl.load(y_weight + y), tl.load(x_weight + x)
         bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
         u_t = between(
-            target_node(
-                logits, confidence, scale, bias, prior, t, counts, image, top, left, height,
-                width, image_stride, class_stride, y_stride, x_stride, ACC,
-            ),
-            target_node(
-                logits, confidence, scale, bias, prior, t, counts, image, top, right, height,
-                width, image_stride, class_stride, y_stride, x_stride, ACC,
-            ),
-            target_node(
-                logits, confidence, scale, bias, prior, t, counts, image, bottom, left, height,
-                width, image_stride, class_stride, y_stride, x_stride, ACC,
-            ),
-            target_node(
-                logits, confidence, scale, bias, prior, t, counts, image, bottom, right, height,
-                width, image_stride, class_stride, y_stride, x_stride, ACC,
-            ),
+            target_node(low, t, counts, image, top, left, ACC),
+            target_node(low, t, counts, image, top, right, ACC),
+            target_node(low, t, counts, image, bottom, left, ACC),
+            target_node(low, t, counts, image, bottom, right, ACC),
             down, across,
         )  # fmt: skip
         u_t -= entries(margin, t, counts, 0.0, ACC)
@@ -123,6 +122,8 @@ def backward_kernel(
     positions = images * out_height * out_width
     per_row = tl.cdiv(width, NODES)
     blocks = images * height * per_row
+    low = (logits, confidence, scale, bias, prior, height, width,
+           image_stride, class_stride, y_stride, x_stride)  # fmt: skip
 
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         row = block // per_row
@@ -147,24 +148,9 @@ def backward_kernel(
                 end_x = tl.load(x_first + left + 1, mask=valid, other=0)
                 longest = tl.max(end_x - begin_x, 0)
                 up = tl.maximum(top, 0)
-                _z, ul, _c = node(
-                    logits, confidence, scale, bias, prior, columns, valid, own, image, rows + up,
-                    left, height, width, image_stride, class_stride, y_stride, x_stride, ACC,
-                )  # fmt: skip
-                _z, ur, _c = node(
-                    logits, confidence, scale, bias, prior, columns, valid, own, image, rows + up,
-                    right, height, width, image_stride, class_stride, y_stride, x_stride, ACC,
-                )  # fmt: skip
-                _z, ll, _c = node(
-                    logits, confidence, scale, bias, prior, columns, valid, own, image,
-                    rows + bottom, left, height, width, image_stride, class_stride, y_stride,
-                    x_stride, ACC,
-                )  # fmt: skip
-                _z, lr, _c = node(
-                    logits, confidence, scale, bias, prior, columns, valid, own, image,
-                    rows + bottom, right, height, width, image_stride, class_stride, y_stride,
-                    x_stride, ACC,
-                )  # fmt: skip
+                ul, ur, ll, lr = corners(
+                    low, columns, valid, own, image, rows + up, rows + bottom, left, right, ACC
+                )
                 for out_y in range(begin_y, end_y):
                     down = tl.load(y_weight + out_y)
                     share_y = 1.0 - down if side_y == 1 else down
@@ -193,11 +179,8 @@ def backward_kernel(
 
         mask = inside[:, None] & own[None, :]
         sum_u = tl.where(mask, sum_u, 0.0)
-        z, _u, c = node(
-            logits, confidence, scale, bias, prior, columns, inside, own, image,
-            tl.zeros([NODES], tl.int32) + y, tl.where(inside, x, 0), height, width,
-            image_stride, class_stride, y_stride, x_stride, ACC,
-        )  # fmt: skip
+        y_of_all = tl.zeros([NODES], tl.int32) + y
+        z, _u, c = node(low, columns, inside, own, image, y_of_all, tl.where(inside, x, 0), ACC)
         if confidence_sums is not None:
             d = slope(z, columns, own, scale, bias, ACC)
             sums = c * (1.0 - c) * tl.sum(sum_u * d, 1)

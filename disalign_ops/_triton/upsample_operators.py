@@ -1,4 +1,4 @@
-"""The operators of logits (N, C, h, w) under a target of another size; as operators.py."""
+"""The operators of logits (N, C, h, w) under a target of another size; arguments: call.py."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import launch
-from .finish import loss_kernel
-from .operators import Given, arithmetic, class_gradients, sum_of, vector
+from .call import Backward, CalibrationSums, Forward, Gradients, Loss, arithmetic, vector
 from .upsample import axis_kernel, forward_kernel
 from .upsample_backward import backward_kernel, factors_kernel
 
-_REDUCE_NONE = 0
-_BY_WEIGHTS = 0
-_BLOCK = 256
+_BLOCK = 256  # of axis_kernel
+_FACTORS = launch.Tile(128, 1, 4, False)
 
 
 def _tiles(dtype: torch.dtype) -> tuple[launch.Tile, launch.Tile]:
@@ -41,9 +38,9 @@ class Axis:
             vector(like, out),
             like.new_empty((size + 1,), dtype=torch.int32),
         )
-        wrap_triton(axis_kernel)[(triton.cdiv(max(out, size + 1), _BLOCK),)](
-            axis.source, axis.weight, axis.first, size, out, int(align_corners), BLOCK=_BLOCK,
-            num_warps=4,
+        launch.start(
+            axis_kernel, (triton.cdiv(max(out, size + 1), _BLOCK),),
+            (axis.source, axis.weight, axis.first, size, out, int(align_corners)), BLOCK=_BLOCK,
         )  # fmt: skip
         return axis
 
@@ -72,6 +69,10 @@ class Grid:
         return n, classes, h, w, self.out_height, self.out_width, *self.logits.stride()
 
     @property
+    def axes(self) -> tuple[Tensor, ...]:
+        return self.y.source, self.y.weight, self.x.source, self.x.weight
+
+    @property
     def positions(self) -> int:
         return self.logits.shape[0] * self.out_height * self.out_width
 
@@ -79,191 +80,95 @@ class Grid:
     def nodes(self) -> int:
         return self.logits.shape[0] * self.logits.shape[2] * self.logits.shape[3]
 
+    def blocks(self, outputs: int) -> int:
+        return int(self.logits.shape[0] * triton.cdiv(self.out_height * self.out_width, outputs))
 
-def _options(logits: Tensor, tile: launch.Tile) -> dict[str, Any]:
-    return {"ACC": arithmetic(logits), **tile.options(logits.device)}
+    @property
+    def forward_programs(self) -> int:
+        tile = _tiles(self.logits.dtype)[0]
+        return launch.programs(self.blocks(tile.positions), tile, 1, self.logits.device)
+
+    def start_forward(self, arguments: tuple[Any, ...]) -> None:
+        if self.positions:
+            tile = _tiles(self.logits.dtype)[0]
+            launch.start(
+                forward_kernel, (self.forward_programs,), arguments, tile, self.logits.device,
+                POSITIONS=tile.positions, CLASSES=tile.classes, ACC=arithmetic(self.logits),
+            )  # fmt: skip
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    confidence: Tensor | None,
-    prior: Tensor | None,
-    margin: Tensor | None,
-    sample_weight: Tensor | None,
-    denominator: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    focal_gamma: float,
-    align_corners: bool,
-    want_details: bool,
-    reduction: int,
-    normalizer: int,
-    want_logits: bool,
-    want_scale: bool,
-    want_bias: bool,
-    want_confidence: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """As operators.forward, and position_loss, probability and prediction, empty unless wanted."""
-    given = Given(
-        logits, target, weight, scale, bias, confidence, prior, margin, sample_weight,
-        ignore_index, label_smoothing, focal_gamma,
-    )  # fmt: skip
-    grid = Grid.of(logits, target.shape[1], target.shape[2], align_corners)
-    tile = _tiles(logits.dtype)[0]
-    n = grid.positions
-    blocks = logits.shape[0] * triton.cdiv(grid.out_height * grid.out_width, tile.positions)
-    programs = launch.programs(blocks, tile, 1, logits.device)
-    each = reduction == _REDUCE_NONE
-    row_max, row_sum = vector(logits, n), vector(logits, n)
-    divisor = logits.new_empty((), dtype=torch.float64)
-    loss = vector(logits, n) if each else logits.new_empty((), dtype=row_max.dtype)
-    position_loss = vector(logits, n if want_details and not each else 0)
-    details = n if want_details else 0
+    call = Forward.of(arguments)
+    given, logits = call.given, call.given.logits
+    align_corners, want_details = call.stem_options
+    grid = Grid.of(logits, given.target.shape[1], given.target.shape[2], align_corners)
+    loss = Loss(call, grid.positions, grid.forward_programs)
+    details = grid.positions if want_details else 0
+    position_loss = vector(logits, 0 if call.each else details)
     probability = vector(logits, details)
     prediction = logits.new_empty((details,), dtype=torch.int64)
-    losses = loss if each else position_loss if want_details else None
-    block_sums = None if each else logits.new_zeros((programs, 2), dtype=torch.float64)
-    if n:
-        wrap_triton(forward_kernel)[(programs,)](
-            *given.tensors, grid.y.source, grid.y.weight, grid.x.source, grid.x.weight, losses,
-            row_max, row_sum, block_sums, probability if want_details else None,
-            prediction if want_details else None, *grid.sizes, ignore_index, label_smoothing,
-            focal_gamma, int(normalizer == _BY_WEIGHTS), POSITIONS=tile.positions,
-            CLASSES=tile.classes, **_options(logits, tile),
-        )  # fmt: skip
-    wrap_triton(loss_kernel)[(1,)](
-        block_sums, denominator, None if each else loss, divisor, programs, n, reduction,
-        normalizer, BLOCK=_BLOCK, num_warps=4,
+    losses = loss.value if call.each else position_loss if want_details else None
+    grid.start_forward((
+        *given.tensors, given.weights, *grid.axes, losses, loss.row_max, loss.row_sum,
+        loss.block_sums, probability if want_details else None,
+        prediction if want_details else None, *grid.sizes, *given.numbers, call.by_weights,
+    ))  # fmt: skip
+    results = loss.finish()
+    again = Backward(
+        given, None, loss.row_max, loss.row_sum, loss.denominator, call.stem_options,
+        (False, *call.wanted[1:]),
     )  # fmt: skip
-    _, grad_scale, grad_bias, grad_confidence = _gradients(
-        given, grid, None, (row_max, row_sum), divisor,
-        (False, want_scale, want_bias, want_confidence),
-    )  # fmt: skip
-    return (
-        loss, row_max, row_sum, divisor, logits.new_empty((0,)), grad_scale, grad_bias,
-        grad_confidence, position_loss, probability, prediction,
-    )  # fmt: skip
+    return (*results, *_gradients(again, grid), position_loss, probability, prediction)
 
 
-def _gradients(
-    given: Given,
-    grid: Grid,
-    upstream: Tensor | None,
-    statistics: tuple[Tensor, Tensor],
-    denominator: Tensor,
-    wanted: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The wanted gradients of logits (contiguous), scale, bias and confidence; others empty."""
-    logits, dtype = given.logits, statistics[0].dtype
-    want_logits, want_scale, want_bias, want_confidence = wanted
-    empty = vector(logits, 0)
-    if True not in wanted:
-        return logits.new_empty((0,)), empty, empty.clone(), empty.clone()
+def _gradients(call: Backward, grid: Grid) -> Gradients:
+    given, logits = call.given, call.given.logits
     n, classes, h, w = logits.shape
+    grad_logits = logits.new_empty(logits.shape if call.wanted[0] else (0,))
     tile = _tiles(logits.dtype)[1]
-    grad_logits = logits.new_empty(logits.shape if want_logits else (0,))
     parts = triton.cdiv(classes, tile.classes)
-    blocks = n * h * triton.cdiv(w, tile.positions)
-    programs = launch.programs(blocks, tile, parts, logits.device)
-    targets = logits.new_empty((grid.positions,), dtype=torch.int32)
-    factors = vector(logits, 4 * grid.positions)
-    class_sums = confidence_sums = None
-    if want_scale or want_bias:
-        class_sums = logits.new_zeros((programs, 2, classes), dtype=dtype)
-    if want_confidence:
-        confidence_sums = logits.new_empty((parts, grid.nodes), dtype=dtype)
-    each = upstream is not None and upstream.dim() > 0
-    options = _options(logits, tile)
-    tensors = given.tensors
-    if grid.nodes:
-        outputs = triton.cdiv(grid.out_height * grid.out_width, 128)
-        wrap_triton(factors_kernel)[(n * outputs,)](
-            *tensors, grid.y.source, grid.y.weight, grid.x.source, grid.x.weight, upstream,
-            *statistics, denominator, targets, factors, *grid.sizes, int(each),
-            given.ignore_index, given.label_smoothing, given.focal_gamma, POSITIONS=128, **options,
+    programs = launch.programs(n * h * triton.cdiv(w, tile.positions), tile, parts, logits.device)
+    sums = CalibrationSums.of(logits, call.wanted, grid.nodes, programs, parts, grid.nodes)
+    if grid.nodes and True in call.wanted:
+        targets = logits.new_empty((grid.positions,), dtype=torch.int32)
+        factors = vector(logits, 4 * grid.positions)
+        launch.start(
+            factors_kernel, (grid.blocks(_FACTORS.positions),),
+            (
+                *given.tensors, given.weights, *grid.axes, call.grad_loss, call.row_max,
+                call.row_sum, call.denominator, targets, factors, *grid.sizes,
+                call.upstream_stride, *given.numbers,
+            ),
+            _FACTORS, logits.device, POSITIONS=_FACTORS.positions, ACC=arithmetic(logits),
         )  # fmt: skip
-        wrap_triton(backward_kernel)[(programs, parts)](
-            logits, given.weight, given.scale, given.bias, given.confidence, given.prior,
-            given.margin, grid.y.weight, grid.y.first, grid.x.weight, grid.x.first, targets,
-            factors, grad_logits if want_logits else None, class_sums, confidence_sums,
-            *grid.sizes, given.label_smoothing, NODES=tile.positions, CLASSES=tile.classes,
-            **options,
+        _, _, weight, scale, bias, confidence, prior, margin, _ = given.tensors
+        launch.start(
+            backward_kernel, (programs, parts),
+            (
+                logits, weight, scale, bias, confidence, prior, margin, grid.y.weight,
+                grid.y.first, grid.x.weight, grid.x.first, targets, factors,
+                grad_logits if call.wanted[0] else None, sums.classes, sums.confidence,
+                *grid.sizes, given.label_smoothing,
+            ),
+            tile, logits.device,
+            NODES=tile.positions, CLASSES=tile.classes, ACC=arithmetic(logits),
         )  # fmt: skip
-    scale, bias = class_gradients(class_sums, None, (want_scale, want_bias), empty)
-    confidence = empty if confidence_sums is None else sum_of(confidence_sums, None, grid.nodes)
-    return grad_logits, scale, bias, confidence
+    return grad_logits, *sums.gradients(logits, None, call.wanted)
 
 
-def backward(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    confidence: Tensor | None,
-    prior: Tensor | None,
-    margin: Tensor | None,
-    sample_weight: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    denominator: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    focal_gamma: float,
-    align_corners: bool,
-    want_details: bool,
-    want_logits: bool,
-    want_scale: bool,
-    want_bias: bool,
-    want_confidence: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = Given(
-        logits, target, weight, scale, bias, confidence, prior, margin, sample_weight,
-        ignore_index, label_smoothing, focal_gamma,
-    )  # fmt: skip
-    grid = Grid.of(logits, target.shape[1], target.shape[2], align_corners)
-    return _gradients(
-        given, grid, grad_loss, (row_max, row_sum), denominator,
-        (want_logits, want_scale, want_bias, want_confidence),
-    )  # fmt: skip
+def backward(*arguments: Any) -> Gradients:
+    """The gradients of logits (contiguous), scale, bias and confidence; empty where not wanted."""
+    call = Backward.of(arguments)
+    height, width = call.given.target.shape[1:]
+    return _gradients(call, Grid.of(call.given.logits, height, width, call.stem_options[0]))
 
 
-def backward_in_place(
-    grad_loss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    confidence: Tensor | None,
-    prior: Tensor | None,
-    margin: Tensor | None,
-    sample_weight: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    denominator: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    focal_gamma: float,
-    align_corners: bool,
-    want_details: bool,
-    want_logits: bool,
-    want_scale: bool,
-    want_bias: bool,
-    want_confidence: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By way of a buffer: programs read the nodes around theirs."""
-    found, *others = backward(
-        grad_loss, logits, target, weight, scale, bias, confidence, prior, margin, sample_weight,
-        row_max, row_sum, denominator, ignore_index, label_smoothing, focal_gamma, align_corners,
-        want_details, want_logits, want_scale, want_bias, want_confidence,
-    )  # fmt: skip
-    if want_logits:
+def backward_in_place(*arguments: Any) -> Gradients:
+    """The same, by way of a buffer: programs read the nodes around theirs."""
+    found, *others = backward(*arguments)
+    logits = arguments[1]
+    if found.numel():
         logits.copy_(found)
     return logits.new_empty((0,)), others[0], others[1], others[2]
 
@@ -280,14 +185,10 @@ def predict(
 ) -> Tensor:
     """The most probable class of every output."""
     grid = Grid.of(logits, height, width, align_corners)
-    tile = _tiles(logits.dtype)[0]
     prediction = logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
-    blocks = logits.shape[0] * triton.cdiv(height * width, tile.positions)
-    if grid.positions:
-        wrap_triton(forward_kernel)[(launch.programs(blocks, tile, 1, logits.device),)](
-            logits, None, None, scale, bias, confidence, prior, None, None, None, grid.y.source,
-            grid.y.weight, grid.x.source, grid.x.weight, None, None, None, None, None, prediction,
-            *grid.sizes, 0, 0.0, 0.0, 0, POSITIONS=tile.positions, CLASSES=tile.classes,
-            **_options(logits, tile),
-        )  # fmt: skip
+    nothing = (None,) * 3
+    grid.start_forward((
+        logits, None, None, scale, bias, confidence, prior, *nothing, *grid.axes,
+        *nothing, None, None, prediction, *grid.sizes, 0, 0.0, 0.0, 0,
+    ))  # fmt: skip
     return prediction
