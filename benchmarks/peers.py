@@ -20,6 +20,7 @@ import disalign_ops
 from .cases import IGNORED, Case, Inputs
 
 OURS = "disalign_ops"
+TRITON = "disalign_ops, Triton"  # beside what serves the device by itself
 EAGER = "torch eager"
 COMPILED = "torch.compile"
 
@@ -126,6 +127,19 @@ def our_loss(inputs: Inputs, logits: Tensor) -> Tensor:
     return loss
 
 
+def _triton_loss(inputs: Inputs, logits: Tensor) -> Tensor:
+    with disalign_ops.set_backend("triton"):  # backward is that of the operators of forward
+        return our_loss(inputs, logits)
+
+
+def _triton_contestant(case: Case, device: torch.device) -> Contestant | LeftOut:
+    about: Any = disalign_ops.backend_info()["triton"]
+    why_not = about.get("why_not") or about[f"why_not_{device.type}"]
+    if why_not:
+        return LeftOut(TRITON, why_not)
+    return Contestant(TRITON, _triton_loss, overwrites=case.mode.in_place)
+
+
 def _mean_of_rows(row_losses: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     w = weight[target]
     return (row_losses * w).sum() / w.sum()
@@ -172,7 +186,7 @@ _FUSED = (
 )
 _LINEAR = "cut-cross-entropy"
 _LINEAR_MODULE = "cut_cross_entropy"
-NAMES = (EAGER, COMPILED, *(fused.name for fused in _FUSED), _LINEAR)
+NAMES = (TRITON, EAGER, COMPILED, *(fused.name for fused in _FUSED), _LINEAR)
 
 
 def _import(module: str) -> tuple[Any, str]:
@@ -213,6 +227,8 @@ def contestants(
 ) -> tuple[list[Contestant], list[LeftOut]]:
     """Ours first, then the named peers that can take part; and those that cannot."""
     found: list[Contestant | LeftOut] = [Contestant(OURS, our_loss, overwrites=case.mode.in_place)]
+    if TRITON in peers:
+        found.append(_triton_contestant(case, device))
     if EAGER in peers:
         found.append(Contestant(EAGER, eager_loss))
     if COMPILED in peers:

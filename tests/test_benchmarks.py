@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,30 @@ def test_contestants_and_the_reasons_of_those_left_out() -> None:
     assert "cannot be imported" in left_out[0].reason or "CUDA only" in left_out[0].reason
     _, left_out = peers.contestants(tiny(Mode.PLAIN), CPU)
     assert {p.name for p in left_out} == set(peers.NAMES) - {peers.EAGER, peers.COMPILED}
+
+
+TRITON_GATE = """
+import torch
+from benchmarks import peers
+from benchmarks.cases import Case, Mode
+from benchmarks.results import run_case
+cpu = torch.device("cpu")
+for mode in (Mode.FULL, Mode.PLAIN, Mode.STAGE2):
+    case = Case("tiny", 24, 67, torch.float32, mode, "fast")
+    found, _ = peers.contestants(case, cpu, (peers.TRITON,))
+    result = run_case(case, found, cpu, 1, lambda what: None)
+    print(result.of(peers.TRITON).problem or "passed", result.ours_failed)
+"""
+
+
+def test_triton_is_compared_where_it_serves_and_passes_the_gate() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRITON_GATE], cwd=ROOT, capture_output=True,
+        text=True, timeout=120, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["passed False"] * 3, done.stderr
+    _, left_out = peers.contestants(tiny(Mode.FULL), CPU, (peers.TRITON,))
+    assert "GPU" in left_out[0].reason
 
 
 # --- measuring

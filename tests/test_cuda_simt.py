@@ -158,9 +158,14 @@ def test_rows_by_clusters(kernels: ModuleType, classes: int, dtype: torch.dtype)
         check(kernels, problem.calls(has_clusters=True)[0])
 
 
-def test_clusters_read_a_wide_row_once(kernels: ModuleType) -> None:
-    problem = row(3, 40001)
-    logits = problem.logits.numel() * 4
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(40001, torch.float32), (49145, torch.bfloat16)], ids=str
+)
+def test_clusters_read_a_wide_row_once(
+    kernels: ModuleType, classes: int, dtype: torch.dtype
+) -> None:
+    problem = row(3, classes, dtype)
+    logits = problem.logits.numel() * problem.logits.element_size()
     for clusters, reads in ((True, 1), (False, 2)):
         run_call(kernels, problem.calls(has_clusters=clusters)[0])
         traffic = kernels.traffic("logits")

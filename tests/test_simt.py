@@ -84,6 +84,9 @@ EXPECTED: dict[str, Callable[[Array], Any]] = {
     "cluster_deadlock": lambda x: x,
     "cluster_arrival": lambda x: x,
     "cluster_rank": lambda x: x,
+    "cluster_no_arrival": lambda x: x,
+    "cluster_blocks": lambda x: x,
+    "cluster_pointer": lambda x: x,
 }
 
 # The faults that launch reports by itself.
@@ -104,6 +107,9 @@ ERRORS = {
     "cluster_deadlock": "deadlock: not all threads reach the same barrier",
     "cluster_arrival": "a second arrival at the cluster's barrier",
     "cluster_rank": "block 2 of a cluster of 2 blocks",
+    "cluster_no_arrival": "a wait at the cluster's barrier, not arrived",
+    "cluster_blocks": "deadlock: not all threads reach the same barrier",
+    "cluster_pointer": "a pointer outside dynamic shared memory is mapped to another block",
 }
 
 # The faults that the thread sanitizer reports, and what is special about each.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "dispatch.h"
 #include "finish_launch.h"
@@ -73,10 +74,10 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   return plan;
 }
 
-// The same rows by clusters: a tile as large as a block can keep, all tiles of a row at once.
-// plan.tiles is 1 where they are too many, or there is too little shared memory.
+// The same rows by clusters: a tile as large as a block can keep, all tiles of a row at once. None
+// where they are too many, or there is too little shared memory.
 template <class T>
-RowPlan row_cluster_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
+std::optional<RowPlan> row_cluster_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
   constexpr int K = kKept<T>;
   const int64_t vectors = plan.tiles * int64_t{plan.tile_vectors};
   plan.tiles = static_cast<int>(divide_up(vectors, kClusterThreads<T> * K));
@@ -86,7 +87,8 @@ RowPlan row_cluster_plan(const RowArgs& args, const Limits& limits, RowPlan plan
   plan.shape.shared_bytes = static_cast<size_t>(kRowScratchBytes<Accumulate<T>, true> +
                                                 row_class_bytes<T>(args, plan.tile_vectors));
   plan.shape.clustered = true;
-  if (plan.tiles > kClusterBlocks || plan.shape.shared_bytes > limits.shared_bytes) plan.tiles = 1;
+  if (plan.tiles > kClusterBlocks || plan.shape.shared_bytes > limits.shared_bytes)
+    return std::nullopt;
   return plan;
 }
 
@@ -151,10 +153,10 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   bool clustered = false;
   if constexpr (Calibrated) {
     if (plan.tiles > 1 && args.class_gradients) {
-      const RowPlan cluster = row_cluster_plan<T>(args, launcher.limits(), plan);
-      clustered = cluster.tiles > 1 &&
-                  launcher.clusters(row_forward_kernel<T, true, true, true>, cluster.shape) > 0;
-      if (clustered) plan = cluster;
+      const auto cluster = row_cluster_plan<T>(args, launcher.limits(), plan);
+      clustered =
+          cluster && launcher.clusters(row_forward_kernel<T, true, true, true>, cluster->shape) > 0;
+      if (clustered) plan = *cluster;
     }
   }
   for_bool(plan.wide, [&](auto wide) {

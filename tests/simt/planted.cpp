@@ -50,6 +50,9 @@ constexpr Planted kKernels[] = {
     PLANTED(cluster_deadlock),
     PLANTED(cluster_arrival),
     PLANTED(cluster_rank),
+    PLANTED(cluster_no_arrival),
+    PLANTED(cluster_blocks),
+    PLANTED(cluster_pointer),
 };
 
 using Array = py::array_t<float, py::array::c_style>;

@@ -333,6 +333,34 @@ __global__ void cluster_arrival(const float* in, float* out, int) {
   out[global_thread()] = in[global_thread()];
 }
 
+template <bool kFault>
+__global__ void cluster_no_arrival(const float* in, float* out, int) {
+  if (!kFault) __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  out[global_thread()] = in[global_thread()];
+}
+
+// The fault: a thread of the second block waits for a lane that never meets it, and the first block
+// for that thread.
+template <bool kFault>
+__global__ void cluster_blocks(const float* in, float* out, int) {
+  const bool first = __clusterRelativeBlockRank() == 0;
+  if (!kFault || first) cluster_barrier();
+  if (kFault && !first && threadIdx.x == 0) __syncwarp(3);
+  cluster_barrier();
+  out[global_thread()] = in[global_thread()];
+}
+
+// Right: threads that have exited count as arrived. The fault: a pointer that is not to shared
+// memory is mapped to another block.
+template <bool kFault>
+__global__ void cluster_pointer(const float* in, float* out, int) {
+  out[global_thread()] = in[global_thread()];
+  if (threadIdx.x % 2 == 0) return;
+  cluster_barrier();
+  if (kFault) out[0] = *of_block(out, 0);
+}
+
 // The fault: the memory of a third block of two.
 template <bool kFault>
 __global__ void cluster_rank(const float* in, float* out, int) {
