@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import triton_compile
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton_compile import Launch
 
 import disalign_ops
-from disalign_ops import _backends
+from disalign_ops import _backends, _ops, _ops_triton
 from disalign_ops._triton import operators, upsample_operators
 
 HERE = Path(__file__).parent
@@ -87,6 +89,100 @@ def test_the_same_gradients_from_every_backend_and_a_wrong_target_raises() -> No
         TRITON_INTERPRET="1", DISALIGN_OPS_BACKEND="triton",
     )  # fmt: skip
     assert forced.stdout.strip() == "True", forced.stderr
+
+
+CHECKS = """
+import torch, disalign_ops as d
+from disalign_ops import _ops, _ops_triton
+for name in _ops.fakes():
+    native, ours = _ops._OPERATORS[name]._schema, _ops._OPERATORS["triton_" + name]._schema
+    assert [(a.name, str(a.type)) for a in native.arguments] == [
+        (a.name, str(a.type)) for a in ours.arguments], name
+    assert [str(r.type) for r in native.returns] == [str(r.type) for r in ours.returns], name
+z, t, vector = torch.randn(6, 9), torch.arange(6), torch.rand(9)
+given = (z, t, vector, vector, vector, torch.rand(6), None, None, None)
+numbers, flags = (-100, 0.1, 2.0), (True, True, True)
+tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+check = torch.library.opcheck
+forward, backward_ = (_ops._OPERATORS["triton_row_" + part] for part in ("forward", "backward_"))
+check(forward, (*given, None, *numbers, 1, 0, False, *flags), test_utils=tests)
+ones = torch.ones(6)
+statistics = (ones, ones, torch.ones((), dtype=torch.float64))
+check(backward_, (torch.ones(()), *given, *statistics, *numbers, True, *flags), test_utils=tests)
+
+def loss(z, a, b, c):
+    return d.disalign_cross_entropy(z, t, c, a, b, label_smoothing=0.1)
+
+with d.set_backend("triton"):
+    x = [v.clone().requires_grad_() for v in (z, vector, vector, torch.rand(6))]
+    eager = torch.autograd.grad(loss(*x), x)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for e, g in zip(eager, torch.autograd.grad(compiled(*x), x)):
+        assert torch.equal(e, g)
+print("checked")
+"""
+
+
+def test_operators_are_well_formed_and_torch_compile_takes_them_whole() -> None:
+    run = python("-W", "ignore", "-c", CHECKS, TRITON_INTERPRET="1")
+    assert "checked" in run.stdout, run.stderr[-3000:]
+
+
+def test_tracing_sees_the_kernels() -> None:
+    def forward(z: torch.Tensor, t: torch.Tensor, vector: torch.Tensor) -> Any:
+        given = (z, t, vector, vector, vector, z[:, 0].contiguous(), None, None, None, None)
+        return _ops_triton.stem_of(_ops.ROW).forward(
+            *given, -100, 0.1, 0.0, 1, 0, False, True, True, True
+        )
+
+    traced = make_fx(dispatch_functionalize(forward), tracing_mode="fake")(
+        torch.randn(6, 9), torch.arange(6), torch.rand(9)
+    )
+    kernels = [n for n in traced.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    assert len(kernels) == 5  # forward, the loss, and what sums up scale, bias and confidence
+    assert not any("maxnreg" in n.kwargs["kwargs"] for n in kernels)
+
+
+AUTOTUNE = """
+import torch, disalign_ops as d
+from unittest import mock
+from triton.runtime.autotuner import Autotuner
+trials = []
+def bench(run, quantiles=None):
+    trials.append(run())
+    return [1.0, 1.0, 1.0]
+z, t, found = torch.randn(5, 40), torch.arange(5), []
+with mock.patch.object(Autotuner, "do_bench", property(lambda self: bench), create=True):
+    for backend in ("native", "triton"):
+        with d.set_backend(backend):
+            x = z.clone().requires_grad_()
+            # In place: what a trial writes is what the next one reads.
+            d.cross_entropy(x * 1, t, focal_gamma=2.0, inplace_backward=True).backward()
+            found.append(x.grad)
+torch.testing.assert_close(*found)
+print("trials", len(trials))
+"""
+
+
+def test_autotuning_tries_each_kernel_and_leaves_the_logits_for_the_last_run() -> None:
+    environment = {"TRITON_INTERPRET": "1", "DISALIGN_OPS_TRITON_AUTOTUNE": "1"}
+    run = python("-W", "ignore", "-c", AUTOTUNE, **environment)
+    assert run.stdout == "trials 6\n", run.stderr[-3000:]  # forward and backward, 3 each
+
+
+def test_no_rows_at_all() -> None:
+    script = (
+        "import torch, disalign_ops as d\n"
+        "for classes in (5, 5000):\n"
+        "    a = torch.ones(classes, requires_grad=True)\n"
+        "    z, t, c = torch.zeros(0, classes), torch.zeros(0).long(), torch.zeros(0)\n"
+        "    loss = d.disalign_cross_entropy(z, t, c, a, a, reduction='sum')\n"
+        "    loss.backward()\n"
+        "    print(float(loss), float(a.grad.abs().sum()))\n"
+    )
+    environment = {"TRITON_INTERPRET": "1", "DISALIGN_OPS_BACKEND": "triton"}
+    run = python("-W", "ignore", "-c", script, **environment)
+    assert run.stdout == "0.0 0.0\n" * 2, run.stderr[-3000:]
 
 
 def test_native_before_triton_before_reference(monkeypatch: pytest.MonkeyPatch) -> None:

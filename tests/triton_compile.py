@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,17 +46,12 @@ def launches() -> Iterator[list[Launch]]:
     """What is launched meanwhile, instead of launching it."""
     found: list[Launch] = []
 
-    class Recorder:
-        def __init__(self, kernel: JITFunction[Any]) -> None:
-            self.kernel = kernel
+    def note(
+        kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        found.append(Launch(kernel, arguments, options))
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def note(*arguments: Any, **options: Any) -> None:
-                found.append(Launch(self.kernel, arguments, options))
-
-            return note
-
-    with mock.patch.object(launch, "wrap_triton", Recorder):
+    with mock.patch.object(launch, "_call", note):
         yield found
 
 

@@ -32,11 +32,10 @@ class Tile:
         """Options of a launch.
 
         maxnreg: all registers that a program of this size can have; left to itself the assembler
-        stops at half of them and spills. Of NVIDIA's back end alone, and unknown to torch.compile.
+        stops at half of them and spills. Of NVIDIA's back end alone.
         """
         options = {"num_warps": self.warps}
-        nvidia = device.type != "xpu" and torch.version.hip is None
-        if nvidia and not torch.compiler.is_compiling():
+        if device.type != "xpu" and torch.version.hip is None:
             options["maxnreg"] = min(255, 65536 // (32 * self.warps))
         return options
 
@@ -115,4 +114,13 @@ def start(
         kernel, options = autotuned(kernel), {}
     else:
         options = tile.options(device)
-    wrap_triton(kernel)[grid](*arguments, **constants, **options)
+    _call(kernel, grid, arguments, {**constants, **options})
+
+
+def _call(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    wrapped = wrap_triton(kernel)
+    if wrapped is not kernel:  # traced, for torch.compile, which does not know the option
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
+    wrapped[grid](*arguments, **options)
