@@ -76,6 +76,7 @@ class Compiled:
     shared: int
     wide_loads: int  # of 16 bytes, from global memory
     loads: int
+    asserts: bool  # whether it has a device_assert
 
 
 def compile_launch(found: Launch, architecture: int) -> Compiled:
@@ -95,6 +96,7 @@ def compile_launch(found: Launch, architecture: int) -> Compiled:
         shared=int(compiled.metadata.shared),
         wide_loads=len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
         loads=len(re.findall(r"ld\.global", ptx)),
+        asserts="__assertfail" in ptx,
     )
 
 
