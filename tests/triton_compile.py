@@ -75,7 +75,6 @@ class Compiled:
     spilled: int  # bytes of local memory
     shared: int
     wide_loads: int  # of 16 bytes, from global memory
-    loads: int
     asserts: bool  # whether it has a device_assert
 
 
@@ -95,7 +94,6 @@ def compile_launch(found: Launch, architecture: int) -> Compiled:
         spilled=int(used[2]) + int(used[4]),
         shared=int(compiled.metadata.shared),
         wide_loads=len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
-        loads=len(re.findall(r"ld\.global", ptx)),
         asserts="__assertfail" in ptx,
     )
 
