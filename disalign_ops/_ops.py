@@ -29,6 +29,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 TENSORS = 9
 DENOMINATOR = 9
 OPTIONS = 10
+SHARD_VALUES = 5  # of a row's sums and factors
 DIFFERENTIABLE = (0, 3, 4, 5)  # logits, scale, bias, confidence
 
 
@@ -107,6 +108,19 @@ def schemas(stem: Stem) -> tuple[str, ...]:
     )
 
 
+_SHARD = (
+    "logits, Tensor target, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? confidence, "
+    "Tensor? prior, Tensor? margin, bool smoothing"
+)
+# Rows of which the logits are some of the classes; _shards.py combines the sums, reference.py
+# (shard_sums, shard_gradients) says what is computed.
+SHARD_SCHEMAS = (
+    f"row_shard_forward(Tensor {_SHARD}) -> Tensor",
+    f"row_shard_backward(Tensor factors, Tensor {_SHARD}, {_WANTED}) -> {_GRADIENTS}",
+    f"row_shard_backward_(Tensor factors, Tensor(a!) {_SHARD}, {_WANTED}) -> {_GRADIENTS}",
+)
+
+
 def calibrate_schemas(stem: Stem) -> tuple[str, ...]:
     """The schemas of the calibrated logits, rows and class planes."""
     return (
@@ -126,6 +140,8 @@ for _stem in STEMS:
 for _stem in (ROW, DENSE):
     for _schema in calibrate_schemas(_stem):
         library.define(_schema)
+for _schema in SHARD_SCHEMAS:
+    library.define(_schema)
 library.define(PREDICT_SCHEMA)
 _backends.load_native()
 
@@ -193,13 +209,21 @@ def _calibrate_fake(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def _shard_forward_fake(logits: Tensor, *args: Any) -> Tensor:
+    dtype = reference.accumulate_dtype(logits.dtype)
+    return logits.new_empty((SHARD_VALUES, logits.shape[0]), dtype=dtype)
+
+
 def fakes() -> dict[str, Callable[..., Any]]:
-    """The fake of every loss and calibration operator, by its name without prefix."""
+    """The fake of every operator, by its name without prefix."""
     found: dict[str, Callable[..., Any]] = {"upsample_predict": _predict_fake}
     for stem in STEMS:
         found[f"{stem.name}_forward"] = _forward_fake(stem)
         found[f"{stem.name}_backward"] = _backward_fake
         found[f"{stem.name}_backward_"] = _in_place_fake
+    found["row_shard_forward"] = _shard_forward_fake
+    found["row_shard_backward"] = _backward_fake
+    found["row_shard_backward_"] = _in_place_fake
     for stem in (ROW, DENSE):
         found[f"{stem.name}_calibrate"] = _calibrate_fake
         found[f"{stem.name}_calibrate_backward"] = _backward_fake

@@ -27,7 +27,12 @@ _TYPES = {
     "bool": bool,
 }
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"upsample_predict": upsample_operators.predict}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "upsample_predict": upsample_operators.predict,
+    "row_shard_forward": operators.shard_forward,
+    "row_shard_backward": operators.shard_backward,
+    "row_shard_backward_": operators.shard_backward_in_place,
+}
 for _stem, _module in (
     (_ops.ROW, operators), (_ops.DENSE, operators), (_ops.UPSAMPLE, upsample_operators),
 ):  # fmt: skip

@@ -40,6 +40,101 @@ def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -
     return torch.where(masked, masked_u, unmasked_u)
 
 
+ELSEWHERE, IGNORED = -1, -2  # of a shard's targets: a class of another shard; counts nothing
+
+
+def shard_sums(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+    prior: Tensor | None,
+    margin: Tensor | None,
+    smoothing: bool,
+) -> Tensor:
+    """What a shard (N, C) of a row's classes adds to its loss: (5, N), 0 for ignored rows.
+
+    The maximum m of u; sum_j exp(u_j - m) without the target; u_t and d_t, where d = a z + b, 0 if
+    the target is elsewhere; with smoothing sum_j w_j (u_j - m).
+    """
+    u, d, here = _shard_logits(logits, target, scale, bias, confidence, prior, margin)
+    nothing = u.new_zeros(())
+    maximum = u.amax(1).clamp(min=torch.finfo(u.dtype).min)
+    at = u - maximum[:, None]
+    sums = [
+        maximum,
+        torch.where(here, nothing, at.exp()).sum(1),
+        torch.where(here, u, nothing).sum(1),
+        torch.where(here, d, nothing).sum(1),
+        (at if weight is None else weight * at).sum(1) if smoothing else torch.zeros_like(maximum),
+    ]
+    return torch.where(target == IGNORED, nothing, torch.stack(sums))
+
+
+def shard_gradients(
+    factors: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+    prior: Tensor | None,
+    margin: Tensor | None,
+    smoothing: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A shard's gradients of logits, scale and bias, and its share of the confidence's.
+
+    factors (5, N), of the rows: the maximum M over all shards; F, G and T of
+    q_j = F exp(u_j - M) - G w_j - T [j = t], everything included; d_t.
+    """
+    u, d, here = _shard_logits(logits, target, scale, bias, confidence, prior, margin)
+    maximum, softmax, smooth, at_target, target_slope = factors[:, :, None]
+    q = softmax * (u - maximum).exp()
+    if smoothing:
+        q = q - smooth * (torch.ones_like(u) if weight is None else weight)
+    q = torch.where(here, q - at_target, q)
+    q = torch.where((target == IGNORED)[:, None], 0.0, q)
+    if confidence is None or scale is None:
+        nothing = q.new_zeros((0,))
+        return q.to(logits.dtype), nothing, nothing, nothing
+    c = torch.sigmoid(confidence)[:, None]
+    z = logits.to(u.dtype)
+    z = torch.where(z == float("-inf"), 0.0, z)
+    z = torch.where((target == IGNORED)[:, None], 0.0, z)  # which may be NaN
+    slopes = (c * (1 - c))[:, 0] * (q * (d - target_slope)).sum(1)
+    grad_logits = (q * (1 + c * scale)).to(logits.dtype)
+    return grad_logits, (q * c * z).sum(0), (q * c).sum(0), slopes
+
+
+def _shard_logits(
+    logits: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+    prior: Tensor | None,
+    margin: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u and d of a shard, and where j = t. Ignored rows are 0."""
+    here = target[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    z = torch.where((target == IGNORED)[:, None], 0.0, logits)
+    if confidence is None or scale is None or bias is None:
+        u = z.to(accumulate_dtype(z.dtype))
+        d = torch.zeros_like(u)
+    else:
+        u = calibrate(z, scale, bias, confidence)
+        d = scale * z + bias
+        d = torch.where(d.isfinite(), d, 0.0)
+    if prior is not None:
+        u = u + prior
+    if margin is not None:
+        u = torch.where(here, u - margin, u)
+    return u, d, here
+
+
 def position_loss(
     logits: Tensor,
     target: Tensor,

@@ -60,7 +60,25 @@ struct LossArgs {
   int64_t grad_class_stride = 1;
   void* grad_confidence = nullptr;  // of A
   bool class_gradients = false;     // of scale and bias: sums, that each backend keeps its own way
+
+  // Of a shard, whose logits are some of the rows' classes: forward writes its sums, backward reads
+  // factors made of all shards' sums. Both [kShardValues][positions] of A; null where the logits
+  // are all classes. row_max is the factors' first.
+  void* shard_sums = nullptr;
+  const void* shard_factors = nullptr;
 };
+
+// A shard's targets besides its own classes.
+constexpr int64_t kElsewhere = -1;  // a class of another shard
+constexpr int64_t kIgnored = -2;    // the row counts nothing
+
+// In this order: sums are the maximum of u, sum_j exp(u_j - maximum) without the target, u_t and
+// d_t (0 where the target is elsewhere), sum_j w_j (u_j - maximum). Factors: the maximum over all
+// shards, those of q_j = softmax exp(u_j - maximum) - smooth w_j - target [j = t], everything
+// included, and d_t.
+enum ShardSum { kShardMaximum, kShardRest, kShardTargetLogit, kShardTargetSlope, kShardSmooth };
+enum ShardFactor { kFactorMaximum, kFactorSoftmax, kFactorSmooth, kFactorTarget, kFactorSlope };
+constexpr int kShardValues = 5;
 
 DISALIGN_HD int64_t read_index(const void* p, IndexType type, int64_t i) {
   switch (type) {

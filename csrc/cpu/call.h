@@ -36,8 +36,9 @@ struct Call {
   int64_t confidences;  // entries of the confidence
   Tensor ones;
 
-  // What of args describes the layout of the logits is the caller's to fill in.
-  Call(const Inputs& in, int64_t positions, int64_t confidences)
+  // What of args describes the layout of the logits is the caller's to fill in. lowest_target: a
+  // target below it is no class, and kElsewhere no error if that is it.
+  Call(const Inputs& in, int64_t positions, int64_t confidences, int64_t lowest_target = 0)
       : dtype(accumulate_dtype(in.logits.scalar_type())),
         positions(positions),
         confidences(confidences),
@@ -55,13 +56,13 @@ struct Call {
         for (int64_t j = 0; j < classes; ++j) args.weight_sum += read(args.weight, dtype, j);
       }
     }
-    check_target();
+    check_target(lowest_target);
   }
 
-  void check_target() const {
+  void check_target(int64_t lowest) const {
     for (int64_t i = 0; i < positions; ++i) {
       const int64_t t = read_index(args.target, args.target_type, i);
-      if (t == args.ignore_index || (t >= 0 && t < args.classes)) continue;
+      if (t == args.ignore_index || (t >= lowest && t < args.classes)) continue;
       // _ops.py turns this prefix into Python's IndexError, which the stable ABI cannot throw, and
       // the position into indices.
       throw std::runtime_error("IndexError: Target " + std::to_string(t) +

@@ -35,10 +35,57 @@ Rows<T, R> gather(const LossArgs& args, const int64_t* index, const Chunk& chunk
     rows.z[r] = static_cast<const T*>(args.logits) + i * args.image_stride;
     rows.e[r] = static_cast<A*>(chunk.scratch) + r * padded_classes(args.classes);
     rows.c[r] = args.confidence ? static_cast<A>(sigmoid(read_or<A>(args.confidence, i, 0))) : A(0);
-    rows.target_weight[r] = read_or<A>(args.weight, rows.target[r], 1.0);
+    rows.target_weight[r] = rows.target[r] < 0 ? 1.0 : read_or<A>(args.weight, rows.target[r], 1.0);
     rows.sample_weight[r] = read_or<A>(args.sample_weight, i, 1.0);
   }
   return rows;
+}
+
+// The value k of row i of a shard's sums or factors.
+template <class T>
+Accumulate<T> factor(const LossArgs& args, ShardFactor k, int64_t i) {
+  return static_cast<const Accumulate<T>*>(args.shard_factors)[k * args.images + i];
+}
+
+template <class T>
+void write_shard_sums(const LossArgs& args, int64_t i,
+                      const Accumulate<T> (&values)[kShardValues]) {
+  for (int k = 0; k < kShardValues; ++k)
+    static_cast<Accumulate<T>*>(args.shard_sums)[k * args.images + i] = values[k];
+}
+
+// The sums of a block of rows, whose exponentials are in scratch.
+template <class T, int R>
+void write_shard_sums(const LossArgs& args, const Rows<T, R>& rows,
+                      const Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  for (int r = 0; r < R; ++r) {
+    const int64_t t = rows.target[r];
+    const double at_target = t < 0 ? 0.0 : rows.e[r][t];
+    write_shard_sums<T>(
+        args, rows.index[r],
+        {sums.maximum[r], static_cast<A>(sums.exponential[r] - at_target), sums.target_logit[r],
+         sums.target_slope[r], static_cast<A>(sums.smooth[r])});
+  }
+}
+
+// What emit needs of a row of a shard, and its share of the confidence's gradient.
+template <class T, int R>
+void take_shard_factors(const LossArgs& args, const Rows<T, R>& rows,
+                        const Sums<Accumulate<T>, R>& sums, int r, Emission<T, R>& out) {
+  using A = Accumulate<T>;
+  const int64_t i = rows.index[r], t = rows.target[r];
+  const A softmax = factor<T>(args, kFactorSoftmax, i), smooth = factor<T>(args, kFactorSmooth, i);
+  out.softmax[r] = softmax;
+  out.smooth[r] = smooth;
+  // Of the target itself d_j - d_t is 0.
+  const double slope = softmax * sums.softmax_slope[r] - smooth * sums.smooth_slope[r],
+               c = rows.c[r];
+  if (args.grad_confidence)
+    static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(c * (1 - c) * slope);
+  if (t >= 0 && softmax != 0)
+    rows.e[r][t] = static_cast<A>(rows.e[r][t] -
+                                  static_cast<double>(factor<T>(args, kFactorTarget, i)) / softmax);
 }
 
 // Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
@@ -53,9 +100,11 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
   if (Stored || !backward) maximise<T, R, K, Stored>(classes, rows, sums);
   if (Stored && classes.margin) apply_margin(classes, rows, sums);
   for (int r = 0; r < R; ++r) {
-    sums.target_logit[r] =
-        Stored ? rows.e[r][rows.target[r]] : target_logit<T, R, K>(classes, rows, r);
-    if constexpr (Calibrated) sums.target_slope[r] = target_slope(classes, rows, r);
+    sums.target_logit[r] = Stored && rows.target[r] >= 0 ? rows.e[r][rows.target[r]]
+                                                         : target_logit<T, R, K>(classes, rows, r);
+    if constexpr (Calibrated)
+      sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
+                                                : target_slope(classes, rows, r);
     if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
   }
   for_segments(args.classes, [&](int64_t begin, int64_t end) {
@@ -72,9 +121,19 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
     }
   }
 
+  if (args.shard_sums) {
+    write_shard_sums(args, rows, sums);
+    return true;
+  }
   Emission<T, R> out;
   for (int r = 0; r < R; ++r) {
     const int64_t i = rows.index[r];
+    out.grad_logits[r] =
+        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_image_stride : nullptr;
+    if (args.shard_factors) {
+      take_shard_factors(args, rows, sums, r, out);
+      continue;
+    }
     const double sum =
         backward ? read_or<A>(args.row_sum, i, 0) : static_cast<double>(sums.exponential[r]);
     const double log_sum = std::log(sum);
@@ -96,8 +155,6 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
                                rows.sample_weight[r] * args.inverse_denominator;
     out.softmax[r] = static_cast<A>(g * terms.softmax / sum);
     out.smooth[r] = static_cast<A>(g * terms.smooth);
-    out.grad_logits[r] =
-        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_image_stride : nullptr;
     if constexpr (Calibrated) {
       if (args.grad_confidence) {
         const double c = rows.c[r];
@@ -161,7 +218,9 @@ void run_rows(const LossArgs& args, bool backward, const int64_t* index, Chunk& 
 template <class T>
 void skip_row(const LossArgs& args, bool backward, int64_t i) {
   using A = Accumulate<T>;
-  if (!backward) {
+  if (args.shard_sums) {
+    write_shard_sums<T>(args, i, {});
+  } else if (!backward) {
     if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
     static_cast<A*>(args.row_max)[i] = A(0);
     static_cast<A*>(args.row_sum)[i] = A(1);

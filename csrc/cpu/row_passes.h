@@ -26,7 +26,7 @@ template <class T, int R>
 struct Rows {
   using A = Accumulate<T>;
   int64_t classes, stride;
-  int64_t index[R], target[R];
+  int64_t index[R], target[R];  // target < 0: it is in another shard
   const T* z[R];
   A* e[R];  // scratch of the row: u where it is stored, then exp(u - maximum)
   A c[R];   // confidence after the sigmoid
@@ -38,7 +38,7 @@ template <class A, int R>
 struct Sums {
   A maximum[R];
   A target_logit[R];             // u_t, margin included
-  A target_slope[R];             // d_t, where d_j = a_j z_j + b_j; 0 where not finite
+  A target_slope[R] = {};        // d_t, where d_j = a_j z_j + b_j; 0 where not finite
   double exponential[R] = {};    // sum_j exp(u_j - maximum)
   double smooth[R] = {};         // sum_j w_j (u_j - maximum)
   double softmax_slope[R] = {};  // sum_j exp(u_j - maximum) (d_j - d_t)
@@ -78,12 +78,13 @@ struct Affine {
   }
 };
 
-// u_t without its margin, rounded as the passes round it.
+// u_t without its margin, rounded as the passes round it; 0 where the target is elsewhere.
 template <class T, int R, Kind K>
 Accumulate<T> target_logit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
                            int r) {
   using A = Accumulate<T>;
   const int64_t t = rows.target[r];
+  if (t < 0) return 0;
   const auto vectors = Affine<Vec<A>>::template load<false, K>(classes, t, 1);
   return vectors.template of<K>(splat<A>(to_accumulate(rows.z[r][t])), rows.c[r])[0];
 }
@@ -123,6 +124,7 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
   for (int r = 0; r < R; ++r) {
     A* u = rows.e[r];
     const int64_t t = rows.target[r];
+    if (t < 0) continue;
     const A before = u[t];
     u[t] = before - classes.margin[t];
     if (u[t] > sums.maximum[r]) {
@@ -257,6 +259,7 @@ Accumulate<T> target_slope(const ClassVectors<Accumulate<T>>& classes, const Row
                            int r) {
   using A = Accumulate<T>;
   const int64_t t = rows.target[r];
+  if (t < 0) return 0;
   const A z = to_accumulate(rows.z[r][t]);
   const A d = classes.scale[t] * z + classes.bias[t];
   return d * A(0) == A(0) ? d : A(0);

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_forward_kernel(const D
   for (; tile.tile < tile.tiles; tile.tile += gridDim.x) {
     tile.enter(args);
     const int64_t i = tile.index();
-    const int t = tile.inside ? target_of(args, i) : -1;
+    const int t = tile.inside ? target_of(args, i) : kNoTarget;
     const bool counts = t >= 0;
     const A c = Calibrated && counts ? confidence_of<A>(args, i) : A(0);
     PositionSums<A> sums;

@@ -8,12 +8,18 @@
 
 namespace disalign::cuda {
 
-// The target of position i, or -1 where it counts nothing. A target that is no class stops the
-// kernel, as in PyTorch.
+constexpr int kNoTarget = static_cast<int>(kIgnored);  // the target of what counts nothing
+
+// Whether a position of this target counts; of a shard, it may be elsewhere.
+__device__ __forceinline__ bool is_counted(int target) { return target > kNoTarget; }
+
+// The target of position i, or kNoTarget. A target that is no class stops
+// the kernel, as in PyTorch.
 __device__ __forceinline__ int target_of(const LossArgs& args, int64_t i) {
   const int64_t t = read_index(args.target, args.target_type, i);
-  if (t == args.ignore_index) return -1;
-  DISALIGN_ASSERT(t >= 0 && t < args.classes, "target is no class");
+  if (t == args.ignore_index) return kNoTarget;
+  const int64_t lowest = args.shard_sums || args.shard_factors ? kElsewhere : 0;
+  DISALIGN_ASSERT(t >= lowest && t < args.classes, "target is no class");
   return static_cast<int>(t);
 }
 
@@ -123,13 +129,25 @@ __device__ __forceinline__ PositionResult<A> position_result(const LossArgs& arg
   return out;
 }
 
-// Loss and statistics of position i; t < 0: it counts nothing.
+// The sums of position i of a shard.
+template <class A>
+__device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i, bool counts,
+                                                 const PositionSums<A>& sums) {
+  const A values[kShardValues] = {sums.maximum, sums.rest, sums.target_logit, sums.target_slope,
+                                  sums.smooth};
+  A* to = static_cast<A*>(args.shard_sums) + i;
+#pragma unroll
+  for (int k = 0; k < kShardValues; ++k) to[k * args.positions()] = counts ? values[k] : A(0);
+}
+
+// Loss and statistics of position i of target t.
 template <class A>
 __device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, int t,
                                                const PositionSums<A>& sums,
                                                const PositionResult<A>& result, A sample_weight,
                                                A c) {
-  const bool counts = t >= 0;
+  const bool counts = is_counted(t);
+  if (args.shard_sums) return write_shard_sums(args, i, counts, sums);
   if (args.loss) static_cast<A*>(args.loss)[i] = counts ? result.loss * sample_weight : A(0);
   static_cast<A*>(args.row_max)[i] = counts ? sums.maximum : A(0);
   static_cast<A*>(args.row_sum)[i] = counts ? result.sum : A(1);
@@ -142,8 +160,8 @@ __device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, 
 // q_j = softmax * exp(u_j - maximum) - smooth * w_j - at_target * [j = t].
 template <class A>
 struct PositionFactors {
-  int target = -1;  // -1: the position counts nothing
-  A c = 0;          // confidence after the sigmoid
+  int target = kNoTarget;
+  A c = 0;  // confidence after the sigmoid
   A maximum = 0, softmax = 0, smooth = 0, at_target = 0;
   A target_slope = 0;  // d_t, where the confidence's gradient is wanted
 };
@@ -173,9 +191,19 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const DeviceLoss&
                                                                Target target_logit) {
   PositionFactors<A> out;
   out.target = target_of(args, i);
-  if (out.target < 0) return out;
+  if (!is_counted(out.target)) return out;
   const int t = out.target;
   out.c = c;
+  if (args.shard_factors) {
+    const A* from = static_cast<const A*>(args.shard_factors) + i;
+    const int64_t stride = args.positions();
+    out.maximum = from[kFactorMaximum * stride];
+    out.softmax = from[kFactorSoftmax * stride];
+    out.smooth = from[kFactorSmooth * stride];
+    out.at_target = from[kFactorTarget * stride];
+    out.target_slope = from[kFactorSlope * stride];
+    return out;
+  }
   out.maximum = static_cast<const A*>(args.row_max)[i];
   const A sum = static_cast<const A*>(args.row_sum)[i];
   const bool focal = args.focal_gamma > 0;

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
   int64_t i = tile.row;
   for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
     const PositionFactors<A> row = row_factors<T>(args, i, weights, inverse);
-    const bool counts = row.target >= 0;
+    const bool counts = is_counted(row.target);
     Raw raw[K];
     if (counts) {
       tile.load(static_cast<const T*>(args.logits) + i * args.image_stride, raw);

@@ -21,14 +21,14 @@ namespace disalign::cuda {
 template <class T>
 struct FetchedRow {
   Raw raw[kKept<T>];
-  int target;  // -1: the row counts nothing, and raw is 0
+  int target;  // where the row counts nothing, raw is 0
   Accumulate<T> confidence;
 
   template <bool Wide>
   __device__ __forceinline__ void fetch(const RowArgs& args, const Tile<T, Wide>& tile, int64_t i) {
-    target = i < args.images ? target_of(args, i) : -1;
+    target = i < args.images ? target_of(args, i) : kNoTarget;
     confidence = 0;
-    if (target < 0) {
+    if (!is_counted(target)) {
 #pragma unroll
       for (int k = 0; k < kKept<T>; ++k) raw[k] = {};
       return;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     if (!kAhead && round > 0) next.fetch(args, tile, i);
     const FetchedRow<T> row = next;
     if (kAhead && round + 1 < tile.rounds) next.fetch(args, tile, i + tile.row_step);
-    const bool counts = row.target >= 0;
+    const bool counts = is_counted(row.target);
     const A c = Calibrated ? sigmoid(row.confidence) : A(0);
     const int slot = tile.slot_of(row.target);
 
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       sums = cluster.add(sums, smoothing, round);
       rescale = exponential(cluster.own_maximum(round) - sums.maximum);
     }
-    const A target_weight = counts && class_weight ? class_weight[row.target] : A(1);
+    const A target_weight = row.target >= 0 && class_weight ? class_weight[row.target] : A(1);
     const A v_i = counts ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
     if (writes && tile.lane == 0 && i < args.images) {
@@ -272,10 +272,10 @@ __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const Ro
       sums.add(sums.of_lane(distance), smoothing);
     if (lane > 0) continue;
     const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
-    const A v_i = t < 0 ? A(0) : vector_entry<A>(args.sample_weight, i, A(1));
+    const A v_i = is_counted(t) ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
     write_position(args, i, t, sums, result, v_i, confidence_of<A>(args, i));
-    if (t < 0) continue;
+    if (!is_counted(t)) continue;
     block_sums.add(warp, result.loss * v_i, divisor_share(args, target_weight, v_i));
   }
   if (args.block_sums) block_sums.write(args.block_sums);

@@ -195,6 +195,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, sums);
     args.class_sums = sums.class_sums;
   });
+  if (args.shard_sums) return;  // nothing to divide
   static_cast<DeviceLoss&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
@@ -207,7 +208,8 @@ template <class T, bool Calibrated, class Launcher>
 void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
   FinishArgs last;
   if (args.images > 0) {
-    if (args.grad_logits == args.logits && (args.focal_gamma > 0 || args.grad_confidence)) {
+    if (args.grad_logits == args.logits && !args.shard_factors &&
+        (args.focal_gamma > 0 || args.grad_confidence)) {
       args.target_logits = launcher.allocate(args.images * sizeof(Accumulate<T>));
       Shape shape;
       shape.threads = kNarrowThreads;

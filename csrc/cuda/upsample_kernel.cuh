@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kUpsampleThreads, 1)
     for (int p = threadIdx.x; p < tile.height * tile.width; p += blockDim.x) {
       const int y = tile.y + p / tile.width, x = tile.x + p % tile.width;
       const int64_t i = (tile.image * args.y.out + y) * args.x.out + x;
-      const int t = args.target ? target_of(args, i) : -1;
+      const int t = args.target ? target_of(args, i) : kNoTarget;
       PositionSums<A> sums;
       int best = 0;
       if (t >= 0 || args.prediction) {

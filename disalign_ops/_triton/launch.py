@@ -1,7 +1,7 @@
 """Tiles and grids of the kernels of rows and class planes.
 
 Tiles are powers of two, so that few kernels are compiled for all class counts, and so small that a
-thread's registers hold its logits with their class sums: tests/test_triton_build.py.
+thread's registers hold its logits with their class sums: tests/test_triton.py.
 """
 
 from __future__ import annotations

@@ -70,12 +70,15 @@ def elements(base, columns, stride, PLANES: tl.constexpr):
 
 
 @triton.jit
-def targets_of(target, i, inside, ignore_index, classes):
-    """Classes of the positions i, -1 where they count nothing."""
+def targets_of(target, i, inside, ignore_index, classes, SHARD: tl.constexpr):
+    """Classes of the positions i, -2 where they count nothing; SHARD: -1 where another shard has
+    them.
+    """
     t = tl.load(target + i, mask=inside, other=0).to(tl.int64)
     counts = inside & (t != ignore_index)
-    tl.device_assert((counts == 0) | ((t >= 0) & (t < classes)), "target is no class")
-    return tl.where(counts & (t >= 0) & (t < classes), t, -1).to(tl.int32)
+    known = (t >= (-1 if SHARD else 0)) & (t < classes)
+    tl.device_assert((counts == 0) | known, "target is no class")
+    return tl.where(counts & known, t, -2).to(tl.int32)
 
 
 @triton.jit
@@ -112,7 +115,7 @@ def slope(z, columns, own, scale, bias, ACC: tl.constexpr):
 @triton.jit(debug=True, do_not_specialize=RUN_TIME + OPTIONS)
 def forward_kernel(
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
-    loss, row_max, row_sum, block_sums, class_sums, grad_confidence,
+    loss, row_max, row_sum, block_sums, class_sums, grad_confidence, shard_sums,
     images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
     ignore_index: tl.int64, smoothing: tl.float64, gamma: tl.float64, by_weights: tl.int32,
     PLANES: tl.constexpr, UNIT: tl.constexpr, TILED: tl.constexpr,
@@ -122,7 +125,10 @@ def forward_kernel(
 
     weights: sum_j w_j, one entry; None: there are no weights. block_sums: [programs][2: loss,
     denominator]; class_sums: [programs][2: scale, bias][classes]; None where not wanted.
+    shard_sums: [5][positions], the only result of a shard (reference.py, shard_sums), or None.
     """
+    SHARD: tl.constexpr = shard_sums is not None
+    SLOPES: tl.constexpr = scale is not None and (SHARD or grad_confidence is not None)
     inner, classes = bounds(inner, classes, PLANES, UNIT)
     image_stride, stride = image_stride * UNIT, stride * UNIT
     e = tl.full((), smoothing, ACC)
@@ -137,12 +143,12 @@ def forward_kernel(
 
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i, inside, base = positions_of(block, inner, image_stride, stride, PLANES, POSITIONS)
-        t = targets_of(target, i, inside, ignore_index, classes)
-        counts = t >= 0
+        t = targets_of(target, i, inside, ignore_index, classes, SHARD)
+        counts, named = t >= -1, t >= 0
         c = tl.zeros([POSITIONS], ACC)
         if confidence is not None:
             c = sigmoid(tl.load(confidence + i, mask=counts, other=0.0))
-        margin_t = entries(margin, t, counts, 0.0, ACC)
+        margin_t = entries(margin, t, named, 0.0, ACC)
 
         nothing = tl.zeros([POSITIONS], ACC)
         maximum, rest, rest_slope = lowest(nothing), nothing, nothing
@@ -171,7 +177,7 @@ def forward_kernel(
             slope_here, smooth_here, weight_here = nothing, nothing, nothing
             target_logit += tl.sum(tl.where(is_target, u, 0.0), 1)
             d = tl.zeros([POSITIONS, CLASSES], ACC)
-            if grad_confidence is not None:
+            if SLOPES:
                 d = slope(z, columns, own, scale, bias, ACC)
                 slope_here = tl.sum(x * d, 1)
                 target_slope += tl.sum(tl.where(is_target, d, 0.0), 1)
@@ -188,7 +194,15 @@ def forward_kernel(
             else:
                 maximum, rest, rest_slope, smooth = m, rest_here, slope_here, smooth_here
 
-        w_t = entries(weight, t, counts, 1.0, ACC)
+        if SHARD:
+            to = shard_sums + i
+            n = images * inner
+            tl.store(to, tl.where(counts, maximum, 0.0), mask=inside)
+            tl.store(to + n, tl.where(counts, rest, 0.0), mask=inside)
+            tl.store(to + 2 * n, tl.where(counts, target_logit, 0.0), mask=inside)
+            tl.store(to + 3 * n, tl.where(counts, target_slope, 0.0), mask=inside)
+            tl.store(to + 4 * n, tl.where(counts, smooth, 0.0), mask=inside)
+        w_t = entries(weight, t, named, 1.0, ACC)
         v = entries(sample_weight, i, counts, 1.0, ACC)
         v = tl.where(counts, v, 0.0)
         value, total, softmax, share, q_target = position_loss(
@@ -197,8 +211,9 @@ def forward_kernel(
         value = tl.where(counts, value * v, 0.0)
         if loss is not None:
             tl.store(loss + i, value, mask=inside)
-        tl.store(row_max + i, tl.where(counts, maximum, 0.0), mask=inside)
-        tl.store(row_sum + i, tl.where(counts, total, 1.0), mask=inside)
+        if row_max is not None:
+            tl.store(row_max + i, tl.where(counts, maximum, 0.0), mask=inside)
+            tl.store(row_sum + i, tl.where(counts, total, 1.0), mask=inside)
         if grad_confidence is not None:
             q_d = softmax * (rest_slope - target_slope * rest)
             q_d -= share * (smooth_slope - target_slope * all_weights)
@@ -259,7 +274,7 @@ def inverse_of(denominator, ACC: tl.constexpr):
                                            "grad_image_stride", "grad_stride"])  # fmt: skip
 def backward_kernel(
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
-    upstream, row_max, row_sum, denominator, target_logits,
+    upstream, row_max, row_sum, denominator, target_logits, shard_factors,
     grad_logits, class_sums, confidence_sums,
     images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
     upstream_stride: tl.int64, grad_image_stride: tl.int64, grad_stride: tl.int64,
@@ -269,7 +284,10 @@ def backward_kernel(
 ):  # fmt: skip
     """What is wanted of grad_logits, class_sums [programs][2][classes] and confidence_sums
     [tiles][positions], where upstream (stride 0 or 1; None: 1) and the denominator are included.
+    shard_factors: [5][positions], of a shard in the place of all that (reference.py,
+    shard_gradients), or None.
     """
+    SHARD: tl.constexpr = shard_factors is not None
     inner, classes = bounds(inner, classes, PLANES, UNIT)
     image_stride, stride = image_stride * UNIT, stride * UNIT
     grad_image_stride, grad_stride = grad_image_stride * UNIT, grad_stride * UNIT
@@ -286,36 +304,47 @@ def backward_kernel(
 
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i, inside, base = positions_of(block, inner, image_stride, stride, PLANES, POSITIONS)
-        t = targets_of(target, i, inside, ignore_index, classes)
-        counts = t >= 0
+        t = targets_of(target, i, inside, ignore_index, classes, SHARD)
+        counts, named = t >= -1, t >= 0
         c = tl.zeros([POSITIONS], ACC)
         if confidence is not None:
             c = sigmoid(tl.load(confidence + i, mask=counts, other=0.0))
-        maximum = tl.load(row_max + i, mask=counts, other=0.0)
-        total = tl.load(row_sum + i, mask=counts, other=1.0)
-        w_t = entries(weight, t, counts, 1.0, ACC)
-        margin_t = entries(margin, t, counts, 0.0, ACC)
+        margin_t = entries(margin, t, named, 0.0, ACC)
 
-        nll = tl.zeros([POSITIONS], ACC)
         target_slope = tl.zeros([POSITIONS], ACC)
-        if (gamma > 0) | (confidence_sums is not None):
-            if target_logits is not None:
-                z_t = tl.load(target_logits + i, mask=counts, other=0.0)
-            else:
-                at = t.to(tl.int64) * (stride if PLANES else 1)
-                z_t = tl.load(logits + base + at, mask=counts, other=0.0).to(ACC)
-            a_t = entries(scale, t, counts, 0.0, ACC)
-            b_t = entries(bias, t, counts, 0.0, ACC)
-            target_slope = finite_or_zero(a_t * z_t + b_t)
-            u_t = z_t * (a_t * c + 1.0) + b_t * c + entries(prior, t, counts, 0.0, ACC) - margin_t
-            nll = (maximum - u_t) + tl.where(u_t == maximum, log1p(total - 1.0), tl.log(total))
-        softmax, at_target, share, _value = row_terms(nll, w_t, all_weights, e, count, g)
-        factor = entries(sample_weight, i, counts, 1.0, ACC)
-        if upstream is not None:
-            factor *= tl.load(upstream + i * upstream_stride, mask=counts, other=0.0)
-        # Where nothing is left to divide by every gradient is 0, whatever stands above.
-        factor = tl.where(inverse == 0.0, 0.0, factor * inverse)
-        softmax *= factor / total
+        if SHARD:
+            n = images * inner
+            maximum = tl.load(shard_factors + i, mask=counts, other=0.0)
+            softmax = tl.load(shard_factors + n + i, mask=counts, other=0.0)
+            smooth = tl.load(shard_factors + 2 * n + i, mask=counts, other=0.0)
+            at_target = tl.load(shard_factors + 3 * n + i, mask=counts, other=0.0)
+            target_slope = tl.load(shard_factors + 4 * n + i, mask=counts, other=0.0)
+        else:
+            maximum = tl.load(row_max + i, mask=counts, other=0.0)
+            total = tl.load(row_sum + i, mask=counts, other=1.0)
+            w_t = entries(weight, t, named, 1.0, ACC)
+            nll = tl.zeros([POSITIONS], ACC)
+            if (gamma > 0) | (confidence_sums is not None):
+                if target_logits is not None:
+                    z_t = tl.load(target_logits + i, mask=named, other=0.0)
+                else:
+                    at = t.to(tl.int64) * (stride if PLANES else 1)
+                    z_t = tl.load(logits + base + at, mask=named, other=0.0).to(ACC)
+                a_t = entries(scale, t, named, 0.0, ACC)
+                b_t = entries(bias, t, named, 0.0, ACC)
+                target_slope = finite_or_zero(a_t * z_t + b_t)
+                u_t = z_t * (a_t * c + 1.0) + b_t * c + entries(prior, t, named, 0.0, ACC)
+                u_t -= margin_t
+                nll = (maximum - u_t) + tl.where(u_t == maximum, log1p(total - 1.0), tl.log(total))
+            softmax, at_target, share, _value = row_terms(nll, w_t, all_weights, e, count, g)
+            factor = entries(sample_weight, i, counts, 1.0, ACC)
+            if upstream is not None:
+                factor *= tl.load(upstream + i * upstream_stride, mask=counts, other=0.0)
+            # Where nothing is left to divide by every gradient is 0, whatever stands above.
+            factor = tl.where(inverse == 0.0, 0.0, factor * inverse)
+            softmax *= factor / total
+            smooth = factor * share
+            at_target *= factor
 
         here = counts[:, None] & own[None, :]
         z = tl.load(
@@ -327,8 +356,8 @@ def backward_kernel(
         q = softmax[:, None] * tl.exp(u - maximum[:, None])
         if smoothing > 0:
             w = entries(weight, columns, own, 1.0, ACC)[None, :]
-            q -= (factor * share)[:, None] * w
-        q -= tl.where(is_target, (factor * at_target)[:, None], 0.0)
+            q -= smooth[:, None] * w
+        q -= tl.where(is_target, at_target[:, None], 0.0)
         q = tl.where(here, q, 0.0)
 
         if confidence_sums is not None:

@@ -13,10 +13,21 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import accumulate_dtype
+from .._ops import SHARD_VALUES
+from ..reference import IGNORED, accumulate_dtype
 from . import launch
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
-from .call import Backward, CalibrationSums, Forward, Given, Gradients, Loss, Wanted, arithmetic
+from .call import (
+    Backward,
+    CalibrationSums,
+    Forward,
+    Given,
+    Gradients,
+    Loss,
+    Wanted,
+    arithmetic,
+    vector,
+)
 from .loss import backward_kernel, forward_kernel
 
 
@@ -121,7 +132,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         forward_kernel, (loss.programs,),
         (
             *given.tensors, given.weights, loss.value if call.each else None, loss.row_max,
-            loss.row_sum, loss.block_sums, sums.classes, sums.confidence, *layout.sizes,
+            loss.row_sum, loss.block_sums, sums.classes, sums.confidence, None, *layout.sizes,
             *given.numbers, call.by_weights,
         ),
         TILED=tiled,
@@ -149,7 +160,7 @@ def _gradients(
         backward_kernel, (programs, layout.parts),
         (
             *given.tensors, given.weights, call.grad_loss, call.row_max, call.row_sum,
-            call.denominator, target_logits, grad_logits, sums.classes, sums.confidence,
+            call.denominator, target_logits, None, grad_logits, sums.classes, sums.confidence,
             *layout.sizes, call.upstream_stride,
             *(layout.strides if grad_logits is logits else layout.contiguous), *given.numbers,
         ),
@@ -189,6 +200,63 @@ def backward_in_place(*arguments: Any) -> Gradients:
         target_logits = _target_logits(given)
     sums = _gradients(call, logits if call.wanted[0] else None, target_logits)
     return logits.new_empty((0,)), *sums.gradients(logits, None, call.wanted)
+
+
+def _shard_numbers(smoothing: bool) -> tuple[int, float, float]:
+    """As the kernels take them: ignore_index, label_smoothing, focal_gamma."""
+    return IGNORED, float(smoothing), 0.0
+
+
+def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    """The sums of a shard's rows; arguments as in reference.shard_sums."""
+    *vectors, smoothing = rest
+    layout = Layout.of(logits)
+    sums = vector(logits, SHARD_VALUES * layout.positions).view(SHARD_VALUES, -1)
+    nothing = (None,) * 6
+    layout.start(
+        forward_kernel, (layout.programs(1),),
+        (
+            logits, target, *vectors, None, None, *nothing, sums, *layout.sizes,
+            *_shard_numbers(smoothing), 0,
+        ),
+        TILED=layout.tile.tiled,
+    )  # fmt: skip
+    return sums
+
+
+def _shard_gradients(
+    arguments: tuple[Any, ...], wanted: Wanted, grad_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    factors, logits, target, *vectors, smoothing = arguments
+    layout = Layout.of(logits)
+    programs, n = layout.programs(layout.parts), layout.positions
+    sums = CalibrationSums.of(logits, wanted, n, programs, layout.parts, n)
+    nothing = (None,) * 5
+    layout.start(
+        backward_kernel, (programs, layout.parts),
+        (
+            logits, target, *vectors, None, None, *nothing, factors, grad_logits, sums.classes,
+            sums.confidence, *layout.sizes, 0,
+            *(layout.strides if grad_logits is logits else layout.contiguous),
+            *_shard_numbers(smoothing),
+        ),
+    )  # fmt: skip
+    return sums.gradients(logits, None, wanted)
+
+
+def shard_backward(*arguments: Any) -> Gradients:
+    """A shard's gradients; arguments as in reference.shard_gradients, then what is wanted."""
+    given, wanted = arguments[:-4], arguments[-4:]
+    logits = arguments[1]
+    grad_logits = logits.new_empty(logits.shape if wanted[0] else (0,))
+    sums = _shard_gradients(given, wanted, grad_logits if wanted[0] else None)
+    return grad_logits, *sums
+
+
+def shard_backward_in_place(*arguments: Any) -> Gradients:
+    given, wanted = arguments[:-4], arguments[-4:]
+    logits = arguments[1]
+    return logits.new_empty((0,)), *_shard_gradients(given, wanted, logits if wanted[0] else None)
 
 
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def forward_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         image, y, x, i, inside = outputs_of(block, out_height, out_width, POSITIONS)
         if target is not None:
-            t = targets_of(target, i, inside, ignore_index, classes)
+            t = targets_of(target, i, inside, ignore_index, classes, False)
         else:
             t = tl.full([POSITIONS], -1, tl.int32)
         counts = t >= 0

@@ -68,7 +68,7 @@ def factors_kernel(
     low = (logits, confidence, scale, bias, prior, height, width,
            image_stride, class_stride, y_stride, x_stride)  # fmt: skip
     image, y, x, i, inside = outputs_of(tl.program_id(0), out_height, out_width, POSITIONS)
-    t = targets_of(target, i, inside, ignore_index, classes)
+    t = targets_of(target, i, inside, ignore_index, classes, False)
     counts = t >= 0
     maximum = tl.load(row_max + i, mask=counts, other=0.0)
     total = tl.load(row_sum + i, mask=counts, other=1.0)

@@ -37,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
             setup_context=_autograd._save_calibrate,
             lib=definitions,
         )
-    definitions.define(_ops.PREDICT_SCHEMA)
+    for schema in (*_ops.SHARD_SCHEMAS, _ops.PREDICT_SCHEMA):
+        definitions.define(schema)
     torch.ops.load_library(str(library))
     operator_swap.swap(lambda name: getattr(torch.ops.disalign_simt, name).default)
     seed = os.environ.get("SIMT_SEED")
