@@ -110,7 +110,7 @@ def cross_entropy(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
-    return _loss(input, target, None, options)
+    return loss(input, target, None, options)
 
 
 def disalign_cross_entropy(
@@ -157,7 +157,7 @@ def disalign_cross_entropy(
     )  # fmt: skip
     check_input(input)
     calibration = calibration_vectors(input, confidence, scale, bias, form, background)
-    return _loss(input, target, calibration, options)
+    return loss(input, target, calibration, options)
 
 
 def calibrate(
@@ -195,11 +195,15 @@ def calibration_vectors(
     bias: Tensor | None,
     form: str,
     background: str | None,
+    classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b (C,) and the confidence (rows,) of u = (1 + c a) z + c b, c = sigmoid(confidence)."""
+    """a, b (C,) and the confidence (rows,) of u = (1 + c a) z + c b, c = sigmoid(confidence).
+
+    classes: their number, if it is not the input's.
+    """
     check_choice("form", form, _FORMS)
     check_choice("background", background, _BACKGROUNDS)
-    classes = check_input(input)
+    classes = check_input(input) if classes is None else classes
     dtype = reference.accumulate_dtype(input.dtype)
     foreground = classes - (background is not None)
     a = class_vector("scale", scale, foreground, input, dtype, learned=True)
@@ -221,13 +225,16 @@ def calibration_vectors(
 
 def serving_backend(input: Tensor) -> str:
     """The backend that this input goes to."""
-    # Registered operators know neither functorch transforms nor forward-mode tangents, which they
-    # would drop; the reference is plain PyTorch.
-    if not torch.compiler.is_compiling() and (
+    return "reference" if transformed() else _backends.serving(input.device)
+
+
+def transformed() -> bool:
+    """Whether plain PyTorch alone is right: registered operators know neither functorch transforms
+    nor forward-mode tangents, which they would drop.
+    """
+    return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
-        return "reference"
-    return _backends.serving(input.device)
+    )
 
 
 def operators_of(stem: Stem, backend: str) -> Stem:
@@ -279,9 +286,10 @@ def output(input: Tensor, loss: Tensor, shape: torch.Size | None) -> Tensor:
     return loss if shape is None else loss.reshape(shape)
 
 
-def _loss(
+def loss(
     input: Tensor, target: Tensor, calibration: tuple[Tensor, ...] | None, options: Options
 ) -> Tensor:
+    """Of logits; calibration: as from `calibration_vectors`."""
     classes = check_input(input)
     check_target(input, target, positions_shape(input))
     given = checked(input, classes, options)
@@ -366,14 +374,22 @@ def _soft_loss(
     )
 
 
-def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """IndexError for a target that is no class, on the CPU; other devices assert in the kernel."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+def check_classes(
+    target: Tensor, classes: int, ignore_index: int, *, asserted: bool = True
+) -> None:
+    """IndexError for a target that is no class, on the CPU. Other devices assert: in the kernel if
+    it is `asserted` there, or else here.
+    """
+    on_cpu = target.device.type == "cpu"
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    if torch._C._are_functorch_transforms_active():
+    if not on_cpu and asserted:
         return
     flat = target.reshape(-1)
     bad = ((flat < 0) | (flat >= classes)) & (flat != ignore_index)
+    if not on_cpu:
+        torch._assert_async(~bad.any(), f"target is no class of {classes}")
+        return
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
         message = (

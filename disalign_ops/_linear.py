@@ -1,0 +1,378 @@
+"""Loss and gradients of a linear head without its logits: they are made a chunk at a time.
+
+A chunk is some rows by some classes, a shard of these rows (_shards.py). With a scalar reduction
+the gradients are made in forward, while a chunk's logits are there, for an upstream gradient of 1;
+backward multiplies them by the real one. Otherwise, in float16 (where they would flush to zero
+before the loss scale is known), over processes, and in a second backward, the logits are made once
+more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _shards, reference
+from ._ranks import Ranks
+from ._shards import Reduction, Vectors
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows and classes of a chunk."""
+
+    rows: int
+    classes: int
+
+    def row_parts(self, rows: int) -> Iterator[slice]:
+        for begin in range(0, rows, self.rows):
+            yield slice(begin, min(begin + self.rows, rows))
+
+    def class_parts(self, classes: int) -> list[slice]:
+        step = max(self.classes, 1)
+        return [slice(j, min(j + step, classes)) for j in range(0, classes, step)]
+
+
+# A matmul gets near its peak where every entry of the weight that is read is used for some hundred
+# rows. Chunks are whole rows while this many of them fit in the memory, or all there are. With more
+# classes, chunks are parts of the classes for up to _MOST_ROWS rows, and their logits are made a
+# second time for the gradients: a fourth matmul beside the three, but each at its peak.
+_FEWEST_ROWS, _MOST_ROWS = 256, 1024
+
+
+def plan(rows: int, classes: int, itemsize: int, chunk_bytes: int) -> Plan:
+    """The chunks of logits (rows, classes) in half of chunk_bytes; the rest is for what goes with
+    them: the kernels' scratch, and sums in float32 of gradients in half precision.
+    """
+    entries = max(chunk_bytes // 2 // itemsize, 1)
+    fitting = entries // max(classes, 1)
+    if fitting >= min(rows, _FEWEST_ROWS):
+        return Plan(max(min(fitting, rows), 1), classes)
+    part = max(min(rows, _MOST_ROWS, entries), 1)
+    return Plan(part, max(entries // part, 1))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier: weight (C, D), bias (C,), or, of a cosine classifier, 1 / |w_j| (C,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    inverse_norms: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, cosine: bool) -> Head:
+        if not cosine:
+            return Head(weight, bias, None)
+        dtype = reference.accumulate_dtype(weight.dtype)
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+        return Head(weight, None, 1 / norms.clamp(min=smallest_norm(weight.dtype)))
+
+    def logits(self, features: Tensor, part: slice, out: Tensor) -> Tensor:
+        """Of the classes of `part`, written over `out`."""
+        weight = self.weight[part]
+        if self.bias is not None:
+            torch.addmm(self.bias[part], features, weight.t(), out=out)
+        else:
+            torch.mm(features, weight.t(), out=out)
+        if self.inverse_norms is not None:
+            out.mul_(self.inverse_norms[part])
+        return out
+
+
+def smallest_norm(dtype: torch.dtype) -> float:
+    """Below it a vector is divided by this: F.normalize's eps, which would be 0 in float16."""
+    return max(1e-12, torch.finfo(dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a loss is given beside the tensors that it can differentiate."""
+
+    backend: str
+    target: Tensor
+    ignore_index: int
+    label_smoothing: float
+    focal_gamma: float
+    vectors: Vectors  # without scale and bias, which are differentiable
+    reduction: Reduction
+    plan: Plan
+    cosine: bool
+    ranks: Ranks | None
+    chunk_bytes: int
+
+
+class _Gradients:
+    """Sums over the chunks of the gradients of features, weight, bias, confidence, scale and
+    calibration's bias; None where not wanted.
+    """
+
+    def __init__(
+        self, tensors: tuple[Tensor | None, ...], need: tuple[bool, ...], call: Call
+    ) -> None:
+        features, weight = tensors[:2]
+        assert features is not None
+        assert weight is not None
+        rows, classes = features.shape[0], weight.shape[0]
+        half = features.dtype in _HALF
+        # Half precision is summed over chunks in float32, unless that took too much memory.
+        several = rows > call.plan.rows and half
+        wide = several and weight.numel() * 4 <= call.chunk_bytes // 4
+        self._dtypes = (features.dtype, weight.dtype)
+        vector_dtype = reference.accumulate_dtype(features.dtype)
+
+        def zeros(k: int, entries: int) -> Tensor | None:
+            return features.new_zeros((entries,), dtype=vector_dtype) if need[k] else None
+
+        self.features = torch.empty_like(features) if need[0] else None
+        self.weight: Tensor | None = None
+        if need[1]:
+            self.weight = torch.empty_like(weight, dtype=torch.float32 if wide else weight.dtype)
+            if not rows:
+                self.weight.zero_()
+        self.bias, self.confidence = zeros(2, classes), zeros(3, rows)
+        self.scale, self.calibration_bias = zeros(4, classes), zeros(5, classes)
+        self.of_logits = any(need[:3])
+        self.need = need
+
+    def add(self, head: Head, features: Tensor, grad_logits: Tensor, rows: slice, part: slice,
+            sum_features: Tensor | None) -> None:  # fmt: skip
+        """A chunk's share. sum_features: where that of the features is summed over parts."""
+        if self.bias is not None:
+            self.bias[part] += grad_logits.sum(0, dtype=self.bias.dtype)
+        if head.inverse_norms is not None:
+            grad_logits.mul_(head.inverse_norms[part])
+        if sum_features is not None:
+            _add_product(sum_features, grad_logits, head.weight[part], first=part.start == 0)
+        if self.weight is not None:
+            _add_product(self.weight[part], grad_logits.t(), features, first=rows.start == 0)
+
+    def finish(self, head: Head, chunk: Plan) -> list[Tensor | None]:
+        grad = self.weight
+        if grad is not None and head.inverse_norms is not None:
+            # Through 1 / |w_j|: what lies along w_j is taken off.
+            for part in chunk.class_parts(len(grad)):
+                unit = head.weight[part] * head.inverse_norms[part, None]
+                along = (grad[part] * unit).sum(1, keepdim=True)
+                grad[part] -= (along * unit).to(grad.dtype)
+        if grad is not None:
+            grad = grad.to(self._dtypes[1])
+        return [
+            self.features, grad, self.bias, self.confidence, self.scale, self.calibration_bias,
+        ]  # fmt: skip
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """to += a b; `first`: what is in `to` does not count."""
+    if to.dtype == a.dtype:
+        torch.addmm(to, a, b, beta=0 if first else 1, out=to)
+    elif first:
+        to.copy_(a @ b)
+    else:
+        to.add_(a @ b)
+
+
+class _Chunks:
+    """Goes over the chunks of a call."""
+
+    def __init__(self, call: Call, tensors: tuple[Tensor | None, ...]) -> None:
+        features, weight, bias, confidence, scale, calibration_bias = tensors
+        assert features is not None
+        assert weight is not None
+        self.call, self.features, self.confidence = call, features, confidence
+        self.head = Head.of(weight, bias, call.cosine)
+        self.vectors = replace(call.vectors, scale=scale, bias=calibration_bias)
+        self.classes = weight.shape[0]
+        self.parts = call.plan.class_parts(self.classes)
+        entries = min(call.plan.rows, len(features)) * min(call.plan.classes, self.classes)
+        self._buffer = features.new_empty((entries,))
+
+    def _logits(self, rows: slice, part: slice) -> Tensor:
+        shape = (rows.stop - rows.start, part.stop - part.start)
+        out = self._buffer[: shape[0] * shape[1]].view(shape)
+        return self.head.logits(self.features[rows], part, out)
+
+    def _shard(self, rows: slice, part: slice) -> tuple[Tensor, Vectors, Tensor | None]:
+        """Target, class vectors and confidence of a chunk."""
+        call = self.call
+        first = (call.ranks.first if call.ranks else 0) + part.start
+        target = _shards.local_target(
+            call.target[rows], first, part.stop - part.start, call.ignore_index
+        )
+        confidence = None if self.confidence is None else self.confidence[rows]
+        return target, self.vectors.of_classes(part.start, part.stop), confidence
+
+    def sums(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """The sums of these rows, and their logits where one chunk holds all of them."""
+        total = weight_sum = logits = None
+        for part in self.parts or [slice(0, 0)]:
+            logits = self._logits(rows, part)
+            target, vectors, confidence = self._shard(rows, part)
+            sums = _shards.sums_of(self.call.backend, logits, target, vectors, confidence)
+            weight = vectors.weight_sum(part.stop - part.start, sums)
+            if total is None or weight_sum is None:
+                total, weight_sum = sums, weight
+            else:
+                total = _shards.added(total, weight_sum, sums, weight)
+                weight_sum = weight_sum + weight
+        assert total is not None
+        return total, logits if len(self.parts) <= 1 else None
+
+    def gradients(
+        self, rows: slice, factors: Tensor, logits: Tensor | None, out: _Gradients
+    ) -> None:
+        """Adds these rows' share to `out`. logits: as from `sums`, overwritten."""
+        features = self.features[rows]
+        want = (out.of_logits, out.need[4], out.need[5], out.need[3])
+        sum_features = None if out.features is None else out.features[rows]
+        several = sum_features is not None and len(self.parts) > 1 and features.dtype in _HALF
+        if several:
+            sum_features = torch.empty_like(features, dtype=torch.float32)
+        for part in self.parts:
+            if logits is None:
+                chunk = self._logits(rows, part)
+            else:
+                chunk = logits
+            target, vectors, confidence = self._shard(rows, part)
+            grad, scale, bias, of_confidence = _shards.gradients_of(
+                self.call.backend, factors, chunk, target, vectors, confidence, want, in_place=True
+            )
+            for to, found, at in (
+                (out.scale, scale, part), (out.calibration_bias, bias, part),
+                (out.confidence, of_confidence, rows),
+            ):  # fmt: skip
+                if to is not None and found is not None:
+                    to[at] += found
+            if grad is not None:
+                out.add(self.head, features, grad, rows, part, sum_features)
+        if several and out.features is not None and sum_features is not None:
+            out.features[rows] = sum_features
+        if out.features is not None and not self.parts:
+            out.features[rows] = 0
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Of features, weight, bias, confidence, scale and the calibration's bias."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        tensors, call = arguments[:6], arguments[6]
+        features = tensors[0]
+        rows = len(features)
+        need = tuple(ctx.needs_input_grad[:6])
+        chunks = _Chunks(call, tensors)
+        valid = call.target != call.ignore_index
+        first = call.ranks.first if call.ranks else 0
+        local = _shards.local_target(call.target, first, chunks.classes, call.ignore_index)
+        like = features.new_empty((0,), dtype=reference.accumulate_dtype(features.dtype))
+        w_t = _shards.target_weight(call.vectors.weight, local, like)
+        weight_sum = call.vectors.weight_sum(chunks.classes, like)
+        options = (call.label_smoothing, call.focal_gamma)
+
+        in_forward = (
+            any(need) and call.reduction.reduction != "none" and call.ranks is None
+            and features.dtype != torch.float16
+        )  # fmt: skip
+        made = _Gradients(tensors, need, call) if in_forward else None
+        sums = like.new_empty((5, rows))
+        terms, losses = like.new_empty((4, rows)), like.new_empty((rows,))
+        divisor = upstream = None
+        if call.ranks is None:
+            divisor = call.reduction.divisor(w_t, valid)
+            upstream = call.reduction.upstream(None, divisor, like).expand(rows)
+        for part in call.plan.row_parts(rows):
+            sums[:, part], logits = chunks.sums(part)
+            if call.ranks is not None:
+                continue
+            losses[part], terms[:, part] = _shards.terms_of(
+                sums[:, part], w_t[part], weight_sum, chunks.classes, valid[part], *options
+            )
+            if made is not None and upstream is not None:
+                factors = _shards.factors_of(terms[:, part], sums[3, part], upstream[part])
+                chunks.gradients(part, factors, logits, made)
+        if call.ranks is not None:
+            everyone = call.ranks.combined(
+                sums, w_t, weight_sum, chunks.classes, local, valid,
+                slopes=call.vectors.scale is not None or tensors[4] is not None,
+                weighted=call.vectors.weight is not None, smoothing=call.label_smoothing > 0,
+            )  # fmt: skip
+            sums = everyone.sums
+            losses, terms = _shards.terms_of(
+                sums, everyone.target_weight, everyone.weight_sum, everyone.classes, valid,
+                *options,
+            )  # fmt: skip
+            divisor = call.reduction.divisor(everyone.target_weight, valid)
+        assert divisor is not None
+        ctx.call, ctx.tensors_given = call, [t is not None for t in tensors]
+        ctx.made = None if made is None else made.finish(chunks.head, call.plan)
+        if any(need):
+            ctx.save_for_backward(*tensors, terms, sums[3], divisor)
+        reduced: Tensor = call.reduction.loss(losses, divisor)
+        return reduced
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        call: Call = ctx.call
+        need = tuple(ctx.needs_input_grad[:6])
+        *tensors, terms, target_slope, divisor = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable(call, tensors, need, grad_loss), None)
+        made, ctx.made = ctx.made, None  # given away: a second backward makes them anew
+        if made is not None:
+            if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+                ctx.made = made  # for the next of a batch: is_grads_batched
+                return (*(None if t is None else t * grad_loss for t in made), None)
+            # Without looking at it: on a GPU that would wait for the device.
+            one = grad_loss.device.type == "cpu" and grad_loss.item() == 1
+            return (*(t if one or t is None else t.mul_(grad_loss) for t in made), None)
+        chunks = _Chunks(call, tuple(tensors))
+        out = _Gradients(tuple(tensors), need, call)
+        upstream = call.reduction.upstream(grad_loss, divisor, terms).expand(target_slope.shape)
+        for part in call.plan.row_parts(len(tensors[0])):
+            factors = _shards.factors_of(terms[:, part], target_slope[part], upstream[part])
+            chunks.gradients(part, factors, None, out)
+        if call.ranks is not None:
+            for replicated in (out.features, out.confidence):
+                if replicated is not None:
+                    call.ranks.add(replicated, "gradients")
+        return (*out.finish(chunks.head, call.plan), None)
+
+
+def _differentiable(
+    call: Call, tensors: list[Any], need: tuple[bool, ...], grad_loss: Tensor
+) -> list[Tensor | None]:
+    """The same gradients through the reference and the whole logits, to be differentiated again."""
+    if call.ranks is not None:
+        raise RuntimeError(
+            "a loss over several processes cannot be differentiated twice (create_graph=True)"
+        )
+    features, weight, bias, confidence, scale, calibration_bias = tensors
+    with torch.enable_grad():
+        w = F.normalize(weight, dim=1, eps=smallest_norm(weight.dtype)) if call.cosine else weight
+        loss = reference.cross_entropy(
+            F.linear(features, w, bias), call.target, weight=call.vectors.weight, scale=scale,
+            bias=calibration_bias, confidence=confidence, prior=call.vectors.prior,
+            margin=call.vectors.margin, sample_weight=call.reduction.sample_weight,
+            ignore_index=call.ignore_index, label_smoothing=call.label_smoothing,
+            focal_gamma=call.focal_gamma, reduction=call.reduction.reduction,
+            normalizer=call.reduction.normalizer,
+        )  # fmt: skip
+    inputs = [t for t, n in zip(tensors, need, strict=True) if n]
+    found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
+    return [next(found) if n else None for n in need]
+
+
+@torch.compiler.disable
+def loss(call: Call, *tensors: Tensor | None) -> Tensor:
+    """In the accumulation dtype, of features (N, D), weight (C, D), bias (C,), confidence (N,),
+    scale and the calibration's bias (C,), each None where there is none.
+    """
+    found: Tensor = _LinearLoss.apply(*tensors, call)  # type: ignore[no-untyped-call]
+    return found
