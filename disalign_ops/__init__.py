@@ -4,19 +4,33 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import class_stats, metrics, nn, segmentation_metrics
+from . import class_stats, distributed, metrics, nn, segmentation_metrics
 from ._backends import backend_info, set_backend
 from ._replace import replace_cross_entropy
+from .distributed import (
+    class_parallel_cross_entropy,
+    class_parallel_disalign_cross_entropy,
+    class_parallel_disalign_linear_cross_entropy,
+    class_parallel_linear_cross_entropy,
+)
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
+from .linear import disalign_linear_cross_entropy, linear_cross_entropy
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
 
 __all__ = [
     "UpsampleDetails",
     "backend_info",
     "calibrate",
+    "class_parallel_cross_entropy",
+    "class_parallel_disalign_cross_entropy",
+    "class_parallel_disalign_linear_cross_entropy",
+    "class_parallel_linear_cross_entropy",
     "class_stats",
     "cross_entropy",
     "disalign_cross_entropy",
+    "disalign_linear_cross_entropy",
+    "distributed",
+    "linear_cross_entropy",
     "metrics",
     "nn",
     "replace_cross_entropy",

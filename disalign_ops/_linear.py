@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _shards, reference
-from ._ranks import Ranks
-from ._shards import Reduction, Vectors
+from ._ops import SHARD_VALUES
+from ._parallel import Finished, finished
+from ._shards import Vectors
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -93,19 +94,11 @@ def smallest_norm(dtype: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a loss is given beside the tensors that it can differentiate."""
+class Call(_shards.Call):
+    """plan: the chunks. cosine: of a cosine head. chunk_bytes: what the loss may take."""
 
-    backend: str
-    target: Tensor
-    ignore_index: int
-    label_smoothing: float
-    focal_gamma: float
-    vectors: Vectors  # without scale and bias, which are differentiable
-    reduction: Reduction
     plan: Plan
     cosine: bool
-    ranks: Ranks | None
     chunk_bytes: int
 
 
@@ -203,9 +196,7 @@ class _Chunks:
         """Target, class vectors and confidence of a chunk."""
         call = self.call
         first = (call.ranks.first if call.ranks else 0) + part.start
-        target = _shards.local_target(
-            call.target[rows], first, part.stop - part.start, call.ignore_index
-        )
+        target = call.local_target(rows, first, part.stop - part.start)
         confidence = None if self.confidence is None else self.confidence[rows]
         return target, self.vectors.of_classes(part.start, part.stop), confidence
 
@@ -257,6 +248,31 @@ class _Chunks:
         if out.features is not None and not self.parts:
             out.features[rows] = 0
 
+    def finish(self, made: _Gradients | None) -> Finished:
+        """Of all rows, whose classes are all here. made: where their gradients are added, for an
+        upstream gradient of 1.
+        """
+        call, rows = self.call, len(self.features)
+        like = self.features.new_empty((0,), dtype=reference.accumulate_dtype(self.features.dtype))
+        local = call.local_target(slice(None), 0, self.classes)
+        w_t = _shards.target_weight(call.vectors.weight, local, like)
+        weight_sum = call.vectors.weight_sum(self.classes, like)
+        valid = call.valid
+        divisor = call.reduction.divisor(w_t, valid)
+        upstream = call.reduction.upstream(None, divisor, like).expand(rows)
+        terms, losses, slopes = (like.new_empty(shape) for shape in ((4, rows), (rows,), (rows,)))
+        for part in call.plan.row_parts(rows):
+            sums, logits = self.sums(part)
+            losses[part], terms[:, part] = _shards.terms_of(
+                sums, w_t[part], weight_sum, self.classes, valid[part], call.label_smoothing,
+                call.focal_gamma,
+            )  # fmt: skip
+            slopes[part] = sums[3]
+            if made is not None:
+                factors = _shards.factors_of(terms[:, part], sums[3], upstream[part])
+                self.gradients(part, factors, logits, made)
+        return Finished(losses, terms, slopes, divisor)
+
 
 class _LinearLoss(torch.autograd.Function):
     """Of features, weight, bias, confidence, scale and the calibration's bias."""
@@ -268,53 +284,25 @@ class _LinearLoss(torch.autograd.Function):
         rows = len(features)
         need = tuple(ctx.needs_input_grad[:6])
         chunks = _Chunks(call, tensors)
-        valid = call.target != call.ignore_index
-        first = call.ranks.first if call.ranks else 0
-        local = _shards.local_target(call.target, first, chunks.classes, call.ignore_index)
-        like = features.new_empty((0,), dtype=reference.accumulate_dtype(features.dtype))
-        w_t = _shards.target_weight(call.vectors.weight, local, like)
-        weight_sum = call.vectors.weight_sum(chunks.classes, like)
-        options = (call.label_smoothing, call.focal_gamma)
-
+        whole = call.ranks is None
         in_forward = (
-            any(need) and call.reduction.reduction != "none" and call.ranks is None
+            any(need) and call.reduction.reduction != "none" and whole
             and features.dtype != torch.float16
         )  # fmt: skip
         made = _Gradients(tensors, need, call) if in_forward else None
-        sums = like.new_empty((5, rows))
-        terms, losses = like.new_empty((4, rows)), like.new_empty((rows,))
-        divisor = upstream = None
         if call.ranks is None:
-            divisor = call.reduction.divisor(w_t, valid)
-            upstream = call.reduction.upstream(None, divisor, like).expand(rows)
-        for part in call.plan.row_parts(rows):
-            sums[:, part], logits = chunks.sums(part)
-            if call.ranks is not None:
-                continue
-            losses[part], terms[:, part] = _shards.terms_of(
-                sums[:, part], w_t[part], weight_sum, chunks.classes, valid[part], *options
-            )
-            if made is not None and upstream is not None:
-                factors = _shards.factors_of(terms[:, part], sums[3, part], upstream[part])
-                chunks.gradients(part, factors, logits, made)
-        if call.ranks is not None:
-            everyone = call.ranks.combined(
-                sums, w_t, weight_sum, chunks.classes, local, valid,
-                slopes=call.vectors.scale is not None or tensors[4] is not None,
-                weighted=call.vectors.weight is not None, smoothing=call.label_smoothing > 0,
-            )  # fmt: skip
-            sums = everyone.sums
-            losses, terms = _shards.terms_of(
-                sums, everyone.target_weight, everyone.weight_sum, everyone.classes, valid,
-                *options,
-            )  # fmt: skip
-            divisor = call.reduction.divisor(everyone.target_weight, valid)
-        assert divisor is not None
-        ctx.call, ctx.tensors_given = call, [t is not None for t in tensors]
+            done = chunks.finish(made)
+        else:
+            dtype = reference.accumulate_dtype(features.dtype)
+            sums = features.new_empty((SHARD_VALUES, rows), dtype=dtype)
+            for part in call.plan.row_parts(rows):
+                sums[:, part], _ = chunks.sums(part)
+            done = finished(call, sums, chunks.classes, slopes=tensors[4] is not None)
+        ctx.call = call
         ctx.made = None if made is None else made.finish(chunks.head, call.plan)
         if any(need):
-            ctx.save_for_backward(*tensors, terms, sums[3], divisor)
-        reduced: Tensor = call.reduction.loss(losses, divisor)
+            ctx.save_for_backward(*tensors, done.terms, done.target_slope, done.divisor)
+        reduced: Tensor = call.reduction.loss(done.losses, done.divisor)
         return reduced
 
     @staticmethod
@@ -350,9 +338,7 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The same gradients through the reference and the whole logits, to be differentiated again."""
     if call.ranks is not None:
-        raise RuntimeError(
-            "a loss over several processes cannot be differentiated twice (create_graph=True)"
-        )
+        raise RuntimeError(_shards.NOT_TWICE)
     features, weight, bias, confidence, scale, calibration_bias = tensors
     with torch.enable_grad():
         w = F.normalize(weight, dim=1, eps=smallest_norm(weight.dtype)) if call.cosine else weight

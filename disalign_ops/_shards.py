@@ -11,13 +11,19 @@ vectors and of the logits are a shard's own; those of the confidence are to be a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import functional, reference
-from ._ops import ROW
+from ._ops import ROW, SHARD_VALUES
 from .reference import ELSEWHERE, IGNORED
+
+if TYPE_CHECKING:
+    from ._ranks import Ranks
+
+NOT_TWICE = "a loss over several processes cannot be differentiated twice (create_graph=True)"
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ def sums_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
     arguments = vectors.arguments(confidence)
     if not logits.shape[1]:
         dtype = reference.accumulate_dtype(logits.dtype)
-        nothing = logits.new_zeros((5, logits.shape[0]), dtype=dtype)
-        nothing[0] = torch.where(target == IGNORED, 0.0, torch.finfo(dtype).min)
+        nothing = logits.new_zeros((SHARD_VALUES, logits.shape[0]), dtype=dtype)
+        nothing[0].fill_(torch.finfo(dtype).min).masked_fill_(target == IGNORED, 0.0)
         return nothing
     if backend == "reference":
         return reference.shard_sums(logits, target, *arguments)  # type: ignore[arg-type]
@@ -218,3 +224,29 @@ def factors_of(terms: Tensor, target_slope: Tensor, upstream: Tensor) -> Tensor:
     # Where nothing is left to divide by every gradient is 0, whatever stands above.
     scaled = (torch.where(g == 0, 0.0, g * t) for t in (softmax, smooth, target))
     return torch.stack((maximum, *scaled, target_slope))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a loss is given beside the tensors that it can differentiate.
+
+    vectors: without scale and bias, which are differentiable. ranks: the processes that share the
+    classes, or None.
+    """
+
+    backend: str
+    target: Tensor
+    ignore_index: int
+    label_smoothing: float
+    focal_gamma: float
+    vectors: Vectors
+    reduction: Reduction
+    ranks: Ranks | None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which rows count."""
+        return self.target != self.ignore_index
+
+    def local_target(self, rows: slice, first: int, classes: int) -> Tensor:
+        return local_target(self.target[rows], first, classes, self.ignore_index)

@@ -61,7 +61,7 @@ void write_shard_sums(const LossArgs& args, const Rows<T, R>& rows,
   using A = Accumulate<T>;
   for (int r = 0; r < R; ++r) {
     const int64_t t = rows.target[r];
-    const double at_target = t < 0 ? 0.0 : rows.e[r][t];
+    const double at_target = t < 0 ? 0.0 : rows.e[r][t];  // 0 where it was kept out
     write_shard_sums<T>(
         args, rows.index[r],
         {sums.maximum[r], static_cast<A>(sums.exponential[r] - at_target), sums.target_logit[r],
@@ -106,6 +106,12 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
       sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
                                                 : target_slope(classes, rows, r);
     if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
+  }
+  if constexpr (Stored && !Smooth) {
+    // Kept out of the sum, the target does not round off what else is in it. (With smoothing no
+    // loss is so small, and w u would be infinite.)
+    for (int r = 0; r < R; ++r)
+      if (args.shard_sums && rows.target[r] >= 0) rows.e[r][rows.target[r]] = -kInfinity<A>;
   }
   for_segments(args.classes, [&](int64_t begin, int64_t end) {
     if (Calibrated && slope)
@@ -206,7 +212,7 @@ void run_rows(const LossArgs& args, bool backward, const int64_t* index, Chunk& 
     run_smooth<T, R, Kind::kCalibrated, true>(args, backward, rows, chunk);
   else if (args.confidence)
     run_smooth<T, R, Kind::kCalibrated, false>(args, backward, rows, chunk);
-  else if (args.margin)
+  else if (args.margin || args.shard_sums)
     run_smooth<T, R, Kind::kShifted, true>(args, backward, rows, chunk);
   else if (args.prior)
     run_smooth<T, R, Kind::kShifted, false>(args, backward, rows, chunk);

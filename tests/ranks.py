@@ -1,0 +1,47 @@
+"""Runs a function in several gloo processes."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 60.0
+
+
+def _start(
+    rank: int, world: int, folder: str, timeout_s: float, work: Callable[[int, int], None]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )  # fmt: skip
+    try:
+        work(rank, world)
+    except BaseException:
+        told = f"rank {rank} of {world}:\n{traceback.format_exc()}"
+        Path(folder, f"{time.monotonic_ns():020} of rank {rank}").write_text(told)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def run(work: Callable[[int, int], None], world: int, timeout_s: float = TIMEOUT_S) -> None:
+    """work(rank, world), a function at the top of its module, in every process.
+
+    Fails with what was raised first; the other ranks then fail for that.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(_start, (world, folder, timeout_s, work), nprocs=world)
+        except Exception as error:
+            told = sorted(Path(folder).glob("* of rank *"))
+            raise AssertionError(told[0].read_text() if told else str(error)) from None
