@@ -12,19 +12,19 @@ Where the features x are at hand, `layer.loss(x, target, weight=criterion.weight
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
-from ._arguments import check_choice, check_number
+from ._arguments import check_choice
 from ._nn_dense import DisAlignSegHead as DisAlignSegHead
 from ._nn_form import Calibration
+from ._nn_linear import DisAlignCosineLinear as DisAlignCosineLinear
+from ._nn_linear import DisAlignLinear as DisAlignLinear
 from .class_stats import Counts, grw_weights
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy
@@ -121,177 +121,6 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         return f"classes={self.weight.numel()}, rho={self.rho}"
-
-
-class _DisAlign(Calibration):
-    """What both layers share: all but how features become raw logits."""
-
-    weight: Tensor
-    bias: Tensor | None
-    confidence_layer: nn.Linear
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool,
-        form: str, background: str | None, factory: dict[str, Any],
-    ) -> None:  # fmt: skip
-        super().__init__()
-        check_choice("form", form, functional._FORMS)
-        check_choice("background", background, functional._BACKGROUNDS)
-        foreground = out_features - (background is not None)
-        if in_features < 1 or foreground < 1:
-            raise ArgumentError(
-                f"in_features is {in_features}, out_features {out_features}, background "
-                f"{background!r}: needed is at least one feature and one calibrated class"
-            )
-        self.in_features, self.out_features = in_features, out_features
-        self.form, self.background = form, background
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        own_bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
-        self.register_parameter("bias", own_bias)
-        self.logit_scale = nn.Parameter(torch.empty(1, foreground, **factory))
-        self.logit_bias = nn.Parameter(torch.empty(1, foreground, **factory))
-        self.confidence_layer = nn.Linear(in_features, 1, **factory)
-
-    def reset_parameters(self) -> None:
-        """The released initial values; weight and bias as nn.Linear's."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
-        nn.init.ones_(self.logit_scale)
-        nn.init.zeros_(self.logit_bias)
-        self.confidence_layer.reset_parameters()
-        if self.form == "residual":
-            nn.init.constant_(self.confidence_layer.weight, 0.1)
-        else:
-            nn.init.normal_(self.confidence_layer.weight, std=0.01)
-            nn.init.zeros_(self.confidence_layer.bias)
-
-    def _raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw logits (..., C), and the features that the confidence is computed from."""
-        raise NotImplementedError
-
-    def _checked_raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
-            needed = f"(..., {self.in_features})"
-            raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
-        return self._raw(x)
-
-    def raw_logits(self, x: Tensor) -> Tensor:
-        """The logits (..., C) before the calibration: those of stage 1."""
-        return self._checked_raw(x)[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Calibrated logits (..., C) of features (..., in_features)."""
-        logits, features = self._checked_raw(x)
-        confidence = self.confidence_layer(features)
-        if x.dim() > 2:
-            logits, confidence = logits.flatten(0, -2), confidence.flatten(0, -2)
-        vectors = (confidence, self.logit_scale, self.logit_bias)
-        out = functional.calibrate(logits, *vectors, **self._form())
-        return out.reshape(*x.shape[:-1], self.out_features)
-
-    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """The loss of the calibrated logits, without building them.
-
-        Args:
-            x, target: features (N, in_features) or (in_features,); target as in `cross_entropy`.
-            options: weight and every other keyword of `disalign_ops.disalign_cross_entropy` but
-                form and background. inplace_backward is safe: only this loss has the raw logits.
-        Raises ArgumentError for x of another shape, and what `disalign_cross_entropy` raises.
-        """
-        if x.dim() > 2:
-            needed = f"(N, {self.in_features}): flatten x and target to rows"
-            raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
-        logits, features = self._checked_raw(x)
-        confidence = self.confidence_layer(features)
-        return functional.disalign_cross_entropy(
-            logits, target, confidence, self.logit_scale, self.logit_bias, **self._form(), **options
-        )
-
-    def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, form={self.form!r}, background={self.background!r}"
-
-
-class DisAlignLinear(_DisAlign):
-    """A linear classifier whose logits z are calibrated by c = sigmoid(confidence_layer(x)).
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in nn.Linear; out_features = C counts
-            the background.
-        form: "residual", (1 + c logit_scale) z + c logit_bias, at the start (1 + c) z: the released
-            classification layer. "interpolated", c (logit_scale z + logit_bias) + (1 - c) z, at the
-            start z: the paper's definition and the released detection head.
-        background: None, "first" or "last": that column is not calibrated.
-
-    Parameters have the released checkpoints' names: weight (C, in_features), bias (C,), logit_scale
-    and logit_bias (1, K), initially 1 and 0, K = C or with a background C - 1, confidence_layer,
-    an nn.Linear(in_features, 1), initially weight 0.1 ("residual"), or N(0, 0.01) with bias 0.
-    load_state_dict also takes a released detector's (K,) vectors and `cls_score.weight`, and
-    refuses a state_dict that was saved in another form or with another background.
-    Raises ArgumentError: form, background, or sizes that leave nothing to calibrate.
-    Source: Zhang et al., "Distribution Alignment", CVPR 2021, section 3.2; released code.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True,
-        *, form: str = "residual", background: str | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(in_features, out_features, bias, form, background, factory)
-        self.reset_parameters()
-
-    def _raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.linear(x, self.weight, self.bias), x
-
-
-class DisAlignCosineLinear(_DisAlign):
-    """A cosine classifier, z = scale * normalize(x) normalize(weight)^T, calibrated.
-
-    Args:
-        scale_init: initial `scale`, > 0; the released detectors have 20.
-        learn_scale: whether the parameter `scale` (1,) requires a gradient.
-        normalize_confidence: whether the confidence layer sees normalize(x), as in the released
-            classification layer, or x, as in the released detection head. None: as where `form`
-            comes from, so True for "residual".
-
-    The rest as in `DisAlignLinear`; there is no bias.
-    Source: released code (where the classification layer's weight is left uninitialised).
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int,
-        *, scale_init: float = 20.0, learn_scale: bool = True, form: str = "residual",
-        background: str | None = None, normalize_confidence: bool | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(in_features, out_features, False, form, background, factory)
-        self.scale_init = check_number("scale_init", scale_init, 0.0)
-        if not 0 < self.scale_init < math.inf:
-            raise ArgumentError(f"scale_init is {scale_init}, needed is a finite number > 0")
-        if normalize_confidence is None:
-            normalize_confidence = form == "residual"
-        self.normalize_confidence = normalize_confidence
-        self.scale = nn.Parameter(torch.empty(1, **factory), requires_grad=learn_scale)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.constant_(self.scale, self.scale_init)
-
-    def _raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        unit = _normalize(x)
-        # The scale goes onto the features, in_features wide, not onto a second copy of the logits.
-        logits = F.linear(self.scale * unit, _normalize(self.weight))
-        return logits, unit if self.normalize_confidence else x
-
-
-def _normalize(x: Tensor) -> Tensor:
-    # normalize's own 1e-12 is 0 in float16, and a row of zeros would be NaN.
-    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
 
 
 def _layers(model: nn.Module) -> list[Calibration]:

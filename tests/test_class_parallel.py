@@ -3,72 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
-from tolerances import assert_close
+from sharded_cases import SHARDS, D, Whole, close, options_of, shard_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import disalign_ops
 from disalign_ops import distributed
-
-N, D, C = 13, 6, 29
-# (processes, shards): uneven, a rank without classes, one with a single class.
-SHARDS = {
-    2: ((15, 14), (29, 0), (1, 28)),
-    4: ((8, 7, 7, 7), (0, 13, 1, 15)),
-}
-FACTOR = 4.0  # of the tolerances: sums of shards are added in another order
-
-
-@dataclass
-class Whole:
-    """A problem with all classes. Learned tensors require a gradient."""
-
-    dtype: torch.dtype
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(5)
-
-        def normal(*shape: int) -> Tensor:
-            made = torch.randn(shape, generator=generator, dtype=torch.float64)
-            return made.to(self.dtype).requires_grad_()
-
-        self.logits, self.confidence = normal(N, C), normal(N, 1)
-        self.scale, self.bias = normal(C), normal(C)
-        self.features, self.weight, self.linear_bias = normal(N, D), normal(C, D), normal(C)
-        self.target = torch.randint(0, C, (N,), generator=generator)
-        self.options = {
-            name: (torch.rand(C, generator=generator, dtype=torch.float64).to(self.dtype)
-                   if value == "class" else
-                   torch.rand(N, generator=generator, dtype=torch.float64).to(self.dtype)
-                   if value == "row" else value)
-            for name, value in self.options.items()
-        }  # fmt: skip
-
-
-def shard_of(tensor: Tensor, rank: int, sizes: tuple[int, ...], dim: int = 0) -> Tensor:
-    """A rank's classes, as a leaf of its own."""
-    part = tensor.detach().split(sizes, dim)[rank].clone()
-    return part.requires_grad_(tensor.requires_grad)
-
-
-def options_of(whole: Whole, rank: int, sizes: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        name: shard_of(value, rank, sizes)
-        if isinstance(value, Tensor) and name != "sample_weight" else value
-        for name, value in whole.options.items()
-    }  # fmt: skip
-
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -88,14 +33,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "focal_gamma": 1.5, "sample_weight": "row", "reduction": "none",
     },
 }  # fmt: skip
-
-
-def close(actual: Tensor, expected: Tensor, what: str) -> None:
-    """float32 against float64 of the same numbers would compare with other inputs' rounding: both
-    sides are the same dtype.
-    """
-    factor = FACTOR if actual.dtype == torch.float64 else 2 * FACTOR
-    assert_close(actual, expected.to(actual.dtype), actual.dtype, what, factor)
 
 
 def compare(
@@ -220,119 +157,6 @@ def test_contents(world: int) -> None:
     ranks.run(_contents, world)
 
 
-def _small_loss(rank: int, world: int) -> None:
-    """p_t next to 1 on one rank: what the others have is not lost."""
-    logits = torch.tensor([[30.0, 1.0, 0.0, -2.0]])
-    z = logits.chunk(2, 1)[rank].clone().requires_grad_()
-    loss = distributed.class_parallel_cross_entropy(z, torch.tensor([0]))
-    exact = (logits.double()[0, 1:] - 30).exp().sum().log1p()
-    assert 0 < float(exact) < torch.finfo(torch.float32).eps  # log(1 + loss) would be 0
-    assert abs(float(loss) / float(exact) - 1) < 1e-5
-
-
-def _one_row_alone(rank: int, world: int) -> None:
-    z = torch.linspace(-1, 2, 5, dtype=torch.float64)
-    for target in (0, 7):
-        loss = distributed.class_parallel_cross_entropy(z, torch.tensor(target))
-        assert_close(
-            loss, F.cross_entropy(torch.cat([z, z]), torch.tensor(target)), z.dtype, "loss"
-        )
-
-
-def _in_place(rank: int, world: int) -> None:
-    sizes = SHARDS[world][0]
-    whole = Whole(torch.float32)
-    grads = []
-    for in_place in (False, True):
-        z = shard_of(whole.logits, rank, sizes, 1)
-        made = z * 1
-        loss = distributed.class_parallel_cross_entropy(made, whole.target,
-                                                        inplace_backward=in_place)  # fmt: skip
-        loss.backward()
-        assert z.grad is not None
-        grads.append(z.grad)
-        if in_place:
-            assert torch.equal(made.detach(), z.grad)
-    assert torch.equal(*grads)
-
-
-def _dtensor(rank: int, world: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    whole = Whole(torch.float64, {"label_smoothing": 0.1})
-    mesh = init_device_mesh("cpu", (world,))
-    z = distribute_tensor(whole.logits.detach(), mesh, [Shard(1)]).requires_grad_()
-    loss = distributed.class_parallel_cross_entropy(z, whole.target, label_smoothing=0.1)
-    expected = disalign_ops.cross_entropy(whole.logits, whole.target, label_smoothing=0.1)
-    close(loss, expected, "loss")
-    loss.backward()
-    expected.backward()
-    assert z.grad is not None
-    assert whole.logits.grad is not None
-    close(z.grad.full_tensor(), whole.logits.grad, "gradient")
-    assert z.grad.placements == (Shard(1),)
-
-    a, b = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (whole.scale, whole.bias))
-    loss = distributed.class_parallel_disalign_cross_entropy(
-        z, distribute_tensor(whole.target, mesh, [Replicate()]), whole.confidence, a, b
-    )
-    expected = disalign_ops.disalign_cross_entropy(
-        whole.logits, whole.target, whole.confidence, whole.scale, whole.bias
-    )
-    close(loss, expected, "calibrated loss")
-    for placements in ([Shard(0)], [Replicate()]):
-        other = distribute_tensor(whole.logits.detach(), mesh, placements)
-        with pytest.raises(ValueError, match=r"needed is Shard\(1\) once"):
-            distributed.class_parallel_cross_entropy(other, whole.target)
-
-
-def _is_deterministic(rank: int, world: int) -> None:
-    whole = Whole(torch.float32, {"weight": "class", "label_smoothing": 0.1})
-    sizes = SHARDS[world][0]
-    found = []
-    for _ in range(2):
-        z = shard_of(whole.logits, rank, sizes, 1)
-        loss = distributed.class_parallel_cross_entropy(
-            z, whole.target, **options_of(whole, rank, sizes)
-        )
-        found.append((loss.detach(), *torch.autograd.grad(loss, z)))
-    for first, second in zip(*found, strict=True):
-        assert torch.equal(first, second)
-
-
-def _wrong_arguments(rank: int, world: int) -> None:
-    z = torch.randn(4, 5)
-    outside = torch.tensor([0, 3, 10, 1])
-    with pytest.raises(IndexError, match="targets are out of bounds"):
-        distributed.class_parallel_cross_entropy(z, outside)
-    with pytest.raises(IndexError, match="more than one"):  # shards that overlap
-        distributed.class_parallel_cross_entropy(z, torch.tensor([0, 1, 2, 3]), shard_offset=0)
-    with pytest.raises(ValueError, match="shard_offset is -1"):
-        distributed.class_parallel_cross_entropy(z, outside, shard_offset=-1)
-    with pytest.raises(ValueError, match="class probabilities"):
-        distributed.class_parallel_cross_entropy(z, torch.rand(4, 5))
-    loss = distributed.class_parallel_cross_entropy(z.requires_grad_(), torch.arange(4))
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(loss, z, create_graph=True)
-
-
-SMALL: tuple[Callable[[int, int], None], ...] = (
-    _small_loss, _one_row_alone, _in_place, _dtensor, _is_deterministic, _wrong_arguments,
-)  # fmt: skip
-
-
-def _small(rank: int, world: int) -> None:
-    for work in SMALL:
-        torch.manual_seed(0)
-        work(rank, world)
-
-
-def test_small_things() -> None:
-    """Of two ranks: SMALL, in one start of the processes."""
-    ranks.run(_small, 2)
-
-
 class _Model(nn.Module):
     """Features by data parallelism; a head whose classes are divided."""
 
@@ -400,102 +224,3 @@ class _Head(nn.Module):
 
 def test_data_and_classes_over_two_by_two_processes() -> None:
     ranks.run(_data_and_classes, 4)
-
-
-class _Carried:
-    """Counts what all-reduces carry, in bytes."""
-
-    def __init__(self) -> None:
-        self.bytes: list[int] = []
-        self._all_reduce = dist.all_reduce
-
-    def __enter__(self) -> _Carried:
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.bytes.append(tensor.numel() * tensor.element_size())
-            return self._all_reduce(tensor, *args, **kwargs)
-
-        dist.all_reduce = counted
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self._all_reduce
-
-
-def _traffic(rank: int, world: int) -> None:
-    rows, width, classes = 64, 16, 1000
-    x = torch.randn(rows, width, requires_grad=True)
-    w = torch.randn(classes // world, width, requires_grad=True)
-    target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(0))
-    a, b = (torch.ones(classes // world, requires_grad=True) for _ in range(2))
-    c = torch.zeros(rows, requires_grad=True)
-    weight = torch.rand(classes // world)
-    offset = rank * (classes // world)
-    numbers = 3 * 4  # for all rows together: the sum of the weights, the classes, the targets
-    for options, values in (
-        ({}, 3),
-        ({"weight": weight}, 4),
-        ({"weight": weight, "label_smoothing": 0.1}, 5),
-    ):
-        with _Carried() as forward:
-            loss = distributed.class_parallel_linear_cross_entropy(
-                x, w, target, shard_offset=offset, **options
-            )
-        assert forward.bytes == [4 * rows, (values - 1) * 4 * rows + numbers]
-        with _Carried() as backward:
-            loss.backward()
-        assert backward.bytes == [4 * rows * width]
-    with _Carried() as forward:
-        loss = distributed.class_parallel_disalign_linear_cross_entropy(
-            x, w, target, c, a, b, weight=weight, label_smoothing=0.1, shard_offset=offset
-        )
-    assert sum(forward.bytes) == 24 * rows + numbers  # 6 values a row
-    with _Carried() as backward:
-        loss.backward()
-    assert sorted(backward.bytes) == [4 * rows, 4 * rows * width]
-
-
-def test_six_values_a_row_in_forward_and_nothing_of_size_c() -> None:
-    ranks.run(_traffic, 2)
-
-
-def _one_leaves(rank: int, world: int) -> None:
-    if rank == 1:
-        os._exit(0)
-    _expect_failure()
-
-
-def _one_is_late(rank: int, world: int) -> None:
-    if rank == 1:
-        time.sleep(6)
-        return
-    _expect_failure()
-
-
-def _one_raises(rank: int, world: int) -> None:
-    weight = torch.ones(5 if rank == 0 else 4)  # wrong on rank 1
-    if rank == 1:
-        with pytest.raises(ValueError, match="weight has 4 entries"):
-            distributed.class_parallel_cross_entropy(
-                torch.randn(4, 5), torch.arange(4), weight=weight, shard_offset=5
-            )
-        return
-    _expect_failure(weight=weight)
-
-
-def _expect_failure(**options: Any) -> None:
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match="failed on rank 0 of 2: another rank has raised"):
-        distributed.class_parallel_cross_entropy(
-            torch.randn(4, 5), torch.arange(4), shard_offset=0, **options
-        )
-    assert time.monotonic() - start < 30  # the timeout is 3 seconds
-
-
-@pytest.mark.parametrize("work", [_one_leaves, _one_is_late, _one_raises])
-def test_a_rank_that_fails_is_an_error_on_the_others(work: Callable[[int, int], None]) -> None:
-    ranks.run(work, 2, timeout_s=3.0)
-
-
-def test_without_processes() -> None:
-    with pytest.raises(ValueError, match="needed is torch.distributed.init_process_group"):
-        distributed.class_parallel_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))
