@@ -133,14 +133,14 @@ def test_small_things() -> None:
     ranks.run(_small, 2)
 
 
-class _Carried:
+class Carried:
     """Counts what all-reduces carry, in bytes."""
 
     def __init__(self) -> None:
         self.bytes: list[int] = []
         self._all_reduce = dist.all_reduce
 
-    def __enter__(self) -> _Carried:
+    def __enter__(self) -> Carried:
         def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.bytes.append(tensor.numel() * tensor.element_size())
             return self._all_reduce(tensor, *args, **kwargs)
@@ -167,20 +167,20 @@ def _traffic(rank: int, world: int) -> None:
         ({"weight": weight}, 4),
         ({"weight": weight, "label_smoothing": 0.1}, 5),
     ):
-        with _Carried() as forward:
+        with Carried() as forward:
             loss = distributed.class_parallel_linear_cross_entropy(
                 x, w, target, shard_offset=offset, **options
             )
         assert forward.bytes == [4 * rows, (values - 1) * 4 * rows + numbers]
-        with _Carried() as backward:
+        with Carried() as backward:
             loss.backward()
         assert backward.bytes == [4 * rows * width]
-    with _Carried() as forward:
+    with Carried() as forward:
         loss = distributed.class_parallel_disalign_linear_cross_entropy(
             x, w, target, c, a, b, weight=weight, label_smoothing=0.1, shard_offset=offset
         )
     assert sum(forward.bytes) == 24 * rows + numbers  # 6 values a row
-    with _Carried() as backward:
+    with Carried() as backward:
         loss.backward()
     assert sorted(backward.bytes) == [4 * rows, 4 * rows * width]
 
