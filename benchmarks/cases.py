@@ -54,7 +54,8 @@ class Case:
     """One row of the benchmark: logits of a dtype, and what is done with them.
 
     The logits are (rows, classes), or with a `size` (rows, classes, *size), the target of that size
-    or, where it has another, of `target_size`.
+    or, where it has another, of `target_size`. With `features` they are a linear head's: the loss
+    is given so many features a row, and the head.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     quick: bool = False
     size: tuple[int, ...] = ()
     target_size: tuple[int, ...] = ()
+    features: int = 0
 
     @property
     def dtype_name(self) -> str:
@@ -82,6 +84,9 @@ class Case:
     @property
     def title(self) -> str:
         shape = " x ".join(str(n) for n in self.shape)
+        if self.features:
+            head = f"{self.features} features to {self.classes} classes"
+            return f"{WORK[self.mode]} of a linear head, {self.rows} x {head} {self.dtype_name}"
         to = " to " + " x ".join(str(n) for n in self.target_size) if self.target_size else ""
         return f"{WORK[self.mode]}, {shape}{to} {self.dtype_name}"
 
@@ -124,6 +129,11 @@ _DENSE = (
     ("upsample-stage2", 2, (32, 32), (256, 256), Mode.STAGE2, "the same, frozen", False),
     ("upsample-large", 4, (128, 128), (512, 512), Mode.FULL, "mmsegmentation's batch", False),
 )
+_HEADS = (
+    ("head-plain", Mode.PLAIN, "all gradients of the head", True),
+    ("head-full", Mode.FULL, "the same, calibrated", False),
+    ("head-stage2", Mode.STAGE2, "frozen head and features", True),
+)
 _QUICK = ("lvis-full", "lvis-stage2", "lvis-plain", "inat-in-place", "inat-stage2")
 
 
@@ -153,6 +163,10 @@ def _registry() -> dict[str, Case]:
             f"ade-{name}", images, 150, torch.float32, mode, reason, quick, size, target_size
         )
         cases.append(case)
+    for name, mode, why, quick in _HEADS:
+        reason = f"iNaturalist 2018, features at hand and the head with its loss: {why}"
+        head = Case(f"inat-{name}", 4096, 8142, torch.float32, mode, reason, quick, features=512)
+        cases.append(head)
     return {case.name: case for case in cases}
 
 
@@ -174,10 +188,14 @@ def select(patterns: list[str], full: bool) -> list[Case]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every contestant gets. Learned tensors require a gradient if the mode wants one."""
+    """What every contestant gets. Learned tensors require a gradient if the mode wants one.
+
+    head: (classes, features) of a linear head, and then `logits` are its features; or None.
+    """
 
     mode: Mode
     logits: Tensor
+    head: Tensor | None
     target: Tensor
     confidence: Tensor
     scale: Tensor
@@ -187,6 +205,8 @@ class Inputs:
     def wanted(self, logits: Tensor) -> dict[str, Tensor]:
         """The tensors whose gradients the mode wants; `logits`: those that the loss was given."""
         found = {} if self.mode is Mode.STAGE2 else {"logits": logits}
+        if self.head is not None and self.mode is not Mode.STAGE2:
+            found["head"] = self.head
         if self.mode.calibrated:
             found |= {"confidence": self.confidence, "scale": self.scale, "bias": self.bias}
         return found
@@ -209,7 +229,13 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     target = drawn.reshape(shape)
     if case.size:
         target[:, :4] = target[..., :4] = IGNORED
-    logits = (normal(*case.shape) * 3).to(device, case.dtype)
+    head = None
+    if case.features:
+        logits = normal(case.rows, case.features).to(device, case.dtype)
+        drawn_head = normal(case.classes, case.features) * (3 / case.features**0.5)
+        head = drawn_head.to(device, case.dtype).requires_grad_(case.mode is not Mode.STAGE2)
+    else:
+        logits = (normal(*case.shape) * 3).to(device, case.dtype)
     learned = {
         "confidence": normal(case.rows, *(1 for _ in case.size[:1]), *case.size),
         "scale": 1 + 0.3 * normal(case.classes),
@@ -218,6 +244,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs(
         case.mode,
         logits.requires_grad_(case.mode is not Mode.STAGE2),
+        head,
         target.to(device),
         **{k: v.to(device).requires_grad_(case.mode.calibrated) for k, v in learned.items()},
         weight=class_stats.grw_weights(counts.round().long()).to(device),

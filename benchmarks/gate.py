@@ -24,12 +24,17 @@ def exact(inputs: Inputs) -> dict[str, Tensor]:
     logits = inputs.logits.detach().double().requires_grad_(inputs.logits.requires_grad)
     calibration: dict[str, Tensor] = {}
     wanted = {"logits": logits} if logits.requires_grad else {}
+    given = logits
+    if inputs.head is not None:
+        head = inputs.head.detach().double().requires_grad_(inputs.head.requires_grad)
+        wanted |= {"head": head} if head.requires_grad else {}
+        given = logits @ head.t()
     if inputs.mode.calibrated:
         for name in ("confidence", "scale", "bias"):
             calibration[name] = getattr(inputs, name).detach().double().requires_grad_()
         wanted |= calibration
     loss = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for part, target, part_calibration in _parts(inputs, logits, calibration):
+    for part, target, part_calibration in _parts(inputs, given, calibration):
         value = _part_loss(inputs, part, target, part_calibration)
         value.backward()
         loss += value.detach()

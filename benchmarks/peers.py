@@ -78,6 +78,8 @@ def _disalign(
 
 def _composition(weighted: Callable[..., Tensor], disalign: Callable[..., Tensor]) -> Loss:
     def loss(inputs: Inputs, logits: Tensor) -> Tensor:
+        if inputs.head is not None:
+            logits = F.linear(logits, inputs.head)
         if not inputs.mode.calibrated:
             return weighted(logits, inputs.target, inputs.weight)
         return disalign(
@@ -108,6 +110,13 @@ def our_loss(inputs: Inputs, logits: Tensor) -> Tensor:
         calibration = {
             "confidence": inputs.confidence, "scale": inputs.scale, "bias": inputs.bias,
         }  # fmt: skip
+    if inputs.head is not None:
+        head = (logits, inputs.head, inputs.target)
+        if calibration:
+            return disalign_ops.disalign_linear_cross_entropy(
+                *head, **calibration, weight=inputs.weight
+            )
+        return disalign_ops.linear_cross_entropy(*head, weight=inputs.weight)
     options: dict[str, Any] = {
         "weight": inputs.weight,
         "inplace_backward": inputs.mode.in_place,
@@ -184,9 +193,69 @@ _FUSED = (
     _Fused("quack", "quack.cross_entropy", _quack),
     _Fused("flash-attn", "flash_attn.ops.triton.cross_entropy", _flash_attention),
 )
-_LINEAR = "cut-cross-entropy"
-_LINEAR_MODULE = "cut_cross_entropy"
-NAMES = (TRITON, EAGER, COMPILED, *(fused.name for fused in _FUSED), _LINEAR)
+# Of features, head, target and class weights.
+LinearLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _torch_linear(module: Any) -> LinearLoss:
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def loss(features: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        value: Tensor = module.linear_cross_entropy(
+            features, head, target, weight=weight, options=options
+        )
+        return value
+
+    return loss
+
+
+def _liger_linear(module: Any) -> LinearLoss:
+    def loss(features: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        value: Tensor = module.liger_fused_linear_cross_entropy(
+            features, head, target, ce_weight=weight
+        )
+        return value
+
+    return loss
+
+
+def _cut_linear(module: Any) -> LinearLoss:
+    def loss(features: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        # Weighted row by row: it takes no class weights.
+        rows = module.linear_cross_entropy(features, head, target, reduction="none")
+        return _mean_of_rows(rows, target, weight)
+
+    return loss
+
+
+def _quack_linear(module: Any) -> LinearLoss:
+    def loss(features: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        rows = module.linear_cross_entropy(features, head, target, reduction="none")
+        return _mean_of_rows(rows, target, weight)
+
+    return loss
+
+
+@dataclass(frozen=True)
+class _FusedLinear:
+    """A loss of a linear head without its logits. `devices`: where it runs."""
+
+    name: str
+    module: str
+    adapter: Callable[[Any], LinearLoss]
+    devices: tuple[str, ...] = ("cuda",)
+
+
+_FUSED_LINEAR = (
+    _FusedLinear("F.linear_cross_entropy", "torch.nn.functional", _torch_linear, ("cpu", "cuda")),
+    _FusedLinear("Liger-Kernel, linear", "liger_kernel.transformers.functional", _liger_linear),
+    _FusedLinear("cut-cross-entropy", "cut_cross_entropy", _cut_linear),
+    _FusedLinear("quack, linear", "quack.linear_cross_entropy", _quack_linear),
+)
+NAMES = (
+    TRITON, EAGER, COMPILED, *(fused.name for fused in _FUSED),
+    *(fused.name for fused in _FUSED_LINEAR),
+)  # fmt: skip
 
 
 def _import(module: str) -> tuple[Any, str]:
@@ -222,6 +291,30 @@ def _fused_contestant(fused: _Fused, case: Case, device: torch.device) -> Contes
     return Contestant(fused.name, _composition(weighted, disalign), overwrites)
 
 
+def _linear_contestant(
+    fused: _FusedLinear, case: Case, device: torch.device
+) -> Contestant | LeftOut:
+    module, why_not = _import(fused.module)
+    if module is None:
+        return LeftOut(fused.name, why_not)
+    if not case.features:
+        return LeftOut(fused.name, "takes a linear head, where a case has logits")
+    if device.type not in fused.devices:
+        return LeftOut(fused.name, f"has kernels for CUDA only, not for {device.type}")
+    if case.mode.calibrated:
+        return LeftOut(fused.name, "knows no calibration, and gives no logits to calibrate")
+    try:
+        linear_loss = fused.adapter(module)
+    except AttributeError as error:
+        return LeftOut(fused.name, f"is not in this version: {first_line(error)}")
+
+    def loss(inputs: Inputs, features: Tensor) -> Tensor:
+        assert inputs.head is not None
+        return linear_loss(features, inputs.head, inputs.target, inputs.weight)
+
+    return Contestant(fused.name, loss)
+
+
 def contestants(
     case: Case, device: torch.device, peers: tuple[str, ...] = NAMES
 ) -> tuple[list[Contestant], list[LeftOut]]:
@@ -234,9 +327,9 @@ def contestants(
     if COMPILED in peers:
         found.append(Contestant(COMPILED, _compiled_loss()))
     found += [_fused_contestant(fused, case, device) for fused in _FUSED if fused.name in peers]
-    if _LINEAR in peers:
-        no_case = "fuses the classifier: takes features and weights, where every case has logits"
-        found.append(LeftOut(_LINEAR, _import(_LINEAR_MODULE)[1] or no_case))
+    found += [
+        _linear_contestant(fused, case, device) for fused in _FUSED_LINEAR if fused.name in peers
+    ]
     return (
         [c for c in found if isinstance(c, Contestant)],
         [c for c in found if isinstance(c, LeftOut)],

@@ -94,10 +94,12 @@ def run_case(
         if not result.problem
     }
 
-    out = torch.empty_like(inputs.logits, requires_grad=False)
+    # Of what has the logits' size, where a linear head is given and not they.
+    source = inputs.logits.detach() if inputs.head is None else _like_logits(case, device)
+    out = torch.empty_like(source)
 
     def copy_step() -> Callable[[], object]:
-        return partial(out.copy_, logits().detach())
+        return partial(out.copy_, logits().detach() if inputs.head is None else source)
 
     steps = {COPY: copy_step}
     for name, contestant in accepted.items():
@@ -113,6 +115,10 @@ def run_case(
         if not result.problem:
             _fill(result, paired.seconds, copy, device)
     return CaseResult(case, copy, results, paired.other_cores)
+
+
+def _like_logits(case: Case, device: torch.device) -> Tensor:
+    return torch.zeros(case.shape, dtype=case.dtype, device=device)
 
 
 def _step(
@@ -164,5 +170,7 @@ def _fill(
     if OURS in seconds:
         result.times_ours = measure.paired_ratio(mine, seconds[OURS])
     result.copies = measure.paired_ratio(mine, seconds[COPY])
+    if result.case.features:
+        return  # a matmul's work is not bytes
     result.bytes_per_second = measure.counted_bytes(result.case, device) / result.timing.median
     result.share_of_copy = result.bytes_per_second * copy.median / (2 * result.case.logits_bytes)

@@ -49,10 +49,10 @@ _FEWEST_ROWS, _MOST_ROWS = 256, 1024
 
 
 def plan(rows: int, classes: int, itemsize: int, chunk_bytes: int) -> Plan:
-    """The chunks of logits (rows, classes) in half of chunk_bytes; the rest is for what goes with
-    them: the kernels' scratch, and sums in float32 of gradients in half precision.
+    """The chunks of logits (rows, classes) in a third of chunk_bytes; the rest is for what goes
+    with them: the kernels' scratch, and sums in float32 of gradients in half precision.
     """
-    entries = max(chunk_bytes // 2 // itemsize, 1)
+    entries = max(chunk_bytes // 3 // itemsize, 1)
     fitting = entries // max(classes, 1)
     if fitting >= min(rows, _FEWEST_ROWS):
         return Plan(max(min(fitting, rows), 1), classes)
