@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense test bench bench-full lint format clean
+.PHONY: setup demo demo-dense test test-triton bench bench-full lint format clean
 
 setup: $(VENV)/.built
 
@@ -28,6 +28,12 @@ demo-dense: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The operators' tests with Triton's interpreter in their place, all of them: about an hour.
+TRITON_TESTS := row shard dense calibrate in_place autograd stage2 operators upsample linear
+test-triton: setup
+	cd tests && TRITON_INTERPRET=1 PYTHONPATH=. ../$(BIN)/python -W ignore -m pytest -q \
+	  -p triton_operators -k "not depend_on" $(TRITON_TESTS:%=test_%.py)
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE)

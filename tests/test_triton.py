@@ -36,7 +36,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize(
     ("files", "only"),
     [
-        (["row"], "not depend_on"),
+        (["row", "shard"], "not depend_on"),
         (["dense", "calibrate", "in_place"], "shapes or contents or calibrate or in_place"),
         (["upsample"], "details_are or masked_classes_stay or integer_type"),
     ],
