@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from . import _shards, reference
@@ -355,7 +356,7 @@ def _differentiable(
     return [next(found) if n else None for n in need]
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable, without importing dynamo
 def loss(call: Call, *tensors: Tensor | None) -> Tensor:
     """In the accumulation dtype, of features (N, D), weight (C, D), bias (C,), confidence (N,),
     scale and the calibration's bias (C,), each None where there is none.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import _shards
 from ._shards import Call
@@ -84,7 +85,7 @@ class _ParallelLoss(torch.autograd.Function):
         return grads[0], grads[3], grads[1], grads[2], None, None
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable, without importing dynamo
 def loss(
     call: Call, logits: Tensor, confidence: Tensor | None, scale: Tensor | None,
     bias: Tensor | None, *, in_place: bool,

@@ -123,7 +123,7 @@ REGISTERS = {
     ("row_backward_kernel plain", True): 160,
     ("row_backward_kernel calibrated", False): 128,
     ("row_backward_kernel calibrated", True): 168,
-    ("row_backward_kernel class sums", False): 192,
+    ("row_backward_kernel class sums", False): 200,
     ("row_backward_kernel class sums", True): 200,
     ("row_combine_kernel", False): 72,
     ("row_combine_kernel", True): 88,

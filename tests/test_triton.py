@@ -239,6 +239,12 @@ def launches(
             if calibrated:
                 operators.calibrate(z, a, b, c)
                 operators.calibrate_backward(z, z, a, b, c, True, True, True, True)
+            if z.dim() == 2:
+                shard = (z, target.long(), vector(classes), a, b, c, vector(classes),
+                         vector(classes), smoothing > 0)  # fmt: skip
+                operators.shard_forward(*shard)
+                factors = vector(5 * n).view(5, n)
+                operators.shard_backward(factors, *shard, True, *want)
     return found
 
 
@@ -260,7 +266,7 @@ REGISTERS = {
     ("backward_kernel", "planes", 4): (200, 0),
     ("backward_kernel", "planes", 8): (255, 255),
     ("backward_kernel", "rows", 4): (184, 184),
-    ("backward_kernel", "rows", 8): (192, 248),
+    ("backward_kernel", "rows", 8): (200, 248),
     ("backward_kernel", "rows", 16): (128, 0),
     ("backward_kernel", "upsample", 4): (255, 216),
     ("calibrate_backward_kernel", "planes", 4): (176, 0),

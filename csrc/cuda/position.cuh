@@ -129,17 +129,6 @@ __device__ __forceinline__ PositionResult<A> position_result(const LossArgs& arg
   return out;
 }
 
-// The sums of position i of a shard.
-template <class A>
-__device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i, bool counts,
-                                                 const PositionSums<A>& sums) {
-  const A values[kShardValues] = {sums.maximum, sums.rest, sums.target_logit, sums.target_slope,
-                                  sums.smooth};
-  A* to = static_cast<A*>(args.shard_sums) + i;
-#pragma unroll
-  for (int k = 0; k < kShardValues; ++k) to[k * args.positions()] = counts ? values[k] : A(0);
-}
-
 // Loss and statistics of position i of target t.
 template <class A>
 __device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, int t,
@@ -147,7 +136,6 @@ __device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, 
                                                const PositionResult<A>& result, A sample_weight,
                                                A c) {
   const bool counts = is_counted(t);
-  if (args.shard_sums) return write_shard_sums(args, i, counts, sums);
   if (args.loss) static_cast<A*>(args.loss)[i] = counts ? result.loss * sample_weight : A(0);
   static_cast<A*>(args.row_max)[i] = counts ? sums.maximum : A(0);
   static_cast<A*>(args.row_sum)[i] = counts ? result.sum : A(1);
@@ -194,16 +182,6 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const DeviceLoss&
   if (!is_counted(out.target)) return out;
   const int t = out.target;
   out.c = c;
-  if (args.shard_factors) {
-    const A* from = static_cast<const A*>(args.shard_factors) + i;
-    const int64_t stride = args.positions();
-    out.maximum = from[kFactorMaximum * stride];
-    out.softmax = from[kFactorSoftmax * stride];
-    out.smooth = from[kFactorSmooth * stride];
-    out.at_target = from[kFactorTarget * stride];
-    out.target_slope = from[kFactorSlope * stride];
-    return out;
-  }
   out.maximum = static_cast<const A*>(args.row_max)[i];
   const A sum = static_cast<const A*>(args.row_sum)[i];
   const bool focal = args.focal_gamma > 0;

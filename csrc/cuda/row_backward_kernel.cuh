@@ -24,6 +24,19 @@ __device__ __forceinline__ PositionFactors<Accumulate<T>> row_factors(const RowA
   using A = Accumulate<T>;
   if (i >= args.images) return {};
   const A c = confidence_of<A>(args, i);
+  if (args.shard_factors) {
+    PositionFactors<A> out;
+    out.target = target_of(args, i);
+    if (!is_counted(out.target)) return out;
+    const A* from = static_cast<const A*>(args.shard_factors) + i;
+    out.c = c;
+    out.maximum = from[kFactorMaximum * args.images];
+    out.softmax = from[kFactorSoftmax * args.images];
+    out.smooth = from[kFactorSmooth * args.images];
+    out.at_target = from[kFactorTarget * args.images];
+    out.target_slope = from[kFactorSlope * args.images];
+    return out;
+  }
   return position_factors(args, i, c, weights, inverse, [&](int t) -> TargetLogit<A> {
     const T* row = static_cast<const T*>(args.logits) + i * args.image_stride;
     const A z = args.target_logits ? static_cast<const A*>(args.target_logits)[i]

@@ -18,6 +18,17 @@
 
 namespace disalign::cuda {
 
+// The sums of row i of a shard.
+template <class A>
+__device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i, bool counts,
+                                                 const PositionSums<A>& sums) {
+  const A values[kShardValues] = {sums.maximum, sums.rest, sums.target_logit, sums.target_slope,
+                                  sums.smooth};
+  A* to = static_cast<A*>(args.shard_sums) + i;
+#pragma unroll
+  for (int k = 0; k < kShardValues; ++k) to[k * args.images] = counts ? values[k] : A(0);
+}
+
 template <class T>
 struct FetchedRow {
   Raw raw[kKept<T>];
@@ -221,7 +232,10 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     const A v_i = counts ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
     if (writes && tile.lane == 0 && i < args.images) {
-      write_position(args, i, row.target, sums, result, v_i, c);
+      if (args.shard_sums)
+        write_shard_sums(args, i, counts, sums);
+      else
+        write_position(args, i, row.target, sums, result, v_i, c);
       if (counts)
         block_sums.add(tile.group, result.loss * v_i, divisor_share(args, target_weight, v_i));
     }
@@ -274,7 +288,10 @@ __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const Ro
     const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
     const A v_i = is_counted(t) ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
-    write_position(args, i, t, sums, result, v_i, confidence_of<A>(args, i));
+    if (args.shard_sums)
+      write_shard_sums(args, i, is_counted(t), sums);
+    else
+      write_position(args, i, t, sums, result, v_i, confidence_of<A>(args, i));
     if (!is_counted(t)) continue;
     block_sums.add(warp, result.loss * v_i, divisor_share(args, target_weight, v_i));
   }
