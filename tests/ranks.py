@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import tempfile
 import time
 import traceback
@@ -17,8 +18,9 @@ TIMEOUT_S = 60.0
 
 
 def _start(
-    rank: int, world: int, folder: str, timeout_s: float, work: Callable[[int, int], None]
-) -> None:
+    rank: int, world: int, folder: str, timeout_s: float, together: bool,
+    work: Callable[[int, int], None],
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world,
@@ -30,18 +32,26 @@ def _start(
         told = f"rank {rank} of {world}:\n{traceback.format_exc()}"
         Path(folder, f"{time.monotonic_ns():020} of rank {rank}").write_text(told)
         raise
-    finally:
-        dist.destroy_process_group()
+    # gloo's threads abort a process that ends while they wait for others: nobody leaves before all
+    # are here, or, where some are gone, without ending them.
+    if not together:
+        os._exit(0)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def run(work: Callable[[int, int], None], world: int, timeout_s: float = TIMEOUT_S) -> None:
+def run(
+    work: Callable[[int, int], None], world: int, timeout_s: float = TIMEOUT_S,
+    together: bool = True,
+) -> None:  # fmt: skip
     """work(rank, world), a function at the top of its module, in every process.
 
-    Fails with what was raised first; the other ranks then fail for that.
+    Fails with what was raised first; the other ranks then fail for that. together: all of them
+    come to the end.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_start, (world, folder, timeout_s, work), nprocs=world)
+            mp.spawn(_start, (world, folder, timeout_s, together, work), nprocs=world)
         except Exception as error:
             told = sorted(Path(folder).glob("* of rank *"))
             raise AssertionError(told[0].read_text() if told else str(error)) from None

@@ -224,7 +224,7 @@ def _expect_failure(**options: Any) -> None:
 
 @pytest.mark.parametrize("work", [_one_leaves, _one_is_late, _one_raises])
 def test_a_rank_that_fails_is_an_error_on_the_others(work: Callable[[int, int], None]) -> None:
-    ranks.run(work, 2, timeout_s=3.0)
+    ranks.run(work, 2, timeout_s=3.0, together=False)
 
 
 def test_without_processes() -> None:
