@@ -70,11 +70,13 @@ class Head:
     inverse_norms: Tensor | None
 
     @staticmethod
-    def of(weight: Tensor, bias: Tensor | None, cosine: bool) -> Head:
+    def of(weight: Tensor, bias: Tensor | None, cosine: bool, chunk_bytes: int) -> Head:
         if not cosine:
             return Head(weight, bias, None)
         dtype = reference.accumulate_dtype(weight.dtype)
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+        norms = weight.new_empty((len(weight),), dtype=dtype)
+        for part in _weight_parts(weight, chunk_bytes):
+            norms[part] = torch.linalg.vector_norm(weight[part], dim=1, dtype=dtype)
         return Head(weight, None, 1 / norms.clamp(min=smallest_norm(weight.dtype)))
 
     def logits(self, features: Tensor, part: slice, out: Tensor) -> Tensor:
@@ -87,6 +89,12 @@ class Head:
         if self.inverse_norms is not None:
             out.mul_(self.inverse_norms[part])
         return out
+
+
+def _weight_parts(weight: Tensor, chunk_bytes: int) -> list[slice]:
+    """So many classes that three float64 copies of their weight fit."""
+    most = chunk_bytes // (3 * 8 * max(weight.shape[1], 1))
+    return Plan(1, most).class_parts(len(weight))
 
 
 def smallest_norm(dtype: torch.dtype) -> float:
@@ -148,11 +156,11 @@ class _Gradients:
         if self.weight is not None:
             _add_product(self.weight[part], grad_logits.t(), features, first=rows.start == 0)
 
-    def finish(self, head: Head, chunk: Plan) -> list[Tensor | None]:
+    def finish(self, head: Head, chunk_bytes: int) -> list[Tensor | None]:
         grad = self.weight
         if grad is not None and head.inverse_norms is not None:
             # Through 1 / |w_j|: what lies along w_j is taken off.
-            for part in chunk.class_parts(len(grad)):
+            for part in _weight_parts(grad, chunk_bytes):
                 unit = head.weight[part] * head.inverse_norms[part, None]
                 along = (grad[part] * unit).sum(1, keepdim=True)
                 grad[part] -= (along * unit).to(grad.dtype)
@@ -181,7 +189,7 @@ class _Chunks:
         assert features is not None
         assert weight is not None
         self.call, self.features, self.confidence = call, features, confidence
-        self.head = Head.of(weight, bias, call.cosine)
+        self.head = Head.of(weight, bias, call.cosine, call.chunk_bytes)
         self.vectors = replace(call.vectors, scale=scale, bias=calibration_bias)
         self.classes = weight.shape[0]
         self.parts = call.plan.class_parts(self.classes)
@@ -300,7 +308,7 @@ class _LinearLoss(torch.autograd.Function):
                 sums[:, part], _ = chunks.sums(part)
             done = finished(call, sums, chunks.classes, slopes=tensors[4] is not None)
         ctx.call = call
-        ctx.made = None if made is None else made.finish(chunks.head, call.plan)
+        ctx.made = None if made is None else made.finish(chunks.head, call.chunk_bytes)
         if any(need):
             ctx.save_for_backward(*tensors, done.terms, done.target_slope, done.divisor)
         reduced: Tensor = call.reduction.loss(done.losses, done.divisor)
@@ -331,7 +339,7 @@ class _LinearLoss(torch.autograd.Function):
             for replicated in (out.features, out.confidence):
                 if replicated is not None:
                     call.ranks.add(replicated, "gradients")
-        return (*out.finish(chunks.head, call.plan), None)
+        return (*out.finish(chunks.head, call.chunk_bytes), None)
 
 
 def _differentiable(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from comparison import memory_allocated, memory_held
 from linear_cases import CALIBRATION, LINEAR, C, D, N, Problem
 from tolerances import assert_close, assert_no_worse
 from torch import Tensor, nn
@@ -288,67 +286,6 @@ def test_compile_breaks_the_graph_and_goes_on() -> None:
     grads = torch.autograd.grad(actual, [x, *layer.parameters()])
     for grad, e in zip(grads, torch.autograd.grad(step(x), [x, *layer.parameters()]), strict=True):
         assert torch.equal(grad, e)
-
-
-def _problem_of_size(n: int, d: int, c: int, **requires: bool) -> Problem:
-    p = Problem.of(torch.float32, n, d, c)
-    for name, t in p.tensors.items():
-        t.requires_grad_(requires.get(name, True))
-    return p
-
-
-@pytest.mark.parametrize(
-    ("rows", "classes"),
-    [(3000, 2000), (64, 100_000), (600, 30_000)],
-    ids=["many rows", "many classes", "both"],
-)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_peak_memory_is_chunk_bytes(rows: int, classes: int, reduction: str) -> None:
-    """Beyond the gradients and some numbers a row, whatever the logits would take."""
-    chunk_bytes = 4 << 20
-    assert rows * classes * 4 > 4 * chunk_bytes
-    p = _problem_of_size(rows, 16, classes)
-
-    def step() -> object:
-        loss = p.loss(True, chunk_bytes=chunk_bytes, reduction=reduction)
-        return torch.autograd.grad(loss, p.learned(True), torch.ones_like(loss))
-
-    step()
-    gradients = sum(t.numel() * 4 for t in p.tensors.values())
-    numbers = 64 * 4 * rows + 8 * 4 * classes  # of each row, and class vectors beside the logits
-    assert memory_held(step) <= chunk_bytes + gradients + numbers
-
-
-def test_a_frozen_head_makes_nothing_of_its_size() -> None:
-    frozen = {"features": False, "linear_weight": False, "linear_bias": False}
-    p = _problem_of_size(40, 20_000, 30, **frozen)
-    learned = [p.tensors[name] for name in CALIBRATION]
-    p.loss(True)
-    assert memory_allocated(lambda: torch.autograd.grad(p.loss(True), learned)) < 30 * 20_000 * 4
-
-
-def test_frozen_features_or_head_alone_skip_the_others_gradient() -> None:
-    for wanted in ("features", "linear_weight"):
-        frozen = {name: name == wanted for name in (*LINEAR, *CALIBRATION)}
-        p = _problem_of_size(40, 20_000, 40, **frozen)
-        t = p.tensors[wanted]
-        p.loss(False)
-        allocated = memory_allocated(lambda p=p, t=t: torch.autograd.grad(p.loss(False), t))
-        assert t.numel() * 4 <= allocated < 1.5 * t.numel() * 4
-
-
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_the_plan_keeps_to_the_memory_and_to_large_matmuls(itemsize: int) -> None:
-    sizes = (1, 7, 300, 4096, 10**6), (1, 10, 1203, 8142, 10**6, 10**8), (1 << 16, 64 << 20)
-    for rows, classes, chunk_bytes in itertools.product(*sizes):
-        plan = _linear.plan(rows, classes, itemsize, chunk_bytes)
-        assert 1 <= plan.rows <= rows
-        assert 1 <= plan.classes <= classes
-        assert plan.rows * plan.classes * itemsize <= chunk_bytes // 3
-        whole = plan.classes == classes
-        # All classes of a few rows, only if these are all rows.
-        assert not whole or plan.rows >= min(rows, 256)
-        assert whole or plan.rows == min(rows, 1024)
 
 
 def wrong(match: str, error: type[Exception] = ValueError, **changed: Any) -> None:
