@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import class_stats, distributed, metrics, nn, segmentation_metrics
+from . import class_stats, distributed, losses, metrics, nn, segmentation_metrics
 from ._backends import backend_info, set_backend
 from ._replace import replace_cross_entropy
 from .distributed import (
@@ -31,6 +31,7 @@ __all__ = [
     "disalign_linear_cross_entropy",
     "distributed",
     "linear_cross_entropy",
+    "losses",
     "metrics",
     "nn",
     "replace_cross_entropy",
