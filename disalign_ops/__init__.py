@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import class_stats, distributed, losses, metrics, nn, segmentation_metrics
+from . import class_stats, distributed, losses, metrics, nn, segmentation_metrics, sweep
 from ._backends import backend_info, set_backend
 from ._replace import replace_cross_entropy
 from .distributed import (
@@ -37,6 +37,7 @@ __all__ = [
     "replace_cross_entropy",
     "segmentation_metrics",
     "set_backend",
+    "sweep",
     "upsample_cross_entropy",
     "upsample_predict",
 ]

@@ -1,0 +1,123 @@
+"""Many strengths rho of the re-weighting in one stage 2, over features that are computed once.
+
+features, target = cache_features(model, loader)          # the backbone runs once
+layers = sweep_rho(model, features, target, counts, rhos=(0.5, 0.8, 1.0, 1.2, 1.5))
+for rho, layer in layers.items():
+    ... layer(validation_features) ...
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from ._arguments import check_integer, check_number
+from ._nn_linear import _DisAlign
+from .class_stats import Counts, grw_weights
+from .errors import ArgumentError
+
+
+def _layer_of(model: nn.Module) -> _DisAlign:
+    layers = [m for m in model.modules() if isinstance(m, _DisAlign)]
+    if len(layers) != 1:
+        raise ArgumentError(
+            f"model has {len(layers)} DisAlignLinear or DisAlignCosineLinear layers, needed is one"
+        )
+    return layers[0]
+
+
+@torch.no_grad()
+def cache_features(
+    model: nn.Module, batches: Iterable[tuple[Any, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """What the model's DisAlign layer is given for every batch, (N, D), and the targets (N,).
+
+    The model runs as it is: in eval mode, unless you want another. On the device of its layer.
+    Raises ArgumentError: no such layer, or several; no batches; a layer that is not called once.
+    """
+    layer = _layer_of(model)
+    given: list[Tensor] = []
+    targets: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].detach()))
+    try:
+        for inputs, target in batches:
+            model(inputs)
+            targets.append(target.to(layer.weight.device))
+            if len(given) != len(targets):
+                raise ArgumentError(
+                    f"the DisAlign layer was called {len(given)} times in {len(targets)} batches, "
+                    "needed is once a batch"
+                )
+    finally:
+        hook.remove()
+    if not given:
+        raise ArgumentError("batches is empty, needed is at least one (inputs, target)")
+    return torch.cat(given), torch.cat(targets)
+
+
+def sweep_rho(
+    model: nn.Module, features: Tensor, target: Tensor, counts: Counts, rhos: Sequence[float], *,
+    epochs: int = 10, batch_size: int = 256, lr: float = 0.1, momentum: float = 0.9,
+    generator: torch.Generator | None = None, **options: Any,
+) -> dict[float, nn.Module]:  # fmt: skip
+    """Stage 2 for every rho at once: a trained copy of the model's DisAlign layer for each.
+
+    The raw logits of a batch are made once for all of them. Each copy learns by SGD with a learning
+    rate that falls from lr to 0 along a cosine, as the released ImageNet-LT configuration (10
+    epochs, batch 256, 0.1).
+
+    Args:
+        model: with one DisAlign layer, or the layer; it stays as it is.
+        features, target: (N, D) and (N,), as from `cache_features`.
+        counts: training samples of each class, a background not among them.
+        rhos: see `class_stats.grw_weights`.
+        generator: of the order of the rows, on the CPU; every rho sees the same one.
+        options: keywords of `disalign_cross_entropy` but weight, form and background.
+
+    Returns the copies by rho, in eval mode. Raises ArgumentError: no rhos, or one twice; and what
+    `grw_weights` and `disalign_cross_entropy` raise.
+    Source: Zhang et al., "Distribution Alignment", CVPR 2021, sections 3.3 and 4.
+    """
+    layer = _layer_of(model)
+    check_integer("epochs", epochs)
+    check_integer("batch_size", batch_size)
+    lr, momentum = check_number("lr", lr, 0.0), check_number("momentum", momentum, 0.0)
+    if epochs < 1 or batch_size < 1:
+        raise ArgumentError(f"epochs is {epochs}, batch_size {batch_size}: needed is 1 or more")
+    if not rhos or len(set(rhos)) != len(rhos):
+        raise ArgumentError(f"rhos is {list(rhos)}, needed are numbers, each once")
+    if len(features) != len(target):
+        raise ArgumentError(f"features has {len(features)} rows, target {len(target)}")
+    device = layer.weight.device
+    background: Any = layer.background
+    copies = {rho: copy.deepcopy(layer) for rho in rhos}
+    weights = {rho: grw_weights(counts, rho, background=background).to(device) for rho in rhos}
+    learned: list[Tensor] = []
+    for one in copies.values():
+        one.requires_grad_(False)
+        for part in (one.logit_scale, one.logit_bias, one.confidence_layer):
+            part.requires_grad_()
+            learned += [part] if isinstance(part, Tensor) else list(part.parameters())
+    optimizer = torch.optim.SGD(learned, lr=lr, momentum=momentum)
+    batches = -(-len(features) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    for _ in range(epochs):
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        for rows in order.split(batch_size):
+            x, t = features[rows].to(device), target[rows].to(device)
+            with torch.no_grad():
+                logits, seen = layer._checked_raw(x)
+            optimizer.zero_grad()
+            for rho, one in copies.items():
+                functional.disalign_cross_entropy(
+                    logits, t, one.confidence_layer(seen), one.logit_scale, one.logit_bias,
+                    weights[rho], **one._form(), **options,
+                ).backward()  # fmt: skip
+            optimizer.step()
+            schedule.step()
+    return {rho: one.eval().requires_grad_(False) for rho, one in copies.items()}

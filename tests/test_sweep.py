@@ -1,0 +1,120 @@
+"""Stage 2 for several rho over cached features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from disalign_ops import nn as dnn
+from disalign_ops import sweep
+from disalign_ops.errors import ArgumentError
+
+COUNTS = [400, 90, 40, 12, 5]
+C, D = len(COUNTS), 6
+
+
+def model_of(cls: Any = dnn.DisAlignLinear, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, D), nn.ReLU())
+    return nn.Sequential(body, cls(D, C, **options)).eval()
+
+
+def data(batches: int = 3, rows: int = 20) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(rows, 4, generator=generator),
+         torch.randint(0, C, (rows,), generator=generator))
+        for _ in range(batches)
+    ]  # fmt: skip
+
+
+def test_the_cache_has_what_the_layer_is_given() -> None:
+    model, batches = model_of(), data()
+    features, target = sweep.cache_features(model, batches)
+    assert torch.equal(features, torch.cat([model[0](x) for x, _ in batches]))
+    assert torch.equal(target, torch.cat([t for _, t in batches]))
+    assert not features.requires_grad
+    assert not model[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("cls", [dnn.DisAlignLinear, dnn.DisAlignCosineLinear])
+@pytest.mark.parametrize("form", ["residual", "interpolated"])
+def test_each_rho_is_a_stage_2_of_its_own(cls: Any, form: str) -> None:
+    model = model_of(cls, form=form)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    features, target = sweep.cache_features(model, data())
+    rhos = (0.5, 1.2)
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 16, "label_smoothing": 0.05}
+    found = sweep.sweep_rho(model, features, target, COUNTS, rhos,
+                            generator=torch.Generator().manual_seed(4), **given)  # fmt: skip
+    assert list(found) == list(rhos)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+    for rho, layer in found.items():
+        # The recipe of the README, on the same order of rows.
+        alone = model_of(cls, form=form)
+        optimizer = torch.optim.SGD(dnn.freeze_for_stage2(alone), lr=0.1, momentum=0.9)
+        criterion = dnn.GRWCrossEntropyLoss(COUNTS, rho, label_smoothing=0.05)
+        generator = torch.Generator().manual_seed(4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3 * 4)
+        for _ in range(3):
+            for rows in torch.randperm(60, generator=generator).split(16):
+                optimizer.zero_grad()
+                criterion(alone[1](features[rows]), target[rows]).backward()
+                optimizer.step()
+                schedule.step()
+        for name, value in alone[1].state_dict().items():
+            torch.testing.assert_close(layer.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    scales = [layer.get_parameter("logit_scale") for layer in found.values()]
+    assert not torch.equal(*scales)
+
+
+def test_the_raw_logits_are_made_once_for_every_rho(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of()
+    features, target = sweep.cache_features(model, data())
+    calls = []
+    raw = dnn.DisAlignLinear._raw
+    monkeypatch.setattr(
+        dnn.DisAlignLinear, "_raw", lambda self, x: calls.append(len(x)) or raw(self, x)
+    )
+    rhos = [k / 10 for k in range(1, 11)]
+    sweep.sweep_rho(model, features, target, COUNTS, rhos, epochs=1, batch_size=25)
+    assert calls == [25, 25, 10]
+
+
+def test_a_background_has_no_count() -> None:
+    model = model_of(background="first")
+    features, target = sweep.cache_features(model, data())
+    found = sweep.sweep_rho(model[1], features, target, COUNTS[1:], [1.0], epochs=1)
+    assert found[1.0].get_parameter("logit_scale").shape == (1, C - 1)
+
+
+def test_errors() -> None:
+    model, batches = model_of(), data()
+    features, target = sweep.cache_features(model, batches)
+    for rhos in ([], [1.0, 1.0]):
+        with pytest.raises(ArgumentError, match="rhos is"):
+            sweep.sweep_rho(model, features, target, COUNTS, rhos)
+    with pytest.raises(ArgumentError, match="features has 60 rows, target 59"):
+        sweep.sweep_rho(model, features, target[:-1], COUNTS, [1.0])
+    with pytest.raises(ArgumentError, match="epochs is 0"):
+        sweep.sweep_rho(model, features, target, COUNTS, [1.0], epochs=0)
+    with pytest.raises(ArgumentError, match="model has 0 DisAlignLinear"):
+        sweep.cache_features(nn.Linear(4, 3), batches)
+    with pytest.raises(ArgumentError, match="batches is empty"):
+        sweep.cache_features(model, [])
+    with pytest.raises(ArgumentError, match="called 2 times in 1 batches"):
+        sweep.cache_features(nn.Sequential(Twice(model)), batches)
+
+
+class Twice(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(x) + self.inner(x))
