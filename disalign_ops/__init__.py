@@ -4,7 +4,16 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from . import class_stats, distributed, losses, metrics, nn, segmentation_metrics, sweep
+from . import (
+    checkpoints,
+    class_stats,
+    distributed,
+    losses,
+    metrics,
+    nn,
+    segmentation_metrics,
+    sweep,
+)
 from ._backends import backend_info, set_backend
 from ._replace import replace_cross_entropy
 from .distributed import (
@@ -21,6 +30,7 @@ __all__ = [
     "UpsampleDetails",
     "backend_info",
     "calibrate",
+    "checkpoints",
     "class_parallel_cross_entropy",
     "class_parallel_disalign_cross_entropy",
     "class_parallel_disalign_linear_cross_entropy",
