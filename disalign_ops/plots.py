@@ -1,0 +1,172 @@
+"""Figures of a long-tailed classifier; each function returns a matplotlib Figure of its own.
+
+Needs matplotlib, the extra disalign_ops[plots]. Nothing is shown or saved: `figure.savefig(path)`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import class_stats
+from ._nn_form import Calibration
+from .class_stats import Counts
+from .errors import ArgumentError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SIZE = (6.4, 4.0)  # inches
+_FEW, _MANY = 20, 100  # the groups of metrics.py
+
+
+def _figure(columns: int = 1) -> tuple[Figure, Any]:
+    """And its axes: one, or an array of them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is not installed: pip install disalign_ops[plots]") from error
+    # No pyplot: nothing global, no window, and the figure is freed with its last reference.
+    figure = Figure(figsize=(_SIZE[0] * (0.5 + 0.5 * columns), _SIZE[1]), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _counts(counts: Counts, classes: int, what: str) -> Tensor:
+    n = class_stats._as_counts(counts)
+    if len(n) != classes:
+        raise ArgumentError(f"counts has {len(n)} entries, {what} {classes}")
+    return n
+
+
+def _groups(axes: Any, n: Tensor) -> None:
+    """Logarithmic counts, with lines between few, medium and many."""
+    if float(n.min()) > 0:
+        axes.set_xscale("log")
+    else:  # classes without samples have a place too
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=-0.3)
+    axes.set_xlabel("training samples of the class")
+    for limit in (_FEW, _MANY):
+        if float(n.min()) < limit < float(n.max()):
+            axes.axvline(limit, color="0.8", linewidth=1, zorder=0)
+
+
+def accuracy_by_count(accuracy: Tensor, counts: Counts, label: str | None = None) -> Figure:
+    """Every class's accuracy against its training samples, with the mean of each tenth of them.
+
+    Args:
+        accuracy: (C,) in [0, 1], as metrics' per-class accuracy; NaN: a class without test samples.
+        counts: (C,) training samples.
+        label: of the method, for the legend.
+    """
+    a = accuracy.detach().cpu().double().flatten()
+    n = _counts(counts, len(a), "accuracy has")
+    figure, axes = _figure()
+    axes.scatter(n.numpy(), a.numpy(), s=8, alpha=0.4, linewidths=0, label=label)
+    order = n.argsort()
+    tenths = [part[~a[part].isnan()] for part in order.tensor_split(10)]
+    tenths = [part for part in tenths if len(part)]
+    axes.plot([float(n[p].mean()) for p in tenths], [float(a[p].mean()) for p in tenths],
+              color="C1", label="mean of a tenth of the classes")  # fmt: skip
+    _groups(axes, n)
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend()
+    return figure
+
+
+def calibration_by_count(layer: nn.Module, counts: Counts) -> Figure:
+    """A DisAlign layer's learned scale and bias against the classes' training samples.
+
+    Args:
+        layer: DisAlignLinear, DisAlignCosineLinear or DisAlignSegHead.
+        counts: training samples of each calibrated class, a background not among them.
+    """
+    if not isinstance(layer, Calibration):
+        raise ArgumentError(f"layer is a {type(layer).__name__}, needed is a DisAlign layer")
+    learned = (layer.logit_scale, layer.logit_bias)
+    scale, bias = (t.detach().cpu().double().flatten() for t in learned)
+    n = _counts(counts, len(scale), "the layer calibrates")
+    figure, both = _figure(columns=2)
+    for axes, values, name in zip(both, (scale, bias), ("logit_scale", "logit_bias"), strict=True):
+        axes.scatter(n.numpy(), values.numpy(), s=8, alpha=0.5, linewidths=0)
+        axes.axhline(float(name == "logit_scale"), color="0.8", linewidth=1, zorder=0)  # at first
+        _groups(axes, n)
+        axes.set_ylabel(f"{name} ({layer.form})")
+    return figure
+
+
+def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
+    """How many inputs have which confidence.
+
+    Args:
+        confidence: of any shape, after the sigmoid.
+    """
+    c = confidence.detach().cpu().double().flatten()
+    if not len(c) or float(c.min()) < 0 or float(c.max()) > 1:
+        raise ArgumentError("confidence has entries outside 0 to 1, or none: apply the sigmoid")
+    figure, axes = _figure()
+    axes.hist(c.numpy(), bins=bins, range=(0.0, 1.0))
+    axes.set_xlabel("confidence c")
+    axes.set_ylabel("inputs")
+    axes.set_xlim(0, 1)
+    return figure
+
+
+def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Figure:
+    """Accuracy against the probability of the predicted class, in equal bins, and the expected
+    calibration error (`calibration_error`) in the title.
+    """
+    share, confidence, accuracy = _binned(probabilities, target, bins)
+    error = float((share * (accuracy - confidence).abs()).sum())
+    figure, axes = _figure()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    some = share > 0
+    left, height = edges[:-1][some].numpy(), accuracy[some].numpy()
+    axes.bar(left, height, width=1 / bins, align="edge", alpha=0.7, edgecolor="white",
+             label="accuracy")  # fmt: skip
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", label="calibrated")
+    axes.plot(confidence[some].numpy(), accuracy[some].numpy(), "o", color="C1", markersize=4,
+              label="mean probability")  # fmt: skip
+    axes.set_xlabel("probability of the predicted class")
+    axes.set_ylabel("accuracy")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_title(f"expected calibration error {error:.3f}")
+    axes.legend()
+    return figure
+
+
+def calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: sum over equal bins of their share |accuracy - mean probability|.
+
+    Args:
+        probabilities: (N, C), rows that sum to 1; target: (N,) classes.
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
+    """
+    share, confidence, accuracy = _binned(probabilities, target, bins)
+    return float((share * (accuracy - confidence).abs()).sum())
+
+
+def _binned(probabilities: Tensor, target: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every bin: its share of the rows, their mean probability and accuracy; 0 where empty."""
+    if probabilities.dim() != 2 or target.shape != probabilities.shape[:1] or not len(target):
+        raise ArgumentError(
+            f"probabilities has shape {tuple(probabilities.shape)}, target {tuple(target.shape)}: "
+            "needed are (N, C) and (N,), N above 0"
+        )
+    if bins < 1:
+        raise ArgumentError(f"bins is {bins}, needed is 1 or more")
+    p, predicted = probabilities.detach().cpu().double().max(1)
+    if float(p.min()) < 0 or float(p.max()) > 1 + 1e-6:
+        raise ArgumentError("probabilities has entries outside 0 to 1: apply the softmax")
+    right = (predicted == target.cpu()).double()
+    # The upper edge belongs to a bin, as in the paper: (m - 1) / M < p <= m / M.
+    index = ((p * bins).ceil().long() - 1).clamp(0, bins - 1)
+    count = torch.bincount(index, minlength=bins).double()
+    some = count.clamp(min=1)
+    confidence = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, p) / some
+    accuracy = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right) / some
+    return count / len(p), confidence, accuracy
