@@ -19,7 +19,17 @@ if build.why_not():
     pytest.skip(str(build.why_not()), allow_module_level=True)
 
 HERE = Path(__file__).parent
-ALL_FILES = ["row", "shard", "dense", "upsample", "calibrate", "in_place", "autograd", "stage2"]
+ALL_FILES = [
+    "row",
+    "shard",
+    "linear",
+    "dense",
+    "upsample",
+    "calibrate",
+    "in_place",
+    "autograd",
+    "stage2",
+]
 
 
 @pytest.mark.parametrize(
