@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense test test-triton bench bench-full lint format clean
+.PHONY: setup demo demo-dense test test-triton test-integrations bench bench-full lint format clean
 
 setup: $(VENV)/.built
 
@@ -35,6 +35,16 @@ test-triton: setup
 	cd tests && TRITON_INTERPRET=1 PYTHONPATH=. ../$(BIN)/python -W ignore -m pytest -q \
 	  -p triton_operators -k "not depend_on" $(TRITON_TESTS:%=test_%.py)
 
+# The adapters with the frameworks themselves, under another torch than the library is built with:
+# 6 GB of packages.
+INTEGRATIONS := .venv-integrations
+test-integrations: setup
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --quiet -r requirements-integrations.txt
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	$(INTEGRATIONS)/bin/python -P -m pytest -o pythonpath= tests/integrations
+
 bench: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE)
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m benchmarks.bandwidth --device cuda)
@@ -54,4 +64,4 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build out disalign_ops/lib *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) build out disalign_ops/lib *.egg-info

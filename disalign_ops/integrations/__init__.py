@@ -1,0 +1,4 @@
+"""Adapters to frameworks, a file each, imported only when asked for:
+
+from disalign_ops.integrations import timm, torchvision, transformers, smp, lightning
+"""

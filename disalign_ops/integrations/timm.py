@@ -1,0 +1,49 @@
+"""timm: its models with a DisAlign classifier, and a loss for its training script."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .. import nn as dnn
+from ..class_stats import Counts
+from ..errors import ArgumentError
+
+
+def disalign_timm_model(
+    model: nn.Module, *, form: str = "residual", background: str | None = None
+) -> nn.Module:
+    """Swaps the classifier of a timm model for a DisAlignLinear that keeps its weights, in place.
+
+    Args:
+        model: from timm.create_model, its `get_classifier()` an nn.Linear.
+        form, background: as in `disalign_ops.nn.DisAlignLinear`.
+
+    Returns the model; `get_classifier()` finds the new layer. Raises ArgumentError: a model without
+    get_classifier, or whose classifier is none (num_classes=0), several, or no nn.Linear.
+    """
+    find: Any = getattr(model, "get_classifier", None)
+    if find is None:
+        raise ArgumentError(f"model is a {type(model).__name__}, needed is one of timm's")
+    classifier = find()
+    names = [name for name, module in model.named_modules() if module is classifier]
+    if type(classifier) is not nn.Linear or len(names) != 1:
+        raise ArgumentError(
+            f"model has the classifier {type(classifier).__name__}, needed is one nn.Linear "
+            "(num_classes above 0)"
+        )
+    return dnn.convert_to_disalign(model, form=form, name=names[0], background=background)
+
+
+class GRWLoss(dnn.GRWCrossEntropyLoss):
+    """timm's `train_loss_fn` for stage 2: GRW weights of the training counts.
+
+    Called as `loss_fn(output, target)` with class indices or, under mixup, class probabilities.
+    smoothing has timm's name.
+    """
+
+    def __init__(
+        self, counts: Counts, rho: float = 1.2, smoothing: float = 0.0, **options: Any
+    ) -> None:
+        super().__init__(counts, rho, label_smoothing=smoothing, **options)
