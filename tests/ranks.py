@@ -32,12 +32,11 @@ def _start(
         told = f"rank {rank} of {world}:\n{traceback.format_exc()}"
         Path(folder, f"{time.monotonic_ns():020} of rank {rank}").write_text(told)
         raise
-    # gloo's threads abort a process that ends while they wait for others: nobody leaves before all
-    # are here, or, where some are gone, without ending them.
-    if not together:
-        os._exit(0)
-    dist.barrier()
-    dist.destroy_process_group()
+    # Nobody leaves before all are here, and nobody ends gloo's threads: now and then, on a machine
+    # that is busy, that aborts the process ("terminate called without an active exception").
+    if together:
+        dist.barrier()
+    os._exit(0)
 
 
 def run(
