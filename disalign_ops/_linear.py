@@ -43,19 +43,20 @@ class Plan:
 
 
 # A matmul gets near its peak where every entry of the weight that is read is used for some hundred
-# rows. Chunks are whole rows while this many of them fit in the memory, or all there are. With more
-# classes, chunks are parts of the classes for up to _MOST_ROWS rows, and their logits are made a
-# second time for the gradients: a fourth matmul beside the three, but each at its peak.
-_FEWEST_ROWS, _MOST_ROWS = 256, 1024
+# rows, on a CPU for some dozens. Chunks are whole rows while this many of them fit in the memory,
+# or all there are. With more classes, chunks are parts of the classes for up to _MOST_ROWS rows,
+# and their logits are made a second time for the gradients: a fourth matmul beside the three, but
+# each at its peak.
+_FEWEST_ROWS, _FEWEST_ROWS_ON_CPU, _MOST_ROWS = 256, 64, 1024
 
 
-def plan(rows: int, classes: int, itemsize: int, chunk_bytes: int) -> Plan:
+def plan(rows: int, classes: int, itemsize: int, chunk_bytes: int, *, on_cpu: bool = False) -> Plan:
     """The chunks of logits (rows, classes) in a third of chunk_bytes; the rest is for what goes
     with them: the kernels' scratch, and sums in float32 of gradients in half precision.
     """
     entries = max(chunk_bytes // 3 // itemsize, 1)
     fitting = entries // max(classes, 1)
-    if fitting >= min(rows, _FEWEST_ROWS):
+    if fitting >= min(rows, _FEWEST_ROWS_ON_CPU if on_cpu else _FEWEST_ROWS):
         return Plan(max(min(fitting, rows), 1), classes)
     part = max(min(rows, _MOST_ROWS, entries), 1)
     return Plan(part, max(entries // part, 1))

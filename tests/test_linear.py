@@ -20,7 +20,7 @@ PLANS = [(1, C), (1, 1), (5, 4), (N, 3), (8, C), (N, C)]
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, classes: int) -> None:
-    monkeypatch.setattr(_linear, "plan", lambda *_: _linear.Plan(rows, classes))
+    monkeypatch.setattr(_linear, "plan", lambda *_, **__: _linear.Plan(rows, classes))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
