@@ -51,13 +51,18 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def check_dtype(name: str, value: Tensor) -> None:
+    """One of the dtypes that logits, and what they are made of, can have."""
+    if value.dtype not in LOGITS_DTYPES:
+        raise ArgumentTypeError(
+            f"{name} has dtype {value.dtype}, needed is float32, float64, bfloat16 or float16"
+        )
+
+
 def check_input(input: Tensor) -> int:
     """The number of classes of logits (C,), (N, C) or (N, C, d1, ...)."""
     check_tensor("input", input)
-    if input.dtype not in LOGITS_DTYPES:
-        raise ArgumentTypeError(
-            f"input has dtype {input.dtype}, needed is float32, float64, bfloat16 or float16"
-        )
+    check_dtype("input", input)
     if input.dim() < 1:
         raise ArgumentError("input has no dimensions, needed is (C,), (N, C) or (N, C, d1, ...)")
     classes = input.shape[0 if input.dim() == 1 else 1]
@@ -96,6 +101,14 @@ def positions_shape(input: Tensor) -> torch.Size:
     if input.dim() == 1:
         return torch.Size(())
     return torch.Size((input.shape[0], *input.shape[2:]))
+
+
+def check_class_indices(target: Tensor) -> None:
+    """Class probabilities are refused."""
+    if check_tensor("target", target).is_floating_point():
+        raise ArgumentError(
+            f"target holds class probabilities ({target.dtype}), needed are class indices"
+        )
 
 
 def check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:

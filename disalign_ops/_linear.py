@@ -50,13 +50,15 @@ class Plan:
 _FEWEST_ROWS, _FEWEST_ROWS_ON_CPU, _MOST_ROWS = 256, 64, 1024
 
 
-def plan(rows: int, classes: int, itemsize: int, chunk_bytes: int, *, on_cpu: bool = False) -> Plan:
-    """The chunks of logits (rows, classes) in a third of chunk_bytes; the rest is for what goes
-    with them: the kernels' scratch, and sums in float32 of gradients in half precision.
+def plan(rows: int, classes: int, like: Tensor, chunk_bytes: int) -> Plan:
+    """The chunks of logits (rows, classes), of the dtype and device of `like`, in a third of
+    chunk_bytes; the rest is for what goes with them: the kernels' scratch, and sums in float32 of
+    gradients in half precision.
     """
-    entries = max(chunk_bytes // 3 // itemsize, 1)
+    entries = max(chunk_bytes // 3 // like.element_size(), 1)
     fitting = entries // max(classes, 1)
-    if fitting >= min(rows, _FEWEST_ROWS_ON_CPU if on_cpu else _FEWEST_ROWS):
+    fewest = _FEWEST_ROWS_ON_CPU if like.device.type == "cpu" else _FEWEST_ROWS
+    if fitting >= min(rows, fewest):
         return Plan(max(min(fitting, rows), 1), classes)
     part = max(min(rows, _MOST_ROWS, entries), 1)
     return Plan(part, max(entries // part, 1))
@@ -208,7 +210,7 @@ class _Chunks:
         first = (call.ranks.first if call.ranks else 0) + part.start
         target = call.local_target(rows, first, part.stop - part.start)
         confidence = None if self.confidence is None else self.confidence[rows]
-        return target, self.vectors.of_classes(part.start, part.stop), confidence
+        return target, self.vectors.each(lambda vector: vector[part]), confidence
 
     def sums(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """The sums of these rows, and their logits where one chunk holds all of them."""
@@ -237,10 +239,7 @@ class _Chunks:
         if several:
             sum_features = torch.empty_like(features, dtype=torch.float32)
         for part in self.parts:
-            if logits is None:
-                chunk = self._logits(rows, part)
-            else:
-                chunk = logits
+            chunk = self._logits(rows, part) if logits is None else logits
             target, vectors, confidence = self._shard(rows, part)
             grad, scale, bias, of_confidence = _shards.gradients_of(
                 self.call.backend, factors, chunk, target, vectors, confidence, want, in_place=True
@@ -294,12 +293,10 @@ class _LinearLoss(torch.autograd.Function):
         rows = len(features)
         need = tuple(ctx.needs_input_grad[:6])
         chunks = _Chunks(call, tensors)
-        whole = call.ranks is None
-        in_forward = (
-            any(need) and call.reduction.reduction != "none" and whole
-            and features.dtype != torch.float16
-        )  # fmt: skip
-        made = _Gradients(tensors, need, call) if in_forward else None
+        scalar = call.reduction.reduction != "none"
+        made = None
+        if any(need) and scalar and call.ranks is None and features.dtype != torch.float16:
+            made = _Gradients(tensors, need, call)
         if call.ranks is None:
             done = chunks.finish(made)
         else:

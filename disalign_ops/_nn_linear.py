@@ -67,10 +67,10 @@ class _DisAlign(Calibration):
 
     def _confidence_features(self, x: Tensor) -> Tensor:
         """Those features, without the logits."""
-        raise NotImplementedError
+        return x
 
     def _cosine_scale(self) -> Tensor | None:
-        """Of a cosine classifier."""
+        """Of a cosine classifier; a linear one has none."""
         return None
 
     def _checked_raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,9 +166,6 @@ class DisAlignLinear(_DisAlign):
 
     def _raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return F.linear(x, self.weight, self.bias), x
-
-    def _confidence_features(self, x: Tensor) -> Tensor:
-        return x
 
 
 class DisAlignCosineLinear(_DisAlign):

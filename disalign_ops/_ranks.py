@@ -1,13 +1,12 @@
 """The processes that share a loss's classes: what they exchange.
 
-A row costs two all-reduces in forward: its maximum, then everything relative to it, at most 6
-values in the arithmetic of the logits; in backward one value for the confidence, and those of the
-features where they are wanted. Nothing has the number of classes.
+A row costs two all-reduces in forward: its maximum, then up to five values relative to it, in the
+arithmetic of the logits; in backward one value for the confidence, and those of the features where
+they are wanted. Nothing has the number of classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,39 +63,31 @@ class Ranks:
         Raises IndexError where a row has no rank, or several, whose class its target is.
         """
         maximum = sums[0].clone()
-        self._call(dist.all_reduce, maximum, dist.ReduceOp.MAX, "maxima of the rows")
-        _, rest, target_logit, target_slope, smooth = _shards.rebased(sums, weight_sum, maximum)
-        values = [rest, target_logit]
-        optional = ((slopes, target_slope), (smoothing, smooth), (weighted, target_weight))
-        values += [value for given, value in optional if given]
+        self._all_reduce(maximum, dist.ReduceOp.MAX, "maxima of the rows")
+        relative = _shards.rebased(sums, weight_sum, maximum)
+        # What is not sent is 0 on every rank, and a weight of 1.
+        sent = [1, 2, *([3] if slopes else []), *([4] if smoothing else [])]
+        values = [relative[k] for k in sent] + ([target_weight] if weighted else [])
         # Besides: three numbers for all rows.
         named = (target >= 0).sum()
-        numbers = torch.stack([weight_sum, weight_sum.new_tensor(classes), named.to(rest.dtype)])
+        numbers = torch.stack([weight_sum, weight_sum.new_tensor(classes), named.to(sums.dtype)])
         message = torch.cat([*values, numbers])
         self.add(message, "sums of the rows")
-        rows = len(rest)
-        found = iter(message[: rows * len(values)].view(len(values), rows))
-        rest, target_logit = next(found), next(found)
-        target_slope, smooth, target_weight = (
-            next(found) if given else value
-            for (given, _), value in zip(
-                optional,
-                (torch.zeros_like(rest), torch.zeros_like(rest), valid.to(rest.dtype)),
-                strict=True,
-            )
-        )
-        weight_sum, everyone, owners = message[rows * len(values) :]
+        *values, numbers = message.split([*(len(maximum) for _ in values), 3])
+        weight_sum, everyone, owners = numbers
         _check_owners(owners, valid)
-        together = torch.stack((maximum, rest, target_logit, target_slope, smooth))
-        return Everyone(together, target_weight, weight_sum, everyone)
+        for k, value in zip(sent, values, strict=False):
+            relative[k] = value
+        target_weight = values[-1] if weighted else valid.to(sums.dtype)
+        return Everyone(relative, target_weight, weight_sum, everyone)
 
     def add(self, tensor: Tensor, what: str) -> None:
         """Makes a tensor the sum of every rank's."""
-        self._call(dist.all_reduce, tensor, dist.ReduceOp.SUM, what)
+        self._all_reduce(tensor, dist.ReduceOp.SUM, what)
 
-    def _call(self, collective: Callable[..., Any], tensor: Tensor, op: Any, what: str) -> None:
+    def _all_reduce(self, tensor: Tensor, op: Any, what: str) -> None:
         try:
-            collective(tensor, op=op, group=self.group)
+            dist.all_reduce(tensor, op=op, group=self.group)
         except RuntimeError as error:
             rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
             raise RuntimeError(

@@ -7,15 +7,12 @@ by Partial FC", CVPR 2022: every class of the batch's targets is kept, others ar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._ranks import Ranks
-from ._shards import Vectors, local_target
-from .reference import IGNORED
+from ._shards import local_target
 
 
 @dataclass(frozen=True)
@@ -23,8 +20,6 @@ class Sample:
     """Which of a shard's classes take part, (k,) ascending, and where each of them is (C + 1,), -1
     where it is not.
     """
-
-    IGNORE_INDEX: ClassVar[int] = IGNORED
 
     chosen: Tensor
     place: Tensor
@@ -60,14 +55,3 @@ class Sample:
     def of(self, tensor: Tensor) -> Tensor:
         """The chosen classes' entries. Its gradient is 0 at the others."""
         return tensor.index_select(0, self.chosen)
-
-    def of_given(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if t is None else self.of(t) for t in tensors]
-
-    def vectors(self, vectors: Vectors) -> Vectors:
-        given = (vectors.weight, vectors.scale, vectors.bias, vectors.prior, vectors.margin)
-        weight, scale, bias, prior, margin = self.of_given(*given)
-        return Vectors(weight, scale, bias, prior, margin, vectors.smoothing)
-
-    def ranks(self, ranks: Ranks) -> Ranks:
-        return replace(ranks, first=0)

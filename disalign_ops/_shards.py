@@ -10,6 +10,7 @@ vectors and of the logits are a shard's own; those of the confidence are to be a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,13 +38,15 @@ class Vectors:
     margin: Tensor | None
     smoothing: bool
 
-    def of_classes(self, begin: int, end: int) -> Vectors:
-        def part(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else vector[begin:end]
+    def each(self, part: Callable[[Tensor], Tensor]) -> Vectors:
+        """Of some of the classes: part(vector) of every vector that is given."""
+
+        def of(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else part(vector)
 
         return Vectors(
-            part(self.weight), part(self.scale), part(self.bias), part(self.prior),
-            part(self.margin), self.smoothing,
+            of(self.weight), of(self.scale), of(self.bias), of(self.prior), of(self.margin),
+            self.smoothing,
         )  # fmt: skip
 
     def arguments(self, confidence: Tensor | None) -> tuple[Tensor | bool | None, ...]:
@@ -191,16 +194,7 @@ class Reduction:
         """What the summed loss is divided by, a float64 0-d tensor; see reference.denominator."""
         if self.reduction != "mean":
             return torch.ones((), dtype=torch.float64, device=valid.device)
-        if isinstance(self.normalizer, Tensor):
-            return self.normalizer
-        if self.normalizer == "count":
-            return torch.full((), float(valid.numel()), dtype=torch.float64, device=valid.device)
-        if self.normalizer == "valid":
-            return valid.sum().to(torch.float64)
-        share = target_weight.to(torch.float64)
-        if self.sample_weight is not None:
-            share = share * self.sample_weight
-        return torch.where(valid, share, 0.0).sum()
+        return reference.denominator_of(self.normalizer, valid, target_weight, self.sample_weight)
 
     def loss(self, losses: Tensor, divisor: Tensor) -> Tensor:
         """losses: those of `terms_of`."""

@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 
 from . import _layouts, _parallel, functional
-from ._arguments import Normalizer, check_input, check_integer, check_tensor, positions_shape
-from ._arguments import check_target as _check_target
-from ._arguments import row_vector as _row_vector
+from ._arguments import (
+    Normalizer,
+    check_class_indices,
+    check_dtype,
+    check_integer,
+    check_target,
+    check_tensor,
+    positions_shape,
+    row_vector,
+)
 from ._ranks import Ranks
 from ._shards import Call, Reduction, Vectors
 from .errors import ArgumentError
@@ -113,8 +120,9 @@ def class_parallel_disalign_cross_entropy(
     )  # fmt: skip
     shard = _Shard(local_logits, group, shard_offset)
     calibration = functional.calibration_vectors(
-        shard.checked_against, confidence, _local(scale), _local(bias), form, None, shard.classes
-    )
+        shard.checked_against, _local(confidence), _local(scale), _local(bias), form, None,
+        shard.classes,
+    )  # fmt: skip
     return _loss(shard, target, calibration, options)
 
 
@@ -230,6 +238,7 @@ class _Shard:
                 f"local_logits has shape {tuple(local_logits.shape)}, needed is (N, C_rank) or "
                 "(C_rank,)"
             )
+        check_dtype("local_logits", local_logits)
         self.logits = local_logits
         self.classes = local_logits.shape[-1]
         self.checked_against = local_logits
@@ -237,7 +246,6 @@ class _Shard:
             rows = local_logits.shape[:-1]
             stand_in = local_logits.detach().new_empty((1,) * local_logits.dim())
             self.checked_against = stand_in.expand(*rows, 1)
-        check_input(self.checked_against)
         self.ranks = Ranks.of(group, _offset(shard_offset), self.classes, local_logits.device)
 
 
@@ -246,25 +254,19 @@ def _loss(
 ) -> Tensor:
     like, target = shard.checked_against, _local(target)
     shape = positions_shape(like)
-    _check_target(like, target, shape)
-    if target.is_floating_point():
-        raise ArgumentError(
-            f"target holds class probabilities ({target.dtype}), needed are class indices"
-        )
+    check_class_indices(target)
+    check_target(like, target, shape)
     for name in ("weight", "prior", "margin", "sample_weight"):
         setattr(options, name, _local(getattr(options, name)))
     given = functional.checked(like, shard.classes, options)
     dtype = accumulate_dtype(like.dtype)
-    sample_weight = _row_vector("sample_weight", options.sample_weight, like, shape, dtype)
+    sample_weight = row_vector("sample_weight", options.sample_weight, like, shape, dtype)
     rows = shard.logits.unsqueeze(0) if shard.logits.dim() == 1 else shard.logits
     copied = rows.stride(1) != 1 and rows.shape[1] > 1
     flat = rows.contiguous() if copied else rows
     in_place = options.inplace_backward and _layouts.check_in_place(shard.logits, flat, copied)
     if functional.transformed():
-        raise RuntimeError(
-            "torch.func transforms and forward-mode differentiation are not supported with classes "
-            "over several processes"
-        )
+        raise RuntimeError(functional.NO_TRANSFORMS)
     ignore_index, smoothing, gamma = given.numbers
     call = Call(
         backend=functional.serving_backend(like),

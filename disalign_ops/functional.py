@@ -228,6 +228,12 @@ def serving_backend(input: Tensor) -> str:
     return "reference" if transformed() else _backends.serving(input.device)
 
 
+NO_TRANSFORMS = (
+    "torch.func transforms and forward-mode differentiation are not supported with sample_rate or "
+    "classes over several processes"
+)
+
+
 def transformed() -> bool:
     """Whether plain PyTorch alone is right: registered operators know neither functorch transforms
     nor forward-mode tangents, which they would drop.

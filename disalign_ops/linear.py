@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 from . import _linear, functional
 from ._arguments import (
     Normalizer,
-    check_input,
+    check_class_indices,
+    check_dtype,
     check_integer,
     check_number,
     check_target,
@@ -24,7 +26,7 @@ from ._sampling import Sample
 from ._shards import Reduction, Vectors
 from .errors import ArgumentError, ArgumentTypeError
 from .functional import Options
-from .reference import accumulate_dtype
+from .reference import IGNORED, accumulate_dtype
 
 CHUNK_BYTES = 64 << 20
 
@@ -142,7 +144,7 @@ class Linear:
         self, features: Tensor, weight: Tensor, bias: Tensor | None,
         cosine_scale: Tensor | float | None, chunk_bytes: int, *, no_classes: bool = False,
     ) -> None:  # fmt: skip
-        check_tensor("features", features)
+        check_dtype("features", check_tensor("features", features))
         check_tensor("linear_weight", weight)
         check_integer("chunk_bytes", chunk_bytes)
         if chunk_bytes < 1:
@@ -171,14 +173,7 @@ class Linear:
         self.alone = features.dim() == 1
         self.chunk_bytes = chunk_bytes
         self.cosine = cosine_scale is not None
-        given = {"linear_weight": weight, "linear_bias": bias}
-        device = features.device
-        for name, tensor in given.items():
-            if tensor is not None and tensor.device != device:
-                raise ArgumentError(
-                    f"{name} is on {tensor.device}, features on {device}: needed is one device"
-                )
-        kind = device.type
+        device, kind = features.device, features.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             features, weight = _as_autocast(features, dtype), _as_autocast(weight, dtype)
@@ -186,9 +181,14 @@ class Linear:
         self.logits = features.new_empty((1,) * (2 - self.alone)).expand(
             *features.shape[:-1], max(classes, 1)
         )
-        check_input(self.logits)
         for name, tensor in {"linear_weight": weight, "linear_bias": bias}.items():
-            if tensor is not None and tensor.dtype != features.dtype:
+            if tensor is None:
+                continue
+            if tensor.device != device:
+                raise ArgumentError(
+                    f"{name} is on {tensor.device}, features on {device}: needed is one device"
+                )
+            if tensor.dtype != features.dtype:
                 raise ArgumentTypeError(
                     f"{name} has dtype {tensor.dtype}, needed is that of features, {features.dtype}"
                 )
@@ -253,11 +253,12 @@ def linear_loss(
     """The loss of a checked head, of this process's classes where there are ranks."""
     logits = head.logits
     shape = positions_shape(logits)
+    check_class_indices(target)
     check_target(logits, target, shape)
-    if target.is_floating_point():
-        raise ArgumentError(
-            f"target holds class probabilities ({target.dtype}), needed are class indices"
-        )
+    if functional.transformed():
+        if sample is not None or ranks is not None:
+            raise RuntimeError(functional.NO_TRANSFORMS)
+        return _whole_loss(head, target, calibration, options)
     given = functional.checked(logits, head.classes, options)
     if ranks is None:
         functional.check_classes(target, head.classes, options.ignore_index, asserted=False)
@@ -267,35 +268,22 @@ def linear_loss(
     weight, linear_bias = head.weight, head.bias
     vectors = Vectors(given.weight, None, None, given.prior, given.margin, given.numbers[1] > 0)
     flat = target.reshape(-1)
-    if sample is not None:
-        flat = sample.target(flat, options.ignore_index)
-        weight = sample.of(weight)
-        linear_bias, a, b = sample.of_given(linear_bias, a, b)
-        vectors = sample.vectors(vectors)
-        ranks = None if ranks is None else sample.ranks(ranks)
     ignore_index, smoothing, gamma = given.numbers
-    if functional.transformed():
-        if sample is not None or ranks is not None:
-            raise RuntimeError(
-                "torch.func transforms and forward-mode differentiation are not supported with "
-                "sample_rate or classes over several processes"
-            )
-        return _whole_loss(head, target, calibration, options)
+    if sample is not None:
+        flat, ignore_index = sample.target(flat, ignore_index), IGNORED
+        weight = sample.of(weight)
+        linear_bias, a, b = (None if t is None else sample.of(t) for t in (linear_bias, a, b))
+        vectors = vectors.each(sample.of)
+        ranks = None if ranks is None else replace(ranks, first=0)
     call = _linear.Call(
         backend=functional.serving_backend(logits),
         target=flat,
-        ignore_index=ignore_index if sample is None else sample.IGNORE_INDEX,
+        ignore_index=ignore_index,
         label_smoothing=smoothing,
         focal_gamma=gamma,
         vectors=vectors,
         reduction=Reduction(sample_weight, options.reduction, given.normalizer),
-        plan=_linear.plan(
-            len(head.features),
-            len(weight),
-            logits.element_size(),
-            head.chunk_bytes,
-            on_cpu=logits.device.type == "cpu",
-        ),
+        plan=_linear.plan(len(head.features), len(weight), logits, head.chunk_bytes),
         cosine=head.cosine,
         ranks=ranks,
         chunk_bytes=head.chunk_bytes,

@@ -201,17 +201,25 @@ def denominator(
     ignore_index: int = -100,
 ) -> Tensor:
     """What reduction 'mean' divides the summed loss by, as a float64 0-d tensor."""
+    target = target.to(torch.int64)
+    valid = target != ignore_index
+    target_weight = torch.ones(target.shape, dtype=torch.float64, device=target.device)
+    if weight is not None:
+        target_weight = weight[torch.where(valid, target, 0)]
+    return denominator_of(normalizer, valid, target_weight, sample_weight)
+
+
+def denominator_of(
+    normalizer: str | Tensor, valid: Tensor, target_weight: Tensor, sample_weight: Tensor | None
+) -> Tensor:
+    """The same from w_t of every row and whether the row counts."""
     if isinstance(normalizer, Tensor):
         return normalizer.to(torch.float64)
     if normalizer == "count":
-        return torch.full((), float(target.numel()), dtype=torch.float64, device=target.device)
-    target = target.to(torch.int64)
-    valid = target != ignore_index
+        return torch.full((), float(valid.numel()), dtype=torch.float64, device=valid.device)
     if normalizer == "valid":
         return valid.sum().to(torch.float64)
-    share = torch.ones(target.shape, dtype=torch.float64, device=target.device)
-    if weight is not None:
-        share = weight.to(torch.float64)[torch.where(valid, target, 0)]
+    share = target_weight.to(torch.float64)
     if sample_weight is not None:
         share = share * sample_weight
     return torch.where(valid, share, 0.0).sum()

@@ -12,6 +12,7 @@ from . import _autograd, _layouts, reference
 from ._arguments import (
     Normalizer,
     check_bool,
+    check_class_indices,
     check_image,
     check_size,
     check_target,
@@ -197,10 +198,8 @@ def upsample_predict(
 
 def _target_shape(input: Tensor, target: Tensor) -> torch.Size:
     """(N, H, W), if target has that form."""
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise ArgumentError(
-            f"target holds class probabilities ({target.dtype}), needed are class indices"
-        )
+    if isinstance(target, Tensor):
+        check_class_indices(target)
     if not isinstance(target, Tensor) or target.dim() != 3 or target.shape[0] != input.shape[0]:
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ArgumentError(

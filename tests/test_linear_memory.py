@@ -77,16 +77,18 @@ def test_frozen_features_or_head_alone_skip_the_others_gradient() -> None:
         assert t.numel() * 4 <= allocated < 1.5 * t.numel() * 4
 
 
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_the_plan_keeps_to_the_memory_and_to_large_matmuls(itemsize: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("device", "fewest"), [("cpu", 64), ("meta", 256)])
+def test_the_plan_keeps_to_the_memory_and_to_large_matmuls(
+    dtype: torch.dtype, device: str, fewest: int
+) -> None:
     sizes = (1, 7, 300, 4096, 10**6), (1, 10, 1203, 8142, 10**6, 10**8), (1 << 16, 64 << 20)
     for rows, classes, chunk_bytes in itertools.product(*sizes):
-        on_cpu = itemsize == 4
-        plan = _linear.plan(rows, classes, itemsize, chunk_bytes, on_cpu=on_cpu)
+        plan = _linear.plan(rows, classes, torch.empty(0, dtype=dtype, device=device), chunk_bytes)
         assert 1 <= plan.rows <= rows
         assert 1 <= plan.classes <= classes
-        assert plan.rows * plan.classes * itemsize <= chunk_bytes // 3
+        assert plan.rows * plan.classes * dtype.itemsize <= chunk_bytes // 3
         whole = plan.classes == classes
         # All classes of a few rows, only if these are all rows.
-        assert not whole or plan.rows >= min(rows, 64 if on_cpu else 256)
+        assert not whole or plan.rows >= min(rows, fewest)
         assert whole or plan.rows == min(rows, 1024)

@@ -76,7 +76,6 @@ constexpr int64_t kIgnored = -2;    // the row counts nothing
 // d_t (0 where the target is elsewhere), sum_j w_j (u_j - maximum). Factors: the maximum over all
 // shards, those of q_j = softmax exp(u_j - maximum) - smooth w_j - target [j = t], everything
 // included, and d_t.
-enum ShardSum { kShardMaximum, kShardRest, kShardTargetLogit, kShardTargetSlope, kShardSmooth };
 enum ShardFactor { kFactorMaximum, kFactorSoftmax, kFactorSmooth, kFactorTarget, kFactorSlope };
 constexpr int kShardValues = 5;
 

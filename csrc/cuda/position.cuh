@@ -13,8 +13,8 @@ constexpr int kNoTarget = static_cast<int>(kIgnored);  // the target of what cou
 // Whether a position of this target counts; of a shard, it may be elsewhere.
 __device__ __forceinline__ bool is_counted(int target) { return target > kNoTarget; }
 
-// The target of position i, or kNoTarget. A target that is no class stops
-// the kernel, as in PyTorch.
+// The target of position i, or kNoTarget. A target that is no class stops the kernel, as in
+// PyTorch.
 __device__ __forceinline__ int target_of(const LossArgs& args, int64_t i) {
   const int64_t t = read_index(args.target, args.target_type, i);
   if (t == args.ignore_index) return kNoTarget;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import cross_entropy
 from .. import nn as dnn
 from ..errors import ArgumentError
-from ..upsample import UpsampleDetails, upsample_cross_entropy
+from ..upsample import upsample_cross_entropy
 
 FastRCNNLoss = Callable[[Tensor, Tensor, list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
 
@@ -116,8 +116,9 @@ def segmentation_loss(
     """
     losses = {}
     for name, logits in low_resolution_logits(model, images).items():
-        found = upsample_cross_entropy(logits, masks, weight, **options)
-        losses[name] = found.loss if isinstance(found, UpsampleDetails) else found
+        loss = upsample_cross_entropy(logits, masks, weight, **options)
+        assert isinstance(loss, Tensor)
+        losses[name] = loss
     if "aux" in losses:
         return losses["out"] + aux_weight * losses["aux"]
     return losses["out"]

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..upsample import UpsampleDetails, upsample_cross_entropy
+from ..upsample import upsample_cross_entropy
+
+_NO_ITEM = -100  # what Trainer does not count, whatever ignore_index is
 
 
 def semantic_segmentation_loss(
@@ -22,17 +24,21 @@ def semantic_segmentation_loss(
     Args:
         weight: (C,) class weights. options: of `upsample_cross_entropy`.
 
-    Trainer passes num_items_in_batch where it accumulates gradients: the number of positions to
-    divide by is each batch's own all the same, as in the models' own losses.
+    Trainer adds up the batches of a step (gradient_accumulation_steps, processes) without dividing,
+    and says how many positions all of them have: num_items_in_batch. A batch's mean counts by its
+    share of these, so that a step is the mean of its batches.
     """
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
         given = None if weight is None else weight.to(logits.device)
-        found = upsample_cross_entropy(
+        mean = upsample_cross_entropy(
             logits, labels, given, ignore_index=ignore_index, align_corners=False, **options
         )
-        return found.loss if isinstance(found, UpsampleDetails) else found
+        assert isinstance(mean, Tensor)
+        if num_items_in_batch is None:
+            return mean
+        return mean * (labels != _NO_ITEM).sum() / num_items_in_batch
 
     return loss
 

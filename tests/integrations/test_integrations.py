@@ -60,7 +60,9 @@ def test_the_library_of_another_torch_serves() -> None:
     """Built against the torch of requirements.txt, loaded in this one."""
     info: Any = disalign_ops.backend_info()
     if torch.__version__.startswith("2.13"):
-        pytest.skip("this is the torch that it was built against; " + WHY + " with another one")
+        pytest.skip(
+            "the library was built against this torch; `make test-integrations` has another"
+        )
     assert info["devices"]["cpu"] == "native", info["native"]
     z = torch.randn(9, 1203, requires_grad=True)
     target = torch.randint(0, 1203, (9,))
@@ -142,7 +144,6 @@ def test_a_segmentation_loss_is_that_of_the_models_output(aux: bool) -> None:
     models = pytest.importorskip("torchvision.models.segmentation", reason=WHY)
     from disalign_ops.integrations.torchvision import low_resolution_logits, segmentation_loss
 
-    model = models.lraspp_mobilenet_v3_large  # another kind is refused by name below
     model = models.deeplabv3_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=3, aux_loss=aux
     ).eval()
@@ -174,6 +175,43 @@ def test_segformers_own_loss() -> None:
     own = model(x, labels=labels)
     close(semantic_segmentation_loss()(own, labels), own.loss)
     assert own.logits.shape[2:] == (16, 16)
+
+
+def test_a_step_of_trainer_is_the_mean_of_its_batches(tmp_path: Path) -> None:
+    """However its rows are divided: Trainer adds up what it accumulates, and does not divide."""
+    transformers = pytest.importorskip("transformers", reason=WHY)
+    from disalign_ops.integrations.transformers import semantic_segmentation_loss
+
+    config = transformers.SegformerConfig(
+        num_labels=4, depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32],
+        num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=16, hidden_dropout_prob=0.0,
+        classifier_dropout_prob=0.0, drop_path_rate=0.0,
+    )  # fmt: skip
+    labels = torch.randint(0, 4, (4, 64, 64))
+    labels[:, :5] = 255
+    data = [{"pixel_values": torch.randn(3, 64, 64), "labels": y} for y in labels]
+    grads = []
+    for rows, steps in ((4, 1), (2, 2), (1, 4)):
+        torch.manual_seed(0)
+        model = transformers.SegformerForSemanticSegmentation(config)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+                module.eval()
+                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=rows, gradient_accumulation_steps=steps,
+            max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, optim="sgd",
+            learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no",
+        )  # fmt: skip
+        before = [p.detach().clone() for p in model.parameters()]
+        transformers.Trainer(
+            model, arguments, train_dataset=data, compute_loss_func=semantic_segmentation_loss()
+        ).train()
+        grads.append([b - p.detach() for b, p in zip(before, model.parameters(), strict=True)])
+    for other in grads[1:]:
+        for grad, expected in zip(other, grads[0], strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_upernet_keeps_its_low_resolution() -> None:
