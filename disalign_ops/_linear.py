@@ -317,13 +317,13 @@ class _LinearLoss(torch.autograd.Function):
         call: Call = ctx.call
         need = tuple(ctx.needs_input_grad[:6])
         *tensors, terms, target_slope, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (*_differentiable(call, tensors, need, grad_loss), None)
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched
+        if torch.is_grad_enabled() or (batched and ctx.made is None):
+            return (*_through_logits(call, tensors, need, grad_loss), None)
+        if batched:
+            return (*(None if t is None else t * grad_loss for t in ctx.made), None)
         made, ctx.made = ctx.made, None  # given away: a second backward makes them anew
         if made is not None:
-            if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
-                ctx.made = made  # for the next of a batch: is_grads_batched
-                return (*(None if t is None else t * grad_loss for t in made), None)
             # Without looking at it: on a GPU that would wait for the device.
             one = grad_loss.device.type == "cpu" and grad_loss.item() == 1
             return (*(t if one or t is None else t.mul_(grad_loss) for t in made), None)
@@ -340,13 +340,16 @@ class _LinearLoss(torch.autograd.Function):
         return (*out.finish(chunks.head, call.chunk_bytes), None)
 
 
-def _differentiable(
+def _through_logits(
     call: Call, tensors: list[Any], need: tuple[bool, ...], grad_loss: Tensor
 ) -> list[Tensor | None]:
-    """The same gradients through the reference and the whole logits, to be differentiated again."""
+    """The same gradients through the reference and the whole logits: to be differentiated again, or
+    for a batch of upstream gradients.
+    """
     if call.ranks is not None:
-        raise RuntimeError(_shards.NOT_TWICE)
+        raise RuntimeError(_shards.NOT_THERE)
     features, weight, bias, confidence, scale, calibration_bias = tensors
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         w = F.normalize(weight, dim=1, eps=smallest_norm(weight.dtype)) if call.cosine else weight
         loss = reference.cross_entropy(
@@ -358,7 +361,7 @@ def _differentiable(
             normalizer=call.reduction.normalizer,
         )  # fmt: skip
     inputs = [t for t, n in zip(tensors, need, strict=True) if n]
-    found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
+    found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=again))
     return [next(found) if n else None for n in need]
 
 

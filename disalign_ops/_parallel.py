@@ -63,8 +63,8 @@ class _ParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise RuntimeError(_shards.NOT_TWICE)
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+            raise RuntimeError(_shards.NOT_THERE)
         call: Call = ctx.call
         logits, confidence, scale, bias, local, terms, target_slope, divisor = ctx.saved_tensors
         of_logits, of_confidence, of_scale, of_bias = ctx.needs_input_grad[:4]

@@ -24,7 +24,10 @@ from .reference import ELSEWHERE, IGNORED
 if TYPE_CHECKING:
     from ._ranks import Ranks
 
-NOT_TWICE = "a loss over several processes cannot be differentiated twice (create_graph=True)"
+NOT_THERE = (
+    "a loss over several processes cannot be differentiated twice (create_graph=True), nor for a "
+    "batch of upstream gradients (is_grads_batched=True)"
+)
 
 
 @dataclass(frozen=True)

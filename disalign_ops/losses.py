@@ -258,16 +258,15 @@ class SeesawLoss(CrossEntropyLoss):
         if self.training:
             self.cumulative_samples.index_add_(0, t, counted.to(torch.float64))
         with torch.no_grad():
-            # log p of every class from the loss of the target: no softmax is made.
+            # log p_j - log max(p_t, eps), from the loss of the target: no softmax is made.
             nll = functional.cross_entropy(input, t, reduction="none")
-            z_t = input.gather(1, t[:, None])
-            log_p = input - (z_t + nll[:, None])
             own = (-nll).clamp(min=math.log(self.eps)) if self.eps else -nll
-            factor = self.q * (log_p - own[:, None]).clamp(min=0.0)
+            z_t = input.gather(1, t[:, None])
+            factor = (input - (z_t + (nll + own)[:, None])).clamp_(min=0.0).mul_(self.q)
             log_n = self.cumulative_samples.clamp(min=1.0).log().to(input.dtype)
-            factor += self.p * (log_n - log_n[t][:, None]).clamp(max=0.0)
+            factor += (log_n - log_n[t][:, None]).clamp_(max=0.0).mul_(self.p)
             factor.scatter_(1, t[:, None], 0.0)
-        return super().forward(input + factor, target, sample_weight=sample_weight)
+        return super().forward(factor.add_(input), target, sample_weight=sample_weight)
 
 
 def seesaw(
@@ -279,7 +278,7 @@ def seesaw(
         M_tj = min(1, N_j / N_t)^p       N: samples seen so far, counted in training mode
         C_tj = max(1, p_j / max(p_t, eps))^q
 
-    Logits (N, C). Makes one tensor of the logits' size.
+    Logits (N, C). Takes at most two tensors of their size beyond the gradient.
 
     Source: Wang et al., "Seesaw Loss for Long-Tailed Instance Segmentation", CVPR 2021, eq. 3 to 7;
     eps as in its released code, whose objectness branch is not here.

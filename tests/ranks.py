@@ -43,7 +43,8 @@ def run(
     work: Callable[[int, int], None], world: int, timeout_s: float = TIMEOUT_S,
     together: bool = True,
 ) -> None:  # fmt: skip
-    """work(rank, world), a function at the top of its module, in every process.
+    """work(rank, world), which can be pickled (a function at the top of its module, or a partial of
+    one), in every process.
 
     Fails with what was raised first; the other ranks then fail for that. together: all of them
     come to the end.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from tolerances import assert_close
 from torch import Tensor, nn
 
@@ -31,25 +28,20 @@ class _Calibrated(nn.Module):
         )
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _ddp(rank: int, world: int) -> None:
     classifier, confidence, x, target = _model()
     module = nn.parallel.DistributedDataParallel(_Calibrated(classifier, confidence))
     half = slice(4 * rank, 4 * rank + 4)
     module(x[half], target[half]).backward()
-    if rank == 0:
-        grads = {n: p.grad for n, p in module.module.named_parameters()}
-        torch.save(grads, Path(folder) / "grads.pt")
-    dist.destroy_process_group()
-
-
-def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
-    actual = torch.load(tmp_path / "grads.pt")
     classifier, confidence, x, target = _model()
     whole = _Calibrated(classifier, confidence)
     whole(x, target).backward()
-    for name, parameter in whole.named_parameters():
+    parameters = zip(module.module.named_parameters(), whole.parameters(), strict=True)
+    for (name, parameter), expected in parameters:
         assert parameter.grad is not None
-        assert_close(actual[name], parameter.grad, torch.float32, name)
+        assert expected.grad is not None
+        assert_close(parameter.grad, expected.grad, torch.float32, name)
+
+
+def test_ddp_gives_the_gradients_of_the_whole_batch() -> None:
+    ranks.run(_ddp, 2)

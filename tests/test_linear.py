@@ -200,12 +200,14 @@ def test_a_batch_of_upstream_gradients() -> None:
     torch.manual_seed(5)
     p = Problem.of(torch.float64)
     learned = p.learned(True)
-    upstream = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    batch = torch.autograd.grad(p.loss(True), learned, upstream, is_grads_batched=True)
-    expected = torch.autograd.grad(p.unfused(True), learned)
-    for grads, exact in zip(batch, expected, strict=True):
-        for grad, g in zip(grads, upstream, strict=True):
-            assert_close(grad, g * exact, torch.float64, "gradient", 4.0)
+    for reduction, shape in (("mean", ()), ("none", (N,))):
+        upstream = torch.randn(3, *shape, dtype=torch.float64)
+        loss, whole = (f(True, reduction=reduction) for f in (p.loss, p.unfused))
+        batch = torch.autograd.grad(loss, learned, upstream, is_grads_batched=True)
+        for k, one in enumerate(upstream):
+            expected = torch.autograd.grad(whole, learned, one, retain_graph=True)
+            for grads, exact in zip(batch, expected, strict=True):
+                assert_close(grads[k], exact, torch.float64, "gradient", 4.0)
 
 
 def test_grad_scaling_in_float16_does_not_flush() -> None:

@@ -230,6 +230,17 @@ def test_scaled_logits_are_not_copied() -> None:
     assert held < 1.2 * z.numel() * 4  # the gradient
 
 
+def test_seesaw_takes_two_tensors_of_the_logits_size() -> None:
+    from comparison import memory_held
+
+    z = torch.randn(256, 4096, requires_grad=True)
+    target = torch.zeros(256, dtype=torch.int64)
+    criterion = losses.seesaw(4096)
+    criterion(z, target)
+    held = memory_held(lambda: torch.autograd.grad(criterion(z, target), z))
+    assert held < 3.1 * z.numel() * 4  # and the gradient
+
+
 def test_dense_logits() -> None:
     z = torch.randn(2, C, 3, 4, dtype=torch.float64)
     target = torch.randint(0, C, (2, 3, 4))

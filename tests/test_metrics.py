@@ -6,14 +6,15 @@ import math
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -300,30 +301,24 @@ def test_topk_needs_logits() -> None:
 COUNTS = [500, 150, 60, 20, 5, 0]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    init = f"file://{folder}/init"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    try:
-        own = LongTailAccuracy(COUNTS, topk=(2,))
-        theirs = metrics.LongTailAccuracyMetric(COUNTS, topk=(2,))
-        for metric in (own, theirs):
-            # Rank 1 sees fewer batches, then more.
-            for logits, target in batches(rank, (30, 20)[: 2 - rank], len(COUNTS)):
-                metric.update(logits, target)
-        first = own.compute()
-        torch.save([first, theirs.compute()], f"{folder}/first{rank}.pt")
-        # compute leaves the counters as they are: a second sum must not count rank 0 twice.
-        if rank == 1:
-            own.update(*batches(7, (10,), len(COUNTS))[0])
-        alone = own.compute(group=[dist.new_group([r]) for r in (0, 1)][rank])
-        torch.save([own.compute(), alone], f"{folder}/second{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def run_rank(folder: Path, rank: int, world: int) -> None:
+    own = LongTailAccuracy(COUNTS, topk=(2,))
+    theirs = metrics.LongTailAccuracyMetric(COUNTS, topk=(2,))
+    for metric in (own, theirs):
+        # Rank 1 sees fewer batches, then more.
+        for logits, target in batches(rank, (30, 20)[: 2 - rank], len(COUNTS)):
+            metric.update(logits, target)
+    first = own.compute()
+    torch.save([first, theirs.compute()], folder / f"first{rank}.pt")
+    # compute leaves the counters as they are: a second sum must not count rank 0 twice.
+    if rank == 1:
+        own.update(*batches(7, (10,), len(COUNTS))[0])
+    alone = own.compute(group=[dist.new_group([r]) for r in (0, 1)][rank])
+    torch.save([own.compute(), alone], folder / f"second{rank}.pt")
 
 
 def test_accumulates_over_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    ranks.run(partial(run_rank, tmp_path), 2)
     per_rank = [batches(0, (30, 20), len(COUNTS)), batches(1, (30,), len(COUNTS))]
 
     def expected(data: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from sharded_cases import SHARDS, Whole, close, options_of, shard_of
+from sharded_cases import SHARDS, C, N, Whole, close, options_of, shard_of
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
@@ -115,10 +115,47 @@ def _wrong_arguments(rank: int, world: int) -> None:
     loss = distributed.class_parallel_cross_entropy(z.requires_grad_(), torch.arange(4))
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, z, create_graph=True)
+    loss = distributed.class_parallel_cross_entropy(z, torch.arange(4), reduction="none")
+    with pytest.raises(RuntimeError, match="nor for a batch"):
+        torch.autograd.grad(loss, z, torch.ones(2, 4), is_grads_batched=True)
+
+
+def _sampled(rank: int, world: int) -> None:
+    """Every rank draws from its own classes; the loss is that over all that were drawn."""
+    sizes, rate = SHARDS[world][0], 0.6
+    whole = Whole(torch.float64, {"weight": "class"})
+    whole.target = whole.target % 5 * 3  # 0, 3, 6, 9, 12: of rank 0 alone, N rows
+    for wanted in (1.0, rate):
+        x = whole.features.detach().clone().requires_grad_()
+        w, b, a, beta = (shard_of(t, rank, sizes) for t in (
+            whole.weight, whole.linear_bias, whole.scale, whole.bias))  # fmt: skip
+        c = whole.confidence.detach().clone().requires_grad_()
+        loss = distributed.class_parallel_disalign_linear_cross_entropy(
+            x, w, whole.target, c, a, beta, b, sample_rate=wanted,
+            generator=torch.Generator().manual_seed(rank), **options_of(whole, rank, sizes),
+        )  # fmt: skip
+        grads = torch.autograd.grad(loss, (x, w, c, a))
+        taken: list[Any] = [None] * world
+        dist.all_gather_object(taken, (grads[1].abs().sum(1) > 0).tolist())
+        chosen = torch.tensor([drawn for part in taken for drawn in part]).nonzero()[:, 0]
+        assert set(whole.target.tolist()) <= set(chosen.tolist())
+        assert len(chosen) == C if wanted == 1 else N <= len(chosen) < C
+        place = torch.full((C,), -1).scatter(0, chosen, torch.arange(len(chosen)))
+        logits = F.linear(whole.features, whole.weight, whole.linear_bias)[:, chosen]
+        expected = disalign_ops.disalign_cross_entropy(
+            logits, place[whole.target], whole.confidence, whole.scale[chosen],
+            whole.bias[chosen], whole.options["weight"][chosen],
+        )  # fmt: skip
+        close(loss, expected, "sampled loss")
+        learned = (whole.features, whole.weight, whole.confidence, whole.scale)
+        exact = torch.autograd.grad(expected, learned)
+        for k, (grad, e) in enumerate(zip(grads, exact, strict=True)):
+            part = e.split(sizes)[rank] if k in (1, 3) else e
+            close(grad, part, f"sampled gradient {k}")
 
 
 SMALL: tuple[Callable[[int, int], None], ...] = (
-    _small_loss, _one_row_alone, _in_place, _dtensor, _is_deterministic, _wrong_arguments,
+    _small_loss, _one_row_alone, _in_place, _dtensor, _is_deterministic, _sampled, _wrong_arguments,
 )  # fmt: skip
 
 

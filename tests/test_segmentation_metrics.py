@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -479,26 +480,20 @@ C = 6
 SPLIT = {"head": [0, 1], "body": [2, 3], "tail": [4, 5]}
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    init = f"file://{folder}/init"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    try:
-        metric = SegmentationIoU(C, split=tuple(SPLIT.values()))
-        # Rank 1 sees fewer batches, then more.
-        first = run(metric, batches(rank, [(3, 7), (4, 5)][: 2 - rank], C))
-        # compute leaves the matrix as it is: a second sum must not count rank 0 twice.
-        again = metric.compute()
-        if rank == 1:
-            metric.update(*batches(7, [(9,)], C)[0])
-        alone = metric.compute(group=[dist.new_group([r]) for r in (0, 1)][rank])
-        torch.save([first, again, metric.compute(), alone], f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def run_rank(folder: Path, rank: int, world: int) -> None:
+    metric = SegmentationIoU(C, split=tuple(SPLIT.values()))
+    # Rank 1 sees fewer batches, then more.
+    first = run(metric, batches(rank, [(3, 7), (4, 5)][: 2 - rank], C))
+    # compute leaves the matrix as it is: a second sum must not count rank 0 twice.
+    again = metric.compute()
+    if rank == 1:
+        metric.update(*batches(7, [(9,)], C)[0])
+    alone = metric.compute(group=[dist.new_group([r]) for r in (0, 1)][rank])
+    torch.save([first, again, metric.compute(), alone], folder / f"{rank}.pt")
 
 
 def test_accumulates_over_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    ranks.run(partial(run_rank, tmp_path), 2)
     per_rank = [batches(0, [(3, 7), (4, 5)], C), batches(1, [(3, 7)], C)]
     one = run(SegmentationIoU(C, split=tuple(SPLIT.values())), per_rank[0] + per_rank[1])
     more = per_rank[1] + batches(7, [(9,)], C)

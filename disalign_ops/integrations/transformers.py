@@ -38,7 +38,8 @@ def semantic_segmentation_loss(
         assert isinstance(mean, Tensor)
         if num_items_in_batch is None:
             return mean
-        return mean * (labels != _NO_ITEM).sum() / num_items_in_batch
+        share: Tensor = (labels != _NO_ITEM).sum() / num_items_in_batch
+        return mean * share
 
     return loss
 

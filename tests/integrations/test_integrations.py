@@ -60,9 +60,7 @@ def test_the_library_of_another_torch_serves() -> None:
     """Built against the torch of requirements.txt, loaded in this one."""
     info: Any = disalign_ops.backend_info()
     if torch.__version__.startswith("2.13"):
-        pytest.skip(
-            "the library was built against this torch; `make test-integrations` has another"
-        )
+        pytest.skip("it was built against this torch; `make test-integrations` has another")
     assert info["devices"]["cpu"] == "native", info["native"]
     z = torch.randn(9, 1203, requires_grad=True)
     target = torch.randint(0, 1203, (9,))
