@@ -130,9 +130,11 @@ _DENSE = (
     ("upsample-large", 4, (128, 128), (512, 512), Mode.FULL, "mmsegmentation's batch", False),
 )
 _HEADS = (
-    ("head-plain", Mode.PLAIN, "all gradients of the head", True),
-    ("head-full", Mode.FULL, "the same, calibrated", False),
-    ("head-stage2", Mode.STAGE2, "frozen head and features", True),
+    ("inat-head-plain", 4096, 8142, Mode.PLAIN, "iNaturalist 2018: all gradients of a head", True),
+    ("inat-head-full", 4096, 8142, Mode.FULL, "the same, calibrated", False),
+    ("inat-head-stage2", 4096, 8142, Mode.STAGE2, "frozen head and features", True),
+    ("60k-head-plain", 1024, 60_000, Mode.PLAIN, "few whole rows in a chunk", False),
+    ("100k-head-plain", 1024, 100_000, Mode.PLAIN, "chunks of classes, logits made twice", False),
 )
 _QUICK = ("lvis-full", "lvis-stage2", "lvis-plain", "inat-in-place", "inat-stage2")
 
@@ -163,10 +165,9 @@ def _registry() -> dict[str, Case]:
             f"ade-{name}", images, 150, torch.float32, mode, reason, quick, size, target_size
         )
         cases.append(case)
-    for name, mode, why, quick in _HEADS:
-        reason = f"iNaturalist 2018, features at hand and the head with its loss: {why}"
-        head = Case(f"inat-{name}", 4096, 8142, torch.float32, mode, reason, quick, features=512)
-        cases.append(head)
+    for name, rows, classes, mode, why, quick in _HEADS:
+        reason = f"features at hand, the head with its loss: {why}"
+        cases.append(Case(name, rows, classes, torch.float32, mode, reason, quick, features=512))
     return {case.name: case for case in cases}
 
 

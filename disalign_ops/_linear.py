@@ -48,20 +48,35 @@ class Plan:
 # and their logits are made a second time for the gradients: a fourth matmul beside the three, but
 # each at its peak.
 _FEWEST_ROWS, _FEWEST_ROWS_ON_CPU, _MOST_ROWS = 256, 64, 1024
+# Bytes that go with a class of a chunk. CPU kernels: of every thread, four rows of arithmetic and
+# two sums in float64; CUDA and Triton: two float32 sums of every fourth row (row_launch.h).
+_SCRATCH_OF_A_THREAD, _SCRATCH_OF_A_ROW = 4 * 8 + 2 * 8, 2
+_COPIES_OF_THE_REFERENCE = 12  # of a chunk's logits, in float32 at least
 
 
-def plan(rows: int, classes: int, like: Tensor, chunk_bytes: int) -> Plan:
-    """The chunks of logits (rows, classes), of the dtype and device of `like`, in a third of
-    chunk_bytes; the rest is for what goes with them: the kernels' scratch, and sums in float32 of
+def plan(rows: int, classes: int, like: Tensor, chunk_bytes: int, backend: str) -> Plan:
+    """The chunks of logits (rows, classes), of the dtype and device of `like`.
+
+    The logits take a third of chunk_bytes, with what goes with them two thirds at most. (More than
+    a third of whole rows, if that makes _FEWEST_ROWS of them.) The rest is for sums in float32 of
     gradients in half precision.
     """
-    entries = max(chunk_bytes // 3 // like.element_size(), 1)
-    fitting = entries // max(classes, 1)
-    fewest = _FEWEST_ROWS_ON_CPU if like.device.type == "cpu" else _FEWEST_ROWS
-    if fitting >= min(rows, fewest):
+    on_cpu = like.device.type == "cpu"
+    fixed, each = (0, _SCRATCH_OF_A_ROW) if not on_cpu else (
+        _SCRATCH_OF_A_THREAD * torch.get_num_threads(), 0
+    )  # fmt: skip
+    size = like.element_size()
+    if backend == "reference":
+        size = max(size, 4) * _COPIES_OF_THE_REFERENCE
+    third, most = chunk_bytes // 3, chunk_bytes * 2 // 3
+    of_a_class = most // max(classes, 1)
+    fitting = min(
+        (of_a_class - fixed) // (size + each), max(third // (size * max(classes, 1)), _FEWEST_ROWS)
+    )
+    if fitting >= min(rows, _FEWEST_ROWS_ON_CPU if on_cpu else _FEWEST_ROWS):
         return Plan(max(min(fitting, rows), 1), classes)
-    part = max(min(rows, _MOST_ROWS, entries), 1)
-    return Plan(part, max(entries // part, 1))
+    part = max(min(rows, _MOST_ROWS, third // size), 1)
+    return Plan(part, max(min(third // (part * size), most // (part * (size + each) + fixed)), 1))
 
 
 @dataclass(frozen=True)

@@ -275,15 +275,16 @@ def linear_loss(
         linear_bias, a, b = (None if t is None else sample.of(t) for t in (linear_bias, a, b))
         vectors = vectors.each(sample.of)
         ranks = None if ranks is None else replace(ranks, first=0)
+    backend = functional.serving_backend(logits)
     call = _linear.Call(
-        backend=functional.serving_backend(logits),
+        backend=backend,
         target=flat,
         ignore_index=ignore_index,
         label_smoothing=smoothing,
         focal_gamma=gamma,
         vectors=vectors,
         reduction=Reduction(sample_weight, options.reduction, given.normalizer),
-        plan=_linear.plan(len(head.features), len(weight), logits, head.chunk_bytes),
+        plan=_linear.plan(len(head.features), len(weight), logits, head.chunk_bytes, backend),
         cosine=head.cosine,
         ranks=ranks,
         chunk_bytes=head.chunk_bytes,

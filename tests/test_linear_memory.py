@@ -26,8 +26,12 @@ def _problem_of_size(n: int, d: int, c: int, **requires: bool) -> Problem:
     ids=["many rows", "many classes", "both"],
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_peak_memory_is_chunk_bytes(rows: int, classes: int, reduction: str) -> None:
+@pytest.mark.parametrize(("backend", "count"), [("native", 2), ("native", 16), ("reference", 2)])
+def test_peak_memory_is_chunk_bytes(
+    rows: int, classes: int, reduction: str, backend: str, count: int, threads: None
+) -> None:
     """Beyond the gradients and some numbers a row, whatever the logits would take."""
+    torch.set_num_threads(count)
     chunk_bytes = 4 << 20
     assert rows * classes * 4 > 4 * chunk_bytes
     p = _problem_of_size(rows, 16, classes)
@@ -36,10 +40,12 @@ def test_peak_memory_is_chunk_bytes(rows: int, classes: int, reduction: str) -> 
         loss = p.loss(True, chunk_bytes=chunk_bytes, reduction=reduction)
         return torch.autograd.grad(loss, p.learned(True), torch.ones_like(loss))
 
-    step()
+    with disalign_ops.set_backend(backend):
+        step()
+        held = memory_held(step)
     gradients = sum(t.numel() * 4 for t in p.tensors.values())
     numbers = 64 * 4 * rows + 8 * 4 * classes  # of each row, and class vectors beside the logits
-    assert memory_held(step) <= chunk_bytes + gradients + numbers
+    assert held <= chunk_bytes + gradients + numbers
 
 
 def test_a_cosine_head_takes_no_copy_of_its_weight() -> None:
@@ -79,16 +85,26 @@ def test_frozen_features_or_head_alone_skip_the_others_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("device", "fewest"), [("cpu", 64), ("meta", 256)])
+@pytest.mark.parametrize("count", [1, 48])
 def test_the_plan_keeps_to_the_memory_and_to_large_matmuls(
-    dtype: torch.dtype, device: str, fewest: int
+    dtype: torch.dtype, device: str, fewest: int, count: int, threads: None
 ) -> None:
-    sizes = (1, 7, 300, 4096, 10**6), (1, 10, 1203, 8142, 10**6, 10**8), (1 << 16, 64 << 20)
+    torch.set_num_threads(count)
+    like = torch.empty(0, dtype=dtype, device=device)
+    sizes = (1, 7, 300, 4096, 10**6), (1, 10, 1203, 8142, 60_000, 10**6, 10**8), (1 << 16, 64 << 20)
+    wholes = set()
     for rows, classes, chunk_bytes in itertools.product(*sizes):
-        plan = _linear.plan(rows, classes, torch.empty(0, dtype=dtype, device=device), chunk_bytes)
+        plan = _linear.plan(rows, classes, like, chunk_bytes, "native")
         assert 1 <= plan.rows <= rows
         assert 1 <= plan.classes <= classes
-        assert plan.rows * plan.classes * dtype.itemsize <= chunk_bytes // 3
+        bytes_of_a_class = plan.rows * dtype.itemsize
+        # As the kernels' launchers allocate: four rows and two sums in double a thread, or two
+        # float32 sums of every fourth row.
+        bytes_of_a_class += 48 * count if device == "cpu" else 2 * plan.rows
+        assert plan.classes * bytes_of_a_class <= chunk_bytes * 2 // 3 or plan.classes == 1
         whole = plan.classes == classes
+        wholes.add(whole)
         # All classes of a few rows, only if these are all rows.
         assert not whole or plan.rows >= min(rows, fewest)
         assert whole or plan.rows == min(rows, 1024)
+    assert wholes == {False, True}
