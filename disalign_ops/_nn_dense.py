@@ -14,7 +14,7 @@ from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
 
 
-class _ConfidenceLayer(nn.Module):
+class ConfidenceConvolution(nn.Module):
     """1x1 convolution to one channel, BatchNorm, ReLU: the released head's ConvModule."""
 
     def __init__(self, in_channels: int, factory: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class DisAlignSegHead(Calibration):
         self.conv_seg = nn.Conv2d(in_channels, num_classes, 1, **factory)
         self.logit_scale = nn.Parameter(torch.ones(1, num_classes, 1, 1, **factory))
         self.logit_bias = nn.Parameter(torch.zeros(1, num_classes, 1, 1, **factory))
-        self.confidence_layer = _ConfidenceLayer(in_channels, factory)
+        self.confidence_layer = ConfidenceConvolution(in_channels, factory)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         if self.conv_seg.bias is not None:
             nn.init.zeros_(self.conv_seg.bias)

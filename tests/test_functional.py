@@ -143,6 +143,24 @@ def test_another_device_goes_through_the_reference() -> None:
     assert z.grad is not None
 
 
+@pytest.mark.parametrize("shape", [(0, 7), (0, 7, 3), (2, 7, 0)], ids=str)
+def test_an_empty_batch_of_any_strides(backend: str, shape: tuple[int, ...]) -> None:
+    """PyTorch calls it contiguous, so nothing on the way makes another of it."""
+    z = torch.empty(shape[::-1]).permute(*range(len(shape))[::-1]).requires_grad_()
+    assert z.stride() != torch.empty(shape).stride()
+    assert z.is_contiguous()
+    target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
+    vectors = [t.requires_grad_() for t in (torch.randn(target.shape), *torch.randn(2, 7))]
+    loss = disalign_ops.cross_entropy(z, target, reduction="sum")
+    calibrated = disalign_ops.disalign_cross_entropy(z, target, *vectors, reduction="sum")
+    out = disalign_ops.calibrate(z, *vectors)
+    assert (loss.item(), calibrated.item(), out.shape) == (0.0, 0.0, shape)
+    assert torch.autograd.grad(loss, z)[0].shape == shape
+    for result in (calibrated, (0.0 * out).sum()):  # the gradient of a sum has strides of 0
+        grads = torch.autograd.grad(result, (z, *vectors))
+        assert all(not grad.any() for grad in grads)
+
+
 def test_nothing_left_is_nan_or_zero_with_zero_gradients(backend: str) -> None:
     z, t = torch.randn(3, 5), torch.full((3,), -100)
     for normalizer, expected in (("weights", "nan"), ("valid", "0.0"), (2.0, "0.0")):

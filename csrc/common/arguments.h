@@ -56,7 +56,7 @@ inline void check_dense(const Tensor& logits, const char* name) {
                                  " dimensions, 3 (images, classes, positions) are needed");
   require(is_logits_dtype(logits.scalar_type()),
           std::string(name) + " is not float64, float32, bfloat16 or float16");
-  require(logits.size(2) <= 1 || logits.stride(2) == 1,
+  require(logits.size(2) <= 1 || logits.stride(2) == 1 || logits.numel() == 0,
           std::string(name) + "'s positions are not next to each other");
 }
 
@@ -65,7 +65,8 @@ inline void check_rows(const Tensor& logits, const char* name) {
                                  " dimensions, 2 (rows, classes) are needed");
   require(is_logits_dtype(logits.scalar_type()),
           std::string(name) + " is not float64, float32, bfloat16 or float16");
-  require(logits.size(1) <= 1 || logits.stride(1) == 1,
+  // PyTorch calls a tensor without elements contiguous, whatever its strides.
+  require(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.numel() == 0,
           std::string(name) + "'s classes are not next to each other");
 }
 

@@ -1,0 +1,1 @@
+"""Stand-in of detectron2 0.6."""

@@ -1,0 +1,1 @@
+"""Stand-in of mmdetection 3.3.0."""

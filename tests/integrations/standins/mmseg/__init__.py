@@ -1,0 +1,1 @@
+"""Stand-in of mmsegmentation 1.2.2."""

@@ -1,0 +1,3 @@
+from standin_registry import Registry
+
+MODELS = Registry()

@@ -1,0 +1,351 @@
+"""mmsegmentation, mmdetection and detectron2: what a config names, with them or their stand-ins."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from disalign_ops import class_stats
+from disalign_ops import nn as dnn
+from disalign_ops.errors import ArgumentError
+
+sys.path.append(str(Path(__file__).parent / "standins"))  # behind what is installed
+
+COUNTS = [400.0, 60.0, 9.0]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def grads(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
+
+
+# --- mmsegmentation
+
+
+def seg_models() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mmseg.models  # noqa: F401
+        from mmseg.registry import MODELS
+
+        import disalign_ops.integrations.mmseg  # noqa: F401
+    return MODELS
+
+
+GRW = {"type": "GRWCrossEntropyLoss", "counts": COUNTS, "rho": 0.2}
+
+
+def seg_head(kind: str, loss: Any = GRW, **options: Any) -> Any:
+    torch.manual_seed(0)
+    head = seg_models().build(
+        {
+            "type": kind, "in_channels": 5, "channels": 5, "num_convs": 0, "concat_input": False,
+            "num_classes": 3, "dropout_ratio": 0, "loss_decode": loss, **options,
+        }
+    )  # fmt: skip
+    return head.train()
+
+
+def samples(target: Tensor) -> list[Any]:
+    return [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=y[None])) for y in target]
+
+
+def masks() -> Tensor:
+    target = torch.randint(0, 3, (2, 19, 30))
+    target[:, :4] = 255
+    return target
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("form", ["interpolated", "residual"])
+def test_a_head_of_mmseg_is_calibrated_and_its_loss_not_resized(
+    align_corners: bool, form: str
+) -> None:
+    head = seg_head("DisAlignFCNHead", align_corners=align_corners, form=form)
+    with torch.no_grad():
+        head.logit_scale.uniform_(0.5, 2)
+        head.logit_bias.normal_()
+        head.conv_seg.weight.normal_()
+    x, target = torch.randn(2, 5, 5, 8), masks()
+    logits = head([x])
+    z = head.conv_seg(x)
+    c = torch.sigmoid(head.confidence_layer(x))
+    scale = head.logit_scale if form == "residual" else head.logit_scale - 1
+    u = (1 + c * scale) * z + c * head.logit_bias
+    close(logits, u)
+
+    found = head.loss([x], samples(target), None)
+    full = F.interpolate(u, target.shape[1:], mode="bilinear", align_corners=align_corners)
+    weight = class_stats.grw_weights(COUNTS, 0.2)
+    expected = F.cross_entropy(full, target, weight, ignore_index=255)
+    close(found["loss_ce"], expected)
+    fused, reference = grads(found["loss_ce"], head), grads(expected, head)
+    assert set(fused) == set(reference)
+    for name, grad in fused.items():
+        close(grad, reference[name])
+    counted = target != 255
+    right = (full.argmax(1) == target)[counted].float().mean()
+    assert found["acc_seg"].shape == (1,)
+    close(found["acc_seg"][0], 100 * right)
+
+
+def test_the_fused_loss_is_mmsegs_own_path() -> None:
+    """The same head and losses, fused and resized."""
+    losses = [
+        {**GRW, "loss_weight": 0.4},
+        {"type": "GRWCrossEntropyLoss", "class_weight": [1.0, 2.0, 0.5], "loss_name": "loss_b",
+         "label_smoothing": 0.1},
+        {"type": "GRWCrossEntropyLoss", "normalizer": "count"},
+    ]  # fmt: skip
+    head = seg_head("DisAlignFCNHead", losses)
+    x, target = torch.randn(2, 5, 5, 8), samples(masks())
+    with torch.no_grad():
+        head.conv_seg.weight.normal_()
+    (plain,) = [c for c in type(head).__mro__ if c.__name__ == "BaseDecodeHead"]
+    logits = head([x])
+    fused, resized = head.loss_by_feat(logits, target), plain.loss_by_feat(head, logits, target)
+    assert set(fused) == set(resized) == {"loss_ce", "loss_b", "acc_seg"}
+    for name in fused:
+        assert fused[name].shape == resized[name].shape
+        close(fused[name], resized[name])
+
+
+def test_what_the_fused_loss_does_not_serve_goes_mmsegs_way() -> None:
+    class Sampler:
+        def sample(self, logits: Tensor, label: Tensor) -> Tensor:
+            assert (logits.shape, label.shape) == ((2, 3, 19, 30), (2, 1, 19, 30))
+            return (torch.arange(30) < 12).float().expand(2, 19, 30)
+
+    head = seg_head("DisAlignFCNHead")
+    x, target = [torch.randn(2, 5, 5, 8)], masks()
+    head.sampler = Sampler()
+    found = head.loss(x, samples(target), None)
+    target[..., 12:] = 255
+    head.sampler = None
+    close(found["loss_ce"], head.loss(x, samples(target), None)["loss_ce"])
+    with pytest.raises(ArgumentError, match="has one channel"):
+        seg_head("DisAlignFCNHead", num_classes=2, out_channels=1).loss(x, samples(target), None)
+
+
+def test_a_stage_1_checkpoint_of_mmseg_loads_and_only_the_calibration_learns() -> None:
+    plain = seg_head("FCNHead")
+    stage2 = seg_models().build(
+        {
+            "type": "DisAlignStage2",
+            "model": {
+                "type": "DisAlignFCNHead", "in_channels": 5, "channels": 5, "num_convs": 0,
+                "concat_input": False, "num_classes": 3, "loss_decode": GRW,
+            },
+        }
+    )  # fmt: skip
+    missing, unexpected = stage2.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert {name.split(".")[0] for name in missing} == {
+        "logit_scale", "logit_bias", "confidence_layer",
+    }  # fmt: skip
+    learns = {name for name, p in stage2.named_parameters() if p.requires_grad}
+    assert learns == {
+        "logit_scale", "logit_bias", "confidence_layer.conv.weight", "confidence_layer.bn.weight",
+        "confidence_layer.bn.bias",
+    }  # fmt: skip
+    x = [torch.randn(2, 5, 4, 4)]
+    close(stage2.eval()(x), plain.eval()(x))
+
+
+def test_what_a_head_of_mmseg_cannot_be() -> None:
+    seg_models()
+    from disalign_ops.integrations.mmseg import disalign_head
+
+    with pytest.raises(ArgumentError, match="needed is a class with cls_seg"):
+        disalign_head(nn.Linear)
+    with pytest.raises(ArgumentError, match="form is 'both'"):
+        seg_head("DisAlignFCNHead", form="both")
+
+
+# --- the losses of both
+
+
+def test_a_loss_called_as_the_frameworks_call_it(tmp_path: Path) -> None:
+    models = seg_models()
+    weight = class_stats.grw_weights(COUNTS, 0.8)
+    file = tmp_path / "counts.csv"
+    file.write_text("class,count\n0,400\n1,60\n2,9\n")
+    z, target = torch.randn(7, 3), torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    sample = torch.rand(7)
+    each = F.cross_entropy(z, target, weight, reduction="none")
+    for counts in (COUNTS, str(file)):
+        loss = models.build({"type": "GRWCrossEntropyLoss", "counts": counts, "rho": 0.8})
+        assert loss.loss_name == "loss_ce"
+        assert not loss.state_dict()
+        close(loss(z, target), (each / weight[target].sum()).sum())
+        close(loss(z, target, sample, avg_factor=5.0), (sample * each).sum() / 5)
+        close(loss(z, target, avg_factor=torch.tensor(5.0)), each.sum() / 5)
+        close(loss(z, target, sample, reduction_override="none"), sample * each)
+        close(loss(z, target, reduction_override="sum"), each.sum())
+        ignored = each[target != 1].sum() / weight[target[target != 1]].sum()
+        close(loss(z, target, ignore_index=1), ignored)
+        close(loss(z, target, ignore_index=None), (each / weight[target].sum()).sum())
+    with pytest.raises(ArgumentError, match="avg_factor is given"):
+        loss(z, target, avg_factor=3.0, reduction_override="sum")
+    with pytest.raises(ArgumentError, match="counts and class_weight are given"):
+        models.build({**GRW, "class_weight": [1.0, 1.0, 1.0]})
+
+
+# --- mmdetection
+
+
+def box_models() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mmdet.models  # noqa: F401
+        from mmdet.registry import MODELS
+
+        import disalign_ops.integrations.mmdet  # noqa: F401
+    return MODELS
+
+
+def box_head(**options: Any) -> dict[str, Any]:
+    return {
+        "type": "Shared2FCBBoxHead", "in_channels": 2, "fc_out_channels": 6, "roi_feat_size": 2,
+        "num_classes": 3, "cls_predictor_cfg": {"type": "Linear"}, "loss_cls": GRW, **options,
+    }  # fmt: skip
+
+
+def test_a_box_head_of_mmdet_from_stage_1_to_stage_2() -> None:
+    models = box_models()
+    torch.manual_seed(0)
+    plain = models.build(box_head())
+    calibrated = {"type": "DisAlignLinear"}
+    loss = {"type": "GRWCrossEntropyLoss", "counts": COUNTS, "rho": 0.8, "loss_weight": 2.0}
+    head = models.build(
+        {
+            "type": "DisAlignStage2", "bn": "train",
+            "model": box_head(cls_predictor_cfg=calibrated, loss_cls=loss),
+        }
+    )  # fmt: skip
+    head.init_weights()
+    assert torch.equal(head.fc_cls.confidence_layer.bias, torch.zeros(1))
+    assert float(head.fc_cls.confidence_layer.weight.detach().abs().max()) < 0.1
+    missing, unexpected = head.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.split(".")[1] in ("logit_scale", "logit_bias", "confidence_layer")
+               for name in missing)  # fmt: skip
+    x = torch.randn(9, 2, 2, 2)
+    for actual, expected in zip(head(x), plain(x), strict=True):
+        close(actual, expected)
+    with torch.no_grad():
+        head.fc_cls.logit_bias.normal_()
+    scores, boxes = head(x)
+    assert torch.equal(scores[:, 3], plain(x)[0][:, 3])  # the background
+    labels = torch.tensor([0, 1, 2, 3, 3, 3, 3, 0, 1])
+    label_weights = torch.tensor([1.0, 1, 1, 1, 1, 1, 0, 1, 1])
+    found = head.loss(
+        scores, boxes, torch.zeros(9, 5), labels, label_weights, torch.zeros(9, 4),
+        torch.zeros(9, 4),
+    )  # fmt: skip
+    weight = class_stats.grw_weights(COUNTS, 0.8, background="last")
+    assert float(weight[3]) == 1.0
+    each = F.cross_entropy(scores, labels, weight, reduction="none")
+    close(found["loss_cls"], 2.0 * (each * label_weights).sum() / 8)
+    assert set(grads(found["loss_cls"], head)) == {
+        "fc_cls.logit_scale", "fc_cls.logit_bias", "fc_cls.confidence_layer.weight",
+        "fc_cls.confidence_layer.bias",
+    }  # fmt: skip
+
+
+def test_a_cosine_classifier_by_name() -> None:
+    head = box_models().build(box_head(cls_predictor_cfg={"type": "DisAlignCosineLinear"}))
+    assert isinstance(head.fc_cls, dnn.DisAlignCosineLinear)
+    assert head.fc_cls.background == "last"
+    assert head.fc_cls.form == "interpolated"
+
+
+# --- detectron2
+
+
+def proposals(classes: list[list[int]]) -> list[Any]:
+    found = []
+    for given in classes:
+        boxes = {
+            name: SimpleNamespace(tensor=torch.rand(len(given), 4))
+            for name in ("proposal_boxes", "gt_boxes")
+        }
+        if not any(c < 3 for c in given):
+            del boxes["gt_boxes"]  # detectron2 leaves it out where no box is
+        found.append(
+            SimpleNamespace(
+                gt_classes=torch.tensor(given, dtype=torch.int64), **boxes,
+                has=lambda name, boxes=boxes: name in boxes,
+            )
+        )  # fmt: skip
+    return found
+
+
+def test_a_predictor_of_detectron2_and_its_losses(tmp_path: Path) -> None:
+    from detectron2.config import CfgNode
+    from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, fast_rcnn
+
+    from disalign_ops.integrations import detectron2 as ours
+
+    if hasattr(fast_rcnn, "LOGGED"):
+        fast_rcnn.LOGGED.clear()
+    file = tmp_path / "counts.csv"
+    file.write_text("class,count\n0,400\n1,60\n2,9\n")
+    cfg = CfgNode({"MODEL": CfgNode({"ROI_HEADS": CfgNode({"NUM_CLASSES": 3}),
+                                     "ROI_BOX_HEAD": CfgNode()})})  # fmt: skip
+    ours.add_disalign_config(cfg)
+    plain = fast_rcnn.FastRCNNOutputLayers(cfg, fast_rcnn.ShapeSpec(channels=6))
+    assert ours.DisAlignFastRCNNOutputLayers(
+        cfg, fast_rcnn.ShapeSpec(channels=6)
+    ).class_weight is None  # fmt: skip
+    cfg.MODEL.ROI_BOX_HEAD.DISALIGN.COUNTS = str(file)
+    heads = ROI_HEADS_REGISTRY["DisAlignROIHeads"]
+    predictor = heads._init_box_head(cfg, {})["box_predictor"]
+    assert isinstance(predictor, ours.DisAlignFastRCNNOutputLayers)
+    missing, unexpected = predictor.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert len(missing) == 4
+    parameters = dnn.freeze_for_stage2(predictor)
+    assert len(parameters) == 4
+
+    x = torch.randn(6, 6)
+    given = proposals([[0, 2, 3], [3, 3, 3]])
+    close(predictor(x)[0], plain(x)[0])
+    found, own = predictor.losses(predictor(x), given), plain.losses(plain(x), given)
+    weight = class_stats.grw_weights(COUNTS, 0.8, background="last")
+    labels = torch.cat([p.gt_classes for p in given])
+    close(found["loss_cls"], F.cross_entropy(plain(x)[0], labels, weight))
+    close(found["loss_box_reg"], own["loss_box_reg"])
+    assert set(found) == set(own)
+    if hasattr(fast_rcnn, "LOGGED"):
+        (logged,) = fast_rcnn.LOGGED
+        assert torch.equal(logged[1], labels)
+    none = predictor.losses(predictor(x[:0]), [])
+    assert none["loss_cls"].item() == 0.0
+    assert all(torch.equal(g, torch.zeros_like(g))
+               for g in grads(none["loss_cls"], predictor).values())  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["use_sigmoid_ce", "use_fed_loss"])
+def test_a_sigmoid_of_detectron2_is_refused(other: str) -> None:
+    from detectron2.modeling.roi_heads import fast_rcnn
+
+    from disalign_ops.integrations.detectron2 import DisAlignFastRCNNOutputLayers
+
+    with pytest.raises(ArgumentError, match="needed is a softmax"):
+        DisAlignFastRCNNOutputLayers(
+            fast_rcnn.ShapeSpec(channels=6), box2box_transform=None, num_classes=3, **{other: True}
+        )
