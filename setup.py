@@ -10,8 +10,20 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def setting(name: str, values: tuple[str, ...], default: str) -> str:
+    given = os.environ.get(name) or default
+    if given not in values:
+        raise ValueError(f"{name} is {given!r}, needed is {', '.join(values)}")
+    return given
+
+
+# "1" leaves out all that is compiled: a wheel of Python alone, for any platform.
+PURE = setting("DISALIGN_OPS_PURE", ("0", "1"), "0") == "1"
 
 
 def find_nvcc() -> Path | None:
@@ -62,9 +74,7 @@ class CMakeBuild(build_ext):
         (lib / "libdisalign_ops_cuda.so").unlink(missing_ok=True)
         reason = lib / "cuda_not_built.txt"
         reason.unlink(missing_ok=True)
-        wanted = os.environ.get("DISALIGN_OPS_CUDA") or "auto"
-        if wanted not in ("0", "1", "auto"):
-            raise ValueError(f"DISALIGN_OPS_CUDA is {wanted!r}, needed is 0, 1 or auto")
+        wanted = setting("DISALIGN_OPS_CUDA", ("0", "1", "auto"), "auto")
         nvcc = None if wanted == "0" else find_nvcc()
         if wanted == "0":
             reason.write_text("not compiled at installation: DISALIGN_OPS_CUDA was 0\n")
@@ -114,6 +124,22 @@ class CMakeBuild(build_ext):
         return []
 
 
+class PurePackage(build_py):
+    """Without a library that lies in the source tree, and with the reason in its place."""
+
+    def find_data_files(self, package: str, src_dir: str) -> list[str]:
+        found = super().find_data_files(package, src_dir)
+        return [name for name in found if Path(name).parent.name != "lib"]
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            lib = Path(self.build_lib) / "disalign_ops" / "lib"
+            lib.mkdir(parents=True, exist_ok=True)
+            for name in ("not_built.txt", "cuda_not_built.txt"):
+                (lib / name).write_text("not compiled: this is the wheel of Python alone\n")
+
+
 class PlatformWheel(bdist_wheel):
     """The library knows no Python: one wheel a platform serves every Python."""
 
@@ -125,7 +151,10 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("disalign_ops.lib.native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
-)
+if PURE:
+    setup(cmdclass={"build_py": PurePackage})
+else:
+    setup(
+        ext_modules=[Extension("disalign_ops.lib.native", sources=[])],
+        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    )
