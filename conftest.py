@@ -104,7 +104,6 @@ STAND_INS: dict[str, Callable[[], Names]] = {
     "Heads with many classes": linear,
     "Classes divided over processes": ranks,
     "Around the loss": trained,
-    "two_stages.md": classifier,
     "class_parallel.md": ranks,
 }
 
