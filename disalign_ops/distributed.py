@@ -63,16 +63,17 @@ def class_parallel_cross_entropy(
         weight, prior, margin: this rank's entries, (C_rank,); each given on all ranks or on none.
         shard_offset: this rank's first class. None: found by an exchange of the shards' sizes,
             which waits for the device.
-        The others as in `cross_entropy`.
+
+    The other arguments are those of `cross_entropy`.
 
     A row costs two all-reduces in forward, of 1 and of up to 5 values, and none in backward.
 
     Returns what `cross_entropy` of the whole logits returns, on every rank.
 
     Raises:
-        As `cross_entropy`, on the rank with the wrong argument. IndexError on every rank: a target
-        that is no rank's class, or several ranks'. RuntimeError: a rank failed, or did not come
-        within the group's timeout; double backward.
+        ArgumentError: as `cross_entropy`, on the rank with the wrong argument.
+        IndexError: on every rank: a target that is no rank's class, or several ranks'.
+        RuntimeError: a rank failed, or did not come within the group's timeout; double backward.
     """
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
@@ -108,9 +109,10 @@ def class_parallel_disalign_cross_entropy(
     Args:
         confidence: (N,) or (N, 1), the same on every rank; its gradient comes back summed.
         scale, bias: this rank's entries.
-        The others as in `class_parallel_cross_entropy` and `disalign_cross_entropy`. There is no
-        `background`: give such a column a scale (1 where interpolated, else 0) and a bias of 0 that
-        no optimizer changes.
+
+    The other arguments are those of `class_parallel_cross_entropy` and `disalign_cross_entropy`.
+    There is no `background`: give such a column a scale (1 where interpolated, else 0) and a bias
+    of 0 that no optimizer changes.
 
     A row costs two all-reduces in forward, of 1 and of up to 5 values, and one of 1 in backward.
     """
@@ -154,7 +156,8 @@ def class_parallel_linear_cross_entropy(
         features: (N, D), the same on every rank; their gradient comes back summed.
         local_weight, local_bias: this rank's (C_rank, D) and (C_rank,).
         sample_rate, generator: of this rank's classes; generators need not agree.
-        The others as in `linear_cross_entropy` and `class_parallel_cross_entropy`.
+
+    The other arguments are those of `linear_cross_entropy` and `class_parallel_cross_entropy`.
 
     A row costs two all-reduces in forward, of 1 and of up to 5 values, and one of D in backward.
     The logits are made twice, in forward and in backward.

@@ -94,13 +94,14 @@ def cross_entropy(
             own output raises. Not under torch.compile.
 
     Returns:
-        What `F.cross_entropy` returns: a 0-d tensor or the positions' shape, in the input's dtype
+        What `F.cross_entropy` returns, a 0-d tensor or the positions' shape, in the input's dtype
         (float32 under autocast).
 
     Raises:
-        ArgumentError (a ValueError and a RuntimeError), ArgumentTypeError (a TypeError and a
-        RuntimeError): an argument of the wrong value, shape or dtype; weight, prior, margin or
-        sample_weight that requires a gradient. IndexError: a target that is no class.
+        ArgumentError: an argument of the wrong value or shape; weight, prior, margin or
+            sample_weight that requires a gradient. It is a ValueError and a RuntimeError.
+        ArgumentTypeError: one of the wrong type or dtype. It is a TypeError and a RuntimeError.
+        IndexError: a target that is no class.
 
     Formula: docs/math.md; PyTorch's documentation of CrossEntropyLoss for weight and smoothing.
     """

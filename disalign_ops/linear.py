@@ -59,8 +59,6 @@ def linear_cross_entropy(
             the head are cast as F.linear's are.
         linear_weight, linear_bias: (C, D) and (C,), of the dtype of features.
         target: class indices (N,), for (D,) ().
-        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
-            focal_gamma: as in `cross_entropy`.
         cosine_scale: a number or a tensor of one entry, which may require a gradient: the logits
             are cosine_scale times the cosine of features and weight. Then there is no linear_bias.
         sample_rate: in (0, 1]: of the classes only this share, at least those of the batch's
@@ -70,6 +68,8 @@ def linear_cross_entropy(
         chunk_bytes: what the loss may take beyond its inputs, the gradients asked for and a few
             numbers a row, in bytes; a cosine also takes a copy of features, sample_rate one of the
             sampled classes' weight.
+
+    The other arguments are those of `cross_entropy`.
 
     Gradients go to features, linear_weight, linear_bias and cosine_scale, each only if it requires
     one: a frozen head computes nothing of size N x D or C x D beyond the logits. They are made in
@@ -117,7 +117,8 @@ def disalign_linear_cross_entropy(
 
     Args:
         confidence, scale, bias, form, background: as in `disalign_cross_entropy`.
-        The others as in `linear_cross_entropy`.
+
+    The other arguments are those of `linear_cross_entropy`.
 
     Gradients go to features, linear_weight, linear_bias, cosine_scale, confidence, scale and bias,
     each only if it requires one. With a frozen head and frozen features (stage 2) each chunk of the

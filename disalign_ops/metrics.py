@@ -179,7 +179,7 @@ class _Tally:
 class LongTailAccuracy:
     """Top-k accuracy, split many / medium / few by training count, over batches and ranks.
 
-    Example:
+    Examples:
         >>> metric = LongTailAccuracy(torch.tensor([500, 60, 3]))
         >>> metric.update(torch.eye(3), torch.tensor([0, 1, 1]))
         >>> metric.compute()["medium"]
@@ -234,7 +234,8 @@ class LongTailAccuracy:
         so it may be called between updates.
 
         Returns:
-            A dict of floats and one tensor:
+            dict: Floats, and one tensor.
+
               - "overall": correct samples over all samples;
               - "many", "medium", "few": the published split accuracies, the mean over the split's
                 classes of the accuracy of each. On a balanced test set that is the share of
@@ -242,6 +243,7 @@ class LongTailAccuracy:
               - "top{k}_overall", "top{k}_many", ... for every k in `topk` besides 1;
               - "per_class": (C,) float64 CPU tensor of top-1 accuracies;
               - "macro_f1": mean over classes of 2 tp / (samples + predictions).
+
             Classes without test samples are NaN in "per_class" and left out of every mean. A
             split without tested classes is NaN.
         """

@@ -83,7 +83,7 @@ class SegmentationIoU:
     its rounding of every class to 0.01 %: a class that occurs neither in targets nor predictions
     has no IoU and is left out, a class that is only predicted has IoU 0 and counts.
 
-    Example:
+    Examples:
         >>> metric = SegmentationIoU(3, split=([0], [1], [2]))
         >>> metric.update(torch.tensor([[0, 0], [1, 1]]), torch.tensor([[0, 1], [1, 255]]))
         >>> metric.compute()["mean"]
@@ -194,7 +194,8 @@ class SegmentationIoU:
         is, so it may be called between updates.
 
         Returns:
-            A dict of float64 CPU tensors, () unless said otherwise:
+            dict: float64 CPU tensors, () unless said otherwise.
+
               - "iou": (C,) true positives / (targets + predictions - true positives), NaN for
                 classes that occur neither in targets nor in predictions;
               - "mean": mean over the classes that have an IoU;

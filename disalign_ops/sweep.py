@@ -1,9 +1,9 @@
 """Many strengths rho of the re-weighting in one stage 2, over features that are computed once.
 
-features, target = cache_features(model, loader)          # the backbone runs once
+features, target = cache_features(model, loader)  # the backbone runs once
 layers = sweep_rho(model, features, target, counts, rhos=(0.5, 0.8, 1.0, 1.2, 1.5))
 for rho, layer in layers.items():
-    ... layer(validation_features) ...
+    ...  # layer(validation_features)
 """
 
 from __future__ import annotations

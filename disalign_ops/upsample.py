@@ -82,15 +82,18 @@ def upsample_cross_entropy(
             background as in `disalign_cross_entropy`.
         sample_weight: (N, H, W).
         return_details: also return what OHEM and accuracy need; see `UpsampleDetails`.
-        The others as in `cross_entropy`. ignore_index is 255 as segmentation masks have it: with
-        more than 255 classes that is a class too, and you are warned.
+        ignore_index: 255 as segmentation masks have it: with more than 255 classes that is a class
+            too, and you are warned.
+
+    The other arguments are those of `cross_entropy`.
 
     Returns:
-        As F.cross_entropy: a 0-d tensor, or (N, H, W), in the input's dtype (float32 under
+        As F.cross_entropy, a 0-d tensor, or (N, H, W), in the input's dtype (float32 under
         autocast); with return_details an `UpsampleDetails`.
 
     Raises:
-        As `cross_entropy`. IndexError: a value of target that is no class, with its place.
+        IndexError: a value of target that is no class, with its place. The others as
+            `cross_entropy`.
 
     Masked classes (-inf) stay masked where F.interpolate would make NaN of them. Under
     inplace_backward the gradient is written over the low-resolution logits (on a GPU by way of a

@@ -1,0 +1,144 @@
+"""Runs the Python blocks of README.md and docs: every file is one session, its blocks in order.
+
+Here is what the blocks take for granted: tensors, a model, files. A page of docs says most of it
+itself; the README's sections each have their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sybil import Example, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+from torch import nn
+
+Names = dict[str, Any]
+
+
+def rows() -> Names:
+    logits = torch.randn(8, 5, requires_grad=True)
+    return {
+        "logits": logits,
+        "target": torch.randint(0, 5, (8,)),
+        "weight": torch.rand(5),
+        "train": lambda: nn.CrossEntropyLoss()(logits, torch.zeros(8, dtype=torch.int64)),
+    }
+
+
+def classifier() -> Names:
+    """Of five classes, with a list of paths and labels as ImageNet-LT's."""
+    samples = [k for k, n in enumerate((200, 60, 20, 6, 2)) for _ in range(n)]
+    with open("ImageNet_LT_train.txt", "w") as file:
+        file.writelines(f"{k}/{i}.jpg {k}\n" for i, k in enumerate(samples))
+    images, target = torch.randn(64, 12), torch.randint(0, 5, (64,))
+    return {
+        "model": nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)),
+        "loader": list(zip(images.split(16), target.split(16), strict=True)),
+    }
+
+
+def dense() -> Names:
+    return {
+        "logits": torch.randn(2, 6, 8, 8, requires_grad=True),
+        "masks": torch.randint(0, 6, (2, 32, 32), dtype=torch.uint8),
+        "weight": torch.rand(6),
+        "model": nn.Module(),
+        "features": torch.randn(2, 4, 8, 8),
+        "in_channels": 4,
+        "num_classes": 6,
+        "pixels_per_class": torch.tensor([9000, 4000, 900, 400, 90, 40]),
+    }
+
+
+def linear() -> Names:
+    return {
+        "features": torch.randn(16, 8, requires_grad=True),
+        "target": torch.randint(0, 50, (16,)),
+        "head": nn.Linear(8, 50),
+    }
+
+
+def ranks() -> Names:
+    """A process group of this process alone, which has nobody to exchange anything with."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    return linear() | {
+        "group": None,
+        "local_logits": torch.randn(16, 50),
+        "local_weight": torch.randn(50, 8, requires_grad=True),
+        "confidence": torch.zeros(16, requires_grad=True),
+        "local_scale": torch.ones(50, requires_grad=True),
+        "local_bias": torch.zeros(50, requires_grad=True),
+    }
+
+
+def trained() -> Names:
+    """What is there after training, and a released checkpoint of a layer of the same size."""
+    from disalign_ops import nn as dnn
+
+    layer = dnn.DisAlignLinear(8, 5)
+    released = {f"network.linear.{name}": value for name, value in layer.state_dict().items()}
+    torch.save(released, "released.pth")
+    model = nn.Sequential(nn.Linear(12, 8), layer).eval()
+    return classifier() | {
+        "model": model,
+        "layer": layer,
+        "counts": torch.tensor([200, 60, 20, 6, 2]),
+        "example": torch.randn(4, 8),
+        "accuracy": torch.rand(5),
+    }
+
+
+# File or heading of the README -> what its blocks take for granted.
+STAND_INS: dict[str, Callable[[], Names]] = {
+    "In the place of F.cross_entropy": rows,
+    "DisAlign's second stage in ten lines": classifier,
+    "Segmentation": dense,
+    "Heads with many classes": linear,
+    "Classes divided over processes": ranks,
+    "Around the loss": trained,
+    "class_parallel.md": ranks,
+}
+
+
+class InPlace(PythonEvaluator):
+    """Before the first block of a file or section, its stand-ins."""
+
+    def __call__(self, example: Example) -> None:
+        headings = re.findall(r"^## (.+)$", example.document.text[: example.start], re.MULTILINE)
+        for place in (os.path.basename(example.path), *headings[-1:]):
+            missing = example.namespace["_stand_ins"].pop(place, None)
+            if missing is not None:
+                example.namespace.update(missing())
+        super().__call__(example)
+
+
+def start(namespace: Names) -> None:
+    """In a folder of its own: blocks may write files."""
+    torch.manual_seed(0)
+    namespace["_folder"] = tempfile.TemporaryDirectory()
+    namespace["_before"] = os.getcwd()
+    namespace["_stand_ins"] = dict(STAND_INS)
+    os.chdir(namespace["_folder"].name)
+
+
+def end(namespace: Names) -> None:
+    os.chdir(namespace["_before"])
+    namespace["_folder"].cleanup()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+pytest_collect_file = Sybil(
+    parsers=[CodeBlockParser("python", InPlace())],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
+    setup=start,
+    teardown=end,
+).pytest()
