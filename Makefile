@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense test test-triton test-integrations bench bench-full lint format clean
+.PHONY: setup demo demo-dense test test-triton test-integrations bench bench-full docs lint format clean
 
 setup: $(VENV)/.built
 
@@ -51,6 +51,10 @@ bench: setup
 
 bench-full: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE) --full
+
+# Into build/site; a warning fails it. The variable silences an announcement of the theme's makers.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 lint: setup
 	$(BIN)/ruff check .

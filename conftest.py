@@ -96,7 +96,7 @@ def trained() -> Names:
     }
 
 
-# File or heading of the README -> what its blocks take for granted.
+# Heading, of the README or of docs -> what the blocks below it take for granted.
 STAND_INS: dict[str, Callable[[], Names]] = {
     "In the place of F.cross_entropy": rows,
     "DisAlign's second stage in ten lines": classifier,
@@ -104,19 +104,17 @@ STAND_INS: dict[str, Callable[[], Names]] = {
     "Heads with many classes": linear,
     "Classes divided over processes": ranks,
     "Around the loss": trained,
-    "class_parallel.md": ranks,
 }
 
 
 class InPlace(PythonEvaluator):
-    """Before the first block of a file or section, its stand-ins."""
+    """Before the first block of a section, its stand-ins."""
 
     def __call__(self, example: Example) -> None:
         headings = re.findall(r"^## (.+)$", example.document.text[: example.start], re.MULTILINE)
-        for place in (os.path.basename(example.path), *headings[-1:]):
-            missing = example.namespace["_stand_ins"].pop(place, None)
-            if missing is not None:
-                example.namespace.update(missing())
+        missing = example.namespace["_stand_ins"].pop(headings[-1] if headings else "", None)
+        if missing is not None:
+            example.namespace.update(missing())
         super().__call__(example)
 
 
