@@ -194,6 +194,7 @@ def test_a_loss_called_as_the_frameworks_call_it(tmp_path: Path) -> None:
         close(loss(z, target, sample, avg_factor=5.0), (sample * each).sum() / 5)
         close(loss(z, target, avg_factor=torch.tensor(5.0)), each.sum() / 5)
         close(loss(z, target, sample, reduction_override="none"), sample * each)
+        close(loss(z, target, avg_factor=5.0, reduction_override="none"), each)
         close(loss(z, target, reduction_override="sum"), each.sum())
         ignored = each[target != 1].sum() / weight[target[target != 1]].sum()
         close(loss(z, target, ignore_index=1), ignored)
