@@ -1,4 +1,4 @@
-# demo, demo-dense, test, bench and lint set up what they need: a virtual environment with pinned versions
+# demo, demo-dense, test, bench, lint and docs set up what they need: a virtual environment with pinned versions
 # (requirements.txt) and the library built from this tree.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense test test-triton test-integrations bench bench-full docs lint format clean
+.PHONY: setup demo demo-dense test test-triton test-integrations bench bench-full lint docs format clean
 
 setup: $(VENV)/.built
 
@@ -61,6 +61,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+# The pages, into build/site; a warning is an error (and would be none with --quiet).
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: setup
 	$(BIN)/ruff format .

@@ -111,8 +111,11 @@ class InPlace(PythonEvaluator):
     """Before the first block of a section, its stand-ins."""
 
     def __call__(self, example: Example) -> None:
-        headings = re.findall(r"^## (.+)$", example.document.text[: example.start], re.MULTILINE)
-        missing = example.namespace["_stand_ins"].pop(headings[-1] if headings else "", None)
+        place = os.path.basename(example.path)
+        if place == "README.md":
+            above = example.document.text[: example.start]
+            place = re.findall(r"^## (.+)$", above, re.MULTILINE)[-1]
+        missing = example.namespace["_stand_ins"].pop(place, None)
         if missing is not None:
             example.namespace.update(missing())
         super().__call__(example)
@@ -124,12 +127,15 @@ def start(namespace: Names) -> None:
     namespace["_folder"] = tempfile.TemporaryDirectory()
     namespace["_before"] = os.getcwd()
     namespace["_stand_ins"] = dict(STAND_INS)
+    namespace["_threads"] = torch.get_num_threads()
+    torch.set_num_threads(1)  # the blocks are small
     os.chdir(namespace["_folder"].name)
 
 
 def end(namespace: Names) -> None:
     os.chdir(namespace["_before"])
     namespace["_folder"].cleanup()
+    torch.set_num_threads(namespace["_threads"])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
