@@ -52,19 +52,16 @@ bench: setup
 bench-full: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE) --full
 
-# Into build/site; a warning fails it. The variable silences an announcement of the theme's makers.
+# Into build/site; a warning fails it (and would be none with --quiet). The variable silences an
+# announcement of the theme's makers.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
-
-# The pages, into build/site; a warning is an error (and would be none with --quiet).
-docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: setup
 	$(BIN)/ruff format .

@@ -96,7 +96,7 @@ def trained() -> Names:
     }
 
 
-# Heading, of the README or of docs -> what the blocks below it take for granted.
+# File or heading of the README -> what its blocks take for granted.
 STAND_INS: dict[str, Callable[[], Names]] = {
     "In the place of F.cross_entropy": rows,
     "DisAlign's second stage in ten lines": classifier,
@@ -104,11 +104,12 @@ STAND_INS: dict[str, Callable[[], Names]] = {
     "Heads with many classes": linear,
     "Classes divided over processes": ranks,
     "Around the loss": trained,
+    "class_parallel.md": ranks,
 }
 
 
 class InPlace(PythonEvaluator):
-    """Before the first block of a section, its stand-ins."""
+    """Before the first block of a file or section, its stand-ins."""
 
     def __call__(self, example: Example) -> None:
         place = os.path.basename(example.path)
