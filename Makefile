@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense test test-triton test-integrations bench bench-full lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test test-triton test-integrations bench bench-full lint docs format clean
 
 setup: $(VENV)/.built
 
@@ -35,15 +35,28 @@ test-triton: setup
 	cd tests && TRITON_INTERPRET=1 PYTHONPATH=. ../$(BIN)/python -W ignore -m pytest -q \
 	  -p triton_operators -k "not depend_on" $(TRITON_TESTS:%=test_%.py)
 
-# The adapters with the frameworks themselves, under another torch than the library is built with:
-# 6 GB of packages.
+# An environment with the frameworks, 6 GB of packages, and the wheel of this tree under another torch
+# than it was built with.
 INTEGRATIONS := .venv-integrations
-test-integrations: setup
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+PACKAGE := $(shell find disalign_ops -name '*.py')
+
+$(INTEGRATIONS)/.installed: requirements-integrations.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python -m pip install --quiet -r requirements-integrations.txt
-	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	touch $@
+
+$(INTEGRATIONS)/.built: $(INTEGRATIONS)/.installed $(VENV)/.built $(PACKAGE)
+	rm -rf build/wheel-out
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel-out .
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel-out/*.whl
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.built
 	$(INTEGRATIONS)/bin/python -P -m pytest -o pythonpath= tests/integrations
+
+# Object detection and instance segmentation need torchvision.
+demo-detection: $(INTEGRATIONS)/.built
+	$(INTEGRATIONS)/bin/python -W ignore examples/boxes.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE)
