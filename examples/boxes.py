@@ -52,7 +52,7 @@ class GreyBackbone(Backbone):
 
 def detector(classes: int, masks: bool) -> Any:
     """Small: one feature map at 1/4, one anchor a cell, few regions."""
-    cells = {"featmap_names": ["0"], "sampling_ratio": 2}
+    cells = {"featmap_names": ["0"], "sampling_ratio": 1}
     box_head = TwoMLPHead(FEATURES * BOX_SIZE**2, BOX_FEATURES)
     options: dict[str, Any] = {
         "min_size": RENDERED, "max_size": RENDERED, "image_mean": [0.2], "image_std": [0.3],
@@ -203,7 +203,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=30, help="number of characters")
     parser.add_argument("--pages", type=int, default=240, help="training pages to render")
     parser.add_argument("--test-pages", type=int, default=60)
-    parser.add_argument("--epochs", type=int, default=12, help="of stage 1")
+    parser.add_argument("--epochs", type=int, default=10, help="of stage 1")
     parser.add_argument("--stage2-epochs", type=int, default=20, help="over the cached regions")
     parser.add_argument("--rho", type=float, default=0.8, help="exponent of the class weights")
     parser.add_argument("--boxes-only", action="store_true", help="Faster R-CNN, without masks")

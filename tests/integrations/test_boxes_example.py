@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,15 @@ def few() -> data.BoxData:
     return data.BoxData(6, 9, 3, seed=0)
 
 
+def test_a_silhouette_is_what_strokes_enclose() -> None:
+    ink = np.array([[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 1, 1, 0],
+                    [0, 1, 0, 0, 0]], dtype=bool)  # fmt: skip
+    filled = ink.copy()
+    filled[2, 2] = True
+    assert (data.silhouette(ink) == filled).all()
+    assert (data.silhouette(ink[:3]) == ink[:3]).all()  # open below
+
+
 def test_a_box_encloses_its_mask_and_a_mask_its_ink(few: data.BoxData) -> None:
     for page in few.train + few.test:
         assert page.image.shape == (1, data.RENDERED, data.RENDERED)
@@ -34,8 +44,7 @@ def test_a_box_encloses_its_mask_and_a_mask_its_ink(few: data.BoxData) -> None:
             assert box[:2] == [int(columns.min()), int(rows.min())]
             assert box[2:] == [int(columns.max()) + 1, int(rows.max()) + 1]
             assert 8 <= box[2] - box[0] <= 30
-            inked = page.image[0][mask.bool()]
-            assert (inked > data.INK * 140).all()  # of the faintest ink
+            assert (page.image[0][mask.bool()] > data.INK * 140).any()  # of the faintest ink
         beside = page.image[0][~page.masks.bool().any(0)]
         assert (beside <= data.INK * 255).all()
 
