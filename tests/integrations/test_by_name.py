@@ -22,6 +22,11 @@ sys.path.append(str(Path(__file__).parent / "standins"))  # behind what is insta
 COUNTS = [400.0, 60.0, 9.0]
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:  # `make test-integrations` runs without the conftest.py that does it
+    torch.manual_seed(0)
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

@@ -22,6 +22,11 @@ WHY = "`make test-integrations` installs it"
 COUNTS = torch.tensor([400, 60, 9])
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:  # `make test-integrations` runs without the conftest.py that does it
+    torch.manual_seed(0)
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
