@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from characters_data import (
-    Face,
-    Progress,
-    character_counts,
-    choose_classes,
-    held_out_face,
-    package_file,
-    training_faces,
+from characters_data import Face, Progress, held_out_face, training_faces
+from pages_data import (
+    BASELINE,
+    RENDERED,
+    SKIPPED_RANKS,
+    Slot,
+    frequent_characters,
+    lay_out,
+    share_out,
+    shuffled,
 )
-from pages_data import BASELINE, RENDERED, SKIPPED_RANKS, Slot, lay_out, share_out, shuffled
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -121,13 +122,7 @@ class BoxData:
                 "are at least 3 classes and one page of both"
             )
         faces, test_face = training_faces()[:2], held_out_face()
-        required = [*faces, test_face]
-        frequencies = character_counts(package_file("jieba", "dict.txt"))
-        for character in sorted(frequencies, key=lambda c: (-frequencies[c], c))[:SKIPPED_RANKS]:
-            del frequencies[character]
-        chosen = choose_classes(
-            frequencies, characters, lambda c: all(face.draws(c) for face in required)
-        )
+        chosen = frequent_characters(characters, [*faces, test_face])
         self.characters = [c for c, _ in chosen]
         rng = random.Random(seed)
 

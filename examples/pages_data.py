@@ -92,6 +92,14 @@ def lay_out(pages: int, rng: random.Random) -> list[Slot]:
     return slots
 
 
+def frequent_characters(characters: int, faces: list[Face]) -> list[tuple[str, int]]:
+    """Classes, their counts as frequent as they really are; without the most frequent characters."""
+    frequencies = character_counts(package_file("jieba", "dict.txt"))
+    for character in sorted(frequencies, key=lambda c: (-frequencies[c], c))[:SKIPPED_RANKS]:
+        del frequencies[character]
+    return choose_classes(frequencies, characters, lambda c: all(face.draws(c) for face in faces))
+
+
 def share_out(slots: int, frequencies: list[int]) -> list[int]:
     """How often each character occurs in `slots` slots: proportional, FEWEST_GLYPHS at least."""
     total = sum(frequencies)
@@ -167,15 +175,7 @@ class PageData:
                 f"are 2 to {VOID} classes and at least one page of both"
             )
         faces, test_face = training_faces()[:2], held_out_face()
-        required = [*faces, test_face]
-        frequencies = character_counts(package_file("jieba", "dict.txt"))
-        for character in sorted(frequencies, key=lambda c: (-frequencies[c], c))[:SKIPPED_RANKS]:
-            del frequencies[character]
-        chosen = choose_classes(
-            frequencies,
-            characters,
-            lambda c: all(face.draws(c) for face in required),
-        )
+        chosen = frequent_characters(characters, [*faces, test_face])
         self.characters = [c for c, _ in chosen]
         rng = random.Random(seed)
 
