@@ -93,7 +93,7 @@ def lay_out(pages: int, rng: random.Random) -> list[Slot]:
 
 
 def frequent_characters(characters: int, faces: list[Face]) -> list[tuple[str, int]]:
-    """Classes, their counts as frequent as they really are; without the most frequent characters."""
+    """Classes with counts in their real proportions, without the most frequent characters."""
     frequencies = character_counts(package_file("jieba", "dict.txt"))
     for character in sorted(frequencies, key=lambda c: (-frequencies[c], c))[:SKIPPED_RANKS]:
         del frequencies[character]
