@@ -29,7 +29,7 @@ demo-dense: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The operators' tests with Triton's interpreter in their place, all of them: about an hour.
+# The operators' tests with Triton's interpreter in their place, all of them: some hours.
 TRITON_TESTS := row shard dense calibrate in_place autograd stage2 operators upsample linear
 test-triton: setup
 	cd tests && TRITON_INTERPRET=1 PYTHONPATH=. ../$(BIN)/python -W ignore -m pytest -q \
