@@ -65,6 +65,18 @@ def test_contents(content: str, dtype: torch.dtype, reduction: str, calibrated: 
     compare(r, calibrated, torch.randn(11 if reduction == "none" else ()), factor)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("classes", [17, 1203])
+def test_a_gradient_beyond_the_cache(classes: int, dtype: torch.dtype, calibrated: bool) -> None:
+    # More than 16 MiB, which is streamed past the cache: rows that begin and end within a register,
+    # and hundreds of blocks of rows in each thread's class sums.
+    n = (16 << 20) // (classes * dtype.itemsize) + 3
+    r = rows(n, classes, dtype, weight=torch.rand(classes, dtype=dtype) + 0.1)
+    r.target[::7] = -100
+    compare(r, calibrated)
+
+
 WEIGHTS = (False, True)
 SMOOTHING = (0.0, 0.1, 1.0)
 SAMPLE_WEIGHTS = (False, True)

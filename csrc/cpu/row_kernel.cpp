@@ -4,7 +4,7 @@
 //   them; classes in registers. The block's rows and their scratch stay in the second-level cache.
 // - forward: maximise, exponentiate (e = exp(u - maximum) to scratch, its sum); the sum known, emit
 //   makes whatever gradients are wanted from e and z. Memory: the logits are read once, grad_logits
-//   written once.
+//   written once, past the caches where it is large.
 // - backward: the maximum and the sum are known from forward, so exponentiate comes first. Memory:
 //   one read of the logits, one write of grad_logits, which may be the logits themselves (emit
 //   reads a register of z before it writes the same place, and nothing else is read from the row
@@ -13,6 +13,8 @@
 //   softmax / s, so that subtracting s * target / softmax there subtracts `target` afterwards, in
 //   the arithmetic dtype, before anything is rounded to the storage dtype.
 #include "row_kernel.h"
+
+#include <type_traits>
 
 #include "../common/loss_math.h"
 #include "row_passes.h"
@@ -39,6 +41,24 @@ Rows<T, R> gather(const LossArgs& args, const int64_t* index, const Chunk& chunk
     rows.sample_weight[r] = read_or<A>(args.sample_weight, i, 1.0);
   }
   return rows;
+}
+
+template <class T>
+T* grad_row(const LossArgs& args, int64_t i) {
+  return static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
+}
+
+// Whether a row's gradient is made in its scratch and streamed from there, while it is in the
+// second-level cache. Not over the logits, which are there too; nor where the gradient is so large
+// that malloc takes its memory from the kernel each time (glibc: above 32 MiB), which has just
+// cleared it and so has its lines in the cache.
+template <class T>
+bool streams(const LossArgs& args) {
+  constexpr int64_t kScratchBytes = int64_t{512} << 10, kReusedBytes = int64_t{32} << 20;
+  const int64_t bytes = args.images * args.classes * static_cast<int64_t>(sizeof(T));
+  return std::is_same_v<T, Accumulate<T>> && args.grad_logits && args.grad_logits != args.logits &&
+         bytes > kCachedBytes && bytes <= kReusedBytes &&
+         row_scratch_bytes(args.classes, sizeof(T), false) <= kScratchBytes;
 }
 
 // The value k of row i of a shard's sums or factors.
@@ -132,10 +152,13 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
     return true;
   }
   Emission<T, R> out;
+  const bool streamed = streams<T>(args);
   for (int r = 0; r < R; ++r) {
     const int64_t i = rows.index[r];
-    out.grad_logits[r] =
-        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_image_stride : nullptr;
+    out.grad_logits[r] = args.grad_logits ? grad_row<T>(args, i) : nullptr;
+    if constexpr (std::is_same_v<T, A>) {
+      if (streamed) out.grad_logits[r] = rows.e[r];
+    }
     if (args.shard_factors) {
       take_shard_factors(args, rows, sums, r, out);
       continue;
@@ -175,15 +198,20 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
     }
   }
 
+  const BlockSums<A> block(args, chunk);
   if constexpr (Calibrated) {
     if (args.class_gradients && args.grad_logits)
-      emit<T, R, true, Smooth, Masked, true, true>(classes, rows, out, chunk);
+      emit<T, R, true, Smooth, Masked, true, true>(classes, rows, out, block);
     else if (args.class_gradients)
-      emit<T, R, true, Smooth, Masked, false, true>(classes, rows, out, chunk);
+      emit<T, R, true, Smooth, Masked, false, true>(classes, rows, out, block);
     else if (args.grad_logits)
-      emit<T, R, true, Smooth, Masked, true, false>(classes, rows, out, chunk);
+      emit<T, R, true, Smooth, Masked, true, false>(classes, rows, out, block);
   } else if (args.grad_logits) {
-    emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, chunk);
+    emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, block);
+  }
+  if constexpr (std::is_same_v<T, A>) {
+    for (int r = 0; streamed && r < R; ++r)
+      stream_row(grad_row<T>(args, rows.index[r]), rows.e[r], args.classes);
   }
   return true;
 }
@@ -233,17 +261,20 @@ void skip_row(const LossArgs& args, bool backward, int64_t i) {
   }
   if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
   if (args.grad_logits) {
-    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
-    std::memset(grad, 0, args.classes * sizeof(T));
+    std::memset(grad_row<T>(args, i), 0, args.classes * sizeof(T));
   }
 }
 
 template <class T>
 void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
-  if (args.class_gradients) clear_class_sums(chunk, args.classes);
+  const BlockSums<Accumulate<T>> sums(args, chunk);
+  if (args.class_gradients) {
+    clear_class_sums(chunk, args.classes);
+    sums.clear(args.classes);
+  }
   chunk.loss_sum = 0;
   int64_t block[kRowBlock];
-  int count = 0;
+  int count = 0, blocks = 0;
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
     if (read_index(args.target, args.target_type, i) == args.ignore_index) {
       skip_row<T>(args, backward, i);
@@ -253,9 +284,15 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
     if (count == kRowBlock) {
       run_rows<T, kRowBlock>(args, backward, block, chunk);
       count = 0;
+      if (args.class_gradients && ++blocks % kSumBlocks == 0) {
+        sums.flush(chunk, args.classes);
+        sums.clear(args.classes);
+      }
     }
   }
   for (int i = 0; i < count; ++i) run_rows<T, 1>(args, backward, block + i, chunk);
+  if (args.class_gradients) sums.flush(chunk, args.classes);
+  stream_fence();
 }
 
 template <class T>

@@ -202,6 +202,30 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
   }
 }
 
+// The class gradients of kSumBlocks blocks of rows, summed in the arithmetic type; then they join
+// the chunk's sums in double, which costs more than a block's share in the arithmetic type.
+constexpr int kSumBlocks = 16;
+
+template <class A>
+struct BlockSums {
+  A *scale, *bias;
+
+  BlockSums(const LossArgs& args, const Chunk& chunk)
+      : scale(static_cast<A*>(chunk.scratch) + kRowBlock * padded_classes(args.classes)),
+        bias(scale + padded_classes(args.classes)) {}
+
+  void clear(int64_t classes) const {
+    std::memset(scale, 0, 2 * static_cast<size_t>(padded_classes(classes)) * sizeof(A));
+  }
+
+  void flush(Chunk& chunk, int64_t classes) const {
+    for (int64_t j = 0; j < classes; j += Lanes<A>::N) {
+      accumulate(chunk.grad_scale + j, load(scale + j));
+      accumulate(chunk.grad_bias + j, load(bias + j));
+    }
+  }
+};
+
 // A row's gradient by u: q_j = softmax * e_j - smooth * w_j, everything from above included.
 template <class T, int R>
 struct Emission {
@@ -212,10 +236,11 @@ struct Emission {
 // From e in scratch: grad_logits, and the block's share of the class gradients.
 template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
 DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                          const Emission<T, R>& out, const Chunk& chunk) {
+                          const Emission<T, R>& out, const BlockSums<Accumulate<T>>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const Local<T*, R> grad_logits(out.grad_logits);
+  A *const scale_sums = sums.scale, *const bias_sums = sums.bias;
   // Without grad_logits the confidence is multiplied in once a row, not once a class.
   A softmax[R], smooth[R];
   for (int r = 0; r < R; ++r) {
@@ -247,8 +272,8 @@ DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows
       }
     }
     if constexpr (Classes) {
-      accumulate(chunk.grad_scale + j, grad_scale);
-      accumulate(chunk.grad_bias + j, grad_bias);
+      store(scale_sums + j, load(scale_sums + j) + grad_scale);
+      store(bias_sums + j, load(bias_sums + j) + grad_bias);
     }
   });
 }
