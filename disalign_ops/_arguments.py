@@ -200,6 +200,16 @@ def row_vector(
     """One entry a position of `shape`, flat. A dimension of 1 may stand where the classes do."""
     if value is None:
         return None
+    if (
+        isinstance(value, Tensor)
+        and value.dim() == 1
+        and value.shape == shape
+        and value.dtype == dtype
+        and value.device == input.device
+        and value.is_contiguous()
+        and (learned or not value.requires_grad)
+    ):
+        return value  # the common case, before every check that it passes
     vector = check_tensor(name, value)
     if not vector.is_floating_point():
         raise ArgumentTypeError(f"{name} has dtype {vector.dtype}, needed is a floating dtype")

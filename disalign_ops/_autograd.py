@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._layouts import WHOLE, Extension
 from ._ops import (
     DENOMINATOR,
     DIFFERENTIABLE,
@@ -33,17 +34,36 @@ from ._ops import (
 )
 
 _RESULTS = 8  # of every forward; a stem's details follow
+_SCALE = DIFFERENTIABLE[1]  # where scale stands among the operators' arguments; bias is next
 
 
-def _save(ctx: Any, stem: Stem, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made."""
+def _extended(arguments: tuple[Any, ...], extension: Extension) -> tuple[Any, ...]:
+    """An operator's arguments, scale and bias of all classes in place of those given."""
+    if extension == WHOLE or arguments[_SCALE] is None:
+        return arguments
+    vectors = extension.vectors(arguments[_SCALE], arguments[_SCALE + 1])
+    return (*arguments[:_SCALE], *vectors, *arguments[_SCALE + 2 :])
+
+
+def _save(
+    ctx: Any,
+    stem: Stem,
+    inputs: tuple[Any, ...],
+    outputs: tuple[Tensor, ...],
+    extension: Extension = WHOLE,
+    given: tuple[Tensor | None, ...] = (),
+) -> None:
+    """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made; and
+    scale and bias as given, of which the operator's are the extension.
+    """
     after = OPTIONS + stem.options
     ctx.stem = stem
+    ctx.extension = extension
     ctx.options = inputs[OPTIONS:after]
     ctx.reduction, ctx.normalizer = inputs[after : after + 2]
     ctx.taken = False  # whether a backward has given away the gradient of the logits made here
     made = [outputs[4 + k] if inputs[after + 2 + k] else None for k in range(4)]
-    ctx.save_for_backward(*inputs[: DENOMINATOR + 1], *outputs[1:4], *made)
+    ctx.save_for_backward(*inputs[: DENOMINATOR + 1], *outputs[1:4], *made, *given)
 
 
 def _backward(
@@ -51,13 +71,16 @@ def _backward(
 ) -> list[Tensor | None]:
     """The gradients of logits, scale, bias and confidence, None where not needed."""
     saved = ctx.saved_tensors
-    tensors, statistics, made = saved[:TENSORS], saved[10:13], list(saved[13:])
+    tensors, statistics, made = saved[:TENSORS], saved[10:13], list(saved[13:17])
+    extension = ctx.extension
     if torch.is_grad_enabled():
         if in_place:
             raise RuntimeError(
                 "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
                 "logits are overwritten by their gradient"
             )
+        if saved[17:]:
+            tensors = (*tensors[:_SCALE], *saved[17:], *tensors[_SCALE + 2 :])
         return _differentiable_backward(ctx, grad_loss, tensors, saved[DENOMINATOR], need)
 
     dtype = saved[10].dtype  # of the statistics: the accumulation dtype
@@ -75,12 +98,15 @@ def _backward(
         backward = ctx.stem.backward(in_place and need[0])
         fresh = backward(grad_loss, *tensors, *statistics, *ctx.options, *missing)
         grads = [fresh[k] if missing[k] else None for k in range(4)]
+        for k in (1, 2):
+            if missing[k]:
+                grads[k] = extension.gradient(fresh[k])
         if in_place and need[0]:
             grads[0] = tensors[0].data
             torch.autograd.graph.increment_version(tensors[0])
     for k in (1, 2, 3):
         if made[k] is not None:
-            grads[k] = made[k] * grad_loss
+            grads[k] = (extension.gradient(made[k]) if k < 3 else made[k]) * grad_loss
     if made[0] is not None:
         # .data: a tensor of its own over the same memory, so that autograd may keep it as the
         # leaf's .grad without a copy, and changes to it are not changes to what we saved.
@@ -104,13 +130,14 @@ def _differentiable_backward(
     names = {code: name for name, code in NORMALIZERS.items()}
     ignore_index, smoothing, gamma, *stem_options = ctx.options
     with torch.enable_grad():
+        a, b = (scale, bias) if scale is None else ctx.extension.vectors(scale, bias)
         loss = ctx.stem.reference(
             logits,
             target,
             *stem_options,
             weight=weight,
-            scale=scale,
-            bias=bias,
+            scale=a,
+            bias=b,
             confidence=confidence,
             prior=prior,
             margin=margin,
@@ -174,11 +201,13 @@ class _EagerLoss(torch.autograd.Function):
         stem: Stem,
         arguments: tuple[Any, ...],
         in_place: bool,
+        extension: Extension,
     ) -> Any:
         # The four tensors are those of `arguments`, given apart for autograd to see.
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = stem.forward(*arguments)
-        _save(ctx, stem, arguments, outputs)
+            extended = _extended(arguments, extension)
+            outputs = stem.forward(*extended)
+        _save(ctx, stem, extended, outputs, extension, (scale, bias))
         ctx.in_place = in_place
         details = outputs[_RESULTS:]
         if not details:
@@ -189,7 +218,7 @@ class _EagerLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = _backward(ctx, grad_loss, ctx.needs_input_grad[:4], ctx.in_place)
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _on_cpu(stem: Stem, logits: Tensor) -> bool:
@@ -218,11 +247,14 @@ def loss(
     reduction: str,
     normalizer: str | Tensor,
     in_place: bool,
+    extension: Extension = WHOLE,
 ) -> tuple[Tensor, ...]:
     """The loss through a stem's operators, in the accumulation dtype ('none': flat), and details.
 
     tensors: logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, as the
-    operator takes them: vectors flat, contiguous and of the accumulation dtype.
+    operator takes them, vectors flat, contiguous and of the accumulation dtype; but the operator
+    takes the extension of scale and bias. (In eager mode that is made below autograd, which costs
+    a small batch less than its nodes would.)
     """
     logits, target = tensors[:2]
     assert logits is not None
@@ -241,14 +273,14 @@ def loss(
         given, code = None, NORMALIZERS[normalizer]
     arguments = (*tensors, given, *options, REDUCTIONS[reduction], code, *want)
     if compiling:
-        outputs = stem.forward(*arguments)
+        outputs = stem.forward(*_extended(arguments, extension))
         return (outputs[0], *(t.detach() for t in outputs[_RESULTS:]))
     try:
         if not any(need):
             with torch._C._AutoDispatchBelowAutograd():
-                outputs = stem.forward(*arguments)
+                outputs = stem.forward(*_extended(arguments, extension))
             return (outputs[0], *outputs[_RESULTS:])
-        found = _EagerLoss.apply(*learned, stem, arguments, in_place)  # type: ignore[no-untyped-call]
+        found = _EagerLoss.apply(*learned, stem, arguments, in_place, extension)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         # The stable ABI throws nothing but RuntimeError; F.cross_entropy raises IndexError here.
         message = str(error)

@@ -157,8 +157,8 @@ def disalign_cross_entropy(
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
     check_input(input)
-    calibration = calibration_vectors(input, confidence, scale, bias, form, background)
-    return loss(input, target, calibration, options)
+    calibration = given_calibration(input, confidence, scale, bias, form, background)
+    return loss(input, target, calibration, options, _layouts.Extension.of(form, background))
 
 
 def calibrate(
@@ -202,6 +202,20 @@ def calibration_vectors(
 
     classes: their number, if it is not the input's.
     """
+    a, b, c = given_calibration(input, confidence, scale, bias, form, background, classes)
+    return (*_layouts.Extension.of(form, background).vectors(a, b), c)
+
+
+def given_calibration(
+    input: Tensor,
+    confidence: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    form: str,
+    background: str | None,
+    classes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scale and bias of the calibrated classes and the confidence (rows,), checked, flat."""
     check_choice("form", form, _FORMS)
     check_choice("background", background, _BACKGROUNDS)
     classes = check_input(input) if classes is None else classes
@@ -216,11 +230,6 @@ def calibration_vectors(
     assert a is not None
     assert b is not None
     assert c is not None
-    if form == "interpolated":
-        a = a - 1
-    if background is not None:
-        column = (1, 0) if background == "first" else (0, 1)
-        a, b = torch.nn.functional.pad(a, column), torch.nn.functional.pad(b, column)
     return a, b, c
 
 
@@ -294,17 +303,25 @@ def output(input: Tensor, loss: Tensor, shape: torch.Size | None) -> Tensor:
 
 
 def loss(
-    input: Tensor, target: Tensor, calibration: tuple[Tensor, ...] | None, options: Options
+    input: Tensor,
+    target: Tensor,
+    calibration: tuple[Tensor, ...] | None,
+    options: Options,
+    extension: _layouts.Extension = _layouts.WHOLE,
 ) -> Tensor:
-    """Of logits; calibration: as from `calibration_vectors`."""
+    """Of logits; calibration: as from `calibration_vectors`, or, with their extension, as from
+    `given_calibration`.
+    """
     classes = check_input(input)
-    check_target(input, target, positions_shape(input))
+    shape = positions_shape(input)
+    check_target(input, target, shape)
     given = checked(input, classes, options)
     dtype = reference.accumulate_dtype(input.dtype)
-    sample_weight = row_vector(
-        "sample_weight", options.sample_weight, input, positions_shape(input), dtype
-    )
+    sample_weight = row_vector("sample_weight", options.sample_weight, input, shape, dtype)
     a, b, c = calibration or (None, None, None)
+    backend = "reference" if target.is_floating_point() else serving_backend(input)
+    if backend == "reference" and a is not None and b is not None:
+        a, b = extension.vectors(a, b)
     stem, flat_logits, copied = _layouts.flatten(input)
     in_place = options.inplace_backward and _layouts.check_in_place(input, flat_logits, copied)
     vectors: dict[str, Any] = {
@@ -312,7 +329,7 @@ def loss(
     }  # fmt: skip
     if target.is_floating_point():
         loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
-    elif (backend := serving_backend(input)) != "reference":
+    elif backend != "reference":
         tensors = (
             flat_logits, target.contiguous(), *vectors.values(), given.margin, sample_weight,
         )  # fmt: skip
@@ -325,6 +342,7 @@ def loss(
             options.reduction,
             given.normalizer,
             in_place,
+            extension,
         )[0]
     else:
         check_classes(target, classes, options.ignore_index)
@@ -335,7 +353,7 @@ def loss(
             **reference_options(given, options),
             sample_weight=sample_weight,
         )
-    return output(input, loss, positions_shape(input) if options.reduction == "none" else None)
+    return output(input, loss, shape if options.reduction == "none" else None)
 
 
 def reference_options(given: Checked, options: Options) -> dict[str, Any]:

@@ -35,6 +35,27 @@ def test_gradcheck_and_gradgradcheck(backend: str, reduction: str, extra: dict[s
     assert torch.autograd.gradgradcheck(loss, r.learned)
 
 
+@pytest.mark.parametrize("background", [None, "first", "last"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_of_the_interpolated_form(
+    backend: str, reduction: str, background: str | None
+) -> None:
+    r = rows(4, 7)
+    calibrated = 7 if background is None else 6
+    learned = [
+        *r.learned[:2],
+        *(t.detach()[:calibrated].clone().requires_grad_() for t in (r.scale, r.bias)),
+    ]
+
+    def loss(*learned: Tensor) -> Tensor:
+        return disalign_ops.disalign_cross_entropy(
+            learned[0], r.target, *learned[1:], reduction=reduction, background=background
+        )
+
+    assert torch.autograd.gradcheck(loss, learned)
+    assert torch.autograd.gradgradcheck(loss, learned)
+
+
 def test_gradcheck_of_calibrate(backend: str) -> None:
     r = rows(4, 7)
     for form in ("interpolated", "residual"):

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -21,8 +22,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::runtime_error("disalign_ops: " + message);
+// The message's parts (text and integers) are put together only where the condition does not hold.
+template <class... Parts>
+inline void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  message << "disalign_ops: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
 }
 
 inline bool is_logits_dtype(ScalarType t) {
@@ -38,12 +45,12 @@ inline ScalarType accumulate_dtype(ScalarType logits) {
 inline const void* vector_data(const OptionalTensor& vector, const char* name, int64_t count,
                                ScalarType dtype, const Tensor& logits) {
   if (!vector.has_value()) return nullptr;
-  require(vector->scalar_type() == dtype,
-          std::string(name) + " has another dtype than the accumulation dtype of the logits");
-  require(vector->numel() == count, std::string(name) + " has " + std::to_string(vector->numel()) +
-                                        " entries, " + std::to_string(count) + " are needed");
-  require(vector->is_contiguous(), std::string(name) + " is not contiguous");
-  require(vector->device() == logits.device(), std::string(name) + " is on another device");
+  require(vector->scalar_type() == dtype, name,
+          " has another dtype than the accumulation dtype of the logits");
+  require(vector->numel() == count, name, " has ", vector->numel(), " entries, ", count,
+          " are needed");
+  require(vector->is_contiguous(), name, " is not contiguous");
+  require(vector->device() == logits.device(), name, " is on another device");
   return vector->const_data_ptr();
 }
 
@@ -52,22 +59,22 @@ inline int64_t size_of(ScalarType accumulate) {
 }
 
 inline void check_dense(const Tensor& logits, const char* name) {
-  require(logits.dim() == 3, std::string(name) + " has " + std::to_string(logits.dim()) +
-                                 " dimensions, 3 (images, classes, positions) are needed");
-  require(is_logits_dtype(logits.scalar_type()),
-          std::string(name) + " is not float64, float32, bfloat16 or float16");
-  require(logits.size(2) <= 1 || logits.stride(2) == 1 || logits.numel() == 0,
-          std::string(name) + "'s positions are not next to each other");
+  require(logits.dim() == 3, name, " has ", logits.dim(),
+          " dimensions, 3 (images, classes, positions) are needed");
+  require(is_logits_dtype(logits.scalar_type()), name,
+          " is not float64, float32, bfloat16 or float16");
+  require(logits.size(2) <= 1 || logits.stride(2) == 1 || logits.numel() == 0, name,
+          "'s positions are not next to each other");
 }
 
 inline void check_rows(const Tensor& logits, const char* name) {
-  require(logits.dim() == 2, std::string(name) + " has " + std::to_string(logits.dim()) +
-                                 " dimensions, 2 (rows, classes) are needed");
-  require(is_logits_dtype(logits.scalar_type()),
-          std::string(name) + " is not float64, float32, bfloat16 or float16");
+  require(logits.dim() == 2, name, " has ", logits.dim(),
+          " dimensions, 2 (rows, classes) are needed");
+  require(is_logits_dtype(logits.scalar_type()), name,
+          " is not float64, float32, bfloat16 or float16");
   // PyTorch calls a tensor without elements contiguous, whatever its strides.
-  require(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.numel() == 0,
-          std::string(name) + "'s classes are not next to each other");
+  require(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.numel() == 0, name,
+          "'s classes are not next to each other");
 }
 
 // Whether two elements of a tensor of 4 dimensions may share memory: sorted by stride, every

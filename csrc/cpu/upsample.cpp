@@ -75,8 +75,8 @@ void finish(const UpsampleArgs& args, Partition& partition, const UpsampleKernel
 }
 
 void check_sizes(const Tensor& logits, const Tensor& target) {
-  require(logits.dim() == 4, "logits have " + std::to_string(logits.dim()) +
-                                 " dimensions, 4 (images, classes, height, width) are needed");
+  require(logits.dim() == 4, "logits have ", logits.dim(),
+          " dimensions, 4 (images, classes, height, width) are needed");
   require(target.dim() == 3 && target.size(0) == logits.size(0),
           "target is not (images, height, width)");
 }

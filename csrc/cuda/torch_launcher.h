@@ -85,7 +85,7 @@ class TorchLauncher : public Workspace {
 #else
 
 inline void require_cuda(cudaError_t status, const char* what) {
-  require(status == cudaSuccess, std::string(what) + ": " + cudaGetErrorString(status));
+  require(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 
 // Of torch's CUDA builds alone. The library is loaded everywhere, so it does not link to

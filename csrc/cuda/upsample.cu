@@ -12,8 +12,8 @@ namespace {
 
 void set_geometry(const Tensor& logits, int64_t height, int64_t width, bool align_corners,
                   UpsampleArgs& args) {
-  require(logits.dim() == 4, "logits have " + std::to_string(logits.dim()) +
-                                 " dimensions, 4 (images, classes, height, width) are needed");
+  require(logits.dim() == 4, "logits have ", logits.dim(),
+          " dimensions, 4 (images, classes, height, width) are needed");
   require(is_logits_dtype(logits.scalar_type()),
           "logits are not float64, float32, bfloat16 or float16");
   require_classes(logits);
