@@ -17,7 +17,7 @@ struct RowLayout {
   }
   static int64_t units(const LossArgs& args, ScalarType) { return args.images; }
   static int64_t scratch_bytes(const LossArgs& args, ScalarType dtype) {
-    return row_scratch_bytes(args.classes, size_of(dtype), args.class_gradients);
+    return row_scratch_bytes(args.classes, size_of(dtype));
   }
   static bool overlaps(const LossArgs& args) {
     return args.images > 1 && args.image_stride < args.classes;

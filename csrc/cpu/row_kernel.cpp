@@ -58,7 +58,7 @@ bool streams(const LossArgs& args) {
   const int64_t bytes = args.images * args.classes * static_cast<int64_t>(sizeof(T));
   return std::is_same_v<T, Accumulate<T>> && args.grad_logits && args.grad_logits != args.logits &&
          bytes > kCachedBytes && bytes <= kReusedBytes &&
-         row_scratch_bytes(args.classes, sizeof(T), false) <= kScratchBytes;
+         row_scratch_bytes(args.classes, sizeof(T)) <= kScratchBytes;
 }
 
 // The value k of row i of a shard's sums or factors.
@@ -198,16 +198,16 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
     }
   }
 
-  const BlockSums<A> block(args, chunk);
+  const ClassSums<A> class_sums(chunk);
   if constexpr (Calibrated) {
     if (args.class_gradients && args.grad_logits)
-      emit<T, R, true, Smooth, Masked, true, true>(classes, rows, out, block);
+      emit<T, R, true, Smooth, Masked, true, true>(classes, rows, out, class_sums);
     else if (args.class_gradients)
-      emit<T, R, true, Smooth, Masked, false, true>(classes, rows, out, block);
+      emit<T, R, true, Smooth, Masked, false, true>(classes, rows, out, class_sums);
     else if (args.grad_logits)
-      emit<T, R, true, Smooth, Masked, true, false>(classes, rows, out, block);
+      emit<T, R, true, Smooth, Masked, true, false>(classes, rows, out, class_sums);
   } else if (args.grad_logits) {
-    emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, block);
+    emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, class_sums);
   }
   if constexpr (std::is_same_v<T, A>) {
     for (int r = 0; streamed && r < R; ++r)
@@ -267,11 +267,8 @@ void skip_row(const LossArgs& args, bool backward, int64_t i) {
 
 template <class T>
 void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
-  const BlockSums<Accumulate<T>> sums(args, chunk);
-  if (args.class_gradients) {
-    clear_class_sums(chunk, args.classes);
-    sums.clear(args.classes);
-  }
+  const ClassSums<Accumulate<T>> sums(chunk);
+  if (args.class_gradients) clear_class_sums(chunk, args.classes);
   chunk.loss_sum = 0;
   int64_t block[kRowBlock];
   int count = 0, blocks = 0;
@@ -284,14 +281,11 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
     if (count == kRowBlock) {
       run_rows<T, kRowBlock>(args, backward, block, chunk);
       count = 0;
-      if (args.class_gradients && ++blocks % kSumBlocks == 0) {
-        sums.flush(chunk, args.classes);
-        sums.clear(args.classes);
-      }
+      if (args.class_gradients && ++blocks % kSumBlocks == 0) sums.carry(args.classes);
     }
   }
   for (int i = 0; i < count; ++i) run_rows<T, 1>(args, backward, block + i, chunk);
-  if (args.class_gradients) sums.flush(chunk, args.classes);
+  if (args.class_gradients) sums.finish(args.classes);
   stream_fence();
 }
 

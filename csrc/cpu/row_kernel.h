@@ -7,10 +7,9 @@ namespace disalign {
 
 constexpr int kRowBlock = 4;  // rows worked on together: they share each load of a class vector
 
-// Bytes of Chunk::scratch for an arithmetic type of `size` bytes: a block's rows, and, where they
-// are wanted, the class sums of scale and bias over a few blocks.
-static constexpr int64_t row_scratch_bytes(int64_t classes, int64_t size, bool class_gradients) {
-  return (kRowBlock + (class_gradients ? 2 : 0)) * padded_classes(classes) * size;
+// Bytes of Chunk::scratch for an arithmetic type of `size` bytes.
+static constexpr int64_t row_scratch_bytes(int64_t classes, int64_t size) {
+  return kRowBlock * padded_classes(classes) * size;
 }
 
 namespace baseline {

@@ -2,6 +2,9 @@
 // maximise, exponentiate, emit, and the target's margin between the first two.
 #pragma once
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "lanes.h"
 #include "row_kernel.h"
 
@@ -202,26 +205,58 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
   }
 }
 
-// The class gradients of kSumBlocks blocks of rows, summed in the arithmetic type; then they join
-// the chunk's sums in double, which costs more than a block's share in the arithmetic type.
+// The chunk's class gradients while they are added up, in the memory of its sums in double. An
+// update in double costs more than a block's share in float, so each register of float classes has
+// two of sums: `low`, which takes the shares of kSumBlocks blocks, and `high`, to which low is then
+// carried. What that addition rounds off stays in low: the sum of both is as good as in double.
 constexpr int kSumBlocks = 16;
 
 template <class A>
-struct BlockSums {
+struct ClassSums {
+  static constexpr int N = Lanes<A>::N;
+  static constexpr bool kPairs = std::is_same_v<A, float>;
   A *scale, *bias;
 
-  BlockSums(const LossArgs& args, const Chunk& chunk)
-      : scale(static_cast<A*>(chunk.scratch) + kRowBlock * padded_classes(args.classes)),
-        bias(scale + padded_classes(args.classes)) {}
+  explicit ClassSums(const Chunk& chunk)
+      : scale(reinterpret_cast<A*>(chunk.grad_scale)),
+        bias(reinterpret_cast<A*>(chunk.grad_bias)) {}
 
-  void clear(int64_t classes) const {
-    std::memset(scale, 0, 2 * static_cast<size_t>(padded_classes(classes)) * sizeof(A));
+  // Where the sums of the classes from j on are, a multiple of N; low is N behind high.
+  static DISALIGN_INLINE int64_t at(int64_t j) { return kPairs ? 2 * j : j; }
+
+  static DISALIGN_INLINE void add(A* sums, int64_t j, Vec<A> share) {
+    A* low = sums + at(j) + (kPairs ? N : 0);
+    store(low, load(low) + share);
   }
 
-  void flush(Chunk& chunk, int64_t classes) const {
-    for (int64_t j = 0; j < classes; j += Lanes<A>::N) {
-      accumulate(chunk.grad_scale + j, load(scale + j));
-      accumulate(chunk.grad_bias + j, load(bias + j));
+  void carry(int64_t classes) const {
+    if constexpr (kPairs) {
+      for (int64_t j = 0; j < classes; j += N) {
+        for (A* sums : {scale, bias}) {
+          A* p = sums + at(j);
+          const Vec<A> high = load(p), low = load(p + N), sum = high + low;
+          // Knuth's TwoSum: sum + rest = high + low without rounding.
+          const Vec<A> taken = sum - high;
+          const Vec<A> rest = (high - (sum - taken)) + (low - taken);
+          store(p, sum);
+          store(p + N, rest);
+        }
+      }
+    }
+  }
+
+  // The sums become doubles, in place.
+  void finish(int64_t classes) const {
+    if constexpr (kPairs) {
+      for (int64_t j = 0; j < classes; j += N) {
+        for (A* sums : {scale, bias}) {
+          A* p = sums + at(j);
+          double sum[N] = {};
+          accumulate(sum, load(p));
+          accumulate(sum, load(p + N));
+          std::memcpy(p, sum, sizeof(sum));
+        }
+      }
     }
   }
 };
@@ -236,7 +271,7 @@ struct Emission {
 // From e in scratch: grad_logits, and the block's share of the class gradients.
 template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
 DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                          const Emission<T, R>& out, const BlockSums<Accumulate<T>>& sums) {
+                          const Emission<T, R>& out, const ClassSums<Accumulate<T>>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const Local<T*, R> grad_logits(out.grad_logits);
@@ -272,8 +307,8 @@ DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows
       }
     }
     if constexpr (Classes) {
-      store(scale_sums + j, load(scale_sums + j) + grad_scale);
-      store(bias_sums + j, load(bias_sums + j) + grad_bias);
+      ClassSums<A>::add(scale_sums, j, grad_scale);
+      ClassSums<A>::add(bias_sums, j, grad_bias);
     }
   });
 }
