@@ -69,8 +69,8 @@ def test_contents(content: str, dtype: torch.dtype, reduction: str, calibrated: 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("classes", [17, 1203])
 def test_a_gradient_beyond_the_cache(classes: int, dtype: torch.dtype, calibrated: bool) -> None:
-    # More than 16 MiB, which is streamed past the cache: rows that begin and end within a register,
-    # and hundreds of blocks of rows in each thread's class sums.
+    # 16 MiB: rows that begin and end within a register, and hundreds of blocks of rows in each
+    # thread's class sums.
     n = (16 << 20) // (classes * dtype.itemsize) + 3
     r = rows(n, classes, dtype, weight=torch.rand(classes, dtype=dtype) + 0.1)
     r.target[::7] = -100
@@ -89,6 +89,34 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "focal": {"focal_gamma": 2.0},
     "focal below one": {"focal_gamma": 0.5, "margin": 0.3},
 }
+
+
+# How far a class lies above the others, and why.
+PEAKS = {
+    9.0: "within the headroom of the number taken off before the exponential is made",
+    40.0: "beyond it: the row is done again",
+    300.0: "beyond what an exponential in float32 can hold",
+    1e30: "beyond any integer that it is made with",
+    -1e30: "far below: it takes no part",
+}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("peak", PEAKS)
+def test_a_class_far_above_the_others(
+    peak: float, dtype: torch.dtype, smoothing: float, calibrated: bool
+) -> None:
+    # A row for each place of the peak: it may be among the classes looked at first, or not, or in
+    # the rest of a register; and next to rows of its block that have none.
+    classes = 530
+    places = torch.arange(0, classes, 3)
+    r = rows(2 * len(places), classes, dtype, label_smoothing=smoothing, reduction="none")
+    with torch.no_grad():
+        r.logits[torch.arange(len(places)) * 2, places] = peak
+        r.scale[places] = r.scale[places].abs()  # 1 + c a > 0: the peak stays one
+    compare(r, calibrated)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

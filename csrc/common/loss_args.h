@@ -44,8 +44,8 @@ struct LossArgs {
   double weight_sum = 0;           // sum_j w_j; C without weights
   double inverse_denominator = 1;  // what reduction multiplies the summed loss by
 
-  // Statistics of A a position: the maximum of the calibrated logits and sum_j exp(u_j - max).
-  // Written by forward, read by backward.
+  // Statistics of A a position: the maximum of the calibrated logits, or what a backend takes off
+  // them in its place, and sum_j exp(u_j - row_max). Written by forward, read by backward.
   void* row_max = nullptr;
   void* row_sum = nullptr;
   void* loss = nullptr;  // forward: the position's loss times its sample weight, of A; or null

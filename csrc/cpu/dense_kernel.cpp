@@ -112,8 +112,9 @@ void finish(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& chu
 // Whether the gradient is more than the caches keep for its reader, and aligned for streaming.
 template <class T>
 bool streams(const LossArgs& args, const Tile<T>& tile) {
+  constexpr int64_t kCached = int64_t{16} << 20;
   const auto aligned = [](int64_t address) { return address % kVectorBytes == 0; };
-  return args.positions() * args.classes * static_cast<int64_t>(sizeof(T)) > kCachedBytes &&
+  return args.positions() * args.classes * static_cast<int64_t>(sizeof(T)) > kCached &&
          aligned(reinterpret_cast<int64_t>(tile.grad_logits)) &&
          aligned(args.grad_class_stride * static_cast<int64_t>(sizeof(T)));
 }

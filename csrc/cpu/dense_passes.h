@@ -94,7 +94,7 @@ DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
       }
       if constexpr (Calibrated) store(logits + p, value == -kInfinity<A> ? V{} : value);
       if constexpr (Known) {
-        store(e + p, exp_nonpositive(u - load(maximum + p)));
+        store(e + p, exp_bounded(u - load(maximum + p)));
       } else {
         store(e + p, u);
         store(maximum + p, vmax(u, load(maximum + p)));
@@ -126,7 +126,7 @@ DISALIGN_INLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, int
     for (int64_t p = 0; p < tile.count; p += N) {
       __builtin_prefetch(next + p, 0, 2);
       const V u = load(e + p) - load(maximum + p);
-      const V x = exp_nonpositive(u);
+      const V x = exp_bounded(u);
       store(e + p, x);
       store(exponential + p, load(exponential + p) + x);
       if constexpr (Smooth) store(smooth + p, load(smooth + p) + u * entry.w);

@@ -42,24 +42,6 @@ DISALIGN_INLINE double read_or(const void* p, int64_t i, double otherwise) {
   return p ? static_cast<double>(static_cast<const A*>(p)[i]) : otherwise;
 }
 
-// Gradients of the logits beyond this size are streamed past the caches, which keep nothing of them
-// for their reader.
-constexpr int64_t kCachedBytes = int64_t{16} << 20;
-
-// Streams a row of `count` entries, whatever the alignment of either side.
-template <class A>
-void stream_row(A* to, const A* from, int64_t count) {
-  constexpr int N = Lanes<A>::N;
-  const auto past =
-      static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kVectorBytes / sizeof(A));
-  int64_t j = past ? N - past : 0;
-  if (j > count) j = count;
-  if (j > 0) store_tail(to, load_tail(from, static_cast<int>(j)), static_cast<int>(j));
-  for (; j + N <= count; j += N) stream(to + j, load(from + j));
-  const auto rest = static_cast<int>(count - j);
-  if (rest > 0) store_tail(to + j, load_tail(from + j, rest), rest);
-}
-
 static inline void clear_class_sums(Chunk& chunk, int64_t classes) {
   const auto bytes = static_cast<size_t>(padded_classes(classes)) * sizeof(double);
   std::memset(chunk.grad_scale, 0, bytes);

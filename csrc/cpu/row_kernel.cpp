@@ -2,10 +2,11 @@
 //
 // - Maps: kRowBlock rows at a time, so that class vectors and class sums are loaded once for all of
 //   them; classes in registers. The block's rows and their scratch stay in the second-level cache.
-// - forward: maximise, exponentiate (e = exp(u - maximum) to scratch, its sum); the sum known, emit
-//   makes whatever gradients are wanted from e and z. Memory: the logits are read once, grad_logits
-//   written once, past the caches where it is large.
-// - backward: the maximum and the sum are known from forward, so exponentiate comes first. Memory:
+// - forward: guess, exponentiate (e = exp(u - shift) to scratch, its sum); the sum known, emit
+// makes
+//   whatever gradients are wanted from e and z. Memory: the logits are read once, grad_logits
+//   written once.
+// - backward: the shift and the sum are known from forward, so exponentiate comes first. Memory:
 //   one read of the logits, one write of grad_logits, which may be the logits themselves (emit
 //   reads a register of z before it writes the same place, and nothing else is read from the row
 //   afterwards).
@@ -14,15 +15,11 @@
 //   the arithmetic dtype, before anything is rounded to the storage dtype.
 #include "row_kernel.h"
 
-#include <type_traits>
-
 #include "../common/loss_math.h"
 #include "row_passes.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
 namespace {
-
-constexpr double kHuge = std::numeric_limits<double>::max();
 
 template <class T, int R>
 Rows<T, R> gather(const LossArgs& args, const int64_t* index, const Chunk& chunk) {
@@ -39,26 +36,10 @@ Rows<T, R> gather(const LossArgs& args, const int64_t* index, const Chunk& chunk
     rows.c[r] = args.confidence ? static_cast<A>(sigmoid(read_or<A>(args.confidence, i, 0))) : A(0);
     rows.target_weight[r] = rows.target[r] < 0 ? 1.0 : read_or<A>(args.weight, rows.target[r], 1.0);
     rows.sample_weight[r] = read_or<A>(args.sample_weight, i, 1.0);
+    rows.grad[r] =
+        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_image_stride : nullptr;
   }
   return rows;
-}
-
-template <class T>
-T* grad_row(const LossArgs& args, int64_t i) {
-  return static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
-}
-
-// Whether a row's gradient is made in its scratch and streamed from there, while it is in the
-// second-level cache. Not over the logits, which are there too; nor where the gradient is so large
-// that malloc takes its memory from the kernel each time (glibc: above 32 MiB), which has just
-// cleared it and so has its lines in the cache.
-template <class T>
-bool streams(const LossArgs& args) {
-  constexpr int64_t kScratchBytes = int64_t{512} << 10, kReusedBytes = int64_t{32} << 20;
-  const int64_t bytes = args.images * args.classes * static_cast<int64_t>(sizeof(T));
-  return std::is_same_v<T, Accumulate<T>> && args.grad_logits && args.grad_logits != args.logits &&
-         bytes > kCachedBytes && bytes <= kReusedBytes &&
-         row_scratch_bytes(args.classes, sizeof(T)) <= kScratchBytes;
 }
 
 // The value k of row i of a shard's sums or factors.
@@ -84,7 +65,7 @@ void write_shard_sums(const LossArgs& args, const Rows<T, R>& rows,
     const double at_target = t < 0 ? 0.0 : rows.e[r][t];  // 0 where it was kept out
     write_shard_sums<T>(
         args, rows.index[r],
-        {sums.maximum[r], static_cast<A>(sums.exponential[r] - at_target), sums.target_logit[r],
+        {sums.shift[r], static_cast<A>(sums.exponential[r] - at_target), sums.target_logit[r],
          sums.target_slope[r], static_cast<A>(sums.smooth[r])});
   }
 }
@@ -117,34 +98,38 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
   const ClassVectors<A> classes(args);
   const bool slope = Calibrated && (args.grad_confidence || args.class_gradients);
   Sums<A, R> sums;
-  if (Stored || !backward) maximise<T, R, K, Stored>(classes, rows, sums);
-  if (Stored && classes.margin) apply_margin(classes, rows, sums);
+  if constexpr (Stored) {
+    maximise<T, R, K>(classes, rows, sums);
+    if (classes.margin) apply_margin(classes, rows, sums);
+  }
   for (int r = 0; r < R; ++r) {
-    sums.target_logit[r] = Stored && rows.target[r] >= 0 ? rows.e[r][rows.target[r]]
-                                                         : target_logit<T, R, K>(classes, rows, r);
+    sums.target_logit[r] = Stored && rows.target[r] >= 0
+                               ? rows.e[r][rows.target[r]]
+                               : target_logit<T, R, K, Masked>(classes, rows, r);
     if constexpr (Calibrated)
       sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
                                                 : target_slope(classes, rows, r);
-    if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
+    if (backward) sums.shift[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
   }
+  if (!Stored && !backward) guess<T, R, K, Masked>(classes, rows, sums);
   if constexpr (Stored && !Smooth) {
     // Kept out of the sum, the target does not round off what else is in it. (With smoothing no
     // loss is so small, and w u would be infinite.)
     for (int r = 0; r < R; ++r)
       if (args.shard_sums && rows.target[r] >= 0) rows.e[r][rows.target[r]] = -kInfinity<A>;
   }
-  for_segments(args.classes, [&](int64_t begin, int64_t end) {
-    if (Calibrated && slope)
-      exponentiate<T, R, K, Stored, Calibrated, Smooth, Masked>(classes, rows, begin, end, sums);
-    else
-      exponentiate<T, R, K, Stored, false, Smooth, Masked>(classes, rows, begin, end, sums);
-  });
-  if (slope && !Masked) {
-    for (int r = 0; r < R; ++r) {
-      const bool finite =
-          std::abs(sums.softmax_slope[r]) <= kHuge && std::abs(sums.smooth_slope[r]) <= kHuge;
-      if (!finite) return false;
-    }
+  do {
+    sums.clear();
+    for_segments(args.classes, [&](int64_t begin, int64_t end) {
+      if (Calibrated && slope)
+        exponentiate<T, R, K, Stored, Calibrated, Smooth, Masked>(classes, rows, begin, end, sums);
+      else
+        exponentiate<T, R, K, Stored, false, Smooth, Masked>(classes, rows, begin, end, sums);
+    });
+  } while (!Stored && !backward && correct_guess(sums));
+  if (Calibrated && !Masked) {
+    for (int r = 0; r < R; ++r)
+      if (!sums.finite(r)) return false;
   }
 
   if (args.shard_sums) {
@@ -152,13 +137,8 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
     return true;
   }
   Emission<T, R> out;
-  const bool streamed = streams<T>(args);
   for (int r = 0; r < R; ++r) {
     const int64_t i = rows.index[r];
-    out.grad_logits[r] = args.grad_logits ? grad_row<T>(args, i) : nullptr;
-    if constexpr (std::is_same_v<T, A>) {
-      if (streamed) out.grad_logits[r] = rows.e[r];
-    }
     if (args.shard_factors) {
       take_shard_factors(args, rows, sums, r, out);
       continue;
@@ -166,7 +146,7 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
     const double sum =
         backward ? read_or<A>(args.row_sum, i, 0) : static_cast<double>(sums.exponential[r]);
     const double log_sum = std::log(sum);
-    const double nll = (static_cast<double>(sums.maximum[r]) - sums.target_logit[r]) + log_sum;
+    const double nll = (static_cast<double>(sums.shift[r]) - sums.target_logit[r]) + log_sum;
     const RowTerms<double> terms =
         row_terms(nll, log_sum, rows.target_weight[r], args.label_smoothing, args.weight_sum,
                   sums.smooth[r], static_cast<double>(args.classes), args.focal_gamma);
@@ -174,7 +154,7 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
       const double loss = terms.loss * rows.sample_weight[r];
       chunk.loss_sum += loss;
       if (args.loss) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
-      static_cast<A*>(args.row_max)[i] = sums.maximum[r];
+      static_cast<A*>(args.row_max)[i] = sums.shift[r];
       static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
     }
     // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
@@ -209,18 +189,16 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
   } else if (args.grad_logits) {
     emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, class_sums);
   }
-  if constexpr (std::is_same_v<T, A>) {
-    for (int r = 0; streamed && r < R; ++r)
-      stream_row(grad_row<T>(args, rows.index[r]), rows.e[r], args.classes);
-  }
   return true;
 }
 
 template <class T, int R, Kind K, bool Stored, bool Smooth>
 void run_kind(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
-  if (run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk)) return;
-  if constexpr (K == Kind::kCalibrated)
-    run_block<T, R, K, Stored, Smooth, true>(args, backward, rows, chunk);
+  constexpr bool Calibrated = K == Kind::kCalibrated;
+  if (!(Calibrated && args.prior) &&
+      run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk))
+    return;
+  run_block<T, R, K, Stored, Smooth, Calibrated>(args, backward, rows, chunk);
 }
 
 template <class T, int R, Kind K, bool Stored>
@@ -234,9 +212,8 @@ void run_smooth(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chu
 template <class T, int R>
 void run_rows(const LossArgs& args, bool backward, const int64_t* index, Chunk& chunk) {
   const Rows<T, R> rows = gather<T, R>(args, index, chunk);
-  // Where u takes three operations and the maximum is to be found first, storing it costs less than
-  // making it twice.
-  if (args.confidence && (args.margin || !backward))
+  // A margin changes u_t between two passes, and a shard's maximum is no guess.
+  if (args.confidence && (args.margin || args.shard_sums))
     run_smooth<T, R, Kind::kCalibrated, true>(args, backward, rows, chunk);
   else if (args.confidence)
     run_smooth<T, R, Kind::kCalibrated, false>(args, backward, rows, chunk);
@@ -261,7 +238,8 @@ void skip_row(const LossArgs& args, bool backward, int64_t i) {
   }
   if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
   if (args.grad_logits) {
-    std::memset(grad_row<T>(args, i), 0, args.classes * sizeof(T));
+    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
+    std::memset(grad, 0, args.classes * sizeof(T));
   }
 }
 
@@ -286,7 +264,6 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
   }
   for (int i = 0; i < count; ++i) run_rows<T, 1>(args, backward, block + i, chunk);
   if (args.class_gradients) sums.finish(args.classes);
-  stream_fence();
 }
 
 template <class T>

@@ -31,21 +31,35 @@ struct Rows {
   int64_t classes, stride;
   int64_t index[R], target[R];  // target < 0: it is in another shard
   const T* z[R];
-  A* e[R];  // scratch of the row: u where it is stored, then exp(u - maximum)
-  A c[R];   // confidence after the sigmoid
+  A* e[R];     // scratch of the row: u where it is stored, then exp(u - shift)
+  T* grad[R];  // grad_logits of the row; null where it is not wanted
+  A c[R];      // confidence after the sigmoid
   double target_weight[R], sample_weight[R];
 };
 
 // What the passes over a block's classes yield for each row.
 template <class A, int R>
 struct Sums {
-  A maximum[R];
-  A target_logit[R];             // u_t, margin included
-  A target_slope[R] = {};        // d_t, where d_j = a_j z_j + b_j; 0 where not finite
-  double exponential[R] = {};    // sum_j exp(u_j - maximum)
-  double smooth[R] = {};         // sum_j w_j (u_j - maximum)
-  double softmax_slope[R] = {};  // sum_j exp(u_j - maximum) (d_j - d_t)
-  double smooth_slope[R] = {};   // sum_j w_j (d_j - d_t)
+  A shift[R];              // what is taken off u: its maximum, or a guess a little below
+  A target_logit[R];       // u_t, margin included
+  A target_slope[R] = {};  // d_t, where d_j = a_j z_j + b_j; 0 where not finite
+  // Of exponentiate:
+  A maximum[R];             // of u
+  double exponential[R];    // sum_j exp(u_j - shift)
+  double smooth[R];         // sum_j w_j (u_j - shift)
+  double softmax_slope[R];  // sum_j exp(u_j - shift) (d_j - d_t)
+  double smooth_slope[R];   // sum_j w_j (d_j - d_t)
+
+  void clear() {
+    for (int r = 0; r < R; ++r) {
+      maximum[r] = -std::numeric_limits<A>::max();  // finite: u - maximum is never NaN
+      exponential[r] = smooth[r] = softmax_slope[r] = smooth_slope[r] = 0;
+    }
+  }
+
+  bool finite(int r) const {
+    return ((exponential[r] + smooth[r]) + (softmax_slope[r] + smooth_slope[r])) * 0 == 0;
+  }
 };
 
 // u = (1 + c a) z + c b + o of one register.
@@ -61,40 +75,45 @@ template <class V>
 struct Affine {
   V a{}, b{}, o{};
 
-  template <bool Full, Kind K, class A>
+  template <bool Full, Kind K, bool Masked, class A>
   static DISALIGN_INLINE Affine load(const ClassVectors<A>& classes, int64_t j, int n) {
     Affine v;
     if constexpr (K == Kind::kCalibrated) {
       v.a = load_lanes<Full>(classes.scale + j, n);
       v.b = load_lanes<Full>(classes.bias + j, n);
     }
-    if (K != Kind::kPlain && classes.prior) v.o = load_lanes<Full>(classes.prior + j, n);
+    if constexpr (K == Kind::kShifted || (K == Kind::kCalibrated && Masked)) {
+      if (classes.prior) v.o = load_lanes<Full>(classes.prior + j, n);
+    }
     return v;
   }
 
-  // u = (1 + c a) z + c b + o
-  template <Kind K, class A>
+  DISALIGN_INLINE V slope(V z) const { return a * z + b; }
+
+  // u = (1 + c a) z + c b + o. Unless Masked there is no prior, and u is made of the slope
+  // d = a z + b: fewer operations, but NaN or infinite where z is a masked class.
+  template <Kind K, bool Masked, class A>
   DISALIGN_INLINE V of(V z, A c) const {
-    if constexpr (K == Kind::kCalibrated) return z * (a * c + A(1)) + (b * c + o);
+    if constexpr (K == Kind::kCalibrated && Masked) return z * (a * c + A(1)) + (b * c + o);
+    if constexpr (K == Kind::kCalibrated) return slope(z) * c + z;
     if constexpr (K == Kind::kShifted) return z + o;
     return z;
   }
 };
 
 // u_t without its margin, rounded as the passes round it; 0 where the target is elsewhere.
-template <class T, int R, Kind K>
+template <class T, int R, Kind K, bool Masked>
 Accumulate<T> target_logit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
                            int r) {
   using A = Accumulate<T>;
   const int64_t t = rows.target[r];
   if (t < 0) return 0;
-  const auto vectors = Affine<Vec<A>>::template load<false, K>(classes, t, 1);
-  return vectors.template of<K>(splat<A>(to_accumulate(rows.z[r][t])), rows.c[r])[0];
+  const auto vectors = Affine<Vec<A>>::template load<false, K, Masked>(classes, t, 1);
+  return vectors.template of<K, Masked>(splat<A>(to_accumulate(rows.z[r][t])), rows.c[r])[0];
 }
 
-// The maximum of u over the classes. Stored: u also goes to scratch, for exponentiate and for a
-// margin to be taken off it; else exponentiate makes u again.
-template <class T, int R, Kind K, bool Stored>
+// The maximum of u over the classes, u to scratch: for a margin, and for exponentiate.
+template <class T, int R, Kind K>
 DISALIGN_INLINE void maximise(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
                               Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
@@ -107,16 +126,58 @@ DISALIGN_INLINE void maximise(const ClassVectors<Accumulate<T>>& classes, const 
   const Local<A, R> c(rows.c);
   for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
-    const auto vectors = Affine<V>::template load<Full, K>(classes, j, n);
+    const auto vectors = Affine<V>::template load<Full, K, true>(classes, j, n);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      V u = vectors.template of<K>(load_lanes<Full>(z[r] + j, n), c[r]);
+      V u = vectors.template of<K, true>(load_lanes<Full>(z[r] + j, n), c[r]);
       if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
       maximum[r] = vmax(u, maximum[r]);
-      if constexpr (Stored) store(e[r] + j, u);
+      store(e[r] + j, u);
     }
   });
-  for (int r = 0; r < R; ++r) sums.maximum[r] = reduce_max<A>(maximum[r]);
+  for (int r = 0; r < R; ++r) sums.shift[r] = reduce_max<A>(maximum[r]);
+}
+
+// exp(u - shift) is as good with a shift a little below the maximum as with the maximum itself,
+// whose search would cost a pass. So the shift is guessed: the larger of u_t, which a trained
+// classifier makes the largest most often, and the maximum of a few registers of classes spread
+// over the row. exponentiate finds the real maximum on the way; where it lies further above than
+// this, it is called again with it.
+constexpr int kGuessRegisters = 8;
+template <class A>
+constexpr A kHeadroom = A(16);  // exp loses 2e-8 of itself with every unit
+
+template <class T, int R, Kind K, bool Masked>
+DISALIGN_INLINE void guess(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                           Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  constexpr int N = Lanes<A>::N;
+  V maximum[R];
+  for (int r = 0; r < R; ++r) maximum[r] = splat<A>(-std::numeric_limits<A>::max());
+  const Local<const T*, R> z(rows.z);
+  const Local<A, R> c(rows.c);
+  const int64_t full = rows.classes / N;
+  const int64_t step = (full / kGuessRegisters + (full < kGuessRegisters)) * N;
+  for (int64_t j = 0; j + N <= rows.classes; j += step) {
+    const auto vectors = Affine<V>::template load<true, K, Masked>(classes, j, N);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      maximum[r] = vmax(vectors.template of<K, Masked>(load(z[r] + j), c[r]), maximum[r]);
+  }
+  for (int r = 0; r < R; ++r) {
+    const A found = reduce_max<A>(maximum[r]);
+    sums.shift[r] = sums.target_logit[r] > found ? sums.target_logit[r] : found;
+  }
+}
+
+// Whether a guess was too low for exponentiate's sums; then the maximum takes its place.
+template <class A, int R>
+bool correct_guess(Sums<A, R>& sums) {
+  bool wrong = false;
+  for (int r = 0; r < R; ++r) wrong = wrong || sums.maximum[r] - sums.shift[r] > kHeadroom<A>;
+  for (int r = 0; wrong && r < R; ++r) sums.shift[r] = sums.maximum[r];
+  return wrong;
 }
 
 // Takes the target's margin off u_t in scratch, where the maximum may change with it.
@@ -130,36 +191,40 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
     if (t < 0) continue;
     const A before = u[t];
     u[t] = before - classes.margin[t];
-    if (u[t] > sums.maximum[r]) {
-      sums.maximum[r] = u[t];
-    } else if (before == sums.maximum[r]) {
+    if (u[t] > sums.shift[r]) {
+      sums.shift[r] = u[t];
+    } else if (before == sums.shift[r]) {
       Vec<A> m = splat<A>(-std::numeric_limits<A>::max());
       for (int64_t j = 0; j < rows.classes; j += Lanes<A>::N) m = vmax(load(u + j), m);
-      sums.maximum[r] = reduce_max<A>(m);
+      sums.shift[r] = reduce_max<A>(m);
     }
   }
 }
 
-// Scratch becomes exp(u - maximum), u from scratch where Stored. Slope: also the sums for the
-// confidence's gradient, which is sum_j q_j d_j = sum_j q_j (d_j - d_t), for sum_j q_j = 0: so the
-// target's own term, which would cancel only up to rounding where p_t is next to 1, is exactly 0.
-// Masked: d = 0 where it is not finite (z = -inf, or finfo.min times a scale above 1); without it
-// such a class, whose e is 0, makes the sums NaN, which the caller sees. A logit that is NaN or
-// +inf shows in sum_j e_j all the same.
+// Scratch becomes exp(u - shift), u from scratch where Stored, which then has the shift's maximum.
+// Slope: also the sums for the confidence's gradient, which is sum_j q_j d_j = sum_j q_j (d_j -
+// d_t), for sum_j q_j = 0: so the target's own term, which would cancel only up to rounding where
+// p_t is next to 1, is exactly 0. Masked: d = 0 where it is not finite (z = -inf, or finfo.min
+// times a scale above 1); without it such a class makes the sums NaN, which the caller sees. A
+// logit that is NaN or +inf shows in sum_j e_j all the same.
 template <class T, int R, Kind K, bool Stored, bool Slope, bool Smooth, bool Masked>
 DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
                                   const Rows<T, R>& rows, int64_t begin, int64_t end,
                                   Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  const Local<A, R> maximum(sums.maximum);
+  const Local<A, R> shift(sums.shift);
   const Local<A, R> target_slope(sums.target_slope);
-  // The rows that this thread most likely takes next; a prefetch past the end does no harm.
+  // Prefetched: the rows that this thread most likely takes next (past the end it does no harm),
+  // and the lines that emit will write, lest its stores wait for them.
   const int64_t ahead = R * rows.stride;
-  V exponential[R], smooth[R], softmax_slope[R], smooth_slope[R];
+  const Local<T*, R> grad(rows.grad);
+  const bool writes = grad[0] && grad[0] != rows.z[0];
+  V exponential[R], smooth[R], softmax_slope[R], smooth_slope[R], maximum[R];
   for (int r = 0; r < R; ++r) {
     exponential[r] = smooth[r] = V{};
     softmax_slope[r] = smooth_slope[r] = V{};
+    maximum[r] = splat<A>(sums.maximum[r]);
   }
   const Local<const T*, R> z(rows.z);
   const Local<A*, R> e(rows.e);
@@ -168,7 +233,11 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
     constexpr bool Full = decltype(full)::value;
     V w{};
     if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
-    const auto vectors = Affine<V>::template load<Full, K>(classes, j, n);
+    const auto vectors = Affine<V>::template load<Full, K, Masked>(classes, j, n);
+    if (writes) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) __builtin_prefetch(grad[r] + j, 1, 2);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(z[r] + ahead + j, 0, 2);
@@ -177,11 +246,12 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
       if constexpr (Stored) {
         u = load(e[r] + j);
       } else {
-        u = vectors.template of<K>(value, c[r]);
+        u = vectors.template of<K, Masked>(value, c[r]);
         if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
+        maximum[r] = vmax(u, maximum[r]);
       }
-      u = u - maximum[r];
-      const V x = exp_nonpositive(u);
+      u = u - shift[r];
+      const V x = exp_bounded(u);
       store(e[r] + j, x);
       exponential[r] += x;
       if constexpr (Smooth) {
@@ -189,7 +259,7 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
         smooth[r] += w * u;
       }
       if constexpr (Slope) {
-        V d = vectors.a * value + vectors.b;
+        V d = vectors.slope(value);
         if constexpr (Masked) d = d * A(0) == V{} ? d : V{};  // finite * 0 is 0, else NaN
         d = d - target_slope[r];
         softmax_slope[r] += x * d;
@@ -199,6 +269,7 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
   });
   for (int r = 0; r < R; ++r) {
     sums.exponential[r] += reduce_add<A>(exponential[r]);
+    if constexpr (!Stored) sums.maximum[r] = reduce_max<A>(maximum[r]);
     if constexpr (Smooth) sums.smooth[r] += reduce_add<A>(smooth[r]);
     if constexpr (Slope) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
     if constexpr (Slope && Smooth) sums.smooth_slope[r] += reduce_add<A>(smooth_slope[r]);
@@ -265,7 +336,6 @@ struct ClassSums {
 template <class T, int R>
 struct Emission {
   Accumulate<T> softmax[R], smooth[R];
-  T* grad_logits[R];
 };
 
 // From e in scratch: grad_logits, and the block's share of the class gradients.
@@ -274,7 +344,7 @@ DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows
                           const Emission<T, R>& out, const ClassSums<Accumulate<T>>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
-  const Local<T*, R> grad_logits(out.grad_logits);
+  const Local<T*, R> grad_logits(rows.grad);
   A *const scale_sums = sums.scale, *const bias_sums = sums.bias;
   // Without grad_logits the confidence is multiplied in once a row, not once a class.
   A softmax[R], smooth[R];

@@ -127,18 +127,20 @@ void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>&
   rows.stride = 0;
   for (int r = 0; r < R; ++r) {
     rows.z[r] = rows.e[r] = strip.e + (at + r) * args.padded();
+    rows.grad[r] = nullptr;
     rows.c[r] = A(0);
     const int64_t t = positions.target[at + r];
     rows.target[r] = t < 0 ? 0 : t;
-    sums.maximum[r] = positions.maximum[at + r];
+    sums.shift[r] = positions.maximum[at + r];
     sums.target_slope[r] = A(0);
   }
   if (args.margin) apply_margin(classes, rows, sums);
   for (int r = 0; r < R; ++r) {
     positions.target_logit[at + r] = rows.e[r][rows.target[r]];
-    if (backward) sums.maximum[r] = static_cast<const A*>(args.row_max)[first + at + r];
-    positions.maximum[at + r] = sums.maximum[r];
+    if (backward) sums.shift[r] = static_cast<const A*>(args.row_max)[first + at + r];
+    positions.maximum[at + r] = sums.shift[r];
   }
+  sums.clear();
   for_segments(args.classes, [&](int64_t begin, int64_t end) {
     exponentiate<A, R, Kind::kPlain, true, false, Smooth, false>(classes, rows, begin, end, sums);
   });

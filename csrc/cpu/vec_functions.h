@@ -5,36 +5,37 @@
 
 namespace disalign::DISALIGN_CAPABILITY {
 
-// exp(x) for x <= 0 (a little above is fine); exactly 0 for -inf and below the normal range, NaN
-// for NaN. float: relative error below 1.8e-7 + 2e-8 |x|; double: below 3e-16.
+// exp(x) for x <= 80; exactly 0 for -inf and below the normal range, NaN for NaN.
+// float: relative error below 1.8e-7 + 2e-8 |x|; double: below 3e-16.
 #if defined(__AVX512F__)
-// x log2(e) = n + f with n a multiple of 1/16: 2^n from a table in one register, 2^f from three
-// terms. Adding kRound leaves 16 n in the low bits: the four lowest choose the table's entry, and
+// x log2(e) = n + f with n a multiple of 1/32: 2^n from a table in two registers, 2^f from two
+// terms. Adding kRound leaves 32 n in the low bits: the five lowest choose the table's entry, and
 // all of them, moved to where the exponent is, add to its bits; the entries have taken off what
-// those four add below the exponent.
-alignas(64) constexpr int32_t kExp2Table[16] = {
-    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
-    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+// those five add below the exponent.
+alignas(64) constexpr int32_t kExp2Table[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
 
-DISALIGN_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+DISALIGN_INLINE Vec<float> exp_bounded(Vec<float> x) {
   constexpr float kLog2e = 1.44269504088896341f;
-  constexpr float kRound = 0x1.8p19f;
-  const __m512i table = _mm512_load_si512(kExp2Table);
+  constexpr float kRound = 0x1.8p18f;
+  const __m512i low = _mm512_load_si512(kExp2Table), high = _mm512_load_si512(kExp2Table + 16);
   // Fused, the product is not rounded: f is off by what log2(e) is rounded by alone.
   const Vec<float> shifted = _mm512_fmadd_ps(x, splat(kLog2e), splat(kRound));
   const Vec<float> f = _mm512_fmsub_ps(x, splat(kLog2e), shifted - kRound);
   const __m512i bits = _mm512_castps_si512(shifted);
   const Vec<float> scale = _mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_slli_epi32(bits, 19), _mm512_permutexvar_epi32(bits, table)));
-  // Minimax polynomial of (2^f - 1) / f on [-1/32, 1/32].
-  Vec<float> p = f * 5.5505950e-2f + 2.4023429e-1f;
-  p = (p * f + 6.9314718e-1f) * f;
+      _mm512_add_epi32(_mm512_slli_epi32(bits, 18), _mm512_permutex2var_epi32(low, bits, high)));
+  // Minimax polynomial of (2^f - 1) / f on [-1/64, 1/64].
+  const Vec<float> p = (f * 2.4022650e-1f + 6.9315732e-1f) * f;
   // Not "x >= ...": that would make 0 of NaN.
   const __mmask16 normal = _mm512_cmp_ps_mask(x, splat(-87.3365f), _CMP_NLT_UQ);
   return _mm512_maskz_fmadd_ps(normal, scale, p, scale);
 }
 #else
-DISALIGN_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+DISALIGN_INLINE Vec<float> exp_bounded(Vec<float> x) {
   constexpr float kLog2e = 1.44269504088896341f;
   // f = x log2(e) - n. One fused operation rounds log2(e) alone; without it the product would be
   // rounded too, so that n ln(2) is taken off x in two parts first, the larger of them exact.
@@ -58,7 +59,7 @@ DISALIGN_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
 }
 #endif
 
-DISALIGN_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+DISALIGN_INLINE Vec<double> exp_bounded(Vec<double> x) {
   constexpr double kLog2e = 1.44269504088896340736;
   constexpr double kLn2High = 6.93147180369123816490e-01;
   constexpr double kLn2Low = 1.90821492927058770002e-10;
