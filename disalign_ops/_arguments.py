@@ -63,11 +63,12 @@ def check_input(input: Tensor) -> int:
     """The number of classes of logits (C,), (N, C) or (N, C, d1, ...)."""
     check_tensor("input", input)
     check_dtype("input", input)
-    if input.dim() < 1:
+    shape = input.shape
+    if not shape:
         raise ArgumentError("input has no dimensions, needed is (C,), (N, C) or (N, C, d1, ...)")
-    classes = input.shape[0 if input.dim() == 1 else 1]
+    classes = shape[0 if len(shape) == 1 else 1]
     if classes == 0:
-        raise ArgumentError(f"input has shape {_shape(input.shape)}: it has no classes")
+        raise ArgumentError(f"input has shape {_shape(shape)}: it has no classes")
     return classes
 
 
@@ -98,9 +99,10 @@ def check_size(size: object) -> tuple[int, int]:
 
 def positions_shape(input: Tensor) -> torch.Size:
     """The shape of the positions: the input's without its class dimension."""
-    if input.dim() == 1:
-        return torch.Size(())
-    return torch.Size((input.shape[0], *input.shape[2:]))
+    shape = input.shape
+    if len(shape) == 2:
+        return torch.Size(shape[:1])
+    return torch.Size((shape[0], *shape[2:])) if len(shape) > 2 else torch.Size(())
 
 
 def check_class_indices(target: Tensor) -> None:

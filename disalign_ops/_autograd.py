@@ -34,12 +34,13 @@ from ._ops import (
 )
 
 _RESULTS = 8  # of every forward; a stem's details follow
+_LOGITS_ALONE = (True, False, False, False)
 _SCALE = DIFFERENTIABLE[1]  # where scale stands among the operators' arguments; bias is next
 
 
 def _extended(arguments: tuple[Any, ...], extension: Extension) -> tuple[Any, ...]:
     """An operator's arguments, scale and bias of all classes in place of those given."""
-    if extension == WHOLE or arguments[_SCALE] is None:
+    if arguments[_SCALE] is None or extension == WHOLE:
         return arguments
     vectors = extension.vectors(arguments[_SCALE], arguments[_SCALE + 1])
     return (*arguments[:_SCALE], *vectors, *arguments[_SCALE + 2 :])
@@ -56,14 +57,29 @@ def _save(
     """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made; and
     scale and bias as given, of which the operator's are the extension.
     """
-    after = OPTIONS + stem.options
-    ctx.stem = stem
-    ctx.extension = extension
-    ctx.options = inputs[OPTIONS:after]
-    ctx.reduction, ctx.normalizer = inputs[after : after + 2]
+    ctx.call = stem, extension, inputs[OPTIONS:]
     ctx.taken = False  # whether a backward has given away the gradient of the logits made here
-    made = [outputs[4 + k] if inputs[after + 2 + k] else None for k in range(4)]
-    ctx.save_for_backward(*inputs[: DENOMINATOR + 1], *outputs[1:4], *made, *given)
+    logits, scale, bias, confidence = inputs[-4:]  # wanted of forward
+    ctx.save_for_backward(
+        *inputs[:OPTIONS],
+        *outputs[1:4],
+        outputs[4] if logits else None,
+        outputs[5] if scale else None,
+        outputs[6] if bias else None,
+        outputs[7] if confidence else None,
+        *given,
+    )
+
+
+def _give_away(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient of the logits that forward made, for an upstream gradient, once."""
+    ctx.taken = True
+    # .data: a tensor of its own over the same memory, so that autograd may keep it as the leaf's
+    # .grad without a copy, and changes to it are not changes to what we saved.
+    whole = made.data
+    if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+        return whole * grad_loss  # a batch of upstream gradients: is_grads_batched
+    return whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
 
 
 def _backward(
@@ -71,67 +87,63 @@ def _backward(
 ) -> list[Tensor | None]:
     """The gradients of logits, scale, bias and confidence, None where not needed."""
     saved = ctx.saved_tensors
-    tensors, statistics, made = saved[:TENSORS], saved[10:13], list(saved[13:17])
-    extension = ctx.extension
-    if torch.is_grad_enabled():
+    made = saved[13:17]
+    twice = torch.is_grad_enabled()
+    if need == _LOGITS_ALONE and made[0] is not None and not (ctx.taken or twice):
+        return [_give_away(ctx, made[0], grad_loss), None, None, None]  # at the least cost
+    if twice:
         if in_place:
             raise RuntimeError(
                 "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
                 "logits are overwritten by their gradient"
             )
-        if saved[17:]:
-            tensors = (*tensors[:_SCALE], *saved[17:], *tensors[_SCALE + 2 :])
-        return _differentiable_backward(ctx, grad_loss, tensors, saved[DENOMINATOR], need)
+        return _differentiable_backward(ctx, grad_loss, saved, need)
 
     dtype = saved[10].dtype  # of the statistics: the accumulation dtype
     if grad_loss.dtype != dtype:
         grad_loss = grad_loss.to(dtype)
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
+    stem, extension, options = ctx.call
+    grads: list[Tensor | None] = [None] * 4
+    missing = [n and m is None for n, m in zip(need, made, strict=True)]
     if made[0] is not None:
         if ctx.taken:
-            made[0] = None  # given away by an earlier backward; the caller may have changed it
-        ctx.taken = True
-    missing = [need[k] and made[k] is None for k in range(4)]
-    grads: list[Tensor | None] = [None] * 4
+            missing[0] = need[0]  # the caller may have changed what an earlier backward gave away
+        else:
+            grads[0] = _give_away(ctx, made[0], grad_loss)
     if True in missing:
-        backward = ctx.stem.backward(in_place and need[0])
-        fresh = backward(grad_loss, *tensors, *statistics, *ctx.options, *missing)
-        grads = [fresh[k] if missing[k] else None for k in range(4)]
-        for k in (1, 2):
+        backward = stem.backward(in_place and need[0])
+        fresh = backward(
+            grad_loss, *saved[:TENSORS], *saved[10:13], *options[: stem.options], *missing
+        )
+        for k in range(4):
             if missing[k]:
-                grads[k] = extension.gradient(fresh[k])
+                grads[k] = extension.gradient(fresh[k]) if k in (1, 2) else fresh[k]
         if in_place and need[0]:
-            grads[0] = tensors[0].data
-            torch.autograd.graph.increment_version(tensors[0])
+            grads[0] = saved[0].data
+            torch.autograd.graph.increment_version(saved[0])
     for k in (1, 2, 3):
         if made[k] is not None:
             grads[k] = (extension.gradient(made[k]) if k < 3 else made[k]) * grad_loss
-    if made[0] is not None:
-        # .data: a tensor of its own over the same memory, so that autograd may keep it as the
-        # leaf's .grad without a copy, and changes to it are not changes to what we saved.
-        whole = made[0].data
-        if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
-            grads[0] = whole * grad_loss  # a batch of upstream gradients: is_grads_batched
-        else:
-            grads[0] = whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
     return grads
 
 
 def _differentiable_backward(
-    ctx: Any,
-    grad_loss: Tensor,
-    tensors: tuple[Any, ...],
-    given: Tensor | None,
-    need: tuple[bool, ...],
+    ctx: Any, grad_loss: Tensor, saved: tuple[Any, ...], need: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The same gradients through the reference, so that they can be differentiated again."""
-    logits, target, weight, scale, bias, confidence, prior, margin, sample_weight = tensors
+    logits, target, weight, scale, bias, confidence, prior, margin, sample_weight = saved[:TENSORS]
+    if saved[17:]:
+        scale, bias = saved[17:]
+    given = saved[DENOMINATOR]
+    stem, extension, options = ctx.call
+    ignore_index, smoothing, gamma, *stem_options = options[: stem.options]
+    reduction, normalizer = options[stem.options : stem.options + 2]
     names = {code: name for name, code in NORMALIZERS.items()}
-    ignore_index, smoothing, gamma, *stem_options = ctx.options
     with torch.enable_grad():
-        a, b = (scale, bias) if scale is None else ctx.extension.vectors(scale, bias)
-        loss = ctx.stem.reference(
+        a, b = (scale, bias) if scale is None else extension.vectors(scale, bias)
+        loss = stem.reference(
             logits,
             target,
             *stem_options,
@@ -145,8 +157,8 @@ def _differentiable_backward(
             ignore_index=ignore_index,
             label_smoothing=smoothing,
             focal_gamma=gamma,
-            reduction={code: name for name, code in REDUCTIONS.items()}[ctx.reduction],
-            normalizer=given if given is not None else names[ctx.normalizer],
+            reduction={code: name for name, code in REDUCTIONS.items()}[reduction],
+            normalizer=given if given is not None else names[normalizer],
         )
     inputs = [t for t, n in zip((logits, scale, bias, confidence), need, strict=True) if n]
     found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
@@ -207,11 +219,12 @@ class _EagerLoss(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             extended = _extended(arguments, extension)
             outputs = stem.forward(*extended)
-        _save(ctx, stem, extended, outputs, extension, (scale, bias))
+        given = () if extended is arguments else (scale, bias)
+        _save(ctx, stem, extended, outputs, extension, given)
         ctx.in_place = in_place
-        details = outputs[_RESULTS:]
-        if not details:
+        if len(outputs) == _RESULTS:
             return outputs[0]
+        details = outputs[_RESULTS:]
         ctx.mark_non_differentiable(*details)
         return (outputs[0], *details)
 
@@ -256,17 +269,18 @@ def loss(
     takes the extension of scale and bias. (In eager mode that is made below autograd, which costs
     a small batch less than its nodes would.)
     """
-    logits, target = tensors[:2]
+    logits, target, _, scale, bias, confidence = tensors[:6]
     assert logits is not None
     assert target is not None
     grad = torch.is_grad_enabled()
-    learned = [tensors[i] for i in DIFFERENTIABLE]
-    need = [grad and t is not None and t.requires_grad for t in learned]
-    scalar = reduction != "none"
+    need = [grad and t is not None and t.requires_grad for t in (logits, scale, bias, confidence)]
     compiling = torch.compiler.is_compiling()
-    in_forward = _gradient_in_forward(stem, logits) and not compiling and not in_place
-    sums = scalar and _class_sums_in_forward(stem, logits)
-    want = (need[0] and scalar and in_forward, *(n and sums for n in need[1:]))
+    want = [False] * 4  # of need, what forward makes
+    if reduction != "none" and True in need:
+        in_forward = _gradient_in_forward(stem, logits) and not compiling and not in_place
+        want[0] = need[0] and in_forward
+        if scale is not None and _class_sums_in_forward(stem, logits):
+            want[1:] = need[1:]
     if isinstance(normalizer, Tensor):
         given, code = normalizer, GIVEN_NORMALIZER
     else:
@@ -276,11 +290,13 @@ def loss(
         outputs = stem.forward(*_extended(arguments, extension))
         return (outputs[0], *(t.detach() for t in outputs[_RESULTS:]))
     try:
-        if not any(need):
+        if True not in need:
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = stem.forward(*_extended(arguments, extension))
             return (outputs[0], *outputs[_RESULTS:])
-        found = _EagerLoss.apply(*learned, stem, arguments, in_place, extension)  # type: ignore[no-untyped-call]
+        found = _EagerLoss.apply(  # type: ignore[no-untyped-call]
+            logits, scale, bias, confidence, stem, arguments, in_place, extension
+        )
     except RuntimeError as error:
         # The stable ABI throws nothing but RuntimeError; F.cross_entropy raises IndexError here.
         message = str(error)

@@ -81,6 +81,8 @@ def serving(device: torch.device) -> str:
     Raises ArgumentError if `set_backend` or DISALIGN_OPS_BACKEND forces one that cannot serve it.
     """
     wanted = _state.backend
+    if wanted == "auto" and device.type == "cpu" and _state.why_not_native is None:
+        return "native"  # what the rest would find, without its cost to a small batch
     if wanted == "reference":
         return "reference"
     for name, why_not in (("native", _why_not), ("triton", _why_not_triton)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _autograd, _backends, _layouts, reference
+from . import _autograd, _backends, _layouts, _shortcut, reference
 from ._arguments import (
     Normalizer,
     check_choice,
@@ -26,7 +26,7 @@ from ._arguments import (
     positions_shape,
     row_vector,
 )
-from ._ops import Stem
+from ._ops import ROW, Stem
 from .errors import ArgumentError
 
 _FORMS = ("interpolated", "residual")
@@ -107,6 +107,20 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if (
+        reduction == "mean"
+        and sample_weight is None
+        and prior is None
+        and margin is None
+        and normalizer == "weights"
+        and type(focal_gamma) is float
+        and not (focal_gamma or inplace_backward)
+        and _shortcut.is_plain(input, target, weight, ignore_index, label_smoothing)
+        and serving_backend(input) == "native"
+    ):
+        tensors = (input, target, weight, None, None, None, None, None, None)
+        numbers = (ignore_index, label_smoothing, focal_gamma)
+        return _autograd.loss(ROW, tensors, numbers, "mean", "weights", False)[0]
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
@@ -156,8 +170,8 @@ def disalign_cross_entropy(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
-    check_input(input)
-    calibration = given_calibration(input, confidence, scale, bias, form, background)
+    classes = check_input(input)
+    calibration = given_calibration(input, confidence, scale, bias, form, background, classes)
     return loss(input, target, calibration, options, _layouts.Extension.of(form, background))
 
 
@@ -292,12 +306,12 @@ def checked(input: Tensor, classes: int, options: Options) -> Checked:
 def output(input: Tensor, loss: Tensor, shape: torch.Size | None) -> Tensor:
     """The loss in the dtype that F.cross_entropy has, of the positions' shape unless None."""
     wanted = input.dtype
-    if wanted in (torch.bfloat16, torch.float16):
-        # Under autocast F.cross_entropy yields float32; the half logits themselves are not copied.
-        device = input.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            wanted = torch.float32
-    if loss.dtype != wanted:
+    if loss.dtype != wanted:  # half logits, whose loss is float32; or a float64 denominator
+        if wanted in (torch.bfloat16, torch.float16):
+            # Under autocast F.cross_entropy yields float32; the half logits are not copied.
+            device = input.device.type
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                wanted = torch.float32
         loss = loss.to(wanted)
     return loss if shape is None else loss.reshape(shape)
 
@@ -319,40 +333,42 @@ def loss(
     dtype = reference.accumulate_dtype(input.dtype)
     sample_weight = row_vector("sample_weight", options.sample_weight, input, shape, dtype)
     a, b, c = calibration or (None, None, None)
-    backend = "reference" if target.is_floating_point() else serving_backend(input)
+    probabilities = target.is_floating_point()
+    backend = "reference" if probabilities else serving_backend(input)
     if backend == "reference" and a is not None and b is not None:
         a, b = extension.vectors(a, b)
     stem, flat_logits, copied = _layouts.flatten(input)
     in_place = options.inplace_backward and _layouts.check_in_place(input, flat_logits, copied)
-    vectors: dict[str, Any] = {
-        "weight": given.weight, "scale": a, "bias": b, "confidence": c, "prior": given.prior,
-    }  # fmt: skip
-    if target.is_floating_point():
-        loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
-    elif backend != "reference":
-        tensors = (
-            flat_logits, target.contiguous(), *vectors.values(), given.margin, sample_weight,
-        )  # fmt: skip
+    if backend != "reference":
         if backend == "triton":
             check_classes(target, classes, options.ignore_index)
         loss = _autograd.loss(
             operators_of(stem, backend),
-            tensors,
+            (
+                flat_logits, target.contiguous(), given.weight, a, b, c, given.prior, given.margin,
+                sample_weight,
+            ),
             given.numbers,
             options.reduction,
             given.normalizer,
             in_place,
             extension,
-        )[0]
+        )[0]  # fmt: skip
     else:
-        check_classes(target, classes, options.ignore_index)
-        loss = reference.cross_entropy(
-            _layouts.rows(input),
-            target,
-            **vectors,
-            **reference_options(given, options),
-            sample_weight=sample_weight,
-        )
+        vectors: dict[str, Any] = {
+            "weight": given.weight, "scale": a, "bias": b, "confidence": c, "prior": given.prior,
+        }  # fmt: skip
+        if probabilities:
+            loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
+        else:
+            check_classes(target, classes, options.ignore_index)
+            loss = reference.cross_entropy(
+                _layouts.rows(input),
+                target,
+                **vectors,
+                **reference_options(given, options),
+                sample_weight=sample_weight,
+            )
     return output(input, loss, shape if options.reduction == "none" else None)
 
 
