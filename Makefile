@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 # The operators' tests with Triton's interpreter in their place, all of them: some hours.
-TRITON_TESTS := row shard dense calibrate in_place autograd stage2 operators upsample linear
+TRITON_TESTS := row forward_backward shard dense calibrate in_place autograd stage2 operators upsample linear
 test-triton: setup
 	cd tests && TRITON_INTERPRET=1 PYTHONPATH=. ../$(BIN)/python -W ignore -m pytest -q \
 	  -p triton_operators -k "not depend_on" $(TRITON_TESTS:%=test_%.py)

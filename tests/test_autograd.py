@@ -129,6 +129,18 @@ def test_logits_changed_between_forward_and_backward_raise() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("form", ["interpolated", "residual"])
+def test_a_scale_changed_between_forward_and_backward_raises(form: str) -> None:
+    z, confidence, bias = torch.randn(4, 9), torch.randn(4), torch.zeros(9)
+    scale = torch.ones(9, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3])
+    loss = disalign_ops.disalign_cross_entropy(z, target, confidence, scale, bias, form=form)
+    with torch.no_grad():
+        scale.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_are_made_with_the_grad_scalers_factor_known(dtype: torch.dtype) -> None:
     # At 2^-24 / N of the loss an fp16 gradient flushes to zero; times 2^16 it does not.

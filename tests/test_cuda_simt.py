@@ -29,6 +29,7 @@ ALL_FILES = [
     "in_place",
     "autograd",
     "stage2",
+    "forward_backward",
 ]
 
 

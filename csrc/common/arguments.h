@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <locale>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -27,6 +28,7 @@ template <class... Parts>
 inline void require(bool condition, const Parts&... parts) {
   if (condition) return;
   std::ostringstream message;
+  message.imbue(std::locale::classic());  // no digit groups, whatever the locale of the process
   message << "disalign_ops: ";
   (message << ... << parts);
   throw std::runtime_error(message.str());

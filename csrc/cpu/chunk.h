@@ -17,6 +17,7 @@ struct Chunk {
   double* grad_scale = nullptr;
   double* grad_bias = nullptr;
   double loss_sum = 0;
+  bool masked = false;  // a block of rows had a class whose calibration is not finite
 };
 
 // Up to the next multiple of 16, so that every buffer of ours can be read and written in full

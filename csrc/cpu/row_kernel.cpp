@@ -3,9 +3,8 @@
 // - Maps: kRowBlock rows at a time, so that class vectors and class sums are loaded once for all of
 //   them; classes in registers. The block's rows and their scratch stay in the second-level cache.
 // - forward: guess, exponentiate (e = exp(u - shift) to scratch, its sum); the sum known, emit
-// makes
-//   whatever gradients are wanted from e and z. Memory: the logits are read once, grad_logits
-//   written once.
+//   makes whatever gradients are wanted from e and z. Memory: the logits are read once,
+//   grad_logits written once.
 // - backward: the shift and the sum are known from forward, so exponentiate comes first. Memory:
 //   one read of the logits, one write of grad_logits, which may be the logits themselves (emit
 //   reads a register of z before it writes the same place, and nothing else is read from the row
@@ -195,9 +194,10 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
 template <class T, int R, Kind K, bool Stored, bool Smooth>
 void run_kind(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
   constexpr bool Calibrated = K == Kind::kCalibrated;
-  if (!(Calibrated && args.prior) &&
-      run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk))
-    return;
+  if (!Calibrated || !(args.prior || chunk.masked)) {
+    if (run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk)) return;
+    chunk.masked = true;  // where one block masks classes, the next one most likely does
+  }
   run_block<T, R, K, Stored, Smooth, Calibrated>(args, backward, rows, chunk);
 }
 
@@ -248,6 +248,7 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
   const ClassSums<Accumulate<T>> sums(chunk);
   if (args.class_gradients) clear_class_sums(chunk, args.classes);
   chunk.loss_sum = 0;
+  chunk.masked = false;
   int64_t block[kRowBlock];
   int count = 0, blocks = 0;
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {

@@ -62,14 +62,6 @@ struct Sums {
   }
 };
 
-// u = (1 + c a) z + c b + o of one register.
-template <Kind K, class V, class A>
-DISALIGN_INLINE V affine_of(V z, V a, V b, V o, A c) {
-  if constexpr (K == Kind::kCalibrated) return z * (a * c + A(1)) + (b * c + o);
-  if constexpr (K == Kind::kShifted) return z + o;
-  return z;
-}
-
 // The class vectors that u needs, one register of each.
 template <class V>
 struct Affine {
@@ -90,12 +82,17 @@ struct Affine {
 
   DISALIGN_INLINE V slope(V z) const { return a * z + b; }
 
-  // u = (1 + c a) z + c b + o. Unless Masked there is no prior, and u is made of the slope
-  // d = a z + b: fewer operations, but NaN or infinite where z is a masked class.
+  // u = z + c d + o with the slope d = a z + b, for a class whose d is not finite (its logit masks
+  // it) z (1 + c a) + c b + o. Unless Masked there is no prior, and such a class comes out NaN or
+  // infinite. A class whose d is finite has the same u, to the last bit, whether Masked or not:
+  // backward takes the maximum and the sum that forward found, and need not run in forward's form.
   template <Kind K, bool Masked, class A>
   DISALIGN_INLINE V of(V z, A c) const {
-    if constexpr (K == Kind::kCalibrated && Masked) return z * (a * c + A(1)) + (b * c + o);
-    if constexpr (K == Kind::kCalibrated) return slope(z) * c + z;
+    if constexpr (K == Kind::kCalibrated) {
+      const V d = slope(z), u = d * c + z;
+      if constexpr (!Masked) return u;
+      return d * A(0) == V{} ? u + o : z * (a * c + A(1)) + (b * c + o);  // finite * 0 is 0
+    }
     if constexpr (K == Kind::kShifted) return z + o;
     return z;
   }
@@ -175,8 +172,11 @@ DISALIGN_INLINE void guess(const ClassVectors<Accumulate<T>>& classes, const Row
 template <class A, int R>
 bool correct_guess(Sums<A, R>& sums) {
   bool wrong = false;
-  for (int r = 0; r < R; ++r) wrong = wrong || sums.maximum[r] - sums.shift[r] > kHeadroom<A>;
-  for (int r = 0; wrong && r < R; ++r) sums.shift[r] = sums.maximum[r];
+  for (int r = 0; r < R; ++r) {
+    if (!(sums.maximum[r] - sums.shift[r] > kHeadroom<A>)) continue;
+    sums.shift[r] = sums.maximum[r];
+    wrong = true;
+  }
   return wrong;
 }
 
@@ -205,8 +205,9 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
 // Slope: also the sums for the confidence's gradient, which is sum_j q_j d_j = sum_j q_j (d_j -
 // d_t), for sum_j q_j = 0: so the target's own term, which would cancel only up to rounding where
 // p_t is next to 1, is exactly 0. Masked: d = 0 where it is not finite (z = -inf, or finfo.min
-// times a scale above 1); without it such a class makes the sums NaN, which the caller sees. A
-// logit that is NaN or +inf shows in sum_j e_j all the same.
+// times a scale above 1); without it such a class makes softmax_slope NaN or infinite, which the
+// caller sees: where nobody needs that sum, it is the sum of d, for this alone. A logit that is NaN
+// or +inf shows in sum_j e_j all the same.
 template <class T, int R, Kind K, bool Stored, bool Slope, bool Smooth, bool Masked>
 DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
                                   const Rows<T, R>& rows, int64_t begin, int64_t end,
@@ -264,6 +265,8 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
         d = d - target_slope[r];
         softmax_slope[r] += x * d;
         if constexpr (Smooth) smooth_slope[r] += w * d;
+      } else if constexpr (K == Kind::kCalibrated && !Stored && !Masked) {
+        softmax_slope[r] += vectors.slope(value);
       }
     }
   });
@@ -271,7 +274,7 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
     sums.exponential[r] += reduce_add<A>(exponential[r]);
     if constexpr (!Stored) sums.maximum[r] = reduce_max<A>(maximum[r]);
     if constexpr (Smooth) sums.smooth[r] += reduce_add<A>(smooth[r]);
-    if constexpr (Slope) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
+    if constexpr (K == Kind::kCalibrated) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
     if constexpr (Slope && Smooth) sums.smooth_slope[r] += reduce_add<A>(smooth_slope[r]);
   }
 }
