@@ -71,7 +71,7 @@ def _save(
     )
 
 
-def _give_away(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor:
+def give_away(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor:
     """The gradient of the logits that forward made, for an upstream gradient, once."""
     ctx.taken = True
     # .data: a tensor of its own over the same memory, so that autograd may keep it as the leaf's
@@ -82,15 +82,20 @@ def _give_away(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor:
     return whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
 
 
-def _backward(
-    ctx: Any, grad_loss: Tensor, need: tuple[bool, ...], in_place: bool
+def gradients(
+    ctx: Any,
+    saved: tuple[Any, ...],
+    grad_loss: Tensor,
+    need: tuple[bool, ...],
+    in_place: bool,
 ) -> list[Tensor | None]:
-    """The gradients of logits, scale, bias and confidence, None where not needed."""
-    saved = ctx.saved_tensors
+    """The gradients of logits, scale, bias and confidence, None where not needed; saved: what _save
+    keeps.
+    """
     made = saved[13:17]
     twice = torch.is_grad_enabled()
     if need == _LOGITS_ALONE and made[0] is not None and not (ctx.taken or twice):
-        return [_give_away(ctx, made[0], grad_loss), None, None, None]  # at the least cost
+        return [give_away(ctx, made[0], grad_loss), None, None, None]  # at the least cost
     if twice:
         if in_place:
             raise RuntimeError(
@@ -111,7 +116,7 @@ def _backward(
         if ctx.taken:
             missing[0] = need[0]  # the caller may have changed what an earlier backward gave away
         else:
-            grads[0] = _give_away(ctx, made[0], grad_loss)
+            grads[0] = give_away(ctx, made[0], grad_loss)
     if True in missing:
         backward = stem.backward(in_place and need[0])
         fresh = backward(
@@ -168,7 +173,7 @@ def _differentiable_backward(
 def _operator_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     need = tuple(ctx.needs_input_grad[i] for i in DIFFERENTIABLE)
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    found = _backward(ctx, grad_loss, need, in_place=False)
+    found = gradients(ctx, ctx.saved_tensors, grad_loss, need, in_place=False)
     for i, grad in zip(DIFFERENTIABLE, found, strict=True):
         grads[i] = grad
     return tuple(grads)
@@ -230,18 +235,19 @@ class _EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = _backward(ctx, grad_loss, ctx.needs_input_grad[:4], ctx.in_place)
+        need = ctx.needs_input_grad[:4]
+        grads = gradients(ctx, ctx.saved_tensors, grad_loss, need, ctx.in_place)
         return (*grads, None, None, None, None)
 
 
-def _on_cpu(stem: Stem, logits: Tensor) -> bool:
+def on_cpu(stem: Stem, logits: Tensor) -> bool:
     """Whether the CPU kernels serve, which make more in forward: the logits are in the cache."""
     return stem.native and logits.device.type == "cpu"
 
 
 def _gradient_in_forward(stem: Stem, logits: Tensor) -> bool:
     """Whether forward may make the gradient of the logits; half precision would underflow."""
-    return _on_cpu(stem, logits) and logits.dtype in (torch.float32, torch.float64)
+    return on_cpu(stem, logits) and logits.dtype in (torch.float32, torch.float64)
 
 
 def _class_sums_in_forward(stem: Stem, logits: Tensor) -> bool:
@@ -250,7 +256,7 @@ def _class_sums_in_forward(stem: Stem, logits: Tensor) -> bool:
     Upsampling on a GPU makes them in backward: there they cost the low-resolution logits once more,
     in forward every output position.
     """
-    return stem.name != UPSAMPLE.name or _on_cpu(stem, logits)
+    return stem.name != UPSAMPLE.name or on_cpu(stem, logits)
 
 
 def loss(
@@ -298,13 +304,19 @@ def loss(
             logits, scale, bias, confidence, stem, arguments, in_place, extension
         )
     except RuntimeError as error:
-        # The stable ABI throws nothing but RuntimeError; F.cross_entropy raises IndexError here.
-        message = str(error)
-        if message.startswith("IndexError: "):
-            message = name_position(message.removeprefix("IndexError: "), target.shape)
-            raise IndexError(message) from None
+        raise_for_target(error, target)
         raise
     return found if isinstance(found, tuple) else (found,)
+
+
+def raise_for_target(error: RuntimeError, target: Tensor) -> None:
+    """An operator's error about a target that is no class, as the IndexError of F.cross_entropy:
+    the stable ABI throws nothing but RuntimeError.
+    """
+    message = str(error)
+    if message.startswith("IndexError: "):
+        message = name_position(message.removeprefix("IndexError: "), target.shape)
+        raise IndexError(message) from None
 
 
 def name_position(message: str, shape: torch.Size) -> str:

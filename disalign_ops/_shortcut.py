@@ -6,9 +6,17 @@ plainly what the operators take as it is goes the general way, which accepts, co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import _autograd
+from ._layouts import WHOLE
+from ._ops import NORMALIZERS, OPTIONS, REDUCTIONS, ROW
+
+_LOGITS_ALONE = (True, False, False, False)
+_MEAN = (REDUCTIONS["mean"], NORMALIZERS["weights"])
 _DTYPES = (torch.float32, torch.float64)  # whose accumulation dtype is their own
 
 
@@ -49,3 +57,47 @@ def is_plain(
         and type(label_smoothing) is float
         and 0.0 <= label_smoothing <= 1.0
     )
+
+
+class _PlainLoss(torch.autograd.Function):
+    """What `_autograd.loss` does for nothing but the gradient of the logits, made in forward: it
+    keeps a third of the tensors, and the first backward hands the gradient over.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = ROW.forward(*arguments)
+        ctx.call = ROW, WHOLE, arguments[OPTIONS:]
+        ctx.taken = False
+        ctx.save_for_backward(*arguments[:3], *outputs[1:5])
+        loss: Tensor = outputs[0]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        if not (ctx.taken or torch.is_grad_enabled()):
+            return _autograd.give_away(ctx, saved[6], grad_loss), None
+        none = (None,) * (OPTIONS - 3)
+        kept = (*saved[:3], *none, *saved[3:], None, None, None)
+        return _autograd.gradients(ctx, kept, grad_loss, _LOGITS_ALONE, in_place=False)[0], None
+
+
+def loss(input: Tensor, target: Tensor, weight: Tensor | None, numbers: tuple[Any, ...]) -> Tensor:
+    """The weighted mean of rows that are plain; numbers: ignore_index, label_smoothing, gamma."""
+    tensors = (input, target, weight, None, None, None, None, None, None)
+    if (
+        torch.compiler.is_compiling()
+        or not (input.requires_grad and torch.is_grad_enabled())
+        or not _autograd.on_cpu(ROW, input)
+    ):
+        return _autograd.loss(ROW, tensors, numbers, "mean", "weights", False)[0]
+    try:
+        found: Tensor = _PlainLoss.apply(  # type: ignore[no-untyped-call]
+            input, (*tensors, None, *numbers, *_MEAN, True, False, False, False)
+        )
+    except RuntimeError as error:
+        _autograd.raise_for_target(error, target)
+        raise
+    return found

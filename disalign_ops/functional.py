@@ -26,7 +26,7 @@ from ._arguments import (
     positions_shape,
     row_vector,
 )
-from ._ops import ROW, Stem
+from ._ops import Stem
 from .errors import ArgumentError
 
 _FORMS = ("interpolated", "residual")
@@ -118,9 +118,8 @@ def cross_entropy(
         and _shortcut.is_plain(input, target, weight, ignore_index, label_smoothing)
         and serving_backend(input) == "native"
     ):
-        tensors = (input, target, weight, None, None, None, None, None, None)
         numbers = (ignore_index, label_smoothing, focal_gamma)
-        return _autograd.loss(ROW, tensors, numbers, "mean", "weights", False)[0]
+        return _shortcut.loss(input, target, weight, numbers)
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,

@@ -45,7 +45,7 @@ def swap(operator_of: Callable[[str], Callable[..., Any]]) -> None:
     def on_cpu(stem: _ops.Stem, logits: Tensor) -> bool:
         return False
 
-    _autograd._on_cpu = on_cpu
+    _autograd.on_cpu = on_cpu
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -318,7 +318,20 @@ def test_the_common_call_gives_what_the_general_way_gives(
         loss = disalign_ops.cross_entropy(
             logits, target, weight, ignore_index=5, label_smoothing=smoothing
         )
-        return [loss.detach(), *torch.autograd.grad(loss, logits, torch.tensor(0.3, dtype=dtype))]
+        upstream = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+        grad = torch.autograd.grad
+        batch = (torch.linspace(-1, 2, 4, dtype=dtype),)
+        made = [
+            *grad(loss, logits, upstream, retain_graph=True),  # in forward
+            *grad(loss, logits, upstream, retain_graph=True),  # again
+            *grad(loss, logits, batch, retain_graph=True, is_grads_batched=True),
+        ]
+        (twice,) = grad(loss, logits, upstream, create_graph=True)
+        made += [twice.detach(), *grad((twice**2).sum(), (logits, upstream))]
+        grad(loss, logits)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            grad(loss, logits)
+        return [loss.detach(), *made]
 
     is_plain = _shortcut.is_plain
 

@@ -13,13 +13,12 @@ struct Gradients {
 
   // new_logits: allocate the gradient of the logits, contiguous.
   Gradients(const Tensor& z, int64_t confidences, Wanted wanted, bool new_logits)
-      : logits(new_tensor({0}, z.scalar_type())),
+      : logits(new_logits ? new_like(z) : new_tensor({0}, z.scalar_type())),
         scale(vector(z, wanted.scale ? z.size(1) : 0)),
         bias(vector(z, wanted.bias ? z.size(1) : 0)),
         confidence(vector(z, wanted.confidence ? confidences : 0)) {
-    if (!new_logits) return;
-    logits = new_like(z);
-    advise_huge_pages(logits.mutable_data_ptr(), logits.numel() * logits.element_size());
+    if (new_logits)
+      advise_huge_pages(logits.mutable_data_ptr(), logits.numel() * logits.element_size());
   }
 
   // Tells the kernels' arguments (LossArgs, CalibrateArgs) where to write.
