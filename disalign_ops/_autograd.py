@@ -1,11 +1,12 @@
 """Autograd of the operators: what forward keeps, what backward makes of it.
 
 A stem's forward reads the logits once. With a scalar reduction it also yields the gradients of
-scale, bias and confidence for an upstream gradient of 1, which backward multiplies by the real one,
-so a second read is never needed for them. The gradient of the logits is made by the stem's
-backward, or, in eager mode on the CPU for float32 and float64, in forward while the logits are in
-the cache (which costs one read of the logits and one exponential less) and handed over by the first
-backward.
+scale, bias and confidence for an upstream gradient of 1. The gradient of the logits is made by the
+stem's backward, or, in eager mode on the CPU for float32 and float64, in forward while the logits
+are in the cache (which costs one read of the logits and one exponential less). What forward made,
+backward multiplies by the real upstream gradient, without a second read; where the graph is not
+kept, and the gradient of the logits always, it hands over the very tensor. A second backward makes
+the gradient of the logits anew.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from ._ops import (
 )
 
 _RESULTS = 8  # of every forward; a stem's details follow
-_LOGITS_ALONE = (True, False, False, False)
 _SCALE = DIFFERENTIABLE[1]  # where scale stands among the operators' arguments; bias is next
 
 
@@ -53,11 +53,13 @@ def _save(
     outputs: tuple[Tensor, ...],
     extension: Extension = WHOLE,
     given: tuple[Tensor | None, ...] = (),
+    ours: bool = False,
 ) -> None:
     """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made; and
     scale and bias as given, of which the operator's are the extension.
     """
     ctx.call = stem, extension, inputs[OPTIONS:]
+    ctx.ours = ours  # whether nobody else has seen the outputs
     ctx.taken = False  # whether a backward has given away the gradient of the logits made here
     logits, scale, bias, confidence = inputs[-4:]  # wanted of forward
     ctx.save_for_backward(
@@ -71,14 +73,17 @@ def _save(
     )
 
 
-def give_away(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor:
-    """The gradient of the logits that forward made, for an upstream gradient, once."""
+def give_away(ctx: Any, made: Tensor, grad_loss: Tensor, copies: bool = False) -> Tensor:
+    """A gradient that forward made, for an upstream gradient: as it is, which only we may do that
+    have shown it to nobody, and once; or a multiple of it, always if `copies`.
+    """
+    batch = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # of upstream gradients
+    if copies or batch or not (ctx.ours and made.is_cpu):  # on a GPU item() would wait for it
+        return made * grad_loss
     ctx.taken = True
     # .data: a tensor of its own over the same memory, so that autograd may keep it as the leaf's
     # .grad without a copy, and changes to it are not changes to what we saved.
     whole = made.data
-    if torch._C._functorch.is_legacy_batchedtensor(grad_loss):
-        return whole * grad_loss  # a batch of upstream gradients: is_grads_batched
     return whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
 
 
@@ -92,11 +97,7 @@ def gradients(
     """The gradients of logits, scale, bias and confidence, None where not needed; saved: what _save
     keeps.
     """
-    made = saved[13:17]
-    twice = torch.is_grad_enabled()
-    if need == _LOGITS_ALONE and made[0] is not None and not (ctx.taken or twice):
-        return [give_away(ctx, made[0], grad_loss), None, None, None]  # at the least cost
-    if twice:
+    if torch.is_grad_enabled():
         if in_place:
             raise RuntimeError(
                 "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
@@ -111,12 +112,16 @@ def gradients(
         grad_loss = grad_loss.contiguous()
     stem, extension, options = ctx.call
     grads: list[Tensor | None] = [None] * 4
-    missing = [n and m is None for n, m in zip(need, made, strict=True)]
-    if made[0] is not None:
-        if ctx.taken:
-            missing[0] = need[0]  # the caller may have changed what an earlier backward gave away
+    missing = [False] * 4
+    taken = ctx.taken
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # for another backward
+    for k, made in enumerate(saved[13:17]):
+        if not need[k]:
+            continue
+        if made is None or (k == 0 and taken):
+            missing[k] = True  # the caller may have changed what an earlier backward gave away
         else:
-            grads[0] = give_away(ctx, made[0], grad_loss)
+            grads[k] = give_away(ctx, made, grad_loss, copies=k > 0 and kept)
     if True in missing:
         backward = stem.backward(in_place and need[0])
         fresh = backward(
@@ -124,13 +129,13 @@ def gradients(
         )
         for k in range(4):
             if missing[k]:
-                grads[k] = extension.gradient(fresh[k]) if k in (1, 2) else fresh[k]
+                grads[k] = fresh[k]
         if in_place and need[0]:
             grads[0] = saved[0].data
             torch.autograd.graph.increment_version(saved[0])
-    for k in (1, 2, 3):
-        if made[k] is not None:
-            grads[k] = (extension.gradient(made[k]) if k < 3 else made[k]) * grad_loss
+    for k in (1, 2):
+        if (whole := grads[k]) is not None:
+            grads[k] = extension.gradient(whole)
     return grads
 
 
@@ -225,7 +230,7 @@ class _EagerLoss(torch.autograd.Function):
             extended = _extended(arguments, extension)
             outputs = stem.forward(*extended)
         given = () if extended is arguments else (scale, bias)
-        _save(ctx, stem, extended, outputs, extension, given)
+        _save(ctx, stem, extended, outputs, extension, given, ours=True)
         ctx.in_place = in_place
         if len(outputs) == _RESULTS:
             return outputs[0]

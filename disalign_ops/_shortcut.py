@@ -1,4 +1,4 @@
-"""The call of cross_entropy that most training loops make, without the cost of the general way.
+"""The calls that most training loops make, without the cost of the general way.
 
 The checks of functional.py cost a batch of 64 x 1000 logits a tenth of its step. Whatever is not
 plainly what the operators take as it is goes the general way, which accepts, converts or raises.
@@ -12,12 +12,36 @@ import torch
 from torch import Tensor
 
 from . import _autograd
-from ._layouts import WHOLE
+from ._layouts import WHOLE, Extension
 from ._ops import NORMALIZERS, OPTIONS, REDUCTIONS, ROW
 
 _LOGITS_ALONE = (True, False, False, False)
 _MEAN = (REDUCTIONS["mean"], NORMALIZERS["weights"])
+# `type(x) in`, not isinstance: a subclass may mean anything by its attributes.
+_LEARNED = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.float64)  # whose accumulation dtype is their own
+
+
+def has_defaults(
+    reduction: str,
+    sample_weight: object,
+    normalizer: object,
+    prior: object,
+    margin: object,
+    focal_gamma: float,
+    inplace_backward: bool,
+) -> bool:
+    """Whether these options are those of F.cross_entropy."""
+    return (
+        reduction == "mean"
+        and sample_weight is None
+        and prior is None
+        and margin is None
+        and type(normalizer) is str
+        and normalizer == "weights"
+        and type(focal_gamma) is float
+        and not (focal_gamma or inplace_backward)
+    )
 
 
 def is_plain(
@@ -28,7 +52,6 @@ def is_plain(
     label_smoothing: float,
 ) -> bool:
     """Whether these are rows on the CPU that pass every check and need no conversion."""
-    # `type(x) is`, not isinstance: a subclass may mean anything by its attributes.
     if type(input) is not Tensor or type(target) is not Tensor:
         return False
     shape, dtype = input.shape, input.dtype
@@ -59,6 +82,36 @@ def is_plain(
     )
 
 
+def is_plain_calibration(
+    input: Tensor,
+    confidence: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    form: str,
+    background: str | None,
+) -> bool:
+    """Whether these pass every check and need no conversion, the input being plain."""
+    rows, classes = input.shape
+    calibrated = (classes if background is None else classes - 1,)
+    return (
+        (form == "interpolated" or form == "residual")
+        and (background is None or background == "first" or background == "last")
+        and _is_vector(scale, input, calibrated)
+        and _is_vector(bias, input, calibrated)
+        and (_is_vector(confidence, input, (rows,)) or _is_vector(confidence, input, (rows, 1)))
+    )
+
+
+def _is_vector(vector: Tensor, input: Tensor, shape: tuple[int, ...]) -> bool:
+    return (
+        type(vector) in _LEARNED
+        and vector.dtype is input.dtype
+        and vector.shape == shape
+        and vector.is_cpu
+        and vector.is_contiguous()
+    )
+
+
 class _PlainLoss(torch.autograd.Function):
     """What `_autograd.loss` does for nothing but the gradient of the logits, made in forward: it
     keeps a third of the tensors, and the first backward hands the gradient over.
@@ -69,7 +122,7 @@ class _PlainLoss(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             outputs = ROW.forward(*arguments)
         ctx.call = ROW, WHOLE, arguments[OPTIONS:]
-        ctx.taken = False
+        ctx.ours, ctx.taken = True, False
         ctx.save_for_backward(*arguments[:3], *outputs[1:5])
         loss: Tensor = outputs[0]
         return loss
@@ -101,3 +154,19 @@ def loss(input: Tensor, target: Tensor, weight: Tensor | None, numbers: tuple[An
         _autograd.raise_for_target(error, target)
         raise
     return found
+
+
+def calibrated_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    numbers: tuple[Any, ...],
+    calibration: tuple[Tensor, Tensor, Tensor],
+    extension: Extension,
+) -> Tensor:
+    """The same of calibrated logits; calibration: scale, bias, confidence, which are plain."""
+    scale, bias, confidence = calibration
+    if confidence.dim() == 2:
+        confidence = confidence.reshape(-1)
+    tensors = (input, target, weight, scale, bias, confidence, None, None, None)
+    return _autograd.loss(ROW, tensors, numbers, "mean", "weights", False, extension)[0]

@@ -108,13 +108,9 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if (
-        reduction == "mean"
-        and sample_weight is None
-        and prior is None
-        and margin is None
-        and normalizer == "weights"
-        and type(focal_gamma) is float
-        and not (focal_gamma or inplace_backward)
+        _shortcut.has_defaults(
+            reduction, sample_weight, normalizer, prior, margin, focal_gamma, inplace_backward
+        )
         and _shortcut.is_plain(input, target, weight, ignore_index, label_smoothing)
         and serving_backend(input) == "native"
     ):
@@ -165,6 +161,18 @@ def disalign_cross_entropy(
 
     Source: Zhang et al., "Distribution Alignment", CVPR 2021, sections 3.2 and 3.3.
     """
+    if (
+        _shortcut.has_defaults(
+            reduction, sample_weight, normalizer, prior, margin, focal_gamma, inplace_backward
+        )
+        and _shortcut.is_plain(input, target, weight, ignore_index, label_smoothing)
+        and _shortcut.is_plain_calibration(input, confidence, scale, bias, form, background)
+        and serving_backend(input) == "native"
+    ):
+        numbers = (ignore_index, label_smoothing, focal_gamma)
+        extension = _layouts.Extension.of(form, background)
+        calibration = (scale, bias, confidence)
+        return _shortcut.calibrated_loss(input, target, weight, numbers, calibration, extension)
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,

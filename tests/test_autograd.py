@@ -129,6 +129,32 @@ def test_logits_changed_between_forward_and_backward_raise() -> None:
         loss.backward()
 
 
+def test_what_backward_gave_away_may_be_changed() -> None:
+    r = rows(9, 67, torch.float32)
+    loss = disalign_ops.disalign_cross_entropy(
+        r.logits, r.target, r.confidence, r.scale, r.bias, form="residual"
+    )
+    first = torch.autograd.grad(loss, r.learned, retain_graph=True)
+    expected = [g.clone() for g in first]
+    for grad in first:
+        grad.fill_(float("nan"))
+    for k, tensor in enumerate(r.learned):  # one alone, then all again
+        (alone,) = torch.autograd.grad(loss, tensor, retain_graph=True)
+        assert_close(alone, expected[k], torch.float32, f"gradient {k}")
+    for again, once in zip(torch.autograd.grad(loss, r.learned), expected, strict=True):
+        assert_close(again, once, torch.float32, "again")
+
+
+def test_one_gradient_after_another() -> None:
+    r = rows(9, 67, torch.float32)
+    loss = disalign_ops.disalign_cross_entropy(
+        r.logits, r.target, r.confidence, r.scale, r.bias, form="residual"
+    )
+    alone = [torch.autograd.grad(2 * loss, t, retain_graph=True)[0] for t in r.learned]
+    for a, e in zip(alone, torch.autograd.grad(loss, r.learned), strict=True):
+        assert_close(a, 2 * e, torch.float32, "one after another")
+
+
 @pytest.mark.parametrize("form", ["interpolated", "residual"])
 def test_a_scale_changed_between_forward_and_backward_raises(form: str) -> None:
     z, confidence, bias = torch.randn(4, 9), torch.randn(4), torch.zeros(9)

@@ -11,7 +11,6 @@ from tolerances import assert_close
 from torch import Tensor
 
 import disalign_ops
-from disalign_ops import _shortcut
 from disalign_ops.errors import ArgumentError, ArgumentTypeError
 
 SHAPES = [(5,), (3, 5), (2, 5, 4), (2, 5, 3, 4), (2, 5, 2, 3, 2), (0, 5), (2, 5, 0)]
@@ -300,78 +299,3 @@ def test_devices_must_agree() -> None:
 def test_no_gradient_is_needed_for_a_learnable_weight_without_grad_mode() -> None:
     with torch.no_grad():
         disalign_ops.cross_entropy(Z, T, torch.ones(5, requires_grad=True))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_common_call_gives_what_the_general_way_gives(
-    dtype: torch.dtype, smoothing: float, weighted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits = torch.randn(9, 17, dtype=dtype, requires_grad=True)
-    target = torch.randint(0, 17, (9,))
-    target[3] = 5
-    weight = torch.rand(17, dtype=dtype) if weighted else None
-    taken = []
-
-    def call() -> list[torch.Tensor]:
-        loss = disalign_ops.cross_entropy(
-            logits, target, weight, ignore_index=5, label_smoothing=smoothing
-        )
-        upstream = torch.tensor(0.3, dtype=dtype, requires_grad=True)
-        grad = torch.autograd.grad
-        batch = (torch.linspace(-1, 2, 4, dtype=dtype),)
-        made = [
-            *grad(loss, logits, upstream, retain_graph=True),  # in forward
-            *grad(loss, logits, upstream, retain_graph=True),  # again
-            *grad(loss, logits, batch, retain_graph=True, is_grads_batched=True),
-        ]
-        (twice,) = grad(loss, logits, upstream, create_graph=True)
-        made += [twice.detach(), *grad((twice**2).sum(), (logits, upstream))]
-        grad(loss, logits)
-        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-            grad(loss, logits)
-        return [loss.detach(), *made]
-
-    is_plain = _shortcut.is_plain
-
-    def watched(*arguments: Any) -> bool:
-        taken.append(is_plain(*arguments))
-        return taken[-1]
-
-    monkeypatch.setattr(_shortcut, "is_plain", watched)
-    short = call()
-    assert taken == [True]
-    monkeypatch.setattr(_shortcut, "is_plain", lambda *_: False)
-    for a, e in zip(short, call(), strict=True):
-        assert torch.equal(a, e)
-
-
-NOT_PLAIN: dict[str, dict[str, Any]] = {
-    "a strided target": {"target": torch.zeros(6, dtype=torch.int64)[::2]},
-    "int32": {"target": torch.zeros(3, dtype=torch.int32)},
-    "a target of another shape": {"target": torch.zeros(4, dtype=torch.int64)},
-    "classes that are not neighbours": {"input": torch.randn(5, 3).t()},
-    "half": {"input": torch.randn(3, 5).to(torch.bfloat16)},
-    "planes": {"input": torch.randn(3, 5, 1)},
-    "a parameter": {"input": torch.nn.Parameter(torch.randn(3, 5))},
-    "a weight that is learned": {"weight": torch.ones(5, requires_grad=True)},
-    "a weight of another dtype": {"weight": torch.ones(5, dtype=torch.float64)},
-    "too few weights": {"weight": torch.ones(4)},
-    "a smoothing above 1": {"label_smoothing": 1.5},
-    "a smoothing that is no float": {"label_smoothing": True},
-    "an ignore_index that is no integer": {"ignore_index": 1.0},
-}
-
-
-@pytest.mark.parametrize("what", NOT_PLAIN)
-def test_whatever_needs_a_check_or_a_conversion_goes_the_general_way(what: str) -> None:
-    plain: dict[str, Any] = {
-        "input": torch.randn(3, 5),
-        "target": torch.zeros(3, dtype=torch.int64),
-        "weight": torch.ones(5),
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-    }
-    assert _shortcut.is_plain(**plain)
-    assert not _shortcut.is_plain(**(plain | NOT_PLAIN[what]))
