@@ -4,9 +4,8 @@ A stem's forward reads the logits once. With a scalar reduction it also yields t
 scale, bias and confidence for an upstream gradient of 1. The gradient of the logits is made by the
 stem's backward, or, in eager mode on the CPU for float32 and float64, in forward while the logits
 are in the cache (which costs one read of the logits and one exponential less). What forward made,
-backward multiplies by the real upstream gradient, without a second read; where the graph is not
-kept, and the gradient of the logits always, it hands over the very tensor. A second backward makes
-the gradient of the logits anew.
+backward multiplies by the real upstream gradient, without a second read. The gradient of the logits
+is handed over by the first backward, the very tensor; a second one makes it anew.
 """
 
 from __future__ import annotations
@@ -53,14 +52,12 @@ def _save(
     outputs: tuple[Tensor, ...],
     extension: Extension = WHOLE,
     given: tuple[Tensor | None, ...] = (),
-    ours: bool = False,
 ) -> None:
     """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made; and
     scale and bias as given, of which the operator's are the extension.
     """
     ctx.call = stem, extension, inputs[OPTIONS:]
-    ctx.ours = ours  # whether nobody else has seen the outputs
-    ctx.taken = False  # whether a backward has given away the gradient of the logits made here
+    ctx.untaken = [True]  # emptied when a backward takes the gradient of the logits made here
     logits, scale, bias, confidence = inputs[-4:]  # wanted of forward
     ctx.save_for_backward(
         *inputs[:OPTIONS],
@@ -73,14 +70,23 @@ def _save(
     )
 
 
-def give_away(ctx: Any, made: Tensor, grad_loss: Tensor, copies: bool = False) -> Tensor:
-    """A gradient that forward made, for an upstream gradient: as it is, which only we may do that
-    have shown it to nobody, and once; or a multiple of it, always if `copies`.
+def take(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
+    """The gradient of the logits that forward made, for an upstream gradient: itself, and so but
+    once; None when it is taken.
     """
-    batch = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # of upstream gradients
-    if copies or batch or not (ctx.ours and made.is_cpu):  # on a GPU item() would wait for it
-        return made * grad_loss
-    ctx.taken = True
+    functorch = torch._C._functorch
+    if (
+        type(made) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or functorch.is_legacy_batchedtensor(grad_loss)
+        or functorch.is_functorch_wrapped_tensor(grad_loss)
+    ):
+        # A fake or traced one has no value, and a batch of upstream gradients as many results.
+        return None if not ctx.untaken else made * grad_loss
+    try:
+        ctx.untaken.pop()  # atomic: of several threads' backwards, one has it
+    except IndexError:
+        return None
     # .data: a tensor of its own over the same memory, so that autograd may keep it as the leaf's
     # .grad without a copy, and changes to it are not changes to what we saved.
     whole = made.data
@@ -112,16 +118,15 @@ def gradients(
         grad_loss = grad_loss.contiguous()
     stem, extension, options = ctx.call
     grads: list[Tensor | None] = [None] * 4
-    missing = [False] * 4
-    taken = ctx.taken
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # for another backward
-    for k, made in enumerate(saved[13:17]):
-        if not need[k]:
-            continue
-        if made is None or (k == 0 and taken):
-            missing[k] = True  # the caller may have changed what an earlier backward gave away
-        else:
-            grads[k] = give_away(ctx, made, grad_loss, copies=k > 0 and kept)
+    made = saved[13:17]
+    if need[0] and made[0] is not None:
+        grads[0] = take(ctx, made[0], grad_loss)
+    for k in (1, 2, 3):
+        if need[k] and made[k] is not None:
+            grads[k] = (extension.gradient(made[k]) if k < 3 else made[k]) * grad_loss
+    # The gradient of the logits too where an earlier backward gave it away: the caller may have
+    # changed it.
+    missing = [n and g is None for n, g in zip(need, grads, strict=True)]
     if True in missing:
         backward = stem.backward(in_place and need[0])
         fresh = backward(
@@ -129,13 +134,10 @@ def gradients(
         )
         for k in range(4):
             if missing[k]:
-                grads[k] = fresh[k]
+                grads[k] = extension.gradient(fresh[k]) if k in (1, 2) else fresh[k]
         if in_place and need[0]:
             grads[0] = saved[0].data
             torch.autograd.graph.increment_version(saved[0])
-    for k in (1, 2):
-        if (whole := grads[k]) is not None:
-            grads[k] = extension.gradient(whole)
     return grads
 
 
@@ -230,7 +232,7 @@ class _EagerLoss(torch.autograd.Function):
             extended = _extended(arguments, extension)
             outputs = stem.forward(*extended)
         given = () if extended is arguments else (scale, bias)
-        _save(ctx, stem, extended, outputs, extension, given, ours=True)
+        _save(ctx, stem, extended, outputs, extension, given)
         ctx.in_place = in_place
         if len(outputs) == _RESULTS:
             return outputs[0]

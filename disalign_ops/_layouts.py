@@ -47,9 +47,11 @@ class Extension(NamedTuple):
         return scale, bias
 
     def gradient(self, gradient: Tensor) -> Tensor:
-        """Of the scale or the bias, from that of a or b."""
+        """Of the scale or the bias, from that of a or b; not a view, which a caller of autograd.grad
+        could not change in place.
+        """
         if self.before or self.after:
-            return gradient[self.before : gradient.shape[0] - self.after]
+            return gradient[self.before : gradient.shape[0] - self.after].clone()
         return gradient
 
 

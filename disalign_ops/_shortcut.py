@@ -122,7 +122,7 @@ class _PlainLoss(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             outputs = ROW.forward(*arguments)
         ctx.call = ROW, WHOLE, arguments[OPTIONS:]
-        ctx.ours, ctx.taken = True, False
+        ctx.untaken = [True]
         ctx.save_for_backward(*arguments[:3], *outputs[1:5])
         loss: Tensor = outputs[0]
         return loss
@@ -130,8 +130,10 @@ class _PlainLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
         saved = ctx.saved_tensors
-        if not (ctx.taken or torch.is_grad_enabled()):
-            return _autograd.give_away(ctx, saved[6], grad_loss), None
+        if not torch.is_grad_enabled():
+            taken = _autograd.take(ctx, saved[6], grad_loss)
+            if taken is not None:
+                return taken, None
         none = (None,) * (OPTIONS - 3)
         kept = (*saved[:3], *none, *saved[3:], None, None, None)
         return _autograd.gradients(ctx, kept, grad_loss, _LOGITS_ALONE, in_place=False)[0], None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import rows
+from cases import Rows, rows
 from tolerances import assert_close
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import disalign_ops
@@ -145,6 +147,69 @@ def test_what_backward_gave_away_may_be_changed() -> None:
         assert_close(again, once, torch.float32, "again")
 
 
+def test_a_backward_that_failed_may_be_repeated() -> None:
+    r = rows(9, 67, torch.float32)
+
+    def calibrated() -> Tensor:
+        return disalign_ops.disalign_cross_entropy(
+            r.logits, r.target, r.confidence, r.scale, r.bias, form="residual"
+        )
+
+    def plain() -> Tensor:
+        return disalign_ops.cross_entropy(r.logits, r.target)
+
+    for make, learned in ((calibrated, r.learned), (plain, [r.logits])):
+        expected = torch.autograd.grad(make(), learned)
+        failures = [MemoryError("once")]
+
+        def fail(*_: object, failures: list[MemoryError] = failures) -> None:
+            if failures:
+                raise failures.pop()
+
+        loss = make()
+        assert loss.grad_fn is not None
+        loss.grad_fn.register_hook(fail)
+        with pytest.raises(MemoryError, match="once"):
+            torch.autograd.grad(loss, learned, torch.tensor(4.0))
+        again = torch.autograd.grad(loss, learned, torch.tensor(4.0))
+        for grad, e in zip(again, expected, strict=True):
+            assert_close(grad, 4 * e, torch.float32, "after a failure")
+
+
+@pytest.mark.parametrize("what", ["plain", "calibrated", "frozen logits"])
+def test_an_upstream_gradient_without_a_value(what: str) -> None:
+    """Of torch.vmap, of fake tensors and of make_fx."""
+    r = rows(9, 67, torch.float32)
+    calibrated = what != "plain"
+    if what == "frozen logits":
+        r.logits = r.logits.detach()
+    learned = [t for t in (r.learned if calibrated else [r.logits]) if t.requires_grad]
+
+    def loss() -> Tensor:
+        if not calibrated:
+            return disalign_ops.cross_entropy(r.logits, r.target)
+        return disalign_ops.disalign_cross_entropy(
+            r.logits, r.target, r.confidence, r.scale, r.bias, form="residual"
+        )
+
+    def grads(value: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, learned, upstream)
+
+    expected = grads(loss())
+    value, factors = loss(), torch.tensor([1.0, -2.0, 3.0])
+    for batch, e in zip(torch.vmap(lambda f: grads(value, f))(factors), expected, strict=True):
+        for one, factor in zip(batch, factors, strict=True):
+            assert_close(one, factor * e, torch.float32, "vmap")
+    traced = make_fx(lambda: grads(loss()))()
+    for a, e in zip(traced(), expected, strict=True):
+        assert_close(a, e, torch.float32, "make_fx")
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in r.learned]
+        r = Rows(fake[0], mode.from_tensor(r.target), *fake[1:])
+        learned = [t for t in (r.learned if calibrated else [r.logits]) if t.requires_grad]
+        assert [g.shape for g in grads(loss())] == [e.shape for e in expected]
+
+
 def test_one_gradient_after_another() -> None:
     r = rows(9, 67, torch.float32)
     loss = disalign_ops.disalign_cross_entropy(
@@ -153,6 +218,18 @@ def test_one_gradient_after_another() -> None:
     alone = [torch.autograd.grad(2 * loss, t, retain_graph=True)[0] for t in r.learned]
     for a, e in zip(alone, torch.autograd.grad(loss, r.learned), strict=True):
         assert_close(a, 2 * e, torch.float32, "one after another")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradients_are_the_callers_to_change(reduction: str) -> None:
+    r = rows(9, 67, torch.float32)
+    scale, bias = (t.detach()[1:].clone().requires_grad_() for t in (r.scale, r.bias))
+    loss = disalign_ops.disalign_cross_entropy(
+        r.logits, r.target, r.confidence, scale, bias, background="first", reduction=reduction
+    )
+    for grad in torch.autograd.grad(loss.sum(), [r.logits, r.confidence, scale, bias]):
+        grad.mul_(torch.ones((), requires_grad=True))
+        grad.detach_()
 
 
 @pytest.mark.parametrize("form", ["interpolated", "residual"])
