@@ -47,7 +47,7 @@ class Extension(NamedTuple):
         return scale, bias
 
     def gradient(self, gradient: Tensor) -> Tensor:
-        """Of the scale or the bias, from that of a or b; not a view, which a caller of autograd.grad
+        """Of the scale or the bias, from that of a or b; no view, which a caller of autograd.grad
         could not change in place.
         """
         if self.before or self.after:
