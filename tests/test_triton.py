@@ -32,7 +32,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 # The interpreter takes milliseconds a program, so that all of it would take hours: `make
-# test-triton` runs it. Here: the rows, but for what tries the CPU kernels' own ways on many of them,
+# test-triton` runs it. Here: the rows, without the many of them that try the CPU kernels' own ways,
 # and parts of the others, chosen by name.
 @pytest.mark.parametrize(
     ("files", "only"),
