@@ -20,6 +20,7 @@ LEFT_OUT = (
     ("is_no_class", "a wrong target stops the kernel there: test_cuda_simt.py, test_cuda.py"),
     ("out_of_range", "a wrong target stops the kernel there: test_cuda_simt.py, test_cuda.py"),
     ("compile", "torch.compile knows the operators by the library's own name"),
+    ("fake tensors", "torch knows fakes of the library's own operators"),
     ("opcheck", "checks the library's own operators"),
     ("checkpoint_keeps_no_gradient", "the CPU alone makes the gradient of the logits in forward"),
     ("in_forward", "the CPU alone makes the gradient of the logits in forward"),

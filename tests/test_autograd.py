@@ -176,38 +176,39 @@ def test_a_backward_that_failed_may_be_repeated() -> None:
             assert_close(grad, 4 * e, torch.float32, "after a failure")
 
 
+@pytest.mark.parametrize("surroundings", ["vmap", "make_fx", "fake tensors"])
 @pytest.mark.parametrize("what", ["plain", "calibrated", "frozen logits"])
-def test_an_upstream_gradient_without_a_value(what: str) -> None:
-    """Of torch.vmap, of fake tensors and of make_fx."""
+def test_an_upstream_gradient_without_a_value(what: str, surroundings: str) -> None:
     r = rows(9, 67, torch.float32)
-    calibrated = what != "plain"
     if what == "frozen logits":
         r.logits = r.logits.detach()
-    learned = [t for t in (r.learned if calibrated else [r.logits]) if t.requires_grad]
 
-    def loss() -> Tensor:
-        if not calibrated:
-            return disalign_ops.cross_entropy(r.logits, r.target)
-        return disalign_ops.disalign_cross_entropy(
-            r.logits, r.target, r.confidence, r.scale, r.bias, form="residual"
-        )
+    def grads(r: Rows, factor: Tensor | None = None) -> tuple[Tensor, ...]:
+        learned = [t for t in r.learned if t.requires_grad]
+        if what == "plain":
+            loss, learned = disalign_ops.cross_entropy(r.logits, r.target), [r.logits]
+        else:
+            loss = disalign_ops.disalign_cross_entropy(
+                r.logits, r.target, r.confidence, r.scale, r.bias, form="residual"
+            )
+        if factor is None:
+            return torch.autograd.grad(loss, learned)
+        return torch.vmap(lambda f: torch.autograd.grad(loss, learned, f))(factor)
 
-    def grads(value: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(value, learned, upstream)
-
-    expected = grads(loss())
-    value, factors = loss(), torch.tensor([1.0, -2.0, 3.0])
-    for batch, e in zip(torch.vmap(lambda f: grads(value, f))(factors), expected, strict=True):
-        for one, factor in zip(batch, factors, strict=True):
-            assert_close(one, factor * e, torch.float32, "vmap")
-    traced = make_fx(lambda: grads(loss()))()
-    for a, e in zip(traced(), expected, strict=True):
-        assert_close(a, e, torch.float32, "make_fx")
-    with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t) for t in r.learned]
-        r = Rows(fake[0], mode.from_tensor(r.target), *fake[1:])
-        learned = [t for t in (r.learned if calibrated else [r.logits]) if t.requires_grad]
-        assert [g.shape for g in grads(loss())] == [e.shape for e in expected]
+    expected = grads(r)
+    if surroundings == "vmap":
+        factors = torch.tensor([1.0, -2.0, 3.0])
+        for batch, e in zip(grads(r, factors), expected, strict=True):
+            for one, factor in zip(batch, factors, strict=True):
+                assert_close(one, factor * e, torch.float32, surroundings)
+    elif surroundings == "make_fx":
+        for a, e in zip(make_fx(lambda: grads(r))()(), expected, strict=True):
+            assert_close(a, e, torch.float32, surroundings)
+    else:
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(t) for t in r.learned]
+            found = grads(Rows(fake[0], mode.from_tensor(r.target), *fake[1:]))
+        assert [g.shape for g in found] == [e.shape for e in expected]
 
 
 def test_one_gradient_after_another() -> None:
