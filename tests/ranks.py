@@ -26,6 +26,10 @@ def _start(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=timeout_s),
     )  # fmt: skip
+    # A rank that leaves at once would break the connection that another is still making.
+    Path(folder, f"connected {rank}").touch()
+    while len(list(Path(folder).glob("connected *"))) < world:
+        time.sleep(0.01)
     try:
         work(rank, world)
     except BaseException:
