@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._arguments import check_bool, check_choice
-from ._nn_form import Calibration
+from ._arguments import check_bool
+from ._nn_form import Calibration, Form, Start
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
 
@@ -26,36 +26,47 @@ class ConfidenceConvolution(nn.Module):
         return torch.relu(self.bn(self.conv(x)))
 
 
+class _Classifier(nn.Conv2d):
+    """The 1x1 convolution of the raw logits, with the released head's start: N(0, 0.01), bias 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class DisAlignSegHead(Calibration):
     """A 1x1 classifier of dense features, calibrated at their resolution.
 
     Args:
         in_channels, num_classes: of the features (N, in_channels, h, w), and C.
         form: "interpolated" as the released segmentation head, or "residual".
+        start: "identity", u = z. "released": logit_scale is 1 in the residual form too, which then
+            starts at (1 + c) z.
         align_corners: of the interpolation to the target's size.
         dropout: probability of dropping a channel before the classifier, in training mode; the
             released head's decoder has 0.1.
         device, dtype: of the parameters.
 
     Parameters have the released checkpoints' names and shapes: conv_seg (Conv2d, 1x1, with bias),
-    logit_scale and logit_bias (1, C, 1, 1), initially 1 and 0, confidence_layer.conv (1x1 to one
-    channel, no bias) and confidence_layer.bn. The confidence is ReLU'd before the sigmoid, so
-    c is in [0.5, 1). load_state_dict refuses a state_dict that was saved in the other form.
-    Raises ArgumentError: form, or sizes below 1.
+    logit_scale and logit_bias (1, C, 1, 1), confidence_layer.conv (1x1 to one channel, no bias) and
+    confidence_layer.bn. The confidence is normalised and ReLU'd before the sigmoid, so c is in
+    [0.5, 1), near 0.58 on average at the start whatever the features are. The buffer
+    calibration_form says in the state_dict which form it is; load_state_dict needs no such entry,
+    and refuses a state_dict of the other form. `mean_confidence()` as in `DisAlignLinear`.
+    Raises ArgumentError: form, start, or sizes below 1.
     Source: Zhang et al., "Distribution Alignment", CVPR 2021; the released DisAlignFCNHead.
     """
 
-    logit_scale: nn.Parameter
-    logit_bias: nn.Parameter
-    background = None
+    _confidence_range = (0.501, 0.999)  # at 0.5 the ReLU lets nothing through
 
     def __init__(
         self, in_channels: int, num_classes: int,
-        *, form: str = "interpolated", align_corners: bool = False, dropout: float = 0.0,
+        *, form: Form = "interpolated", start: Start = "identity", align_corners: bool = False,
+        dropout: float = 0.0,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_choice("form", form, functional._FORMS)
         check_bool("align_corners", align_corners)
         if in_channels < 1 or num_classes < 1:
             raise ArgumentError(
@@ -63,15 +74,15 @@ class DisAlignSegHead(Calibration):
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.form, self.align_corners = form, align_corners
+        self.align_corners = align_corners
         self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = nn.Conv2d(in_channels, num_classes, 1, **factory)
-        self.logit_scale = nn.Parameter(torch.ones(1, num_classes, 1, 1, **factory))
-        self.logit_bias = nn.Parameter(torch.zeros(1, num_classes, 1, 1, **factory))
+        self.conv_seg = _Classifier(in_channels, num_classes, 1, **factory)
+        self._add_calibration((1, num_classes, 1, 1), form, None, start, factory)
         self.confidence_layer = ConfidenceConvolution(in_channels, factory)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        if self.conv_seg.bias is not None:
-            nn.init.zeros_(self.conv_seg.bias)
+
+    def reset_parameters(self) -> None:
+        """logit_scale and logit_bias as `start` says; the other parts have their own."""
+        self._reset_calibration()
 
     def raw_logits(self, features: Tensor) -> Tensor:
         """Logits (N, C, h, w) before the calibration: those of stage 1."""
@@ -85,7 +96,7 @@ class DisAlignSegHead(Calibration):
 
     def _calibration(self, features: Tensor) -> dict[str, Any]:
         return {
-            "confidence": self.confidence_layer(features),
+            "confidence": self._confidence(features),
             "scale": self.logit_scale,
             "bias": self.logit_bias,
             "form": self.form,
@@ -120,4 +131,4 @@ class DisAlignSegHead(Calibration):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"form={self.form!r}, align_corners={self.align_corners}"
+        return f"form={self.form!r}, start={self.start!r}, align_corners={self.align_corners}"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
-from ._arguments import check_choice, check_number
+from ._arguments import check_number
 from ._linear import smallest_norm
-from ._nn_form import Calibration
+from ._nn_form import Background, Calibration, ConfidenceLinear, Form, Start
 from .errors import ArgumentError
 from .linear import CHUNK_BYTES, disalign_linear_cross_entropy
 
@@ -22,15 +22,13 @@ class _DisAlign(Calibration):
 
     weight: Tensor
     bias: Tensor | None
-    confidence_layer: nn.Linear
+    confidence_layer: ConfidenceLinear
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool,
-        form: str, background: str | None, factory: dict[str, Any],
+        form: Form, background: Background, start: Start, factory: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
-        check_choice("form", form, functional._FORMS)
-        check_choice("background", background, functional._BACKGROUNDS)
         foreground = out_features - (background is not None)
         if in_features < 1 or foreground < 1:
             raise ArgumentError(
@@ -38,28 +36,21 @@ class _DisAlign(Calibration):
                 f"{background!r}: needed is at least one feature and one calibrated class"
             )
         self.in_features, self.out_features = in_features, out_features
-        self.form, self.background = form, background
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
         own_bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.register_parameter("bias", own_bias)
-        self.logit_scale = nn.Parameter(torch.empty(1, foreground, **factory))
-        self.logit_bias = nn.Parameter(torch.empty(1, foreground, **factory))
-        self.confidence_layer = nn.Linear(in_features, 1, **factory)
+        self._add_calibration((1, foreground), form, background, start, factory)
+        self.confidence_layer = ConfidenceLinear(in_features, form, start, **factory)
 
     def reset_parameters(self) -> None:
-        """The released initial values; weight and bias as nn.Linear's."""
+        """weight and bias as nn.Linear's, logit_scale and logit_bias as `start` says. The
+        confidence layer has a reset_parameters of its own.
+        """
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
-        nn.init.ones_(self.logit_scale)
-        nn.init.zeros_(self.logit_bias)
-        self.confidence_layer.reset_parameters()
-        if self.form == "residual":
-            nn.init.constant_(self.confidence_layer.weight, 0.1)
-        else:
-            nn.init.normal_(self.confidence_layer.weight, std=0.01)
-            nn.init.zeros_(self.confidence_layer.bias)
+        self._reset_calibration()
 
     def _raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Raw logits (..., C), and the features that the confidence is computed from."""
@@ -86,7 +77,7 @@ class _DisAlign(Calibration):
     def forward(self, x: Tensor) -> Tensor:
         """Calibrated logits (..., C) of features (..., in_features)."""
         logits, features = self._checked_raw(x)
-        confidence = self.confidence_layer(features)
+        confidence = self._confidence(features)
         if x.dim() > 2:
             logits, confidence = logits.flatten(0, -2), confidence.flatten(0, -2)
         vectors = (confidence, self.logit_scale, self.logit_bias)
@@ -118,21 +109,22 @@ class _DisAlign(Calibration):
             rows = x.shape[0] if x.dim() == 2 else 1
             if rows * self.out_features * itemsize > chunk_bytes:
                 options.pop("inplace_backward", None)  # as it is in chunks
-                confidence = self.confidence_layer(self._confidence_features(x))
+                confidence = self._confidence(self._confidence_features(x))
                 return disalign_linear_cross_entropy(
                     x, self.weight, target, confidence, self.logit_scale, self.logit_bias,
                     self.bias, cosine_scale=self._cosine_scale(), chunk_bytes=chunk_bytes,
                     **self._form(), **options,
                 )  # fmt: skip
         logits, features = self._checked_raw(x)
-        confidence = self.confidence_layer(features)
+        confidence = self._confidence(features)
         return functional.disalign_cross_entropy(
             logits, target, confidence, self.logit_scale, self.logit_bias, **self._form(), **options
         )
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, form={self.form!r}, background={self.background!r}"
+        form = f"form={self.form!r}, background={self.background!r}, start={self.start!r}"
+        return f"{sizes}, {form}"
 
 
 class DisAlignLinear(_DisAlign):
@@ -141,27 +133,33 @@ class DisAlignLinear(_DisAlign):
     Args:
         in_features, out_features, bias, device, dtype: as in nn.Linear; out_features = C counts
             the background.
-        form: "residual", (1 + c logit_scale) z + c logit_bias, at the start (1 + c) z: the released
-            classification layer. "interpolated", c (logit_scale z + logit_bias) + (1 - c) z, at the
-            start z: the paper's definition and the released detection head.
+        form: "interpolated", c (logit_scale z + logit_bias) + (1 - c) z: the paper's definition and
+            the released detection head. "residual", (1 + c logit_scale) z + c logit_bias: the
+            released classification layer.
         background: None, "first" or "last": that column is not calibrated.
+        start: "identity", u = z and c = 0.5 for every input. "released", as in the released code:
+            logit_scale 1, so that the residual form starts at (1 + c) z, and a confidence that
+            depends on the features: near 1 for many ReLU features in the residual form.
 
     Parameters have the released checkpoints' names: weight (C, in_features), bias (C,), logit_scale
-    and logit_bias (1, K), initially 1 and 0, K = C or with a background C - 1, confidence_layer,
-    an nn.Linear(in_features, 1), initially weight 0.1 ("residual"), or N(0, 0.01) with bias 0.
-    load_state_dict also takes a released detector's (K,) vectors and `cls_score.weight`, and
-    refuses a state_dict that was saved in another form or with another background.
-    Raises ArgumentError: form, background, or sizes that leave nothing to calibrate.
+    and logit_bias (1, K), K = C or with a background C - 1, and confidence_layer, an
+    nn.Linear(in_features, 1). At the start logit_bias is 0 and logit_scale 1 (0 in the residual
+    form with start="identity"). The buffer calibration_form says in the state_dict which form it
+    is; load_state_dict also takes a released detector's (K,) vectors and `cls_score.weight`, needs
+    no calibration_form, and refuses a state_dict of another form or with another background.
+    `mean_confidence()` tells whether the confidence learns; a UserWarning says, once, if it has
+    collapsed.
+    Raises ArgumentError: form, background, start, or sizes that leave nothing to calibrate.
     Source: Zhang et al., "Distribution Alignment", CVPR 2021, section 3.2; released code.
     """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True,
-        *, form: str = "residual", background: str | None = None,
+        *, form: Form = "interpolated", background: Background = None, start: Start = "identity",
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         factory = {"device": device, "dtype": dtype}
-        super().__init__(in_features, out_features, bias, form, background, factory)
+        super().__init__(in_features, out_features, bias, form, background, start, factory)
         self.reset_parameters()
 
     def _raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +173,8 @@ class DisAlignCosineLinear(_DisAlign):
         scale_init: initial `scale`, > 0; the released detectors have 20.
         learn_scale: whether the parameter `scale` (1,) requires a gradient.
         normalize_confidence: whether the confidence layer sees normalize(x), as in the released
-            classification layer, or x, as in the released detection head. None: as where `form`
-            comes from, so True for "residual".
+            classification layer, or x, as in the released detection head. None: True for
+            "residual", False for "interpolated", as in the released code.
 
     The rest as in `DisAlignLinear`; there is no bias.
     Source: released code (where the classification layer's weight is left uninitialised).
@@ -184,12 +182,13 @@ class DisAlignCosineLinear(_DisAlign):
 
     def __init__(
         self, in_features: int, out_features: int,
-        *, scale_init: float = 20.0, learn_scale: bool = True, form: str = "residual",
-        background: str | None = None, normalize_confidence: bool | None = None,
+        *, scale_init: float = 20.0, learn_scale: bool = True, form: Form = "interpolated",
+        background: Background = None, start: Start = "identity",
+        normalize_confidence: bool | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(in_features, out_features, False, form, background, factory)
+        super().__init__(in_features, out_features, False, form, background, start, factory)
         self.scale_init = check_number("scale_init", scale_init, 0.0)
         if not 0 < self.scale_init < math.inf:
             raise ArgumentError(f"scale_init is {scale_init}, needed is a finite number > 0")

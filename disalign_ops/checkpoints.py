@@ -16,7 +16,7 @@ from ._arguments import check_choice
 from ._backends import set_backend
 from ._linear import smallest_norm
 from ._nn_dense import DisAlignSegHead
-from ._nn_form import Calibration
+from ._nn_form import FORM_KEY, Calibration
 from ._nn_linear import DisAlignCosineLinear, DisAlignLinear
 from .errors import ArgumentError
 
@@ -82,6 +82,7 @@ def load_released(
         if key.startswith(about.prefix)
     }
     own = module.state_dict()
+    del own[FORM_KEY]  # this layer's, converted to below
     # The prefix is that of a predictor or decoder with other parts, which are none of ours.
     parts = {name.split(".")[0] for name in own} | {"cls_score", "weight", "bias", "scale"}
     problems = [f"missing {about.prefix}{name}" for name in own if name not in found]

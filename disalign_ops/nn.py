@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional
 from ._arguments import check_choice
 from ._nn_dense import DisAlignSegHead as DisAlignSegHead
-from ._nn_form import Calibration
+from ._nn_form import Background, Calibration, Form, Start
 from ._nn_linear import DisAlignCosineLinear as DisAlignCosineLinear
 from ._nn_linear import DisAlignLinear as DisAlignLinear
 from .class_stats import Counts, grw_weights
@@ -131,7 +131,7 @@ def _layers(model: nn.Module) -> list[Calibration]:
     return layers
 
 
-def convert_form(model: nn.Module, form: str) -> nn.Module:
+def convert_form(model: nn.Module, form: Form) -> nn.Module:
     """Puts a DisAlign layer, or every one of a model, into `form`, in place; returns the model.
 
     The calibrated logits stay the same, up to a rounding of logit_scale (interpolated: 1 more than
@@ -143,7 +143,7 @@ def convert_form(model: nn.Module, form: str) -> nn.Module:
         if layer.form != form:
             with torch.no_grad():
                 layer.logit_scale.add_(1 if form == "interpolated" else -1)
-            layer.form = form
+            layer._set_form(form)
     return model
 
 
@@ -152,8 +152,9 @@ def freeze_for_stage2(model: nn.Module, bn: str = "eval") -> list[nn.Parameter]:
 
     Args:
         bn: "eval" keeps every BatchNorm but a confidence layer's own in eval mode, also after a
-            later `model.train()`, so that stage 1's features stay as they are. "train" leaves them
-            to `model.train()`, as the released code does; their running statistics then drift.
+            later `model.train()` and after SyncBatchNorm.convert_sync_batchnorm, so that stage 1's
+            features stay as they are. "train" leaves them to `model.train()`, as the released code
+            does; their running statistics then drift.
     Returns the trained parameters, for an optimizer. Raises ArgumentError: another bn, or no
     DisAlign layer. Source: Zhang et al., CVPR 2021, section 3.3; released code.
     """
@@ -167,29 +168,40 @@ def freeze_for_stage2(model: nn.Module, bn: str = "eval") -> list[nn.Parameter]:
     for module in model.modules():
         if module in learned_modules:
             continue
-        if bn == "eval" and isinstance(module, _BatchNorm):
+        held = [m for m in (module, *module.children()) if isinstance(m, _BatchNorm)]
+        if bn == "eval" and held:
+            for one in held:
+                one.eval()
             # In the instance's __dict__ it hides the class's train. deepcopy and pickle carry a
             # partial of a function of this file along with its module; a closure they do not.
-            module.eval()
-            module.__dict__["train"] = partial(_stay_in_eval, module)
-        elif getattr(module.__dict__.get("train"), "func", None) is _stay_in_eval:
+            module.__dict__["train"] = partial(_train_but_batch_norm, module)
+        elif getattr(module.__dict__.get("train"), "func", None) is _train_but_batch_norm:
             del module.__dict__["train"]
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+def _train_but_batch_norm(module: nn.Module, mode: bool = True) -> nn.Module:
+    """`train` of a frozen BatchNorm and of every module that has one as a child: the parent goes
+    on holding it where another took its place (SyncBatchNorm.convert_sync_batchnorm).
+    """
+    if isinstance(module, _BatchNorm):
+        return module
+    type(module).train(module, mode)
+    for child in module.children():
+        if isinstance(child, _BatchNorm):
+            child.eval()
     return module
 
 
 def convert_to_disalign(
-    model: nn.Module, *, form: str = "residual", name: str | None = None,
-    background: str | None = None,
+    model: nn.Module, *, form: Form = "interpolated", name: str | None = None,
+    background: Background = None, start: Start = "identity",
 ) -> nn.Module:  # fmt: skip
     """Swaps a model's classifier, an nn.Linear, for a DisAlignLinear, in place.
 
     Args:
         model: the model, or the nn.Linear itself.
-        form, background: as in `DisAlignLinear`.
+        form, background, start: as in `DisAlignLinear`.
         name: the layer's name in `model.named_modules()`; None: the last nn.Linear there.
 
     The new layer takes over weight and bias (the Parameters themselves, so that optimizers and ties
@@ -223,7 +235,7 @@ def convert_to_disalign(
         raise ArgumentError(f"the layer {name!r} {what}, needed is a plain nn.Linear")
     new = DisAlignLinear(
         old.in_features, old.out_features, old.bias is not None, form=form, background=background,
-        device=old.weight.device, dtype=old.weight.dtype,
+        start=start, device=old.weight.device, dtype=old.weight.dtype,
     ).train(old.training)  # fmt: skip
     new.weight, new.bias = old.weight, old.bias
     if old is model:

@@ -92,7 +92,8 @@ def calibration_by_count(layer: nn.Module, counts: Counts) -> Figure:
     figure, both = _figure(columns=2)
     for axes, values, name in zip(both, (scale, bias), ("logit_scale", "logit_bias"), strict=True):
         axes.scatter(n.numpy(), values.numpy(), s=8, alpha=0.5, linewidths=0)
-        axes.axhline(float(name == "logit_scale"), color="0.8", linewidth=1, zorder=0)  # at first
+        unchanged = float(name == "logit_scale" and layer.form == "interpolated")
+        axes.axhline(unchanged, color="0.8", linewidth=1, zorder=0)  # the logits of stage 1
         _groups(axes, n)
         axes.set_ylabel(f"{name} ({layer.form})")
     return figure

@@ -99,7 +99,7 @@ def sweep_rho(
     weights = {rho: grw_weights(counts, rho, background=background).to(device) for rho in rhos}
     learned: list[Tensor] = []
     for one in copies.values():
-        one.requires_grad_(False)
+        one.train().requires_grad_(False)  # train: the mean confidence is watched
         for part in (one.logit_scale, one.logit_bias, one.confidence_layer):
             part.requires_grad_()
             learned += [part] if isinstance(part, Tensor) else list(part.parameters())
@@ -115,7 +115,7 @@ def sweep_rho(
             optimizer.zero_grad()
             for rho, one in copies.items():
                 functional.disalign_cross_entropy(
-                    logits, t, one.confidence_layer(seen), one.logit_scale, one.logit_bias,
+                    logits, t, one._confidence(seen), one.logit_scale, one.logit_bias,
                     weights[rho], **one._form(), **options,
                 ).backward()  # fmt: skip
             optimizer.step()

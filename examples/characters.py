@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,14 +79,14 @@ def train(
     data: LongTailImages,
     features: nn.Module,
     loss: Loss,
-    parameters: list[nn.Parameter],
+    parameters: list[nn.Parameter] | list[dict[str, Any]],
     epochs: int,
-    rate: float,
+    rate: float | list[float],
     frozen: bool,
     progress: Progress,
     name: str,
 ) -> None:
-    """Adam with a one-cycle rate; `loss` takes features and targets."""
+    """Adam with a one-cycle rate, or one a group; `loss` takes features and targets."""
     generator = torch.Generator().manual_seed(1)
     steps = epochs * len(batches(data, generator))
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0 if frozen else 0.05)
@@ -181,6 +182,51 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def learn(
+    data: LongTailImages, options: argparse.Namespace, progress: Progress
+) -> tuple[Net, Tensor, dict[str, dict[str, object]]]:
+    """Both stages and the neighbours: the model, stage 2's class weights, accuracies by method."""
+    counts = data.counts
+    model = Net(len(counts)).to(memory_format=torch.channels_last)
+    linear = model.classifier
+    train(data, model.features,
+          lambda h, t: disalign_ops.cross_entropy(linear(h), t),
+          list(model.parameters()), options.epochs, 1e-2, False, progress,
+          "stage 1")  # fmt: skip
+    test = extract(model.features, data.test_images)
+    with torch.no_grad():
+        logits = linear(test)
+    results = {"stage 1, cross-entropy": accuracy(data, logits)}
+    prior = disalign_ops.class_stats.log_prior(counts)
+    for tau in (1.0, 1.5):
+        name = f"logit adjustment post hoc, tau {tau:g}"
+        results[name] = accuracy(data, logits - tau * prior)
+
+    retrained = copy.deepcopy(linear)
+    train(data, model.features,
+          lambda h, t: disalign_ops.cross_entropy(retrained(h), t, prior=prior),
+          list(retrained.parameters()), options.stage2_epochs, 5e-3, True, progress,
+          "balanced softmax")  # fmt: skip
+    with torch.no_grad():
+        results["classifier retrained, balanced softmax"] = accuracy(data, retrained(test))
+
+    disalign_ops.nn.convert_to_disalign(model)
+    disalign_ops.nn.freeze_for_stage2(model, bn="eval")
+    head = model.classifier
+    weight = disalign_ops.class_stats.grw_weights(counts, options.rho)
+    # Every weight of the confidence layer sees the same sign of these features, which are not
+    # negative. At the rate of scale and bias all of them together soon drive the sigmoid to 1.
+    groups = [
+        {"params": [head.logit_scale, head.logit_bias]},
+        {"params": list(head.confidence_layer.parameters())},
+    ]
+    train(data, model.features, lambda h, t: head.loss(h, t, weight=weight), groups,
+          options.stage2_epochs, [3e-2, 1e-3], True, progress, "DisAlign")  # fmt: skip
+    with torch.no_grad():
+        results[f"DisAlign, rho {options.rho:g}"] = accuracy(data, head(test))
+    return model, weight, results
+
+
 def main() -> None:
     options = arguments()
     console = Console()
@@ -199,41 +245,10 @@ def main() -> None:
             data = CharacterData(options.classes, options.seed, advance)
         else:
             data = ImageFolderData(options.data, options.seed, advance)
-        counts = data.counts
-        model = Net(len(counts)).to(memory_format=torch.channels_last)
-        linear = model.classifier
-        train(data, model.features,
-              lambda h, t: disalign_ops.cross_entropy(linear(h), t),
-              list(model.parameters()), options.epochs, 1e-2, False, progress,
-              "stage 1")  # fmt: skip
-        test = extract(model.features, data.test_images)
-        with torch.no_grad():
-            logits = linear(test)
-        results = {"stage 1, cross-entropy": accuracy(data, logits)}
-        prior = disalign_ops.class_stats.log_prior(counts)
-        for tau in (1.0, 1.5):
-            name = f"logit adjustment post hoc, tau {tau:g}"
-            results[name] = accuracy(data, logits - tau * prior)
-
-        retrained = copy.deepcopy(linear)
-        train(data, model.features,
-              lambda h, t: disalign_ops.cross_entropy(retrained(h), t, prior=prior),
-              list(retrained.parameters()), options.stage2_epochs, 5e-3, True, progress,
-              "balanced softmax")  # fmt: skip
-        with torch.no_grad():
-            results["classifier retrained, balanced softmax"] = accuracy(data, retrained(test))
-
-        disalign_ops.nn.convert_to_disalign(model, form="interpolated")
-        learned = disalign_ops.nn.freeze_for_stage2(model, bn="eval")
-        head = model.classifier
-        weight = disalign_ops.class_stats.grw_weights(counts, options.rho)
-        train(data, model.features, lambda h, t: head.loss(h, t, weight=weight), learned,
-              options.stage2_epochs, 3e-2, True, progress, "DisAlign")  # fmt: skip
-        with torch.no_grad():
-            name = f"DisAlign, rho {options.rho:g}"
-            results[name] = accuracy(data, head(test))
+        model, weight, results = learn(data, options, progress)
     seconds = time.perf_counter() - begin
 
+    counts, head = data.counts, model.classifier
     for line in data.source:
         console.print(line)
     groups = disalign_ops.metrics.split_classes(counts)
@@ -246,10 +261,11 @@ def main() -> None:
     console.print(result_table(results))
     best = max(results, key=lambda name: float(results[name]["overall"]))  # type: ignore[arg-type]
     console.print(f"best overall: {best}; everything took {seconds:.0f} s")
+    console.print(f"mean confidence of stage 2's last batches: {head.mean_confidence():.2f}")
     batch = batches(data, torch.Generator().manual_seed(2))[0]
     x = extract(model.features, data.train_images[batch])
     console.print(loss_costs(head, x, data.train_targets[batch], weight))
-    before, after = (results[n]["per_class"] for n in ("stage 1, cross-entropy", name))
+    before, *_, after = (found["per_class"] for found in results.values())
     plot_accuracy(options.out, counts, before, after)  # type: ignore[arg-type]
     plot_calibration(options.out, counts, head)
     plot_samples(options.out, data, torch.Generator().manual_seed(options.seed))

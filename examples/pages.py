@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,53 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass
+class Learned:
+    """The model after both stages, stage 2's class weights, IoU by method, class maps by stage."""
+
+    model: Net
+    weight: Tensor
+    results: dict[str, dict[str, Tensor]]
+    predictions: list[Tensor]
+
+
+def learn(data: PageData, options: argparse.Namespace, progress: Progress) -> Learned:
+    """Both stages and the neighbours."""
+    model = Net(len(data.characters)).to(memory_format=torch.channels_last)
+    backbone, head = model.backbone, model.head
+    conv_seg = head.conv_seg
+    train(data, backbone, lambda h, t: upsample_cross_entropy(conv_seg(h), t),
+          [*backbone.parameters(), *conv_seg.parameters()], options.epochs, 1e-2, False,
+          progress, "stage 1")  # fmt: skip
+    test = extract(backbone, data.test)
+    with torch.no_grad():
+        logits = conv_seg(test)
+    before = predict(logits)
+    prior = log_prior(data.counts)
+    results = {
+        "stage 1, cross-entropy": scores(data, before),
+        "logit adjustment, tau 1": scores(data, predict(logits, -prior)),
+    }
+
+    retrained = copy.deepcopy(conv_seg)
+    train(data, backbone, lambda h, t: upsample_cross_entropy(retrained(h), t, prior=prior),
+          list(retrained.parameters()), options.stage2_epochs, 5e-3, True, progress,
+          "balanced softmax")  # fmt: skip
+    with torch.no_grad():
+        again = retrained(test)
+    results["balanced softmax"] = scores(data, predict(again))
+
+    learned = freeze_for_stage2(model, bn="eval")
+    weight = grw_weights(data.counts, options.rho)
+    head.train()
+    train(data, backbone, lambda h, t: head.loss(h, t, weight=weight), learned,
+          options.stage2_epochs, 3e-2, True, progress, "DisAlign")  # fmt: skip
+    head.eval()
+    after = head.predict(test, (PAGE, PAGE))
+    results[f"stage 2, DisAlign, rho {options.rho:g}"] = scores(data, after)
+    return Learned(model, weight, results, [before, after])
+
+
 def main() -> None:
     options = arguments()
     console = Console()
@@ -234,38 +282,8 @@ def main() -> None:
         split = thirds(data.counts)
         for line in data_lines(data, split):
             progress.console.print(line)
-        model = Net(len(data.characters)).to(memory_format=torch.channels_last)
-        backbone, head = model.backbone, model.head
-        conv_seg = head.conv_seg
-        train(data, backbone, lambda h, t: upsample_cross_entropy(conv_seg(h), t),
-              [*backbone.parameters(), *conv_seg.parameters()], options.epochs, 1e-2, False,
-              progress, "stage 1")  # fmt: skip
-        test = extract(backbone, data.test)
-        with torch.no_grad():
-            logits = conv_seg(test)
-        before = predict(logits)
-        prior = log_prior(data.counts)
-        results = {
-            "stage 1, cross-entropy": scores(data, before),
-            "logit adjustment, tau 1": scores(data, predict(logits, -prior)),
-        }
-
-        retrained = copy.deepcopy(conv_seg)
-        train(data, backbone, lambda h, t: upsample_cross_entropy(retrained(h), t, prior=prior),
-              list(retrained.parameters()), options.stage2_epochs, 5e-3, True, progress,
-              "balanced softmax")  # fmt: skip
-        with torch.no_grad():
-            again = retrained(test)
-        results["balanced softmax"] = scores(data, predict(again))
-
-        learned = freeze_for_stage2(model, bn="eval")
-        weight = grw_weights(data.counts, options.rho)
-        head.train()
-        train(data, backbone, lambda h, t: head.loss(h, t, weight=weight), learned,
-              options.stage2_epochs, 3e-2, True, progress, "DisAlign")  # fmt: skip
-        head.eval()
-        after = head.predict(test, (PAGE, PAGE))
-        results[f"stage 2, DisAlign, rho {options.rho:g}"] = scores(data, after)
+        learned = learn(data, options, progress)
+        results, head = learned.results, learned.model.head
     seconds = time.perf_counter() - begin
 
     console.print(result_table(results, split))
@@ -274,13 +292,16 @@ def main() -> None:
     }
     console.print(f"best mean: {best['mean']}; best tail: {best['tail']}")
     console.print(f"everything took {seconds:.0f} s")
+    console.print(f"mean confidence of stage 2's last batches: {head.mean_confidence():.2f}")
     x, target = distort(data.train, torch.arange(min(BATCH, len(data.train))),
                         torch.Generator().manual_seed(2))  # fmt: skip
     with torch.no_grad():
-        features = backbone(x.contiguous(memory_format=torch.channels_last))
-    console.print(loss_costs(head, features, target, weight))
+        features = learned.model.backbone(x.contiguous(memory_format=torch.channels_last))
+    console.print(loss_costs(head, features, target, learned.weight))
     picture = options.out / "pages.png"
-    plot_pages(picture, data.test, list(range(SHOWN_PAGES)), [before, after], len(data.characters))
+    plot_pages(
+        picture, data.test, list(range(SHOWN_PAGES)), learned.predictions, len(data.characters)
+    )
     console.print(f"page, classes, predicted by stage 1, by stage 2: {picture}")
 
 

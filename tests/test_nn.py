@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from disalign_ops.nn import (
     CrossEntropyLoss,
     DisAlignCosineLinear,
     DisAlignLinear,
+    DisAlignSegHead,
     GRWCrossEntropyLoss,
 )
 
@@ -99,25 +102,6 @@ def test_loss_is_that_of_the_released_formulas_logits(
             torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("cls", LAYERS)
-def test_the_start(backend: str, cls: Any) -> None:
-    x = torch.randn(N, D)
-    residual, interpolated = cls(D, C), cls(D, C, form="interpolated")
-    for layer in (residual, interpolated):
-        assert torch.equal(layer.logit_scale, torch.ones(1, C))
-        assert torch.equal(layer.logit_bias, torch.zeros(1, C))
-    assert torch.equal(residual.confidence_layer.weight, torch.full((1, D), 0.1))
-    assert torch.equal(interpolated.confidence_layer.bias, torch.zeros(1))
-    assert interpolated.confidence_layer.weight.std() < 0.03  # N(0, 0.01)
-
-    z = residual.raw_logits(x)
-    features = F.normalize(x, dim=1) if cls is DisAlignCosineLinear else x
-    c = residual.confidence_layer(features).sigmoid()
-    torch.testing.assert_close(residual(x), (1 + c) * z)
-    assert torch.equal(residual(x).argmax(1), z.argmax(1))
-    assert torch.equal(interpolated(x), interpolated.raw_logits(x))
-
-
 def test_the_cosine_layer_is_initialised() -> None:
     # The deterministic fill of conftest.py leaves NaN in memory that nothing wrote.
     layer = DisAlignCosineLinear(D, C)
@@ -128,7 +112,7 @@ def test_the_cosine_layer_is_initialised() -> None:
 
 def test_the_cosine_layers_options() -> None:
     x = 50 * torch.randn(N, D)
-    layer = trained(DisAlignCosineLinear(D, C, scale_init=3, learn_scale=False))
+    layer = trained(DisAlignCosineLinear(D, C, scale_init=3, learn_scale=False, form="residual"))
     assert not layer.scale.requires_grad
     assert layer.raw_logits(x).abs().max() <= layer.scale.item() * (1 + 1e-5)
     # The released classification layer's confidence knows no norm of x, the detection head's does.
@@ -219,6 +203,7 @@ def test_parameters_have_the_released_names_and_shapes() -> None:
         "network.linear.logit_bias": (1, C),
         "network.linear.confidence_layer.weight": (1, D),
         "network.linear.confidence_layer.bias": (1,),
+        "network.linear.calibration_form": (2,),
     }
     cosine = {k: tuple(v.shape) for k, v in DisAlignCosineLinear(D, C).state_dict().items()}
     assert cosine == {
@@ -228,6 +213,7 @@ def test_parameters_have_the_released_names_and_shapes() -> None:
         "logit_bias": (1, C),
         "confidence_layer.weight": (1, D),
         "confidence_layer.bias": (1,),
+        "calibration_form": (2,),
     }
     assert "bias" not in DisAlignLinear(D, C, bias=False).state_dict()
     assert DisAlignLinear(D, C, background="last").logit_scale.shape == (1, C - 1)
@@ -253,7 +239,9 @@ def test_a_released_detectors_checkpoint(backend: str, cls: Any) -> None:
     source = trained(cls(D, C, form="interpolated", background="last"))
     names = {"weight": "cls_score.weight", "bias": "cls_score.bias", "scale": "cls_score.scale"}
     prefix = "roi_heads.box_predictor."
-    released = {prefix + names.get(k, k): v for k, v in source.state_dict().items()}
+    own = source.state_dict()
+    del own["calibration_form"]
+    released = {prefix + names.get(k, k): v for k, v in own.items()}
     for vector in ("logit_scale", "logit_bias"):
         released[prefix + vector] = released[prefix + vector].reshape(C - 1)
     before = dict(released)
@@ -282,17 +270,117 @@ def test_a_checkpoint_of_other_sizes_is_refused() -> None:
         DisAlignLinear(D, C, background="last").load_state_dict(state)
 
 
-def test_a_checkpoint_of_another_form_is_refused() -> None:
-    saved = Parent(DisAlignLinear(D, C, form="interpolated", background="first")).state_dict()
-    message = r"network\.linear\.form was 'interpolated' when saved, is 'residual' here"
-    with pytest.raises(RuntimeError, match=message):
-        Parent(DisAlignLinear(D, C, background="first")).load_state_dict(saved)
-    message = r"network\.linear\.background was 'first' when saved, is 'last' here"
-    with pytest.raises(RuntimeError, match=message):
-        Parent(DisAlignLinear(D, C, form="interpolated", background="last")).load_state_dict(saved)
-    # A released checkpoint is tensors alone: what it holds is for the caller to know.
-    plain = {k: v for k, v in saved.items()}  # noqa: C416 - dict() would keep the metadata too
-    Parent(DisAlignLinear(D, C, background="first")).load_state_dict(plain)
+def test_the_form_is_in_the_state_dict() -> None:
+    saved = Parent(trained(DisAlignLinear(D, C, form="residual", background="first"))).state_dict()
+    before = {name: value.clone() for name, value in saved.items()}
+    # Metadata is lost where names are changed, or tensors alone are kept.
+    plain = {f"ema.{name}": value for name, value in saved.items()}
+    for state in (saved, {name.removeprefix("ema."): value for name, value in plain.items()}):
+        message = r"network\.linear\.form must be 'interpolated', as in this layer, got 'residual'"
+        with pytest.raises(RuntimeError, match=message):
+            Parent(DisAlignLinear(D, C, background="first")).load_state_dict(state)
+        message = r"network\.linear\.background must be 'last', as in this layer, got 'first'"
+        with pytest.raises(RuntimeError, match=message):
+            Parent(DisAlignLinear(D, C, form="residual", background="last")).load_state_dict(state)
+        Parent(DisAlignLinear(D, C, form="residual", background="first")).load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in saved.items())
+    unknown = saved | {"network.linear.calibration_form": torch.tensor([7, 0])}
+    with pytest.raises(RuntimeError, match=r"got 'code 7, 0' in the state_dict"):
+        Parent(DisAlignLinear(D, C)).load_state_dict(unknown)
+
+
+def test_no_forward_reads_the_forms_buffer_and_no_file_is_wrong_for_it() -> None:
+    layer = trained(DisAlignLinear(D, C, form="residual"))
+    x = torch.randn(N, D)
+    expected = layer(x)
+    code = layer.state_dict()["calibration_form"].clone()
+    layer.calibration_form.fill_(100)  # as averaging or to_empty might
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.state_dict()["calibration_form"], code)
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
+    assert torch.equal(layer.calibration_form, code)
+    assert layer.half().state_dict()["calibration_form"].dtype == torch.int8
+    averaged = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(layer)
+    DisAlignLinear(D, C, form="residual").load_state_dict(averaged.module.state_dict())
+    with torch.device("meta"):
+        empty = DisAlignLinear(D, C, form="residual")
+    state = layer.float().state_dict()
+    empty.load_state_dict(state, assign=True)
+    assert torch.equal(empty(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "segmentation"])
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_version_0_1_0_load_as_before(kind: str, form: str) -> None:
+    file = Path(__file__).parent / "data" / "version_0_1_0.pth"
+    saved = torch.load(file, weights_only=True)[f"{kind} {form}"]
+    state = saved["state_dict"]
+    assert not any("calibration_form" in name for name in state)
+
+    def model(form: str) -> nn.Module:
+        options: dict[str, Any] = {"form": form}
+        if state["1.logit_scale"].numel() == 2:
+            options["background"] = "last"
+        cls = {"linear": DisAlignLinear, "cosine": DisAlignCosineLinear}.get(kind, DisAlignSegHead)
+        return nn.Sequential(nn.Identity(), cls(4, 3, **options)).eval()
+
+    loaded = model(form)
+    loaded.load_state_dict(state)
+    torch.testing.assert_close(loaded(saved["x"]), saved["out"])
+    assert loaded.state_dict()["1.calibration_form"].tolist()[0] == FORMS.index(form) ^ 1
+    other = FORMS[FORMS.index(form) ^ 1]
+    with pytest.raises(RuntimeError, match=f"1.form must be '{other}', as in this layer, got"):
+        model(other).load_state_dict(state)  # 0.1.0 kept it in the metadata
+    model(other).load_state_dict(dict(state.items()))  # which is lost here: for the caller to know
+
+
+def test_a_checkpoint_of_stage_1_says_what_it_is() -> None:
+    stage1 = nn.Sequential(nn.Linear(D, C)).state_dict()
+    model = nn.Sequential(DisAlignLinear(D, C))
+    with pytest.warns(
+        UserWarning, match=r"must have 0\.logit_scale .* got a checkpoint of stage 1"
+    ):
+        found = model.load_state_dict(stage1, strict=False)
+    assert "0.logit_scale" in found.missing_keys
+    assert torch.equal(model[0].weight, stage1["0.weight"])
+    with pytest.warns(UserWarning, match="before convert_to_disalign, or with strict=False"):  # noqa: SIM117
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict(stage1)
+
+
+MADE: dict[str, Callable[[], nn.Module]] = {
+    f"{name}, {form}, {start}": partial(cls, D, C, form=form, start=start)
+    for name, cls in (
+        ("linear", DisAlignLinear), ("cosine", DisAlignCosineLinear), ("head", DisAlignSegHead),
+    )
+    for form in FORMS
+    for start in ("identity", "released")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_initialised_on_the_meta_device(case: str) -> None:
+    torch.manual_seed(0)
+    made = MADE[case]()
+    with torch.device("meta"):
+        late = MADE[case]()
+    late.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*late.parameters(), *late.buffers()):
+            tensor.fill_(77)  # what the memory may have held
+    # PyTorch's contract: every module knows the start of its own parameters, in any order.
+    for module in reversed(list(late.modules())):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, value in made.state_dict().items():
+        found = late.state_dict()[name]
+        if value.numel() > 1 and float(value.float().std()) > 0:  # drawn at random
+            assert 0.2 < float(found.std()) / float(value.std()) < 5, name
+        elif name != "confidence_layer.bias":
+            assert torch.equal(found, value), name
+        assert (found != 77).all(), name
 
 
 # --- the losses

@@ -54,7 +54,7 @@ def test_calibration_by_count(background: str | None) -> None:
         shown = points(axes)
         np.testing.assert_allclose(shown[:, 0], COUNTS)
         np.testing.assert_allclose(shown[:, 1], values.detach().flatten().numpy(), rtol=1e-6)
-    assert figure.axes[0].get_ylabel() == "logit_scale (residual)"
+    assert figure.axes[0].get_ylabel() == "logit_scale (interpolated)"
 
 
 def test_confidence_histogram() -> None:

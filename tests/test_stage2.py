@@ -18,6 +18,7 @@ from disalign_ops.nn import (
     CrossEntropyLoss,
     DisAlignCosineLinear,
     DisAlignLinear,
+    DisAlignSegHead,
     GRWCrossEntropyLoss,
     convert_form,
     convert_to_disalign,
@@ -120,6 +121,40 @@ def test_stage_2_keeps_batch_norm_and_nothing_else_in_eval() -> None:
     assert in_eval(model.train()) == set()
 
 
+def in_training(model: nn.Module) -> set[str]:
+    norms = (nn.modules.batchnorm._BatchNorm,)
+    return {n for n, m in model.train().named_modules() if isinstance(m, norms) and m.training}
+
+
+def test_frozen_batch_norm_stays_frozen_when_it_is_converted() -> None:
+    model = convert_to_disalign(Net())
+    freeze_for_stage2(model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(converted.norm, nn.SyncBatchNorm)
+    copies = (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted)))
+    for other in copies:
+        assert in_training(other) == set()
+        assert all(not m.training for m in (other.norm, other.body[1]))
+    # A submodule alone, as Lightning and mmengine set it, and a module around the model.
+    assert in_training(converted.body) == set()
+    assert in_training(nn.Sequential(converted)) == set()
+    x, _ = batch()
+    before = converted.norm.running_mean.clone()
+    converted.train().eval().train()
+    with torch.no_grad():
+        converted.eval()(x)
+    assert torch.equal(converted.norm.running_mean, before)
+    freeze_for_stage2(converted, "train")
+    assert in_training(converted) == {"norm", "body.1"}
+
+
+def test_a_confidence_layers_own_batch_norm_goes_on_learning_when_it_is_converted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, D, 1), nn.BatchNorm2d(D), DisAlignSegHead(D, C))
+    freeze_for_stage2(model)
+    assert in_training(model) == {"2.confidence_layer.bn"}
+    assert in_training(nn.SyncBatchNorm.convert_sync_batchnorm(model)) == {"2.confidence_layer.bn"}
+
+
 def test_stage_2_of_a_cosine_head_and_of_two_heads() -> None:
     model = nn.Sequential(DisAlignCosineLinear(D, C), DisAlignLinear(C, C, bias=False))
     assert len(freeze_for_stage2(model)) == 8
@@ -146,12 +181,17 @@ def test_convert_keeps_the_classifier(backend: str, form: str) -> None:
     assert model.fc.bias is old.bias
     assert not model.fc.training
     assert torch.equal(model.fc.raw_logits(features), before)
+    torch.testing.assert_close(model(x), before, rtol=1e-6, atol=0)
+
+
+def test_convert_with_the_released_start(backend: str) -> None:
+    model = Net().eval()
+    x, _ = batch()
+    before = model(x)
+    convert_to_disalign(model, form="residual", start="released")
     after = model(x)
     assert torch.equal(after.argmax(1), before.argmax(1))
-    if form == "interpolated":
-        torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
-    else:
-        assert not torch.allclose(after, before)
+    assert (after.abs() > before.abs()).all()  # (1 + c) z
 
 
 def test_convert_by_name_dtype_device_and_bare_layer() -> None:
@@ -225,7 +265,7 @@ def test_deepcopy_and_pickle(make: Callable[[], nn.Module]) -> None:
 
 def test_repr() -> None:
     text = repr(DisAlignLinear(D, C, form="interpolated", background="last"))
-    assert "in_features=5, out_features=9, form='interpolated', background='last'" in text
+    assert "in_features=5, out_features=9, form='interpolated', background='last', start=" in text
 
 
 def test_compiled_without_a_graph_break() -> None:

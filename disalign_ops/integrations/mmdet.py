@@ -38,14 +38,14 @@ class DisAlignLinear(dnn.DisAlignLinear):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"form": "interpolated", "background": "last", **options})
+        super().__init__(*arguments, **{"background": "last", **options})
 
 
 class DisAlignCosineLinear(dnn.DisAlignCosineLinear):
     """The same of `disalign_ops.nn.DisAlignCosineLinear`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"form": "interpolated", "background": "last", **options})
+        super().__init__(*arguments, **{"background": "last", **options})
 
 
 register(MODELS)

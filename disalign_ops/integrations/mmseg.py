@@ -19,8 +19,8 @@ from mmseg.models import decode_heads
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .._nn_dense import ConfidenceConvolution
-from .._nn_form import Calibration
+from .._nn_dense import ConfidenceConvolution, DisAlignSegHead
+from .._nn_form import Calibration, Form, Start
 from ..errors import ArgumentError
 from ..functional import calibrate
 from ..upsample import UpsampleDetails, upsample_cross_entropy
@@ -72,23 +72,21 @@ class FusedLoss:
 class _DisAlignHead(FusedLoss, Calibration):
     """What `disalign_head` adds to a decode head."""
 
-    background = None
+    _confidence_range = DisAlignSegHead._confidence_range
 
-    def __init__(self, *arguments: Any, form: str = "interpolated", **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, form: Form = "interpolated", start: Start = "identity",
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*arguments, **options)
-        if form not in ("interpolated", "residual"):
-            raise ArgumentError(f"form is {form!r}, needed is 'interpolated' or 'residual'")
         head: Any = self
-        self.form = form
-        classes = head.conv_seg.out_channels
-        self.logit_scale = nn.Parameter(torch.ones(1, classes, 1, 1))
-        self.logit_bias = nn.Parameter(torch.zeros(1, classes, 1, 1))
+        self._add_calibration((1, head.conv_seg.out_channels, 1, 1), form, None, start, {})
         self.confidence_layer = ConfidenceConvolution(head.conv_seg.in_channels, {})
 
     def cls_seg(self, feat: Tensor) -> Tensor:
         """Calibrated logits, at the resolution of `feat`."""
         return calibrate(
-            super().cls_seg(feat), self.confidence_layer(feat), self.logit_scale,  # type: ignore[misc]
+            super().cls_seg(feat), self._confidence(feat), self.logit_scale,  # type: ignore[misc]
             self.logit_bias, form=self.form,
         )  # fmt: skip
 
@@ -100,9 +98,10 @@ def disalign_head(head: type[nn.Module]) -> type[nn.Module]:
         head: a class of BaseDecodeHead whose forward ends in `cls_seg`, as all of `HEADS` do, which
             are registered already.
 
-    The class has its name with "DisAlign" before it, its arguments, and `form`. Parameters have the
-    released names (conv_seg, logit_scale, logit_bias, confidence_layer.conv and .bn), so that a
-    checkpoint of stage 1 loads. Logits are calibrated at low resolution, in training and inference.
+    The class has its name with "DisAlign" before it, its arguments, and `form` and `start` of
+    `disalign_ops.nn.DisAlignSegHead`. Parameters have the released names (conv_seg, logit_scale,
+    logit_bias, confidence_layer.conv and .bn), so that a checkpoint of stage 1 loads. Logits are
+    calibrated at low resolution, in training and inference.
     Raises ArgumentError: no class with cls_seg.
     """
     if not isinstance(head, type) or not hasattr(head, "cls_seg"):

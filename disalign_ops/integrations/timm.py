@@ -7,18 +7,20 @@ from typing import Any
 from torch import nn
 
 from .. import nn as dnn
+from .._nn_form import Background, Form, Start
 from ..class_stats import Counts
 from ..errors import ArgumentError
 
 
 def disalign_timm_model(
-    model: nn.Module, *, form: str = "residual", background: str | None = None
-) -> nn.Module:
+    model: nn.Module, *, form: Form = "interpolated", background: Background = None,
+    start: Start = "identity",
+) -> nn.Module:  # fmt: skip
     """Swaps the classifier of a timm model for a DisAlignLinear that keeps its weights, in place.
 
     Args:
         model: from timm.create_model, its `get_classifier()` an nn.Linear.
-        form, background: as in `disalign_ops.nn.DisAlignLinear`.
+        form, background, start: as in `disalign_ops.nn.DisAlignLinear`.
 
     Returns the model; `get_classifier()` finds the new layer. Raises ArgumentError: a model without
     get_classifier, or whose classifier is none (num_classes=0), several, or no nn.Linear.
@@ -33,7 +35,9 @@ def disalign_timm_model(
             f"model has the classifier {type(classifier).__name__}, needed is one nn.Linear "
             "(num_classes above 0)"
         )
-    return dnn.convert_to_disalign(model, form=form, name=names[0], background=background)
+    return dnn.convert_to_disalign(
+        model, form=form, name=names[0], background=background, start=start
+    )
 
 
 class GRWLoss(dnn.GRWCrossEntropyLoss):
