@@ -269,7 +269,7 @@ def test_the_mean_confidence_is_that_of_a_training_batch() -> None:
         layer.train()(x)
     assert layer.mean_confidence() is None
     step(layer, x)
-    mean = float(layer.confidence_layer(x).sigmoid().mean())
+    mean = float(layer.confidence_layer(x).detach().sigmoid().mean())
     assert layer.mean_confidence() == pytest.approx(mean)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert other.mean_confidence() == pytest.approx(mean)
@@ -277,7 +277,7 @@ def test_the_mean_confidence_is_that_of_a_training_batch() -> None:
         layer(-x)
     assert layer.mean_confidence() == pytest.approx(mean)
     layer(-x)
-    mean = float(layer.confidence_layer(-x).sigmoid().mean())
+    mean = float(layer.confidence_layer(-x).detach().sigmoid().mean())
     assert layer.mean_confidence() == pytest.approx(mean)
     frozen = dnn.DisAlignLinear(D, C).requires_grad_(False)
     frozen(x)
