@@ -24,7 +24,7 @@ from pages_data import RENDERED
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -118,10 +118,10 @@ def cached_regions(model: Any, pages: list[Page], epochs: int, step: Step) -> tu
 
 
 def train_rows(
-    loss: Callable[[Tensor, Tensor], Tensor], parameters: list[nn.Parameter],
-    rows: tuple[Tensor, Tensor], epochs: int, rate: float,
+    loss: Callable[[Tensor, Tensor], Tensor], parameters: list[Any],
+    rows: tuple[Tensor, Tensor], epochs: int, rate: float | list[float],
 ) -> None:  # fmt: skip
-    """Adam with a one-cycle rate over the cached regions."""
+    """Adam with a one-cycle rate, or one a group, over the cached regions."""
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.Adam(parameters)
     total = epochs * -(-len(rows[0]) // 512)
@@ -252,14 +252,17 @@ def main() -> None:
         plain = model.roi_heads.box_predictor
         disalign = DisAlignFastRCNNPredictor.from_predictor(copy.deepcopy(plain))
         model.roi_heads.box_predictor = disalign
-        learned = freeze_for_stage2(model)
+        freeze_for_stage2(model)
         passes = 2
         rows = cached_regions(model, data.train, passes, task("regions", passes * steps))
         lap("regions")
         weight = grw_weights(data.counts, options.rho, background="first")
         layer = disalign.cls_score
-        train_rows(lambda x, t: layer.loss(x, t, weight=weight), learned, rows,
-                   options.stage2_epochs, 1e-2)  # fmt: skip
+        # Features are never negative: a smaller rate for the confidence, see docs/two_stages.md.
+        groups_of = [{"params": [layer.logit_scale, layer.logit_bias]},
+                     {"params": list(layer.confidence_layer.parameters())}]  # fmt: skip
+        train_rows(lambda x, t: layer.loss(x, t, weight=weight), groups_of, rows,
+                   options.stage2_epochs, [1e-2, 1e-3])  # fmt: skip
         lap("stage 2")
         prior = prior_of(data.counts)
         retrained = copy.deepcopy(plain).requires_grad_(True)
@@ -285,6 +288,7 @@ def main() -> None:
         best = max(results, key=lambda n: float(results[n][f"{kind} AP"].mean()))
         rare = max(results, key=lambda n: float(results[n][f"{kind} AP"][groups[0]].mean()))
         console.print(f"best AP: {best}; best AP of rare classes: {rare}")
+    console.print(f"mean confidence of stage 2's last batches: {layer.mean_confidence():.2f}")
     console.print(f"{len(rows[0]):,} regions cached, {rows[0].numel() * 4 / 2**20:.0f} MiB")
     laps = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"{laps}; everything {sum(seconds.values()):.0f} s")

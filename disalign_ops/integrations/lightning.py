@@ -26,7 +26,8 @@ class DisAlignStage2(Callback):  # type: ignore[misc]
 
     The model is frozen in `setup`, before optimizers are made; configure_optimizers may take all
     parameters that require a gradient. validation_step returns a dictionary with "logits" (N, C)
-    and "target" (N,); logged are val/overall, val/many, val/medium and val/few, over all ranks.
+    and "target" (N,); logged are val/overall, val/many, val/medium and val/few, over all ranks, and
+    confidence, the DisAlign layers' `mean_confidence()` on rank 0.
     """
 
     def __init__(self, counts: Counts, bn: str = "eval") -> None:
@@ -55,6 +56,10 @@ class DisAlignStage2(Callback):  # type: ignore[misc]
         for name, value in self._metric.compute().items():
             if name in ("overall", "many", "medium", "few") and _is_number(value):
                 pl_module.log(f"val/{name}", float(value), rank_zero_only=True)
+        means = [layer.mean_confidence() for layer in dnn._layers(pl_module)]
+        known = [mean for mean in means if mean is not None]
+        if known:
+            pl_module.log("confidence", sum(known) / len(known), rank_zero_only=True)
 
 
 def _is_number(value: Any) -> bool:

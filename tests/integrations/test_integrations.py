@@ -300,7 +300,8 @@ def test_the_callback_freezes_and_logs() -> None:
     target = data.tensors[1]
     right = (module.layer(data.tensors[0]).argmax(1) == target).float()
     found = trainer.callback_metrics
-    assert set(found) == {"val/overall", "val/many", "val/medium", "val/few"}
+    assert set(found) == {"val/overall", "val/many", "val/medium", "val/few", "confidence"}
+    assert 0 < float(found["confidence"]) < 1
     close(found["val/overall"], right.mean())
     close(found["val/few"], right[target == 2].mean())
     with pytest.raises(ArgumentError, match="needed is a dictionary"):
