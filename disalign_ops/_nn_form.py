@@ -155,12 +155,13 @@ class Calibration(nn.Module):
     def _note_confidence(self, confidence: Any) -> None:
         """Where the confidence learns, remembers its mean and warns if it has collapsed."""
         if (
-            isinstance(confidence, Tensor)
+            type(confidence) is Tensor  # not a proxy, nor a fake or distributed one
             and self.training
             and confidence.requires_grad
             and confidence.numel()
             and not torch.compiler.is_compiling()
             and not torch._C._get_tracing_state()
+            and not torch._C._len_torch_dispatch_stack()
             and not torch._C._are_functorch_transforms_active()
             and self._watch.note(confidence)
             and confidence.is_cpu  # elsewhere it is looked at in `train`, which may wait
@@ -217,9 +218,10 @@ def _saved_form(code: Tensor | None, metadata: dict[str, Any]) -> dict[str, Any]
     """
     if code is None or code.is_meta:
         return {name: metadata[name] for name in ("form", "background") if name in metadata}
-    form, background = (int(k) for k in code.flatten()[:2])
-    unknown = f"code {form}, {background}"
-    return {
-        "form": _FORMS[form] if 0 <= form < len(_FORMS) else unknown,
-        "background": _BACKGROUNDS[background] if 0 <= background < len(_BACKGROUNDS) else unknown,
-    }
+    codes = code.flatten().tolist()
+    known = (_FORMS, _BACKGROUNDS)
+    if len(codes) != 2 or not all(
+        0 <= k < len(names) for k, names in zip(codes, known, strict=True)
+    ):
+        return {"form": f"code {codes}"}
+    return {"form": _FORMS[codes[0]], "background": _BACKGROUNDS[codes[1]]}

@@ -284,9 +284,10 @@ def test_the_form_is_in_the_state_dict() -> None:
             Parent(DisAlignLinear(D, C, form="residual", background="last")).load_state_dict(state)
         Parent(DisAlignLinear(D, C, form="residual", background="first")).load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in saved.items())
-    unknown = saved | {"network.linear.calibration_form": torch.tensor([7, 0])}
-    with pytest.raises(RuntimeError, match=r"got 'code 7, 0' in the state_dict"):
-        Parent(DisAlignLinear(D, C)).load_state_dict(unknown)
+    for code in ([7, 0], [0, -1], [0]):
+        unknown = saved | {"network.linear.calibration_form": torch.tensor(code)}
+        with pytest.raises(RuntimeError, match=r"got 'code \[.*\]' in the state_dict"):
+            Parent(DisAlignLinear(D, C)).load_state_dict(unknown)
 
 
 def test_no_forward_reads_the_forms_buffer_and_no_file_is_wrong_for_it() -> None:

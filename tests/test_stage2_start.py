@@ -326,6 +326,21 @@ def test_elsewhere_than_on_the_cpu_nothing_is_waited_for(monkeypatch: pytest.Mon
         layer.eval()
 
 
+def test_where_values_do_not_exist_nothing_is_looked_at() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = dnn.DisAlignLinear(D, C)
+        layer(torch.randn(N, D))
+    assert layer.mean_confidence() is None
+    layer = collapsed(lambda: dnn.DisAlignLinear(D, C), -9.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.func.vmap(layer)(torch.randn(2, N, D))
+        torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(N, D))
+    assert layer.mean_confidence() is None
+
+
 def test_a_sweep_warns_too() -> None:
     model = nn.Sequential(collapsed(lambda: dnn.DisAlignLinear(D, C), -20.0))
     x, target = torch.randn(N, D), torch.randint(0, C, (N,))
