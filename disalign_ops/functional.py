@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from . import _autograd, _backends, _layouts, _shortcut, reference
 from ._arguments import (
     Normalizer,
+    check_bool,
     check_choice,
     check_input,
     check_integer,
@@ -23,6 +24,8 @@ from ._arguments import (
     check_target,
     class_vector,
     given_denominator,
+    given_reduction,
+    is_probability,
     positions_shape,
     row_vector,
 )
@@ -31,7 +34,6 @@ from .errors import ArgumentError
 
 _FORMS = ("interpolated", "residual")
 _BACKGROUNDS = (None, "first", "last")
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(slots=True)
@@ -148,7 +150,8 @@ def disalign_cross_entropy(
     Args:
         input, target, weight, ...: as in `cross_entropy`.
         confidence: (N,) or (N, 1), for (N, C, d1, ...) input (N, d1, ...) or (N, 1, d1, ...):
-            before the sigmoid; c = sigmoid(confidence).
+            before the sigmoid; c = sigmoid(confidence). Of a probability p it is torch.logit(p).
+            A probability passed as it is stays unnoticed unless autograd's graph shows the sigmoid.
         scale, bias: (C,) or what broadcasts to it ((1, C), (1, C, 1, 1), one number a tensor).
         form: "interpolated", c (scale z + bias) + (1 - c) z: the paper's definition and the
             released detection and segmentation heads. "residual", (1 + c scale) z + c bias: the
@@ -242,8 +245,10 @@ def given_calibration(
     classes = check_input(input) if classes is None else classes
     dtype = reference.accumulate_dtype(input.dtype)
     foreground = classes - (background is not None)
-    a = class_vector("scale", scale, foreground, input, dtype, learned=True)
-    b = class_vector("bias", bias, foreground, input, dtype, learned=True)
+    a, b = (
+        class_vector(name, value, foreground, input, dtype, learned=True, background=background)
+        for name, value in (("scale", scale), ("bias", bias))
+    )
     c = row_vector("confidence", confidence, input, positions_shape(input), dtype, learned=True)
     for name, vector in (("scale", a), ("bias", b), ("confidence", c)):
         if vector is None:
@@ -251,6 +256,11 @@ def given_calibration(
     assert a is not None
     assert b is not None
     assert c is not None
+    if is_probability(c):
+        raise ArgumentError(
+            "confidence must be what goes into the sigmoid, got the output of a sigmoid: it is "
+            "applied here, to what a layer gives; of a probability p pass torch.logit(p)"
+        )
     return a, b, c
 
 
@@ -296,7 +306,8 @@ class Checked:
 
 def checked(input: Tensor, classes: int, options: Options) -> Checked:
     """Everything of `options` that does not depend on the positions."""
-    check_choice("reduction", options.reduction, _REDUCTIONS)
+    options.reduction = given_reduction(options.reduction)
+    check_bool("inplace_backward", options.inplace_backward)
     ignore_index = check_integer("ignore_index", options.ignore_index)
     smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     gamma = check_number("focal_gamma", options.focal_gamma, 0.0)

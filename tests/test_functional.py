@@ -228,7 +228,12 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 CALIBRATION_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"form": "both"}, ArgumentError, "form is 'both', needed is one of 'interpolated', 'resid"),
     ({"background": 0}, ArgumentError, "background is 0, needed is one of None, 'first', 'last'"),
-    ({"background": "last"}, ArgumentError, "scale has 5 entries, the logits have 4 classes"),
+    (
+        {"background": "last"},
+        ArgumentError,
+        r"scale must have one entry a calibrated class \(4: background='last' leaves out one of "
+        r"5\), got 5 entries",
+    ),
     ({"scale": torch.ones(4)}, ArgumentError, "scale has 4 entries, the logits have 5 classes"),
     ({"scale": None}, ArgumentError, "scale is None, needed is a tensor"),
     ({"bias": torch.ones(2, 5)}, ArgumentError, r"bias has shape \(2, 5\), the logits have 5"),
