@@ -177,7 +177,7 @@ def test_dtensors_go_to_torch(mesh: Any, compiled: bool) -> None:
 
     z, t = torch.randn(4, 9), torch.tensor([0, 3, 2, 3])
     for placement in (Shard(0), Replicate()):
-        # torch 2.13 cannot compile the backward of its own function here.
+        # torch 2.13 fails to compile the backward of its own function after an earlier group.
         z_d = distribute_tensor(z, mesh, [placement]).requires_grad_(not compiled)
         t_d = distribute_tensor(t, mesh, [placement])
         with disalign_ops.replace_cross_entropy():
