@@ -79,6 +79,19 @@ def ranks() -> Names:
     }
 
 
+def sharded() -> Names:
+    """A model, and a mesh of the same group."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from disalign_ops import nn as dnn
+
+    names = ranks()
+    model = nn.Module()
+    model.head = dnn.DisAlignLinear(8, 50)
+    mesh = init_device_mesh("cpu", (1,))
+    return names | {"mesh": mesh, "model": model, "weight": torch.rand(50)}
+
+
 def trained() -> Names:
     """What is there after training, and a released checkpoint of a layer of the same size."""
     from disalign_ops import nn as dnn
@@ -105,6 +118,7 @@ STAND_INS: dict[str, Callable[[], Names]] = {
     "Classes divided over processes": ranks,
     "Around the loss": trained,
     "class_parallel.md": ranks,
+    "integrations.md": sharded,
 }
 
 

@@ -6,8 +6,11 @@ Each check names the argument, what was given and what is needed.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,25 +32,105 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ArgumentError(f"{name} is {value!r}, needed is one of {needed}")
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
+def python_number(name: str, value: Any, needed: str) -> Any:
+    """`value` as an int or a float; numpy's numbers and 0-d tensors on the CPU are read.
+
+    A tensor on another device is refused: reading it would wait for the device. Symbolic numbers
+    are left as they are. A bool is not a number.
+    """
+    if isinstance(value, Tensor | np.generic | np.ndarray):
+        if value.ndim:
+            raise ArgumentTypeError(
+                f"{name} must be {needed}, got a {type(value).__name__} of shape "
+                f"{_shape(value.shape)}"
+            )
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                raise ArgumentError(
+                    f"{name} must be {needed}, got a tensor on {value.device}: reading it waits "
+                    f"for the device; pass {name}.item()"
+                )
+            _no_gradient(name, value)
+        given, value = value, value.item()
+    else:
+        given = value
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | torch.SymInt | torch.SymFloat
+    ):
+        raise ArgumentTypeError(f"{name} must be {needed}, got {_described(given)}")
+    return value
+
+
+def _described(value: object) -> str:
+    """A value and its type, for messages; a value that takes many characters is left out."""
+    dtype = f" of {value.dtype}" if isinstance(value, Tensor | np.ndarray) else ""
+    text = repr(value)
+    kind = f"a {type(value).__name__}{dtype}"
+    return f"{text} ({kind})" if len(text) <= 60 and "\n" not in text else kind
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> float:
+    """`value` as a float from low to high; see `python_number` for what is taken."""
     if type(value) is float and low <= value <= high:
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a number")
-    if not low <= value <= high:
+    number = python_number(name, value, "a number")
+    if not low <= number <= high:
         needed = f"a number from {low} to {high}" if high < math.inf else f"a number >= {low}"
-        raise ArgumentError(f"{name} is {value}, needed is {needed}")
-    return float(value)
+        raise ArgumentError(f"{name} must be {needed}, got {number}")
+    return torch.sym_float(number)  # type: ignore[no-any-return]
 
 
-def check_integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is an integer")
+def check_integer(name: str, value: object) -> int:
+    """`value` as an int that int64 holds; see `python_number` for what is taken."""
+    number = value if type(value) is int else python_number(name, value, "an integer")
+    if isinstance(number, torch.SymInt):
+        return number  # type: ignore[return-value]
+    if not isinstance(number, int):
+        raise ArgumentTypeError(f"{name} must be an integer, got {_described(value)}")
+    if not -(2**63) <= number < 2**63:
+        raise ArgumentError(
+            f"{name} must be in the range of int64, -2**63 to 2**63 - 1, got {number}"
+        )
+    return number
+
+
+def given_reduction(value: object) -> str:
+    """The reduction's name; a deprecated one of PyTorch's becomes today's."""
+    if isinstance(value, str) and value == "elementwise_mean":
+        torch.nn._reduction.get_enum(value)  # which warns
+        return "mean"
+    check_choice("reduction", value, ("mean", "sum", "none"))
+    return str(value)
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def is_dtensor(value: object) -> bool:
+    if type(value) in _PLAIN_TENSORS or not isinstance(value, Tensor):
+        return False
+    # Importing the module takes a second; a DTensor exists only after something else imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def check_tensor(name: str, value: object) -> Tensor:
+    """A tensor of this process; a DTensor is refused."""
     if not isinstance(value, Tensor):
-        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a torch.Tensor")
+        hint = ""
+        if isinstance(value, Mapping):
+            keys = [key for key in ("out", "logits") if isinstance(value.get(key), Tensor)]
+            hint = f"; of this output pass [{keys[0]!r}]" if keys else ""
+        raise ArgumentTypeError(
+            f"{name} is a {type(value).__name__}, needed is a torch.Tensor{hint}"
+        )
+    if is_dtensor(value):
+        raise ArgumentTypeError(
+            f"{name} must be a torch.Tensor, got a DTensor. Of a layer that FSDP shards, forward "
+            "alone gathers the parameters: torch.distributed.fsdp.register_fsdp_forward_method("
+            "layer, 'loss') makes another method do so too. Logits or heads whose classes are "
+            f"sharded go to the class_parallel losses. Otherwise pass {name}.full_tensor()"
+        )
     return value
 
 
@@ -89,10 +172,12 @@ def check_image(input: Tensor) -> int:
 
 def check_size(size: object) -> tuple[int, int]:
     """(H, W), both above 0."""
-    if isinstance(size, list | tuple) and len(size) == 2:
-        height, width = size
-        whole = all(isinstance(n, int | torch.SymInt) and n is not True for n in size)
-        if whole and height > 0 and width > 0:
+    if isinstance(size, Sequence | np.ndarray) and not isinstance(size, str) and len(size) == 2:
+        try:
+            height, width = (check_integer("size", n) for n in size)
+        except ArgumentTypeError:  # say what the whole of it is
+            height = width = 0
+        if height > 0 and width > 0:
             return height, width
     raise ArgumentError(f"size is {size!r}, needed is (height, width), integers above 0")
 
@@ -125,7 +210,7 @@ def check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
             raise ArgumentError(
                 f"target holds class probabilities ({target.dtype}) of shape "
                 f"{_shape(target.shape)}, needed is the input's shape {_shape(input.shape)}; "
-                "class indices have an integer dtype"
+                "class indices have an integer dtype, as target.long() has"
             )
         return
     if target.dtype not in TARGET_DTYPES:
@@ -136,8 +221,23 @@ def check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
     if target.shape != shape:
         raise ArgumentError(
             f"target has shape {_shape(target.shape)}, needed is {_shape(shape)} for an input of "
-            f"shape {_shape(input.shape)}"
+            f"shape {_shape(input.shape)}{target_hint(input, target)}"
         )
+
+
+def target_hint(input: Tensor, target: Tensor) -> str:
+    """What a target of the wrong shape may have been meant as, and the way out; or nothing."""
+    shape, classes = target.shape, input.shape[0 if input.dim() == 1 else 1]
+    if input.dim() > 2 and shape == input.shape[:-1]:
+        return "; where the input's classes are its last dimension, pass input.movedim(-1, 1)"
+    if input.dim() == 1 or target.dim() != input.dim() or shape[0] != input.shape[0]:
+        return ""
+    for dim, entries in ((1, shape[1]), (-1, shape[-1])):
+        if entries == 1:
+            return f"; of a mask with a dimension of its channel pass target.squeeze({dim})"
+        if entries == classes:
+            return f"; of a one-hot target pass target.argmax({dim})"
+    return ""
 
 
 def _no_gradient(name: str, value: Tensor) -> None:
@@ -155,15 +255,29 @@ def _same_device(name: str, value: Tensor, input: Tensor) -> None:
         )
 
 
+def _is_number(value: object, input: Tensor) -> bool:
+    """Whether a value is to be read, and not computed with where it is."""
+    if isinstance(value, Tensor):
+        elsewhere = value.device != input.device
+        return not value.dim() and value.is_cpu and (elsewhere or not value.is_floating_point())
+    return isinstance(value, int | float | np.generic) or (
+        isinstance(value, np.ndarray) and not value.ndim
+    )
+
+
 def class_vector(
     name: str, value: object, classes: int, input: Tensor, dtype: torch.dtype,
-    *, exact: bool = False, learned: bool = False,
+    *, exact: bool = False, learned: bool = False, background: str | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """A (C,) vector of `dtype`. Unless `exact`, what broadcasts to (C,) is taken: (1,), (1, C)."""
+    """A (C,) vector of `dtype`. Unless `exact`, what broadcasts to (C,) is taken: (1,), (1, C).
+
+    background: of the calibration that has one entry a class but for that column.
+    """
     if value is None:
         return None
     if (
-        isinstance(value, Tensor)
+        type(value) in _PLAIN_TENSORS
+        and isinstance(value, Tensor)
         and value.shape == (classes,)
         and value.dtype == dtype
         and value.device == input.device
@@ -171,8 +285,9 @@ def class_vector(
         and (learned or not value.requires_grad)
     ):
         return value  # the common case, before every check that it passes
-    if not exact and isinstance(value, int | float) and not isinstance(value, bool):
-        return torch.full((classes,), float(value), dtype=dtype, device=input.device)
+    if not exact and _is_number(value, input):
+        number = check_number(name, value, -math.inf)
+        return torch.full((classes,), number, dtype=dtype, device=input.device)
     vector = check_tensor(name, value)
     if not vector.is_floating_point():
         raise ArgumentTypeError(f"{name} has dtype {vector.dtype}, needed is a floating dtype")
@@ -182,6 +297,11 @@ def class_vector(
     entries = vector.numel()
     if (exact and vector.dim() != 1) or (entries != classes and (exact or entries != 1)):
         what = f"{entries} entries" if vector.dim() == 1 else f"shape {_shape(vector.shape)}"
+        if background is not None:
+            raise ArgumentError(
+                f"{name} must have one entry a calibrated class ({classes}: background="
+                f"{background!r} leaves out one of {classes + 1}), got {what}"
+            )
         raise ArgumentError(f"{name} has {what}, the logits have {classes} classes")
     if vector.dim() > 1 and max(vector.shape) != entries:
         raise ArgumentError(
@@ -203,7 +323,8 @@ def row_vector(
     if value is None:
         return None
     if (
-        isinstance(value, Tensor)
+        type(value) in _PLAIN_TENSORS
+        and isinstance(value, Tensor)
         and value.dim() == 1
         and value.shape == shape
         and value.dtype == dtype
@@ -227,12 +348,28 @@ def row_vector(
     return vector.reshape(-1).to(dtype).contiguous()
 
 
+_VIEWS = ("Squeeze", "Unsqueeze", "View", "Reshape", "UnsafeView", "Select", "ToCopy", "Clone")
+
+
+def is_probability(confidence: Tensor) -> bool:
+    """Whether a sigmoid is the last that made it, which the graph of a tensor with gradients tells.
+
+    Values do not tell, and reading them would wait for the device.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    made_by = confidence.grad_fn
+    while made_by is not None and type(made_by).__name__.startswith(_VIEWS):
+        made_by = made_by.next_functions[0][0]
+    return type(made_by).__name__ == "SigmoidBackward0"
+
+
 def given_denominator(normalizer: Normalizer, input: Tensor) -> str | Tensor:
     """The name of a denominator, or the caller's number as a float64 0-d tensor."""
     if isinstance(normalizer, str):
         check_choice("normalizer", normalizer, ("weights", "valid", "count"))
         return normalizer
-    if isinstance(normalizer, Tensor):
+    if isinstance(normalizer, Tensor) and not _is_number(normalizer, input):
         if normalizer.numel() != 1:
             raise ArgumentError(
                 f"normalizer has shape {_shape(normalizer.shape)}, needed is a single number"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._arguments import check_bool
+from ._arguments import check_bool, check_integer, check_tensor
 from ._nn_form import Calibration, Form, Start
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
@@ -68,6 +68,8 @@ class DisAlignSegHead(Calibration):
     ) -> None:  # fmt: skip
         super().__init__()
         check_bool("align_corners", align_corners)
+        in_channels = check_integer("in_channels", in_channels)
+        num_classes = check_integer("num_classes", num_classes)
         if in_channels < 1 or num_classes < 1:
             raise ArgumentError(
                 f"in_channels is {in_channels}, num_classes {num_classes}: needed is at least 1"
@@ -91,6 +93,8 @@ class DisAlignSegHead(Calibration):
                 f"features have shape {tuple(features.shape)}, needed is "
                 f"(N, {self.in_channels}, h, w)"
             )
+        if type(features) is Tensor:
+            check_tensor("logit_scale", self.logit_scale)
         logits: Tensor = self.conv_seg(self.dropout(features))
         return logits
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
-from ._arguments import check_number
+from ._arguments import check_integer, check_number, check_tensor
 from ._linear import smallest_norm
 from ._nn_form import Background, Calibration, ConfidenceLinear, Form, Start
 from .errors import ArgumentError
@@ -29,6 +29,8 @@ class _DisAlign(Calibration):
         form: Form, background: Background, start: Start, factory: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
+        in_features = check_integer("in_features", in_features)
+        out_features = check_integer("out_features", out_features)
         foreground = out_features - (background is not None)
         if in_features < 1 or foreground < 1:
             raise ArgumentError(
@@ -64,10 +66,16 @@ class _DisAlign(Calibration):
         """Of a cosine classifier; a linear one has none."""
         return None
 
+    def _check_gathered(self, x: Tensor) -> None:
+        """Raises for a weight that FSDP has sharded; a DTensor x goes with a DTensor weight."""
+        if type(x) is Tensor:
+            check_tensor("weight", self.weight)
+
     def _checked_raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             needed = f"(..., {self.in_features})"
             raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
+        self._check_gathered(x)
         return self._raw(x)
 
     def raw_logits(self, x: Tensor) -> Tensor:
@@ -102,6 +110,7 @@ class _DisAlign(Calibration):
         if x.dim() < 1 or x.dim() > 2 or x.shape[-1] != self.in_features:
             needed = f"(N, {self.in_features}): flatten x and target to rows"
             raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
+        self._check_gathered(x)
         if not torch.compiler.is_compiling() and not target.is_floating_point():
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _autograd
+from ._arguments import is_probability
 from ._layouts import WHOLE, Extension
 from ._ops import NORMALIZERS, OPTIONS, REDUCTIONS, ROW
 
@@ -77,6 +78,7 @@ def is_plain(
             )
         )
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
         and type(label_smoothing) is float
         and 0.0 <= label_smoothing <= 1.0
     )
@@ -99,6 +101,7 @@ def is_plain_calibration(
         and _is_vector(scale, input, calibrated)
         and _is_vector(bias, input, calibrated)
         and (_is_vector(confidence, input, (rows,)) or _is_vector(confidence, input, (rows, 1)))
+        and not is_probability(confidence)
     )
 
 

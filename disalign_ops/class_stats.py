@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ._arguments import python_number
 from .count_files import read_counts
 
 __all__ = [
@@ -261,9 +262,7 @@ def _classes(mask: torch.Tensor) -> str:
 
 
 def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), needs a number")
-    return float(value)
+    return float(python_number(name, value, "a number"))
 
 
 def _non_negative(name: str, value: float) -> float:

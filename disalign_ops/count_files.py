@@ -22,6 +22,8 @@ from typing import Any, Literal, NoReturn, TypeAlias
 import numpy as np
 import torch
 
+from ._arguments import check_integer
+
 __all__ = ["read_counts"]
 
 Number: TypeAlias = int | float
@@ -80,8 +82,7 @@ def read_counts(
     if count not in ("image", "instance", "pixel"):
         raise ValueError(f"count is {count!r}, needs one of 'image', 'instance', 'pixel'")
     if num_classes is not None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes is {num_classes!r}, needs an integer or None")
+        num_classes = check_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, needs at least 1")
     path = Path(path)

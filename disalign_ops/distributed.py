@@ -25,6 +25,7 @@ from ._arguments import (
     check_integer,
     check_target,
     check_tensor,
+    is_dtensor,
     positions_shape,
     row_vector,
 )
@@ -218,7 +219,7 @@ def class_parallel_disalign_linear_cross_entropy(
 
 def _offset(shard_offset: int | None) -> int | None:
     if shard_offset is not None:
-        check_integer("shard_offset", shard_offset)
+        shard_offset = check_integer("shard_offset", shard_offset)
         if shard_offset < 0:
             raise ArgumentError(f"shard_offset is {shard_offset}, needed is 0 or above")
     return shard_offset
@@ -230,12 +231,12 @@ class _Shard:
     """
 
     def __init__(self, local_logits: Tensor, group: Any, shard_offset: int | None) -> None:
-        check_tensor("local_logits", local_logits)
-        if _is_dtensor(local_logits):
+        if is_dtensor(local_logits):
             if group is not None:
                 raise ArgumentError("group is given, and a DTensor, which has its own mesh")
             group = _class_group(local_logits)
             local_logits = _local(local_logits)
+        check_tensor("local_logits", local_logits)
         if local_logits.dim() not in (1, 2):
             raise ArgumentError(
                 f"local_logits has shape {tuple(local_logits.shape)}, needed is (N, C_rank) or "
@@ -286,17 +287,9 @@ def _loss(
     return functional.output(like, loss, shape if options.reduction == "none" else None)
 
 
-def _is_dtensor(value: Any) -> bool:
-    if type(value) is Tensor or not isinstance(value, Tensor):
-        return False
-    from torch.distributed.tensor import DTensor  # which takes a second to import
-
-    return isinstance(value, DTensor)
-
-
 def _local(value: Any) -> Any:
     """A DTensor's local part; anything else as it is."""
-    return value.to_local() if _is_dtensor(value) else value
+    return value.to_local() if is_dtensor(value) else value
 
 
 def _class_group(logits: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from . import _autograd, _backends, _layouts, _shortcut, reference
 from ._arguments import (
     Normalizer,
+    check_bool,
     check_choice,
     check_input,
     check_integer,
@@ -23,6 +24,8 @@ from ._arguments import (
     check_target,
     class_vector,
     given_denominator,
+    given_reduction,
+    is_probability,
     positions_shape,
     row_vector,
 )
@@ -31,7 +34,6 @@ from .errors import ArgumentError
 
 _FORMS = ("interpolated", "residual")
 _BACKGROUNDS = (None, "first", "last")
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass(slots=True)
@@ -148,7 +150,8 @@ def disalign_cross_entropy(
     Args:
         input, target, weight, ...: as in `cross_entropy`.
         confidence: (N,) or (N, 1), for (N, C, d1, ...) input (N, d1, ...) or (N, 1, d1, ...):
-            before the sigmoid; c = sigmoid(confidence).
+            before the sigmoid; c = sigmoid(confidence). Of a probability p it is torch.logit(p).
+            A probability passed as it is stays unnoticed unless autograd's graph shows the sigmoid.
         scale, bias: (C,) or what broadcasts to it ((1, C), (1, C, 1, 1), one number a tensor).
         form: "interpolated", c (scale z + bias) + (1 - c) z: the paper's definition and the
             released detection and segmentation heads. "residual", (1 + c scale) z + c bias: the
@@ -242,8 +245,10 @@ def given_calibration(
     classes = check_input(input) if classes is None else classes
     dtype = reference.accumulate_dtype(input.dtype)
     foreground = classes - (background is not None)
-    a = class_vector("scale", scale, foreground, input, dtype, learned=True)
-    b = class_vector("bias", bias, foreground, input, dtype, learned=True)
+    a, b = (
+        class_vector(name, value, foreground, input, dtype, learned=True, background=background)
+        for name, value in (("scale", scale), ("bias", bias))
+    )
     c = row_vector("confidence", confidence, input, positions_shape(input), dtype, learned=True)
     for name, vector in (("scale", a), ("bias", b), ("confidence", c)):
         if vector is None:
@@ -251,6 +256,11 @@ def given_calibration(
     assert a is not None
     assert b is not None
     assert c is not None
+    if is_probability(c):
+        raise ArgumentError(
+            "confidence must be what goes into the sigmoid, got the output of a sigmoid: it is "
+            "applied here, to what a layer gives; of a probability p pass torch.logit(p)"
+        )
     return a, b, c
 
 
@@ -296,8 +306,9 @@ class Checked:
 
 def checked(input: Tensor, classes: int, options: Options) -> Checked:
     """Everything of `options` that does not depend on the positions."""
-    check_choice("reduction", options.reduction, _REDUCTIONS)
-    check_integer("ignore_index", options.ignore_index)
+    options.reduction = given_reduction(options.reduction)
+    check_bool("inplace_backward", options.inplace_backward)
+    ignore_index = check_integer("ignore_index", options.ignore_index)
     smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     gamma = check_number("focal_gamma", options.focal_gamma, 0.0)
     dtype = reference.accumulate_dtype(input.dtype)
@@ -306,7 +317,7 @@ def checked(input: Tensor, classes: int, options: Options) -> Checked:
         class_vector("prior", options.prior, classes, input, dtype),
         class_vector("margin", options.margin, classes, input, dtype),
         given_denominator(options.normalizer, input),
-        (options.ignore_index, smoothing, gamma),
+        (ignore_index, smoothing, gamma),
     )
 
 
@@ -348,7 +359,7 @@ def loss(
     in_place = options.inplace_backward and _layouts.check_in_place(input, flat_logits, copied)
     if backend != "reference":
         if backend == "triton":
-            check_classes(target, classes, options.ignore_index)
+            check_classes(target, classes, given.numbers[0])
         loss = _autograd.loss(
             operators_of(stem, backend),
             (
@@ -368,7 +379,7 @@ def loss(
         if probabilities:
             loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
         else:
-            check_classes(target, classes, options.ignore_index)
+            check_classes(target, classes, given.numbers[0])
             loss = reference.cross_entropy(
                 _layouts.rows(input),
                 target,
@@ -404,12 +415,13 @@ def _soft_loss(
         if getattr(options, name) is not None:
             raise ArgumentError(f"{name} is given, and target holds class probabilities: needed "
                                 "are class indices")  # fmt: skip
-    if options.focal_gamma:
+    ignore_index, smoothing, gamma = given.numbers
+    if gamma:
         raise ArgumentError("focal_gamma is given, and target holds class probabilities: needed "
                             "are class indices")  # fmt: skip
-    if options.ignore_index >= 0:
+    if ignore_index >= 0:
         raise ArgumentError(
-            f"ignore_index is {options.ignore_index}, and target holds class probabilities: no "
+            f"ignore_index is {ignore_index}, and target holds class probabilities: no "
             "position can be ignored"
         )
     return reference.soft_cross_entropy(
@@ -418,7 +430,7 @@ def _soft_loss(
         **vectors,
         reduction=options.reduction,
         normalizer=given.normalizer,
-        label_smoothing=given.numbers[1],
+        label_smoothing=smoothing,
     )
 
 

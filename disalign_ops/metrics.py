@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ._arguments import check_integer
 from .class_stats import Counts, _as_counts
 
 __all__ = ["LongTailAccuracy", "split_classes"]  # LongTailAccuracyMetric would need torchmetrics
@@ -66,14 +67,14 @@ class _Tally:
         cls, train_counts: Counts, topk: Iterable[int], many: float, few: float, ignore_index: int
     ) -> _Tally:
         n = _as_counts(train_counts, "train_counts")
-        ks = (topk,) if isinstance(topk, int) else tuple(topk)
+        single = isinstance(topk, int) or getattr(topk, "ndim", 1) == 0
+        ks = tuple(check_integer("topk", k) for k in ((topk,) if single else topk))  # type: ignore[union-attr]
         for k in ks:
-            if isinstance(k, bool) or not isinstance(k, int):
-                raise TypeError(f"topk has {k!r}, needs integers")
             if not 1 <= k <= n.numel():
                 raise ValueError(f"topk has {k}, needs 1 to {n.numel()} (the number of classes)")
         masks = dict(zip(("many", "medium", "few"), _split(n, many, few), strict=True))
-        return cls(n.numel(), tuple(sorted({1, *ks})), masks, ignore_index)
+        ignored = check_integer("ignore_index", ignore_index)
+        return cls(n.numel(), tuple(sorted({1, *ks})), masks, ignored)
 
     def zeros(self) -> torch.Tensor:
         """Counters: a row of hits for every k, then samples, then predictions; (K + 2, C)."""

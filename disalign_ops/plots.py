@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import class_stats
+from ._arguments import check_integer
 from ._nn_form import Calibration
 from .class_stats import Counts
 from .errors import ArgumentError
@@ -158,6 +159,7 @@ def _binned(probabilities: Tensor, target: Tensor, bins: int) -> tuple[Tensor, T
             f"probabilities has shape {tuple(probabilities.shape)}, target {tuple(target.shape)}: "
             "needed are (N, C) and (N,), N above 0"
         )
+    bins = check_integer("bins", bins)
     if bins < 1:
         raise ArgumentError(f"bins is {bins}, needed is 1 or more")
     p, predicted = probabilities.detach().cpu().double().max(1)

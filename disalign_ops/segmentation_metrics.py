@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from ._arguments import check_integer
 from .class_stats import Counts, _as_counts, _classes
 from .metrics import _sum_over_ranks
 
@@ -112,15 +113,11 @@ class SegmentationIoU:
         split: Split | Literal["ade20k"] | None = None,
         ignore_index: int = 255,
     ) -> None:
-        for name, value in (("num_classes", num_classes), ("ignore_index", ignore_index)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r} ({type(value).__name__}), needs an integer")
+        num_classes = check_integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, needs 1 or more")
-        if not -(2**63) <= ignore_index < 2**63:
-            raise ValueError(f"ignore_index is {ignore_index}, needs a number that int64 holds")
         self._num_classes = num_classes
-        self._ignore_index = ignore_index
+        self._ignore_index = check_integer("ignore_index", ignore_index)
         self._splits = _splits(num_classes, counts, split)
         self._confusion: torch.Tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 

@@ -18,6 +18,7 @@ from ._arguments import (
     check_target,
     class_vector,
     row_vector,
+    target_hint,
 )
 from ._ops import UPSAMPLE
 from .errors import ArgumentError
@@ -109,6 +110,7 @@ def upsample_cross_entropy(
     shape = _target_shape(input, target)
     check_target(input, target, shape)
     given = checked(input, classes, options)
+    ignore_index = given.numbers[0]
     if ignore_index == 255 and classes > 255 and not torch.compiler.is_compiling():
         warnings.warn(
             f"ignore_index is 255, and the logits have {classes} classes: class 255 is ignored; "
@@ -127,7 +129,7 @@ def upsample_cross_entropy(
             operators_of(UPSAMPLE, backend),
             (input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v),
             (*given.numbers, align_corners, return_details),
-            reduction,
+            options.reduction,
             given.normalizer,
             in_place,
         )
@@ -148,11 +150,11 @@ def upsample_cross_entropy(
                 u, target, weight=given.weight, sample_weight=v, **rest
             )
             details = (each.detach(), *reference.details(u.detach(), target, ignore_index))
-    result = output(input, loss, shape if reduction == "none" else None)
+    result = output(input, loss, shape if options.reduction == "none" else None)
     if not return_details:
         return result
     position_loss, probability, prediction = (t.reshape(shape) if t.numel() else t for t in details)
-    if reduction == "none":
+    if options.reduction == "none":
         position_loss = result.detach()
     return UpsampleDetails(result, position_loss, probability, prediction)
 
@@ -205,9 +207,10 @@ def _target_shape(input: Tensor, target: Tensor) -> torch.Size:
         check_class_indices(target)
     if not isinstance(target, Tensor) or target.dim() != 3 or target.shape[0] != input.shape[0]:
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        hint = target_hint(input, target) if isinstance(target, Tensor) else ""
         raise ArgumentError(
             f"target is {given}, needed is (N, H, W) with N = {input.shape[0]} for an input of "
-            f"shape {tuple(input.shape)}"
+            f"shape {tuple(input.shape)}{hint}"
         )
     if 0 in target.shape[1:]:
         raise ArgumentError(f"target has shape {tuple(target.shape)}: it has no positions")

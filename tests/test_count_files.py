@@ -467,8 +467,8 @@ def test_a_missing_file_stays_file_not_found(tmp_path) -> None:
     [
         ({"count": "images"}, ValueError, "count is 'images', needs one of 'image', 'instance'"),
         ({"num_classes": 0}, ValueError, "num_classes is 0, needs at least 1"),
-        ({"num_classes": 2.0}, TypeError, "num_classes is 2.0, needs an integer or None"),
-        ({"num_classes": True}, TypeError, "num_classes is True, needs an integer or None"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an integer, got 2.0"),
+        ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
     ],
 )
 def test_wrong_arguments(tmp_path, options, error, message) -> None:

@@ -194,10 +194,10 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": torch.ones(1, 5)}, ArgumentError, r"weight has shape \(1, 5\), the logits have 5"),
     ({"weight": T}, ArgumentTypeError, "weight has dtype torch.int64, needed is a floating dtype"),
     ({"reduction": "avg"}, ArgumentError, "reduction is 'avg', needed is one of 'mean', 'sum'"),
-    ({"label_smoothing": 1.5}, ArgumentError, "label_smoothing is 1.5, needed is a number from 0"),
-    ({"label_smoothing": None}, ArgumentTypeError, "label_smoothing is a NoneType, needed is a"),
-    ({"ignore_index": None}, ArgumentTypeError, "ignore_index is a NoneType, needed is an integer"),
-    ({"focal_gamma": -1.0}, ArgumentError, "focal_gamma is -1.0, needed is a number >= 0"),
+    ({"label_smoothing": 1.5}, ArgumentError, "label_smoothing must be a number from 0.0 to 1"),
+    ({"label_smoothing": None}, ArgumentTypeError, "label_smoothing must be a number, got None"),
+    ({"ignore_index": None}, ArgumentTypeError, "ignore_index must be an integer, got None"),
+    ({"focal_gamma": -1.0}, ArgumentError, "focal_gamma must be a number >= 0.0, got -1.0"),
     ({"sample_weight": torch.ones(2)}, ArgumentError, r"sample_weight has shape \(2,\), needed is"),
     ({"sample_weight": T}, ArgumentTypeError, "sample_weight has dtype torch.int64"),
     ({"normalizer": "all"}, ArgumentError, "normalizer is 'all', needed is one of 'weights', 'va"),
@@ -228,7 +228,12 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 CALIBRATION_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"form": "both"}, ArgumentError, "form is 'both', needed is one of 'interpolated', 'resid"),
     ({"background": 0}, ArgumentError, "background is 0, needed is one of None, 'first', 'last'"),
-    ({"background": "last"}, ArgumentError, "scale has 5 entries, the logits have 4 classes"),
+    (
+        {"background": "last"},
+        ArgumentError,
+        r"scale must have one entry a calibrated class \(4: background='last' leaves out one of "
+        r"5\), got 5 entries",
+    ),
     ({"scale": torch.ones(4)}, ArgumentError, "scale has 4 entries, the logits have 5 classes"),
     ({"scale": None}, ArgumentError, "scale is None, needed is a tensor"),
     ({"bias": torch.ones(2, 5)}, ArgumentError, r"bias has shape \(2, 5\), the logits have 5"),

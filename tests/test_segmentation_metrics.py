@@ -378,15 +378,11 @@ def test_a_mask_given_may_change_later() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_classes": 3.0}, TypeError, r"num_classes is 3.0 \(float\), needs an integer"),
-        ({"num_classes": True}, TypeError, r"num_classes is True \(bool\), needs an integer"),
+        ({"num_classes": 3.0}, TypeError, "num_classes must be an integer, got 3.0"),
+        ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
         ({"num_classes": 0}, ValueError, "num_classes is 0, needs 1 or more"),
-        ({"ignore_index": None}, TypeError, r"ignore_index is None \(NoneType\), needs an integer"),
-        (
-            {"ignore_index": 2**63},
-            ValueError,
-            f"ignore_index is {2**63}, needs a number that int64",
-        ),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index must be in the range of int64"),
         (
             {"counts": [1, 2, 3], "split": ([0], [1], [2])},
             ValueError,
