@@ -6,8 +6,9 @@ Each check names the argument, what was given and what is needed.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,20 +30,66 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ArgumentError(f"{name} is {value!r}, needed is one of {needed}")
 
 
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
+def python_number(name: str, value: Any, needed: str) -> Any:
+    """`value` as an int or a float; numpy's numbers and 0-d tensors on the CPU are read.
+
+    A tensor on another device is refused: reading it would wait for the device. Symbolic numbers
+    are left as they are. A bool is not a number.
+    """
+    if isinstance(value, Tensor | np.generic | np.ndarray):
+        if value.ndim:
+            raise ArgumentTypeError(
+                f"{name} must be {needed}, got a {type(value).__name__} of shape "
+                f"{_shape(value.shape)}"
+            )
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                raise ArgumentError(
+                    f"{name} must be {needed}, got a tensor on {value.device}: reading it waits "
+                    f"for the device; pass {name}.item()"
+                )
+            _no_gradient(name, value)
+        given, value = value, value.item()
+    else:
+        given = value
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | torch.SymInt | torch.SymFloat
+    ):
+        raise ArgumentTypeError(f"{name} must be {needed}, got {_described(given)}")
+    return value
+
+
+def _described(value: object) -> str:
+    """A value and its type, for messages; a value that takes many characters is left out."""
+    dtype = f" of {value.dtype}" if isinstance(value, Tensor | np.ndarray) else ""
+    text = repr(value)
+    kind = f"a {type(value).__name__}{dtype}"
+    return f"{text} ({kind})" if len(text) <= 60 and "\n" not in text else kind
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> float:
+    """`value` as a float from low to high; see `python_number` for what is taken."""
     if type(value) is float and low <= value <= high:
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a number")
-    if not low <= value <= high:
+    number = python_number(name, value, "a number")
+    if not low <= number <= high:
         needed = f"a number from {low} to {high}" if high < math.inf else f"a number >= {low}"
-        raise ArgumentError(f"{name} is {value}, needed is {needed}")
-    return float(value)
+        raise ArgumentError(f"{name} must be {needed}, got {number}")
+    return torch.sym_float(number)  # type: ignore[no-any-return]
 
 
-def check_integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is an integer")
+def check_integer(name: str, value: object) -> int:
+    """`value` as an int that int64 holds; see `python_number` for what is taken."""
+    number = python_number(name, value, "an integer")
+    if isinstance(number, torch.SymInt):
+        return number  # type: ignore[return-value]
+    if not isinstance(number, int):
+        raise ArgumentTypeError(f"{name} must be an integer, got {_described(value)}")
+    if not -(2**63) <= number < 2**63:
+        raise ArgumentError(
+            f"{name} must be in the range of int64, -2**63 to 2**63 - 1, got {number}"
+        )
+    return int(number)
 
 
 def check_tensor(name: str, value: object) -> Tensor:

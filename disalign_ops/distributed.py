@@ -218,7 +218,7 @@ def class_parallel_disalign_linear_cross_entropy(
 
 def _offset(shard_offset: int | None) -> int | None:
     if shard_offset is not None:
-        check_integer("shard_offset", shard_offset)
+        shard_offset = check_integer("shard_offset", shard_offset)
         if shard_offset < 0:
             raise ArgumentError(f"shard_offset is {shard_offset}, needed is 0 or above")
     return shard_offset

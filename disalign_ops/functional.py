@@ -297,7 +297,7 @@ class Checked:
 def checked(input: Tensor, classes: int, options: Options) -> Checked:
     """Everything of `options` that does not depend on the positions."""
     check_choice("reduction", options.reduction, _REDUCTIONS)
-    check_integer("ignore_index", options.ignore_index)
+    ignore_index = check_integer("ignore_index", options.ignore_index)
     smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     gamma = check_number("focal_gamma", options.focal_gamma, 0.0)
     dtype = reference.accumulate_dtype(input.dtype)
@@ -306,7 +306,7 @@ def checked(input: Tensor, classes: int, options: Options) -> Checked:
         class_vector("prior", options.prior, classes, input, dtype),
         class_vector("margin", options.margin, classes, input, dtype),
         given_denominator(options.normalizer, input),
-        (options.ignore_index, smoothing, gamma),
+        (ignore_index, smoothing, gamma),
     )
 
 
@@ -348,7 +348,7 @@ def loss(
     in_place = options.inplace_backward and _layouts.check_in_place(input, flat_logits, copied)
     if backend != "reference":
         if backend == "triton":
-            check_classes(target, classes, options.ignore_index)
+            check_classes(target, classes, given.numbers[0])
         loss = _autograd.loss(
             operators_of(stem, backend),
             (
@@ -368,7 +368,7 @@ def loss(
         if probabilities:
             loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
         else:
-            check_classes(target, classes, options.ignore_index)
+            check_classes(target, classes, given.numbers[0])
             loss = reference.cross_entropy(
                 _layouts.rows(input),
                 target,
@@ -404,12 +404,13 @@ def _soft_loss(
         if getattr(options, name) is not None:
             raise ArgumentError(f"{name} is given, and target holds class probabilities: needed "
                                 "are class indices")  # fmt: skip
-    if options.focal_gamma:
+    ignore_index, smoothing, gamma = given.numbers
+    if gamma:
         raise ArgumentError("focal_gamma is given, and target holds class probabilities: needed "
                             "are class indices")  # fmt: skip
-    if options.ignore_index >= 0:
+    if ignore_index >= 0:
         raise ArgumentError(
-            f"ignore_index is {options.ignore_index}, and target holds class probabilities: no "
+            f"ignore_index is {ignore_index}, and target holds class probabilities: no "
             "position can be ignored"
         )
     return reference.soft_cross_entropy(
@@ -418,7 +419,7 @@ def _soft_loss(
         **vectors,
         reduction=options.reduction,
         normalizer=given.normalizer,
-        label_smoothing=given.numbers[1],
+        label_smoothing=smoothing,
     )
 
 

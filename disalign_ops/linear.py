@@ -147,7 +147,7 @@ class Linear:
     ) -> None:  # fmt: skip
         check_dtype("features", check_tensor("features", features))
         check_tensor("linear_weight", weight)
-        check_integer("chunk_bytes", chunk_bytes)
+        chunk_bytes = check_integer("chunk_bytes", chunk_bytes)
         if chunk_bytes < 1:
             raise ArgumentError(f"chunk_bytes is {chunk_bytes}, needed is an integer above 0")
         if features.dim() not in (1, 2):
@@ -211,7 +211,7 @@ class Linear:
         rate = check_number("sample_rate", rate, 0.0, 1.0)
         if rate == 0:
             raise ArgumentError("sample_rate is 0, needed is a number above it, to 1")
-        check_integer("ignore_index", ignore_index)
+        ignore_index = check_integer("ignore_index", ignore_index)
         check_target(self.logits, target, positions_shape(self.logits))
         first = ranks.first if ranks else 0
         return Sample.draw(target.reshape(-1), first, self.classes, ignore_index, rate, generator)
@@ -262,7 +262,7 @@ def linear_loss(
         return _whole_loss(head, target, calibration, options)
     given = functional.checked(logits, head.classes, options)
     if ranks is None:
-        functional.check_classes(target, head.classes, options.ignore_index, asserted=False)
+        functional.check_classes(target, head.classes, given.numbers[0], asserted=False)
     dtype = accumulate_dtype(logits.dtype)
     a, b, c = calibration or (None, None, None)
     sample_weight = row_vector("sample_weight", options.sample_weight, logits, shape, dtype)

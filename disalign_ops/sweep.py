@@ -84,8 +84,7 @@ def sweep_rho(
     Source: Zhang et al., "Distribution Alignment", CVPR 2021, sections 3.3 and 4.
     """
     layer = _layer_of(model)
-    check_integer("epochs", epochs)
-    check_integer("batch_size", batch_size)
+    epochs, batch_size = check_integer("epochs", epochs), check_integer("batch_size", batch_size)
     lr, momentum = check_number("lr", lr, 0.0), check_number("momentum", momentum, 0.0)
     if epochs < 1 or batch_size < 1:
         raise ArgumentError(f"epochs is {epochs}, batch_size {batch_size}: needed is 1 or more")

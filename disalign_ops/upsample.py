@@ -109,6 +109,7 @@ def upsample_cross_entropy(
     shape = _target_shape(input, target)
     check_target(input, target, shape)
     given = checked(input, classes, options)
+    ignore_index = given.numbers[0]
     if ignore_index == 255 and classes > 255 and not torch.compiler.is_compiling():
         warnings.warn(
             f"ignore_index is 255, and the logits have {classes} classes: class 255 is ignored; "

@@ -254,14 +254,14 @@ def test_dense_logits() -> None:
 def test_wrong_arguments() -> None:
     for wrong, match in (
         (lambda: losses.cosface(scale=0.0), "gain is 0"),
-        (lambda: losses.cosface(margin=-1.0), "margin is -1"),
+        (lambda: losses.cosface(margin=-1.0), "margin must be a number >= 0.0, got -1"),
         (lambda: losses.ldam([3, 0, 2]), "counts is zero for class 1"),
         (lambda: losses.seesaw(0), "classes is 0"),
         (lambda: losses.seesaw(C)(torch.randn(2, 3), torch.tensor([0, 1])), r"needed is \(N, 7\)"),
-        (lambda: losses.label_aware_smoothing(COUNTS, 1.5), "smooth_head is 1.5"),
+        (lambda: losses.label_aware_smoothing(COUNTS, 1.5), "smooth_head must be a number from"),
         (lambda: losses.label_aware_smoothing(COUNTS, shape="round"), "shape is 'round'"),  # type: ignore[arg-type]
         (lambda: losses.label_aware_smoothing(COUNTS, label_smoothing=0.1), "does not take it"),
-        (lambda: losses.vs(COUNTS, gamma=-1.0), "gamma is -1"),
+        (lambda: losses.vs(COUNTS, gamma=-1.0), "gamma must be a number >= 0.0, got -1"),
     ):
         with pytest.raises(ValueError, match=match):
             wrong()

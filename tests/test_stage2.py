@@ -287,7 +287,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "negative": (
         lambda: DisAlignCosineLinear(D, C, scale_init=-1.0),
-        "scale_init is -1.0, needed is a number >= 0.0",
+        "scale_init must be a number >= 0.0, got -1.0",
     ),
     "features": (
         lambda: DisAlignLinear(D, C)(torch.randn(N, D + 1)),
@@ -361,5 +361,5 @@ def test_errors(case: str) -> None:
 
 
 def test_scale_init_that_is_no_number() -> None:
-    with pytest.raises(ArgumentTypeError, match="scale_init is a str, needed is a number"):
+    with pytest.raises(ArgumentTypeError, match="scale_init must be a number, got"):
         DisAlignCosineLinear(D, C, scale_init="20")
