@@ -92,6 +92,15 @@ def check_integer(name: str, value: object) -> int:
     return int(number)
 
 
+def given_reduction(value: object) -> str:
+    """The reduction's name; a deprecated one of PyTorch's becomes today's."""
+    if isinstance(value, str) and value == "elementwise_mean":
+        torch.nn._reduction.get_enum(value)  # which warns
+        return "mean"
+    check_choice("reduction", value, ("mean", "sum", "none"))
+    return str(value)
+
+
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a torch.Tensor")
