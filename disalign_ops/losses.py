@@ -393,10 +393,17 @@ class SeesawLoss(CrossEntropyLoss):
         t, valid = class_indices(target, self.ignore_index)
         t = torch.where(valid, t, 0)
         counting = self.training and not _in_backward()
+        keeping = counting and _may_be_repeated()
         with torch.no_grad():
             # log p_j - log max(p_t, eps), from the loss of the target: no softmax is made.
             nll = functional.cross_entropy(input, t, reduction="none")
-            seen = self._seen(t, valid, nll, counting)
+            seen = self.cumulative_samples
+            if counting:
+                seen = seen.index_add(0, t, valid.to(seen.dtype))
+                if keeping:
+                    self._first_passes.append((nll, seen))
+            elif self.training:
+                seen = self._seen_before(nll)
             own = (-nll).clamp(min=math.log(self.eps)) if self.eps else -nll
             z_t = input.gather(1, t[:, None])
             factor = (input - (z_t + (nll + own)[:, None])).clamp_(min=0.0).mul_(self.q)
@@ -408,25 +415,20 @@ class SeesawLoss(CrossEntropyLoss):
             self.cumulative_samples.copy_(seen)
         return loss
 
-    def _seen(self, target: Tensor, valid: Tensor, nll: Tensor, counting: bool) -> Tensor:
-        """N with this batch, of a repeated pass that of the first; targets and losses are (N,)."""
-        seen = self.cumulative_samples
-        if counting:
-            seen = seen.index_add(0, target, valid.to(seen.dtype))
-            if not torch.compiler.is_compiling() and _may_be_repeated():
-                self._first_passes.append((nll, seen))
-        elif self.training:
-            # The nearest one, so that a sum in another order does no harm; chosen on the device.
-            known = [
-                (losses, n) for losses, n in self._first_passes
-                if losses.shape == nll.shape and losses.device == nll.device
-            ]  # fmt: skip
-            if len(known) == 1:
-                return known[0][1]
-            if known:
-                apart = (torch.stack([losses for losses, _ in known]) - nll).abs().nan_to_num_()
-                seen = torch.stack([n for _, n in known])[apart.sum(1).argmin()]
-        return seen
+    def _seen_before(self, nll: Tensor) -> Tensor:
+        """The counts that the first pass with these losses (N,) had; without one, today's.
+
+        It is the nearest one, so that sums in another order do no harm, and is chosen on the
+        device, without a synchronisation.
+        """
+        known = [
+            (losses, seen) for losses, seen in self._first_passes
+            if losses.shape == nll.shape and losses.device == nll.device
+        ]  # fmt: skip
+        if not known:
+            return self.cumulative_samples
+        apart = (torch.stack([losses for losses, _ in known]) - nll).abs().nan_to_num_().sum(1)
+        return torch.stack([seen for _, seen in known])[apart.argmin()]
 
 
 def _in_backward() -> bool:
@@ -438,6 +440,8 @@ def _may_be_repeated() -> bool:
     """Whether torch.utils.checkpoint may run this pass: without gradients, or with hooks on what
     autograd saves.
     """
+    if torch.compiler.is_compiling():
+        return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None or not torch.is_grad_enabled()
 
