@@ -67,11 +67,11 @@ class Vectors:
 
 def local_target(target: Tensor, first: int, classes: int, ignore_index: int) -> Tensor:
     """Targets (N,) as a shard of `classes` classes from `first` on has them: int64."""
-    t = target.to(torch.int64)
+    t, valid = reference.class_indices(target, ignore_index)
     local = t - first
     here = (local >= 0) & (local < classes)
     local = torch.where(here, local, ELSEWHERE)
-    return torch.where(t == ignore_index, IGNORED, local)
+    return torch.where(valid, local, IGNORED)
 
 
 def target_weight(weight: Tensor | None, target: Tensor, like: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class Call:
     @property
     def valid(self) -> Tensor:
         """Which rows count."""
-        return self.target != self.ignore_index
+        return reference.class_indices(self.target, self.ignore_index)[1]
 
     def local_target(self, rows: slice, first: int, classes: int) -> Tensor:
         return local_target(self.target[rows], first, classes, self.ignore_index)

@@ -446,7 +446,7 @@ def check_classes(
     if not on_cpu and asserted:
         return
     flat = target.reshape(-1)
-    bad = ((flat < 0) | (flat >= classes)) & (flat != ignore_index)
+    bad = reference.no_class(flat, classes, ignore_index)
     if not on_cpu:
         torch._assert_async(~bad.any(), f"target is no class of {classes}")
         return

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ._arguments import check_integer
 from .class_stats import Counts, _as_counts
+from .reference import class_indices
 
 __all__ = ["LongTailAccuracy", "split_classes"]  # LongTailAccuracyMetric would need torchmetrics
 
@@ -84,8 +85,7 @@ class _Tally:
     def count(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The counters of one batch, on the batch's device."""
         self._check(prediction, target)
-        target = target.long()  # before comparing: -100 wraps to class 156 in uint8
-        keep = target != self.ignore_index
+        target, keep = class_indices(target, self.ignore_index)
         target = target[keep]
         self._check_range("target", target)
         prediction = prediction[keep]

@@ -12,55 +12,128 @@ Where the features x are at hand, `layer.loss(x, target, weight=criterion.weight
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
-from ._arguments import check_choice
+from ._arguments import (
+    Normalizer,
+    check_bool,
+    check_choice,
+    check_class_indices,
+    check_input,
+    check_integer,
+    check_number,
+    check_tensor,
+    given_denominator,
+    given_reduction,
+)
 from ._nn_dense import DisAlignSegHead as DisAlignSegHead
 from ._nn_form import Background, Calibration, Form, Start
 from ._nn_linear import DisAlignCosineLinear as DisAlignCosineLinear
 from ._nn_linear import DisAlignLinear as DisAlignLinear
-from .class_stats import Counts, grw_weights
-from .errors import ArgumentError
+from .class_stats import Counts, _as_counts, grw_weights
+from .errors import ArgumentError, ArgumentTypeError
 from .upsample import UpsampleDetails, upsample_cross_entropy
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`disalign_ops.cross_entropy` as a module; takes the place of `nn.CrossEntropyLoss`.
 
-    Arguments, shapes, dtypes and errors as in `disalign_ops.cross_entropy`; they are checked when
-    it is called. `weight`, and `prior` and `margin` where they are tensors, are buffers: they move
-    with `.to()`. The state_dict is nn.CrossEntropyLoss's: `weight` alone.
+    Arguments, shapes, dtypes and errors as in `disalign_ops.cross_entropy`; they are checked here,
+    and against the logits when it is called. `weight`, and `prior` and `margin` where they are
+    tensors, are buffers: they move with `.to()`. The state_dict is nn.CrossEntropyLoss's: `weight`
+    alone.
     """
 
     prior: Tensor | None
     margin: Tensor | float | None
+    normalizer: Normalizer
+
+    # What print shows: the arguments of a subclass (_made_of), and the options whose values differ
+    # from _defaults, without those that the subclass derives from its arguments.
+    _made_of: dict[str, object] = {}  # noqa: RUF012 - replaced in `_keep`, never changed
+    _defaults: ClassVar[dict[str, object]] = {
+        "weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0,
+        "normalizer": "weights", "prior": None, "margin": None, "focal_gamma": 0.0,
+        "inplace_backward": False,
+    }  # fmt: skip
+    _derived: ClassVar[tuple[str, ...]] = ()
+    _needs_indices: bool = False  # probabilities as targets have no meaning
+    _classes: int | None = None  # as counts have them
 
     def __init__(
         self, weight: Tensor | None = None, size_average: bool | None = None,
         ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
-        label_smoothing: float = 0.0, *, normalizer: str | float = "weights",
+        label_smoothing: float = 0.0, *, normalizer: Normalizer = "weights",
         prior: Tensor | None = None, margin: Tensor | float | None = None,
         focal_gamma: float = 0.0, inplace_backward: bool = False,
     ) -> None:  # fmt: skip
+        if weight is not None:
+            check_tensor("weight", weight)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.reduction = given_reduction(self.reduction)
+        self.ignore_index = check_integer("ignore_index", ignore_index)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+        self.focal_gamma = check_number("focal_gamma", focal_gamma, 0.0)
+        self.normalizer = _normalizer(normalizer)
+        check_bool("inplace_backward", inplace_backward)
+        self.inplace_backward = inplace_backward
         for name, value in (("prior", prior), ("margin", margin)):
-            if value is None or isinstance(value, Tensor):
+            if value is None or (isinstance(value, Tensor) and value.is_floating_point()):
                 self.register_buffer(name, value, persistent=False)
             else:
-                setattr(self, name, value)
-        self.normalizer = normalizer
-        self.focal_gamma = focal_gamma
-        self.inplace_backward = inplace_backward
+                setattr(self, name, check_number(name, value, -math.inf))
+        _check_vectors(weight=self.weight, prior=self.prior, margin=self.margin)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        # torch.export pairs the inputs of a root module with its _buffers by position, and counts
+        # those that are None: they go last.
+        for empty in [k for k, buffer in self._buffers.items() if buffer is None]:
+            self._buffers[empty] = self._buffers.pop(empty)
+
+    def _keep(self, counts: Counts | None = None, **arguments: object) -> None:
+        """Keeps the arguments of a subclass, for print and for errors about the logits' classes."""
+        if counts is not None:
+            n = _as_counts(counts)
+            self._classes = len(n) + (arguments.get("background") is not None)
+            arguments = {"counts": n, **arguments}
+        defaults = (None, "error", "sum_to_classes")  # of empty, background, normalize, ...
+        self._made_of = {
+            k: v for k, v in arguments.items() if isinstance(v, Tensor) or v not in defaults
+        }
+
+    def _check_call(self, input: Tensor, target: Tensor) -> None:
+        """What would else be an error about an option that the subclass made of its arguments."""
+        if self._needs_indices:
+            check_class_indices(target)
+        if self._classes is not None and (classes := check_input(input)) != self._classes:
+            but = " but the background" if "background" in self._made_of else ""
+            raise ArgumentError(
+                f"counts must have an entry for each of the logits' {classes} classes{but}, got "
+                f"{len(self._made_of['counts'])}"  # type: ignore[arg-type]
+            )
+
+    def extra_repr(self) -> str:
+        shown = dict(self._made_of)
+        for name, default in self._defaults.items():
+            value = getattr(self, name, default)
+            if name not in (*shown, *self._derived) and (
+                isinstance(value, Tensor) or value != default
+            ):
+                shown[name] = value
+        return ", ".join(f"{name}={_shown(value)}" for name, value in shown.items())
 
     def forward(
         self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
     ) -> Tensor:
+        self._check_call(input, target)
         return functional.cross_entropy(
             input, target, self.weight, None, self.ignore_index, None, self.reduction,
             self.label_smoothing, sample_weight=sample_weight, normalizer=self.normalizer,
@@ -76,11 +149,16 @@ class UpsampleCrossEntropyLoss(CrossEntropyLoss):
     align_corners. A calibration, sample_weight and return_details are given when it is called.
     """
 
+    _defaults: ClassVar[dict[str, object]] = {
+        **CrossEntropyLoss._defaults, "ignore_index": 255, "align_corners": False
+    }  # fmt: skip
+
     def __init__(
         self, weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean",
         label_smoothing: float = 0.0, *, align_corners: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(weight, None, ignore_index, None, reduction, label_smoothing, **options)
+        check_bool("align_corners", align_corners)
         self.align_corners = align_corners
 
     def forward(  # type: ignore[override]
@@ -108,6 +186,7 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
     """
 
     weight: Tensor
+    _derived = ("weight",)
 
     def __init__(
         self, counts: Counts, rho: float = 1.0,
@@ -115,12 +194,46 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
         normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
         empty: Literal["error", "zero", "max"] = "error", **options: Any,
     ) -> None:  # fmt: skip
+        rho = check_number("rho", rho, -math.inf)
         weight = grw_weights(counts, rho, normalize=normalize, empty=empty, background=background)
         super().__init__(weight, **options)
         self.rho = rho
+        self._keep(counts, rho=rho, background=background, normalize=normalize, empty=empty)
 
-    def extra_repr(self) -> str:
-        return f"classes={self.weight.numel()}, rho={self.rho}"
+
+def _normalizer(value: Normalizer) -> Normalizer:
+    """A checked normalizer; a number is Python's."""
+    given_denominator(value, value if isinstance(value, Tensor) else torch.empty(0, device="cpu"))
+    return value if isinstance(value, str | Tensor) else check_number("normalizer", value, 0.0)
+
+
+def _check_vectors(**vectors: object) -> None:
+    """Vectors with an entry a class, as far as they are known without logits."""
+    entries: dict[str, int] = {}
+    for name, vector in vectors.items():
+        if not isinstance(vector, Tensor):
+            continue
+        if not vector.is_floating_point():
+            raise ArgumentTypeError(f"{name} must have a floating dtype, got {vector.dtype}")
+        if name == "weight" and vector.dim() != 1:
+            raise ArgumentError(f"weight must have the shape (C,), got {tuple(vector.shape)}")
+        if vector.numel() != 1:
+            entries[name] = vector.numel()
+    if len({*entries.values()}) > 1:
+        found = ", ".join(f"{name} {n}" for name, n in entries.items())
+        raise ArgumentError(f"{' and '.join(entries)} must have one entry a class, got {found}")
+
+
+def _shown(value: object) -> str:
+    """For print; of a tensor what tells it from another of its kind."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return repr(value)
+    if value.is_meta or type(value) not in (Tensor, nn.Parameter):  # no values to be read
+        return f"{value.numel()} entries"
+    v = value.detach().double()
+    if v.numel() == 1:
+        return f"{float(v):g}"
+    return f"{v.numel()} entries (min {v.min():.6g}, max {v.max():.6g}, sum {v.sum():.6g})"
 
 
 def _layers(model: nn.Module) -> list[Calibration]:

@@ -21,6 +21,22 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def class_indices(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The target as int64, without a copy where it is one, and which of its positions count.
+
+    Every comparison of a target with ignore_index is this one: in uint8, -100 would be class 156
+    and 300 class 44.
+    """
+    target = target.to(torch.int64)
+    return target, target != ignore_index
+
+
+def no_class(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Where a target is neither a class nor ignored."""
+    target, valid = class_indices(target, ignore_index)
+    return ((target < 0) | (target >= classes)) & valid
+
+
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
     """u = (1 + c a) z + c b of (N, C) or (N, C, S) logits, in their accumulation dtype.
 
@@ -152,8 +168,7 @@ def position_loss(
 ) -> Tensor:
     """v [(1 - e) w_t (1 - p_t)^gamma nll + (e / C) sum_j w_j (lse - u_j)] a row; ignored: 0."""
     classes = logits.shape[1]
-    target = target.to(torch.int64)  # first: in uint8, ignore_index -100 would be class 156
-    valid = target != ignore_index
+    target, valid = class_indices(target, ignore_index)
     t = torch.where(valid, target, 0)[:, None]
     # An ignored row is replaced, not multiplied by 0: what it holds may be NaN.
     z = torch.where(valid[:, None], logits, 0.0)
@@ -201,8 +216,7 @@ def denominator(
     ignore_index: int = -100,
 ) -> Tensor:
     """What reduction 'mean' divides the summed loss by, as a float64 0-d tensor."""
-    target = target.to(torch.int64)
-    valid = target != ignore_index
+    target, valid = class_indices(target, ignore_index)
     target_weight = torch.ones(target.shape, dtype=torch.float64, device=target.device)
     if weight is not None:
         target_weight = weight[torch.where(valid, target, 0)]
@@ -323,8 +337,7 @@ def upsample_cross_entropy(
 
 def details(u: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Of u (N, C, S): softmax of the target, 0 where ignored, and the most probable class; flat."""
-    target = target.reshape(-1).to(torch.int64)
-    valid = target != ignore_index
+    target, valid = class_indices(target.reshape(-1), ignore_index)
     rows = u.movedim(1, -1).reshape(-1, u.shape[1])
     t = torch.where(valid, target, 0)[:, None]
     probability = torch.softmax(rows, 1).gather(1, t)[:, 0]

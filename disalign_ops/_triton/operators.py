@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from .._ops import SHARD_VALUES
-from ..reference import IGNORED, accumulate_dtype
+from ..reference import IGNORED, accumulate_dtype, class_indices
 from . import launch
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
 from .call import (
@@ -173,8 +173,8 @@ def _target_logits(given: Given) -> Tensor:
     that needs it has read it.
     """
     logits = given.logits
-    t = given.target.reshape(-1).to(torch.int64)
-    t = torch.where(t == given.ignore_index, 0, t)
+    t, valid = class_indices(given.target.reshape(-1), given.ignore_index)
+    t = torch.where(valid, t, 0)
     if logits.dim() == 2:
         z = logits.gather(1, t[:, None])
     else:

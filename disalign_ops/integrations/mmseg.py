@@ -23,6 +23,7 @@ from .._nn_dense import ConfidenceConvolution, DisAlignSegHead
 from .._nn_form import Calibration, Form, Start
 from ..errors import ArgumentError
 from ..functional import calibrate
+from ..reference import class_indices
 from ..upsample import UpsampleDetails, upsample_cross_entropy
 from ._openmm import GRWCrossEntropyLoss as GRWCrossEntropyLoss
 from ._openmm import register
@@ -62,7 +63,7 @@ class FusedLoss:
                 term, prediction = term.loss, term.prediction
             found[loss.loss_name] = found.get(loss.loss_name, 0) + loss.loss_weight * term
         # mmseg's accuracy, of the same shape: 100 of no positions.
-        counted = target != self.ignore_index
+        counted = class_indices(target, self.ignore_index)[1]
         right = ((prediction == target) & counted).sum(dtype=torch.float32).reshape(1)
         tiny = torch.finfo(torch.float32).eps
         found["acc_seg"] = 100 * (right + tiny) / (counted.sum() + tiny)
