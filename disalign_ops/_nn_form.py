@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+
+def is_recorded(features: Tensor) -> bool:
+    """Whether torch.fx or torch.jit.trace makes a graph, for features of any number."""
+    return isinstance(features, torch.fx.Proxy) or torch.jit.is_tracing()
 
 
 class Calibration(nn.Module):
