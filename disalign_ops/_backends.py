@@ -75,6 +75,11 @@ def _load(library: Path, note: str, probe: str) -> str | None:
     return None
 
 
+def is_automatic() -> bool:
+    """Whether nobody chose a backend."""
+    return _state.backend == "auto"
+
+
 def serving(device: torch.device) -> str:
     """The backend that a tensor on `device` goes to: "native", "triton" or "reference".
 

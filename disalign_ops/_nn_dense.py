@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._arguments import check_bool, check_integer, check_tensor
-from ._nn_form import Calibration, Form, Start
+from ._nn_form import Calibration, Form, Start, is_recorded
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
 
@@ -88,7 +88,9 @@ class DisAlignSegHead(Calibration):
 
     def raw_logits(self, features: Tensor) -> Tensor:
         """Logits (N, C, h, w) before the calibration: those of stage 1."""
-        if features.dim() != 4 or features.shape[1] != self.in_channels:
+        if not is_recorded(features) and (
+            features.dim() != 4 or features.shape[1] != self.in_channels
+        ):
             raise ArgumentError(
                 f"features have shape {tuple(features.shape)}, needed is "
                 f"(N, {self.in_channels}, h, w)"

@@ -84,6 +84,11 @@ class ConfidenceWatch:
         )
 
 
+def is_recorded(features: Tensor) -> bool:
+    """Whether torch.fx or torch.jit.trace makes a graph, for features of any number."""
+    return isinstance(features, torch.fx.Proxy) or torch.jit.is_tracing()
+
+
 class Calibration(nn.Module):
     """A module with logit_scale, logit_bias and confidence_layer, read in a form.
 

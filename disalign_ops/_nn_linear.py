@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import functional
 from ._arguments import check_integer, check_number, check_tensor
 from ._linear import smallest_norm
-from ._nn_form import Background, Calibration, ConfidenceLinear, Form, Start
+from ._nn_form import Background, Calibration, ConfidenceLinear, Form, Start, is_recorded
 from .errors import ArgumentError
 from .linear import CHUNK_BYTES, disalign_linear_cross_entropy
 
@@ -72,7 +72,7 @@ class _DisAlign(Calibration):
             check_tensor("weight", self.weight)
 
     def _checked_raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dim() < 1 or x.shape[-1] != self.in_features:
+        if not is_recorded(x) and (x.dim() < 1 or x.shape[-1] != self.in_features):
             needed = f"(..., {self.in_features})"
             raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
         self._check_gathered(x)
@@ -85,12 +85,10 @@ class _DisAlign(Calibration):
     def forward(self, x: Tensor) -> Tensor:
         """Calibrated logits (..., C) of features (..., in_features)."""
         logits, features = self._checked_raw(x)
-        confidence = self._confidence(features)
-        if x.dim() > 2:
-            logits, confidence = logits.flatten(0, -2), confidence.flatten(0, -2)
+        confidence = self._confidence(features).reshape(-1)
+        rows = logits.reshape(-1, self.out_features)
         vectors = (confidence, self.logit_scale, self.logit_bias)
-        out = functional.calibrate(logits, *vectors, **self._form())
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return functional.calibrate(rows, *vectors, **self._form()).reshape(logits.shape)
 
     def loss(
         self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES, **options: Any
@@ -99,7 +97,7 @@ class _DisAlign(Calibration):
 
         Where the raw logits would take more than chunk_bytes, they are not built either:
         `disalign_linear_cross_entropy` makes them in chunks. (For class probabilities, and while
-        torch.compile traces, they are.)
+        torch.compile or torch.jit traces, they are.)
 
         Args:
             x, target: features (N, in_features) or (in_features,); target as in `cross_entropy`.
@@ -107,11 +105,12 @@ class _DisAlign(Calibration):
                 form and background. inplace_backward is safe: only this loss has the raw logits.
         Raises ArgumentError for x of another shape, and what `disalign_cross_entropy` raises.
         """
-        if x.dim() < 1 or x.dim() > 2 or x.shape[-1] != self.in_features:
+        recorded = is_recorded(x)
+        if not recorded and (x.dim() < 1 or x.dim() > 2 or x.shape[-1] != self.in_features):
             needed = f"(N, {self.in_features}): flatten x and target to rows"
             raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
         self._check_gathered(x)
-        if not torch.compiler.is_compiling() and not target.is_floating_point():
+        if not (recorded or torch.compiler.is_compiling() or target.is_floating_point()):
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             itemsize = torch.get_autocast_dtype(kind).itemsize if autocast else x.element_size()
@@ -224,5 +223,6 @@ class DisAlignCosineLinear(_DisAlign):
         return self.scale
 
 
+@torch.fx.wrap  # its eps depends on the dtype
 def _normalize(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=smallest_norm(x.dtype))

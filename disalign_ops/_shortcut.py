@@ -59,6 +59,7 @@ def is_plain(
     return (
         len(shape) == 2
         and dtype in _DTYPES
+        and type(shape[1]) is int  # under torch.jit.trace a tensor
         and shape[1] > 0
         and input.stride(1) == 1
         and input.is_cpu

@@ -269,7 +269,7 @@ def _loss(
     copied = rows.stride(1) != 1 and rows.shape[1] > 1
     flat = rows.contiguous() if copied else rows
     in_place = options.inplace_backward and _layouts.check_in_place(shard.logits, flat, copied)
-    if functional.transformed():
+    if functional.needs_logits():
         raise RuntimeError(functional.NO_TRANSFORMS)
     ignore_index, smoothing, gamma = given.numbers
     call = Call(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _autograd, _backends, _layouts, _shortcut, reference
+from . import _autograd, _backends, _composed, _layouts, _shortcut, reference
 from ._arguments import (
     Normalizer,
     check_bool,
@@ -52,6 +52,7 @@ class Options:
     inplace_backward: bool
 
 
+@torch.fx.wrap  # in a graph of torch.fx it is one call
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -109,15 +110,16 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    if (
-        _shortcut.has_defaults(
-            reduction, sample_weight, normalizer, prior, margin, focal_gamma, inplace_backward
-        )
-        and _shortcut.is_plain(input, target, weight, ignore_index, label_smoothing)
-        and serving_backend(input) == "native"
-    ):
-        numbers = (ignore_index, label_smoothing, focal_gamma)
-        return _shortcut.loss(input, target, weight, numbers)
+    if _shortcut.has_defaults(
+        reduction, sample_weight, normalizer, prior, margin, focal_gamma, inplace_backward
+    ) and _shortcut.is_plain(input, target, weight, ignore_index, label_smoothing):
+        if (backend := serving_backend(input)) == "native":
+            numbers = (ignore_index, label_smoothing, focal_gamma)
+            return _shortcut.loss(input, target, weight, numbers)
+        if composes(backend):
+            mean = _composed.plain_mean(input, target, weight, ignore_index, label_smoothing)
+            if mean is not None:
+                return mean
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
@@ -125,6 +127,7 @@ def cross_entropy(
     return loss(input, target, None, options)
 
 
+@torch.fx.wrap
 def disalign_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -180,11 +183,11 @@ def disalign_cross_entropy(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
-    classes = check_input(input)
-    calibration = given_calibration(input, confidence, scale, bias, form, background, classes)
+    calibration = given_calibration(input, confidence, scale, bias, form, background, None)
     return loss(input, target, calibration, options, _layouts.Extension.of(form, background))
 
 
+@torch.fx.wrap
 def calibrate(
     input: Tensor,
     confidence: Tensor,
@@ -198,6 +201,9 @@ def calibrate(
 
     Arguments, forms, errors and source as in `disalign_cross_entropy`.
     """
+    if torch.jit.is_tracing():
+        vectors = given_calibration(input, confidence, scale, bias, form, background, None)
+        return _composed.calibrate(input, *vectors, *_layouts.Extension.of(form, background))
     classes = check_input(input)
     a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
     stem, flat, _ = _layouts.flatten(input)
@@ -240,6 +246,16 @@ def given_calibration(
     classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scale and bias of the calibrated classes and the confidence (rows,), checked, flat."""
+    if torch.jit.is_tracing():
+        with _composed.unrecorded():
+            given_calibration(input, confidence, scale, bias, form, background, None)
+        dtype = reference.accumulate_dtype(input.dtype)
+        foreground = input.shape[min(1, input.dim() - 1)] - int(background is not None)
+        a, b, c = (_recorded(v, input, dtype) for v in (scale, bias, confidence))
+        assert a is not None
+        assert b is not None
+        assert c is not None
+        return a.expand(foreground), b.expand(foreground), c
     check_choice("form", form, _FORMS)
     check_choice("background", background, _BACKGROUNDS)
     classes = check_input(input) if classes is None else classes
@@ -270,18 +286,33 @@ def serving_backend(input: Tensor) -> str:
 
 
 NO_TRANSFORMS = (
-    "torch.func transforms and forward-mode differentiation are not supported with sample_rate or "
-    "classes over several processes"
+    "torch.func transforms, forward-mode differentiation, torch.export and torch.jit.trace are not "
+    "supported with sample_rate or classes over several processes: leave the loss out of the model, "
+    "or leave out sample_rate"
 )
 
 
 def transformed() -> bool:
     """Whether plain PyTorch alone is right: registered operators know neither functorch transforms
-    nor forward-mode tangents, which they would drop.
+    nor forward-mode tangents, which they would drop, and are none of ONNX's, nor torch.jit's.
     """
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
     )
+
+
+def needs_logits() -> bool:
+    """Whether a loss without logits must make them: its gradients are no part of a graph."""
+    return transformed() or torch.compiler.is_exporting()
+
+
+def composes(backend: str) -> bool:
+    """Whether the loss is that of _composed.py: no kernel serves, and nobody asked for the
+    reference.
+    """
+    return backend == "reference" and _backends.is_automatic() and not transformed()
 
 
 def operators_of(stem: Stem, backend: str) -> Stem:
@@ -344,6 +375,8 @@ def loss(
     """Of logits; calibration: as from `calibration_vectors`, or, with their extension, as from
     `given_calibration`.
     """
+    if torch.jit.is_tracing():
+        return _recorded_loss(input, target, calibration, options, extension)
     classes = check_input(input)
     shape = positions_shape(input)
     check_target(input, target, shape)
@@ -379,15 +412,75 @@ def loss(
         if probabilities:
             loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
         else:
-            check_classes(target, classes, given.numbers[0])
-            loss = reference.cross_entropy(
-                _layouts.rows(input),
-                target,
-                **vectors,
-                **reference_options(given, options),
-                sample_weight=sample_weight,
-            )
+            rest = reference_options(given, options) | {"sample_weight": sample_weight}
+            composed = composes(backend)
+            try:
+                if not composed:
+                    check_classes(target, classes, given.numbers[0])
+                    loss = reference.cross_entropy(_layouts.rows(input), target, **vectors, **rest)
+                else:
+                    loss = _composed.cross_entropy(flat_logits, target, **vectors, **rest)
+            except (IndexError, RuntimeError):
+                check_classes(target, classes, given.numbers[0])  # whose error says more
+                raise
     return output(input, loss, shape if options.reduction == "none" else None)
+
+
+def _recorded(value: Any, input: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A vector of classes or positions that was checked, flat, in the graph of torch.jit.trace."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.reshape(-1).to(dtype)
+    return torch.full((1,), float(value), dtype=dtype, device=input.device)
+
+
+def _recorded_loss(
+    input: Tensor,
+    target: Tensor,
+    calibration: tuple[Tensor, ...] | None,
+    options: Options,
+    extension: _layouts.Extension,
+) -> Tensor:
+    """`loss` for torch.jit.trace: for any number of positions, and and the checks apart."""
+    with _composed.unrecorded():
+        loss(input, target, calibration, options, extension)
+    dtype = reference.accumulate_dtype(input.dtype)
+    flat = input.flatten(2) if input.dim() > 2 else input.reshape(-1, input.shape[-1])
+    a, b, c = calibration or (None, None, None)
+    if a is not None and b is not None:
+        a, b = _composed.extended(a, b, *extension)
+    weight, prior, margin, sample_weight = (
+        _recorded(v, input, dtype)
+        for v in (options.weight, options.prior, options.margin, options.sample_weight)
+    )
+    normalizer = options.normalizer
+    if not isinstance(normalizer, str):
+        normalizer = given_denominator(normalizer, input)
+    if target.is_floating_point():
+        given = isinstance(normalizer, Tensor)
+        u = flat.to(dtype) if c is None else reference.calibrate(flat, a, b, c)
+        if prior is not None:
+            u = u + (prior[:, None] if u.dim() == 3 else prior)
+        found = _composed.torch_cross_entropy(
+            u, target.reshape(u.shape).to(dtype), weight, label_smoothing=options.label_smoothing,
+            reduction="sum" if given and options.reduction == "mean" else options.reduction,
+        )  # fmt: skip
+        if given and options.reduction == "mean":
+            found = (found / normalizer).to(dtype)
+    else:
+        if margin is not None:
+            margin = margin.expand(flat.shape[1])
+        found = _composed.cross_entropy(
+            flat, target, weight=weight, scale=a, bias=b, confidence=c, prior=prior, margin=margin,
+            sample_weight=sample_weight, ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing, focal_gamma=options.focal_gamma,
+            reduction=options.reduction, normalizer=normalizer,
+        )  # fmt: skip
+    found = output(input, found, None)
+    if options.reduction != "none":
+        return found
+    if target.is_floating_point():
+        return found.reshape(input.select(min(1, input.dim() - 1), 0).shape)
+    return found.reshape(target.shape)
 
 
 def reference_options(given: Checked, options: Options) -> dict[str, Any]:

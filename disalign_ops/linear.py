@@ -75,7 +75,8 @@ def linear_cross_entropy(
     one: a frozen head computes nothing of size N x D or C x D beyond the logits. They are made in
     forward where the reduction is a scalar (but in float16); in half precision their sums over
     chunks are in float32 while these fit in a quarter of chunk_bytes. Twice differentiated it makes
-    the logits. Not traced by torch.compile: the graph breaks there.
+    the logits. Not traced by torch.compile: the graph breaks there. torch.export and torch.jit.trace
+    make the logits too.
 
     Returns and raises what `cross_entropy` does; ArgumentError also for class probabilities.
     """
@@ -234,7 +235,7 @@ def _checked_scale(scale: Any, features: Tensor) -> Tensor | float:
 def _whole_loss(
     head: Linear, target: Tensor, calibration: tuple[Tensor, ...] | None, options: Options
 ) -> Tensor:
-    """Through the logits, for torch.func and forward-mode differentiation."""
+    """Through the logits, for torch.func, forward-mode differentiation and exporters."""
     weight = head.weight
     if head.cosine:
         weight = F.normalize(weight, dim=1, eps=_linear.smallest_norm(weight.dtype))
@@ -256,7 +257,7 @@ def linear_loss(
     shape = positions_shape(logits)
     check_class_indices(target)
     check_target(logits, target, shape)
-    if functional.transformed():
+    if functional.needs_logits():
         if sample is not None or ranks is not None:
             raise RuntimeError(functional.NO_TRANSFORMS)
         return _whole_loss(head, target, calibration, options)

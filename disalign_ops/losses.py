@@ -219,9 +219,7 @@ class LDAMLoss(DeferredLoss):
         if deferred_until is None:
             super().__init__(scale, margin=margin, deferred_until=None, **options)
         else:
-            super().__init__(
-                scale, weight, margin=margin, deferred_until=deferred_until, **options
-            )
+            super().__init__(scale, weight, margin=margin, deferred_until=deferred_until, **options)
         self._keep(
             counts, max_margin=max_margin, scale=scale, empty=empty,
             beta=beta if self.deferred_until is not None else None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _autograd, _layouts, reference
+from . import _autograd, _composed, _layouts, reference
 from ._arguments import (
     Normalizer,
     check_bool,
@@ -27,10 +29,12 @@ from .functional import (
     calibration_vectors,
     check_classes,
     checked,
+    loss,
     operators_of,
     output,
     reference_options,
     serving_backend,
+    transformed,
 )
 
 
@@ -100,13 +104,16 @@ def upsample_cross_entropy(
     inplace_backward the gradient is written over the low-resolution logits (on a GPU by way of a
     buffer of their size: blocks read what lies around theirs).
     """
-    classes = check_image(input)
-    check_bool("align_corners", align_corners)
-    check_bool("return_details", return_details)
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
+    if torch.jit.is_tracing():
+        calibration = (confidence, scale, bias, form, background)
+        return _recorded_loss(input, target, align_corners, calibration, options, return_details)
+    classes = check_image(input)
+    check_bool("align_corners", align_corners)
+    check_bool("return_details", return_details)
     shape = _target_shape(input, target)
     check_target(input, target, shape)
     given = checked(input, classes, options)
@@ -159,6 +166,33 @@ def upsample_cross_entropy(
     return UpsampleDetails(result, position_loss, probability, prediction)
 
 
+def _recorded_loss(
+    input: Tensor,
+    target: Tensor,
+    align_corners: bool,
+    calibration: tuple[Any, ...],
+    options: Options,
+    return_details: bool,
+) -> Tensor | UpsampleDetails:
+    """`upsample_cross_entropy` for torch.jit.trace: through the upsampled logits."""
+    if return_details:
+        raise ArgumentError(
+            "return_details must be False under torch.jit.trace, got True: take the details from "
+            "upsample_predict, or torch.export the model"
+        )
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    names = ("confidence", "scale", "bias", "form", "background")
+    with _composed.unrecorded():
+        upsample_cross_entropy(
+            input, target, align_corners=align_corners,
+            **dict(zip(names, calibration, strict=True)), **given,
+        )  # fmt: skip
+    a, b, c = _calibration(input, *calibration)
+    size = (target.shape[1], target.shape[2])
+    u = reference.upsample(input, size, align_corners, scale=a, bias=b, confidence=c)
+    return output(input, loss(u, target, None, replace(options, inplace_backward=False)), None)
+
+
 def upsample_predict(
     input: Tensor,
     size: tuple[int, int],
@@ -177,9 +211,10 @@ def upsample_predict(
     made a few positions at a time, or an image at a time where no kernel serves the device.
     Arguments as in `upsample_cross_entropy`. No gradient.
     """
-    classes = check_image(input)
-    height, width = check_size(size)
-    check_bool("align_corners", align_corners)
+    with _composed.unrecorded() if torch.jit.is_tracing() else nullcontext():
+        classes = check_image(input)
+        height, width = check_size(size)
+        check_bool("align_corners", align_corners)
     dtype = reference.accumulate_dtype(input.dtype)
     with torch.no_grad():
         a, b, c = _calibration(input, confidence, scale, bias, form, background)
@@ -188,6 +223,11 @@ def upsample_predict(
             operator = operators_of(UPSAMPLE, backend).operator("predict")
             found: Tensor = operator(input, a, b, c, o, height, width, align_corners)
             return found
+        if transformed():  # which takes the images together, and writes over nothing
+            size = (height, width)
+            return reference.upsample(
+                input, size, align_corners, scale=a, bias=b, confidence=c, prior=o
+            ).argmax(1)
         prediction = torch.empty(
             (input.shape[0], height, width), dtype=torch.int64, device=input.device
         )
