@@ -330,7 +330,7 @@ def name_position(message: str, shape: torch.Size) -> str:
     """An error's flat `target[i]` as indices into a target of `shape`: `target[n, y, x]`."""
 
     def indices(match: re.Match[str]) -> str:
-        found = torch.unravel_index(torch.tensor(int(match[1])), shape)
+        found = torch.unravel_index(torch.tensor(int(match[1]), device="cpu"), shape)
         return "target[" + ", ".join(str(int(i)) for i in found) + "]"
 
     return re.sub(r"target\[(\d+)\]", indices, message, count=1) if len(shape) > 1 else message

@@ -102,8 +102,8 @@ def read_counts(
     if num_classes is not None and len(counts) != num_classes:
         _fail(path, f"it holds {len(counts)} classes", f"num_classes = {num_classes}")
     if all(float(n).is_integer() for n in counts):
-        return torch.tensor([int(n) for n in counts], dtype=torch.int64)
-    return torch.tensor(counts, dtype=torch.float64)
+        return torch.tensor([int(n) for n in counts], dtype=torch.int64, device="cpu")
+    return torch.tensor(counts, dtype=torch.float64, device="cpu")
 
 
 def _fail(path: Path, found: str, expected: str) -> NoReturn:

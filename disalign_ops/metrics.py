@@ -79,7 +79,7 @@ class _Tally:
 
     def zeros(self) -> torch.Tensor:
         """Counters: a row of hits for every k, then samples, then predictions; (K + 2, C)."""
-        return torch.zeros(len(self.ks) + 2, self.num_classes, dtype=torch.int64)
+        return torch.zeros(len(self.ks) + 2, self.num_classes, dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
     def count(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import class_stats
-from ._arguments import check_integer
+from ._arguments import check_class_indices, check_integer
 from ._nn_form import Calibration
 from .class_stats import Counts
 from .errors import ArgumentError
+from .functional import check_classes
+from .reference import class_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,14 +119,16 @@ def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
     return figure
 
 
-def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Figure:
+def reliability(
+    probabilities: Tensor, target: Tensor, bins: int = 15, ignore_index: int = -100
+) -> Figure:
     """Accuracy against the probability of the predicted class, in equal bins, and the expected
-    calibration error (`calibration_error`) in the title.
+    calibration error in the title. Arguments and errors as in `calibration_error`.
     """
-    share, confidence, accuracy = _binned(probabilities, target, bins)
+    share, confidence, accuracy = _binned(probabilities, target, bins, ignore_index)
     error = float((share * (accuracy - confidence).abs()).sum())
     figure, axes = _figure()
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
     some = share > 0
     left, height = edges[:-1][some].numpy(), accuracy[some].numpy()
     axes.bar(left, height, width=1 / bins, align="edge", alpha=0.7, edgecolor="white",
@@ -141,18 +145,25 @@ def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Figure
     return figure
 
 
-def calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
+def calibration_error(
+    probabilities: Tensor, target: Tensor, bins: int = 15, ignore_index: int = -100
+) -> float:
     """Expected calibration error: sum over equal bins of their share |accuracy - mean probability|.
 
     Args:
-        probabilities: (N, C), rows that sum to 1; target: (N,) classes.
+        probabilities: (N, C), rows that sum to 1.
+        target: (N,) classes, or ignore_index, whose rows are left out.
+    Raises ArgumentError: other shapes, no row that counts, values that are no probabilities.
+    IndexError: a target that is no class.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
     """
-    share, confidence, accuracy = _binned(probabilities, target, bins)
+    share, confidence, accuracy = _binned(probabilities, target, bins, ignore_index)
     return float((share * (accuracy - confidence).abs()).sum())
 
 
-def _binned(probabilities: Tensor, target: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+def _binned(
+    probabilities: Tensor, target: Tensor, bins: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of every bin: its share of the rows, their mean probability and accuracy; 0 where empty."""
     if probabilities.dim() != 2 or target.shape != probabilities.shape[:1] or not len(target):
         raise ArgumentError(
@@ -162,14 +173,20 @@ def _binned(probabilities: Tensor, target: Tensor, bins: int) -> tuple[Tensor, T
     bins = check_integer("bins", bins)
     if bins < 1:
         raise ArgumentError(f"bins is {bins}, needed is 1 or more")
-    p, predicted = probabilities.detach().cpu().double().max(1)
+    check_class_indices(target)
+    check_classes(target.cpu(), probabilities.shape[1], check_integer("ignore_index", ignore_index))
+    target, valid = class_indices(target.cpu(), ignore_index)
+    if not valid.any():
+        raise ArgumentError(f"target must have a row that counts, got ignore_index {ignore_index}")
+    target = target[valid]
+    p, predicted = probabilities.detach().cpu()[valid].double().max(1)
     if float(p.min()) < 0 or float(p.max()) > 1 + 1e-6:
         raise ArgumentError("probabilities has entries outside 0 to 1: apply the softmax")
-    right = (predicted == target.cpu()).double()
+    right = (predicted == target).double()
     # The upper edge belongs to a bin, as in the paper: (m - 1) / M < p <= m / M.
     index = ((p * bins).ceil().long() - 1).clamp(0, bins - 1)
     count = torch.bincount(index, minlength=bins).double()
     some = count.clamp(min=1)
-    confidence = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, p) / some
-    accuracy = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right) / some
+    confidence = p.new_zeros(bins).index_add_(0, index, p) / some
+    accuracy = p.new_zeros(bins).index_add_(0, index, right) / some
     return count / len(p), confidence, accuracy

@@ -119,7 +119,8 @@ class SegmentationIoU:
         self._num_classes = num_classes
         self._ignore_index = check_integer("ignore_index", ignore_index)
         self._splits = _splits(num_classes, counts, split)
-        self._confusion: torch.Tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        size = (num_classes, num_classes)
+        self._confusion: torch.Tensor = torch.zeros(size, dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
     def update(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
@@ -288,6 +289,6 @@ def _mask(name: str, group: Group, num_classes: int) -> torch.Tensor:
     if len(ids.unique()) < len(ids):
         repeated = ids.bincount() > 1
         raise ValueError(f"{name} repeats {_classes(repeated)}, needs each class once")
-    mask = torch.zeros(num_classes, dtype=torch.bool)
+    mask = torch.zeros(num_classes, dtype=torch.bool, device="cpu")
     mask[ids] = True
     return mask

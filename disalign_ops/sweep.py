@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +62,8 @@ def cache_features(
 
 
 def sweep_rho(
-    model: nn.Module, features: Tensor, target: Tensor, counts: Counts, rhos: Sequence[float], *,
+    model: nn.Module, features: Tensor, target: Tensor, counts: Counts,
+    rhos: Sequence[float] | npt.NDArray[Any] | Tensor, *,
     epochs: int = 10, batch_size: int = 256, lr: float = 0.1, momentum: float = 0.9,
     generator: torch.Generator | None = None, **options: Any,
 ) -> dict[float, nn.Module]:  # fmt: skip
@@ -75,7 +77,7 @@ def sweep_rho(
         model: with one DisAlign layer, or the layer; it stays as it is.
         features, target: (N, D) and (N,), as from `cache_features`.
         counts: training samples of each class, a background not among them.
-        rhos: see `class_stats.grw_weights`.
+        rhos: numbers, see `class_stats.grw_weights`; the keys of what is returned.
         generator: of the order of the rows, on the CPU; every rho sees the same one.
         options: keywords of `disalign_cross_entropy` but weight, form and background.
 
@@ -88,14 +90,16 @@ def sweep_rho(
     lr, momentum = check_number("lr", lr, 0.0), check_number("momentum", momentum, 0.0)
     if epochs < 1 or batch_size < 1:
         raise ArgumentError(f"epochs is {epochs}, batch_size {batch_size}: needed is 1 or more")
-    if not rhos or len(set(rhos)) != len(rhos):
-        raise ArgumentError(f"rhos is {list(rhos)}, needed are numbers, each once")
+    # A tensor's entries are tensors, of which each would be a key of its own.
+    strengths = [check_number("rhos", rho, 0.0) for rho in rhos]
+    if not strengths or len(set(strengths)) != len(strengths):
+        raise ArgumentError(f"rhos is {strengths}, needed are numbers, each once")
     if len(features) != len(target):
         raise ArgumentError(f"features has {len(features)} rows, target {len(target)}")
     device = layer.weight.device
     background: Any = layer.background
-    copies = {rho: copy.deepcopy(layer) for rho in rhos}
-    weights = {rho: grw_weights(counts, rho, background=background).to(device) for rho in rhos}
+    copies = {rho: copy.deepcopy(layer) for rho in strengths}
+    weights = {rho: grw_weights(counts, rho, background=background).to(device) for rho in strengths}
     learned: list[Tensor] = []
     for one in copies.values():
         one.train().requires_grad_(False)  # train: the mean confidence is watched
@@ -106,7 +110,8 @@ def sweep_rho(
     batches = -(-len(features) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     for _ in range(epochs):
-        order = torch.randperm(len(features), generator=generator).to(features.device)
+        order = torch.randperm(len(features), generator=generator, device="cpu")
+        order = order.to(features.device)
         for rows in order.split(batch_size):
             x, t = features[rows].to(device), target[rows].to(device)
             with torch.no_grad():

@@ -105,3 +105,24 @@ def test_importing_needs_no_matplotlib() -> None:
     script = "import sys, disalign_ops.plots; print('matplotlib' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_calibration_error_leaves_ignored_rows_out_and_refuses_other_targets() -> None:
+    p = torch.tensor([[0.3, 0.7], [0.6, 0.4], [0.9, 0.1]])
+    for ignore_index, ignored in ((-100, -100), (255, 255), (-1, -1)):
+        target = torch.tensor([1, ignored, 0])
+        found = plots.calibration_error(p, target, ignore_index=ignore_index)
+        assert found == pytest.approx(plots.calibration_error(p[[0, 2]], target[[0, 2]]))
+        title = plots.reliability(p, target, ignore_index=ignore_index).axes[0].get_title()
+        assert title == f"expected calibration error {found:.3f}"
+    # 156 is -100 in uint8, and a class of 200.
+    wide = torch.eye(200)[[156, 3]]
+    assert plots.calibration_error(wide, torch.tensor([156, 3], dtype=torch.uint8)) == 0
+    with pytest.raises(IndexError, match=r"Target -1 is out of bounds: target\[1\]"):
+        plots.calibration_error(p, torch.tensor([1, -1, 0]))
+    with pytest.raises(IndexError, match="Target 2 is out of bounds"):
+        plots.reliability(p, torch.tensor([1, 2, 0]))
+    with pytest.raises(ArgumentError, match="target must have a row that counts"):
+        plots.calibration_error(p, torch.full((3,), -100))
+    with pytest.raises(ArgumentError, match="class probabilities"):
+        plots.calibration_error(p, torch.ones(3))

@@ -32,6 +32,12 @@ import characters_data  # noqa: E402
 import pages  # noqa: E402
 import pages_data  # noqa: E402
 
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads: None) -> None:
+    torch.set_num_threads(1)  # many small steps: a second thread costs more than it gives
+
+
 # --- the start
 
 

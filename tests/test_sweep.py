@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,18 @@ def test_the_raw_logits_are_made_once_for_every_rho(monkeypatch: pytest.MonkeyPa
     rhos = [k / 10 for k in range(1, 11)]
     sweep.sweep_rho(model, features, target, COUNTS, rhos, epochs=1, batch_size=25)
     assert calls == [25, 25, 10]
+
+
+def test_rhos_are_any_sequence_of_numbers() -> None:
+    model = model_of()
+    features, target = sweep.cache_features(model, data())
+    for rhos in ((0.5, 1), np.array([0.5, 1.0], np.float32), torch.tensor([0.5, 1.0]),
+                 [np.float64(0.5), torch.tensor(1)]):  # fmt: skip
+        found = sweep.sweep_rho(model, features, target, COUNTS, rhos, epochs=1)  # type: ignore[arg-type]
+        assert list(found) == [0.5, 1.0]
+        assert all(type(rho) is float for rho in found)
+    with pytest.raises(TypeError, match="rhos"):
+        sweep.sweep_rho(model, features, target, COUNTS, ["1"], epochs=1)  # type: ignore[list-item]
 
 
 def test_a_background_has_no_count() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import nn as dnn
 from ..class_stats import grw_weights
 from ..count_files import read_counts
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..functional import cross_entropy
+from ..reference import class_indices, denominator_of
 
 
 class GRWCrossEntropyLoss(nn.Module):
@@ -24,13 +27,16 @@ class GRWCrossEntropyLoss(nn.Module):
             `class_stats.read_counts` reads; the weights are `class_stats.grw_weights(counts, rho)`.
         rho: strength.
         background: "last" for mmdet's additional column, which has weight 1.
-        class_weight: weights as they are, instead of counts. Neither: no weights.
+        class_weight: weights as they are, instead of counts: a list, or a .npy or .json file of
+            one. Neither: no weights.
         reduction: "mean", "sum" or "none".
         loss_weight: a factor.
         loss_name: of mmseg's log; with another prefix than "loss_" it is not differentiated.
         normalizer: what "mean" divides by where the caller gives no avg_factor, as in
-            `disalign_ops.cross_entropy`: "weights" is PyTorch's weighted mean (the frameworks'
-            avg_non_ignore=True), "count" all positions, ignored ones too.
+            `disalign_ops.cross_entropy`. "weights": the sum of the weights of the positions that
+            are not ignored, PyTorch's weighted mean. "valid": their number, the frameworks'
+            avg_non_ignore=True. "count": all positions, ignored ones too, the frameworks' default.
+            Where nothing counts, the loss is 0, as theirs.
         label_smoothing: as F.cross_entropy's.
 
     forward(cls_score (N, C, ...), label (N, ...), weight of label's shape, avg_factor,
@@ -44,8 +50,8 @@ class GRWCrossEntropyLoss(nn.Module):
     def __init__(
         self, counts: Sequence[float] | str | os.PathLike[str] | None = None, rho: float = 1.0,
         *, background: Literal["first", "last"] | None = None,
-        class_weight: Sequence[float] | None = None, reduction: str = "mean",
-        loss_weight: float = 1.0, loss_name: str = "loss_ce",
+        class_weight: Sequence[float] | str | os.PathLike[str] | None = None,
+        reduction: str = "mean", loss_weight: float = 1.0, loss_name: str = "loss_ce",
         normalizer: str = "weights", label_smoothing: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -56,13 +62,13 @@ class GRWCrossEntropyLoss(nn.Module):
             given = read_counts(counts) if isinstance(counts, str | os.PathLike) else counts
             weight = grw_weights(given, rho, background=background)
         elif class_weight is not None:
-            weight = torch.as_tensor(class_weight, dtype=torch.float32)
+            weight = _class_weight(class_weight)
         self.register_buffer("weight", weight, persistent=False)
         self.reduction, self.loss_weight, self.loss_name = reduction, loss_weight, loss_name
         self.normalizer, self.label_smoothing = normalizer, label_smoothing
 
     def options(
-        self, classes: int, weight: Tensor | None, avg_factor: float | Tensor | None,
+        self, label: Tensor, classes: int, weight: Tensor | None, avg_factor: float | Tensor | None,
         reduction_override: str | None, ignore_index: int | None,
     ) -> dict[str, Any]:  # fmt: skip
         """The keywords of `cross_entropy`, and of `upsample_cross_entropy`, for one call."""
@@ -71,15 +77,27 @@ class GRWCrossEntropyLoss(nn.Module):
         reduction = reduction_override or self.reduction
         if avg_factor is not None and reduction == "sum":
             raise ArgumentError("avg_factor is given, needed is reduction 'mean', not 'sum'")
-        own = self.weight
+        ignore_index = -100 if ignore_index is None else ignore_index
+        normalizer: str | float | Tensor = self.normalizer if avg_factor is None else avg_factor
+        if isinstance(normalizer, str) and normalizer == "weights" and reduction == "mean":
+            # As a number, of which 0 gives the loss 0; the name would give NaN, as PyTorch.
+            normalizer = self._weights(label, weight, ignore_index)
         return {
-            "weight": own,
-            "ignore_index": -100 if ignore_index is None else ignore_index,
+            "weight": self.weight,
+            "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": self.label_smoothing,
             "sample_weight": weight,
-            "normalizer": self.normalizer if avg_factor is None else avg_factor,
+            "normalizer": normalizer,
         }
+
+    def _weights(self, label: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+        """The sum of class and sample weights of the positions that are not ignored."""
+        target, valid = class_indices(label, ignore_index)
+        shares = torch.ones_like(target, dtype=torch.float64)
+        if self.weight is not None:  # clamped: that a target is no class, the loss says
+            shares = self.weight[target.clamp(0, len(self.weight) - 1)]
+        return denominator_of("weights", valid, shares, weight)
 
     def forward(
         self, cls_score: Tensor, label: Tensor, weight: Tensor | None = None,
@@ -87,9 +105,33 @@ class GRWCrossEntropyLoss(nn.Module):
         ignore_index: int | None = -100,
     ) -> Tensor:  # fmt: skip
         options = self.options(
-            cls_score.shape[1], weight, avg_factor, reduction_override, ignore_index
+            label, cls_score.shape[1], weight, avg_factor, reduction_override, ignore_index
         )
         return self.loss_weight * cross_entropy(cls_score, label, **options)
+
+
+def _class_weight(given: Sequence[float] | str | os.PathLike[str]) -> Tensor:
+    """(C,) float32, of numbers or of a file of them."""
+    values: Any = given
+    if isinstance(given, str | os.PathLike):
+        ending = os.path.splitext(given)[1].lower()
+        if ending == ".npy":
+            values = np.load(given, allow_pickle=False)
+        elif ending == ".json":
+            with open(given, encoding="utf-8") as file:
+                values = json.load(file)
+        else:
+            raise ArgumentError(
+                f"class_weight must be numbers, or a .npy or .json file of them, got "
+                f"{os.fspath(given)!r} (a pickle can run code: save it as .npy)"
+            )
+    try:
+        weight = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"class_weight must be numbers, got {given!r}: {error}") from error
+    if weight.dim() != 1:
+        raise ArgumentError(f"class_weight must have shape (C,), got {tuple(weight.shape)}")
+    return weight
 
 
 def register(models: Any) -> None:

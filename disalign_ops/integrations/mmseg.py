@@ -57,7 +57,7 @@ class FusedLoss:
             term: Any = upsample_cross_entropy(
                 seg_logits, target, align_corners=self.align_corners,
                 return_details=prediction is None,
-                **loss.options(seg_logits.shape[1], None, None, None, self.ignore_index),
+                **loss.options(target, seg_logits.shape[1], None, None, None, self.ignore_index),
             )  # fmt: skip
             if isinstance(term, UpsampleDetails):
                 term, prediction = term.loss, term.prediction

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from torch.nn import functional as F
 
 from disalign_ops import class_stats
 from disalign_ops import nn as dnn
-from disalign_ops.errors import ArgumentError
+from disalign_ops.errors import ArgumentError, ArgumentTypeError
 
 sys.path.append(str(Path(__file__).parent / "standins"))  # behind what is installed
 
@@ -355,3 +358,73 @@ def test_a_sigmoid_of_detectron2_is_refused(other: str) -> None:
         DisAlignFastRCNNOutputLayers(
             fast_rcnn.ShapeSpec(channels=6), box2box_transform=None, num_classes=3, **{other: True}
         )
+
+
+# --- the losses of both frameworks, without them
+
+
+def openmm_loss(**options: Any) -> Any:
+    from disalign_ops.integrations._openmm import GRWCrossEntropyLoss
+
+    return GRWCrossEntropyLoss(**options)
+
+
+def test_a_crop_of_ignored_pixels_is_0_as_in_mmsegmentation() -> None:
+    mask = torch.full((2, 4, 4), 255)
+    for options in (
+        {}, {"class_weight": [1.0, 2.0, 0.5]}, {"label_smoothing": 0.1}, {"normalizer": "valid"},
+        {"normalizer": "count"}, {"counts": COUNTS, "rho": 1.0},
+    ):  # fmt: skip
+        classes = len(options.get("counts", (0, 0, 0)))  # type: ignore[arg-type]
+        z = torch.randn(2, classes, 4, 4, requires_grad=True)
+        loss = openmm_loss(**options)(z, mask, ignore_index=255)
+        loss.backward()
+        assert loss == 0
+        assert not z.grad.any()  # type: ignore[union-attr]
+    z = torch.randn(2, 3, 4, 4)
+    mask[0, 0, 0] = 2
+    # A weight of 0 for all that is left, and of 0 for every position.
+    assert openmm_loss(class_weight=[1.0, 1.0, 0.0])(z, mask, ignore_index=255) == 0
+    assert openmm_loss()(z, mask, torch.zeros(2, 4, 4), ignore_index=255) == 0
+    broken = torch.full_like(z, math.nan)
+    assert openmm_loss()(broken, mask, ignore_index=255).isnan()  # what is wrong still shows
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_normalizers_are_those_of_the_frameworks(weighted: bool, dtype: torch.dtype) -> None:
+    z, mask = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4)).to(dtype)
+    mask[:, 0] = 255
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    pixels = torch.rand(2, 4, 4)
+    own = {"class_weight": weight.tolist()} if weighted else {}
+    each = F.cross_entropy(
+        z, mask.long(), weight if weighted else None, ignore_index=255, reduction="none"
+    )
+    valid = mask != 255
+    for normalizer, divisor in (("valid", valid.sum()), ("count", torch.tensor(valid.numel()))):
+        loss = openmm_loss(normalizer=normalizer, **own)(z, mask, pixels, ignore_index=255)
+        close(loss, (each * pixels).sum() / divisor)
+    shares = weight[torch.where(valid, mask.long(), 0)] if weighted else torch.ones(2, 4, 4)
+    loss = openmm_loss(**own)(z, mask, pixels, ignore_index=255)
+    close(loss, (each * pixels).sum() / (shares * pixels)[valid].sum())
+    with pytest.raises(IndexError, match="out of bounds"):
+        openmm_loss(**own)(z, torch.full((2, 4, 4), 9), ignore_index=255)
+
+
+def test_class_weights_from_a_file(tmp_path: Path) -> None:
+    weight = [1.0, 2.0, 0.5]
+    np.save(tmp_path / "weight.npy", np.array(weight))
+    (tmp_path / "weight.json").write_text(json.dumps(weight))
+    for given in (tmp_path / "weight.npy", str(tmp_path / "weight.json"), weight):
+        assert openmm_loss(class_weight=given).weight.tolist() == weight
+    np.save(tmp_path / "two.npy", np.ones((2, 2)))
+    for wrong, message in (
+        (str(tmp_path / "weight.pkl"), "class_weight must be numbers, or a .npy or .json file"),
+        (str(tmp_path / "two.npy"), r"class_weight must have shape \(C,\), got \(2, 2\)"),
+        (["a"], "class_weight must be numbers"),
+    ):
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
+            openmm_loss(class_weight=wrong)
+    with pytest.raises(FileNotFoundError):
+        openmm_loss(class_weight=str(tmp_path / "missing.npy"))
