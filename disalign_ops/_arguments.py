@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ._types import Normalizer
 from .errors import ArgumentError, ArgumentTypeError
-
-Normalizer: TypeAlias = "str | float | Tensor"
 
 LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 from . import functional
 from ._arguments import check_bool, check_choice, check_integer, check_tensor
 from ._nn_form import Calibration
+from ._types import Form, LossOptions
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ConfidenceConvolution(nn.Module):
@@ -51,7 +56,7 @@ class DisAlignSegHead(Calibration):
 
     def __init__(
         self, in_channels: int, num_classes: int,
-        *, form: str = "interpolated", align_corners: bool = False, dropout: float = 0.0,
+        *, form: Form = "interpolated", align_corners: bool = False, dropout: float = 0.0,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -103,12 +108,24 @@ class DisAlignSegHead(Calibration):
         return functional.calibrate(self.raw_logits(features), **self._calibration(features))
 
     @torch.no_grad()
-    def predict(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+    def predict(self, features: Tensor, size: Sequence[int]) -> Tensor:
         """The most probable class at every position of `size` (H, W): (N, H, W), int64."""
         return upsample_predict(
             self.raw_logits(features), size, align_corners=self.align_corners,
             **self._calibration(features),
         )  # fmt: skip
+
+    @overload
+    def loss(
+        self, features: Tensor, target: Tensor, weight: Tensor | None = None,
+        *, return_details: Literal[False] = False, **options: Unpack[LossOptions],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def loss(
+        self, features: Tensor, target: Tensor, weight: Tensor | None = None,
+        *, return_details: Literal[True], **options: Unpack[LossOptions],
+    ) -> UpsampleDetails: ...  # fmt: skip
 
     def loss(
         self, features: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
@@ -118,10 +135,11 @@ class DisAlignSegHead(Calibration):
         options: its keywords but the calibration, form and align_corners. inplace_backward is safe:
         only this loss has the raw logits.
         """
-        return upsample_cross_entropy(
+        found: Tensor | UpsampleDetails = upsample_cross_entropy(
             self.raw_logits(features), target, weight, align_corners=self.align_corners,
             **self._calibration(features), **options,
         )  # fmt: skip
+        return found
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, align_corners={self.align_corners}"

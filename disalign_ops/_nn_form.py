@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._types import Background, Form
+
 
 class Calibration(nn.Module):
     """A module with logit_scale, logit_bias and confidence_layer, read in a form.
@@ -14,8 +16,8 @@ class Calibration(nn.Module):
     state_dict's metadata, beside nn.Module's version, and loading compares it.
     """
 
-    form: str
-    background: str | None
+    form: Form
+    background: Background | None
     logit_scale: Tensor
     logit_bias: Tensor
     confidence_layer: nn.Module

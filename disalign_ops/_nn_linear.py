@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,12 @@ from . import functional
 from ._arguments import check_choice, check_integer, check_number, check_tensor
 from ._linear import smallest_norm
 from ._nn_form import Calibration
+from ._types import Background, Form, WeightedLossOptions
 from .errors import ArgumentError
 from .linear import CHUNK_BYTES, disalign_linear_cross_entropy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _DisAlign(Calibration):
@@ -26,7 +30,7 @@ class _DisAlign(Calibration):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool,
-        form: str, background: str | None, factory: dict[str, Any],
+        form: Form, background: Background | None, factory: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
         check_choice("form", form, functional._FORMS)
@@ -102,8 +106,9 @@ class _DisAlign(Calibration):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def loss(
-        self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES, **options: Any
-    ) -> Tensor:
+        self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES,
+        **options: Unpack[WeightedLossOptions],
+    ) -> Tensor:  # fmt: skip
         """The loss of the calibrated logits, without building them.
 
         Where the raw logits would take more than chunk_bytes, they are not built either:
@@ -126,12 +131,13 @@ class _DisAlign(Calibration):
             itemsize = torch.get_autocast_dtype(kind).itemsize if autocast else x.element_size()
             rows = x.shape[0] if x.dim() == 2 else 1
             if rows * self.out_features * itemsize > chunk_bytes:
-                options.pop("inplace_backward", None)  # as it is in chunks
+                others: dict[str, Any] = {**options}
+                others.pop("inplace_backward", None)  # as it is in chunks
                 confidence = self.confidence_layer(self._confidence_features(x))
                 return disalign_linear_cross_entropy(
                     x, self.weight, target, confidence, self.logit_scale, self.logit_bias,
                     self.bias, cosine_scale=self._cosine_scale(), chunk_bytes=chunk_bytes,
-                    **self._form(), **options,
+                    **self._form(), **others,
                 )  # fmt: skip
         logits, features = self._checked_raw(x)
         confidence = self.confidence_layer(features)
@@ -166,7 +172,7 @@ class DisAlignLinear(_DisAlign):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True,
-        *, form: str = "residual", background: str | None = None,
+        *, form: Form = "residual", background: Background | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         factory = {"device": device, "dtype": dtype}
@@ -193,8 +199,8 @@ class DisAlignCosineLinear(_DisAlign):
 
     def __init__(
         self, in_features: int, out_features: int,
-        *, scale_init: float = 20.0, learn_scale: bool = True, form: str = "residual",
-        background: str | None = None, normalize_confidence: bool | None = None,
+        *, scale_init: float = 20.0, learn_scale: bool = True, form: Form = "residual",
+        background: Background | None = None, normalize_confidence: bool | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -13,7 +13,7 @@ Where the features x are at hand, `layer.loss(x, target, weight=criterion.weight
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,12 @@ from ._nn_dense import DisAlignSegHead as DisAlignSegHead
 from ._nn_form import Calibration
 from ._nn_linear import DisAlignCosineLinear as DisAlignCosineLinear
 from ._nn_linear import DisAlignLinear as DisAlignLinear
+from ._types import Background, BatchNormMode, Form, Normalizer, ReductionName
 from .class_stats import Counts, grw_weights
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -40,11 +43,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     prior: Tensor | None
     margin: Tensor | float | None
+    reduction: ReductionName
 
     def __init__(
         self, weight: Tensor | None = None, size_average: bool | None = None,
-        ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
-        label_smoothing: float = 0.0, *, normalizer: str | float = "weights",
+        ignore_index: int = -100, reduce: bool | None = None, reduction: ReductionName = "mean",
+        label_smoothing: float = 0.0, *, normalizer: Normalizer = "weights",
         prior: Tensor | None = None, margin: Tensor | float | None = None,
         focal_gamma: float = 0.0, inplace_backward: bool = False,
     ) -> None:  # fmt: skip
@@ -77,8 +81,9 @@ class UpsampleCrossEntropyLoss(CrossEntropyLoss):
     """
 
     def __init__(
-        self, weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean",
-        label_smoothing: float = 0.0, *, align_corners: bool = False, **options: Any,
+        self, weight: Tensor | None = None, ignore_index: int = 255,
+        reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+        align_corners: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(weight, None, ignore_index, None, reduction, label_smoothing, **options)
         self.align_corners = align_corners
@@ -86,12 +91,13 @@ class UpsampleCrossEntropyLoss(CrossEntropyLoss):
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor, **options: Any
     ) -> Tensor | UpsampleDetails:
-        return upsample_cross_entropy(
+        found: Tensor | UpsampleDetails = upsample_cross_entropy(
             input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing,
             align_corners=self.align_corners, normalizer=self.normalizer, prior=self.prior,
             margin=self.margin, focal_gamma=self.focal_gamma,
             inplace_backward=self.inplace_backward, **options,
         )  # fmt: skip
+        return found
 
 
 class GRWCrossEntropyLoss(CrossEntropyLoss):
@@ -111,7 +117,7 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
 
     def __init__(
         self, counts: Counts, rho: float = 1.0,
-        *, background: Literal["first", "last"] | None = None,
+        *, background: Background | None = None,
         normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
         empty: Literal["error", "zero", "max"] = "error", **options: Any,
     ) -> None:  # fmt: skip
@@ -131,7 +137,7 @@ def _layers(model: nn.Module) -> list[Calibration]:
     return layers
 
 
-def convert_form(model: nn.Module, form: str) -> nn.Module:
+def convert_form(model: Model, form: Form) -> Model:
     """Puts a DisAlign layer, or every one of a model, into `form`, in place; returns the model.
 
     The calibrated logits stay the same, up to a rounding of logit_scale (interpolated: 1 more than
@@ -147,7 +153,7 @@ def convert_form(model: nn.Module, form: str) -> nn.Module:
     return model
 
 
-def freeze_for_stage2(model: nn.Module, bn: str = "eval") -> list[nn.Parameter]:
+def freeze_for_stage2(model: nn.Module, bn: BatchNormMode = "eval") -> list[nn.Parameter]:
     """Freezes all but logit_scale, logit_bias and confidence_layer of the model's DisAlign layers.
 
     Args:
@@ -181,9 +187,23 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
+@overload
+def convert_to_disalign(  # type: ignore[overload-overlap]
+    model: nn.Linear, *, form: Form = ..., name: str | None = None,
+    background: Background | None = None,
+) -> DisAlignLinear: ...  # fmt: skip
+
+
+@overload
 def convert_to_disalign(
-    model: nn.Module, *, form: str = "residual", name: str | None = None,
-    background: str | None = None,
+    model: Model, *, form: Form = ..., name: str | None = None,
+    background: Background | None = None,
+) -> Model: ...  # fmt: skip
+
+
+def convert_to_disalign(
+    model: nn.Module, *, form: Form = "residual", name: str | None = None,
+    background: Background | None = None,
 ) -> nn.Module:  # fmt: skip
     """Swaps a model's classifier, an nn.Linear, for a DisAlignLinear, in place.
 

@@ -19,6 +19,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads, 
 from torch import Tensor
 
 from .. import nn as dnn
+from .._types import Form
 from ..class_stats import grw_weights
 from ..count_files import read_counts
 from ..errors import ArgumentError
@@ -49,7 +50,7 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
 
     @configurable  # type: ignore[misc]
     def __init__(
-        self, input_shape: Any, *, class_weight: Tensor | None = None, form: str = "interpolated",
+        self, input_shape: Any, *, class_weight: Tensor | None = None, form: Form = "interpolated",
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(input_shape, **options)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import nn as dnn
+from .._types import BatchNormMode
 from ..class_stats import Counts
 from ..errors import ArgumentError
 from ..metrics import LongTailAccuracy
@@ -29,7 +30,7 @@ class DisAlignStage2(Callback):  # type: ignore[misc]
     and "target" (N,); logged are val/overall, val/many, val/medium and val/few, over all ranks.
     """
 
-    def __init__(self, counts: Counts, bn: str = "eval") -> None:
+    def __init__(self, counts: Counts, bn: BatchNormMode = "eval") -> None:
         self._bn = bn
         self._metric = LongTailAccuracy(counts)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .._nn_dense import ConfidenceConvolution
 from .._nn_form import Calibration
+from .._types import Form
 from ..errors import ArgumentError
 from ..functional import calibrate
 from ..upsample import UpsampleDetails, upsample_cross_entropy
@@ -74,7 +75,7 @@ class _DisAlignHead(FusedLoss, Calibration):
 
     background = None
 
-    def __init__(self, *arguments: Any, form: str = "interpolated", **options: Any) -> None:
+    def __init__(self, *arguments: Any, form: Form = "interpolated", **options: Any) -> None:
         super().__init__(*arguments, **options)
         if form not in ("interpolated", "residual"):
             raise ArgumentError(f"form is {form!r}, needed is 'interpolated' or 'residual'")

@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from .. import nn as dnn
+from .._types import Background, Form
 from ..class_stats import Counts
 from ..errors import ArgumentError
 
 
 def disalign_timm_model(
-    model: nn.Module, *, form: str = "residual", background: str | None = None
+    model: nn.Module, *, form: Form = "residual", background: Background | None = None
 ) -> nn.Module:
     """Swaps the classifier of a timm model for a DisAlignLinear that keeps its weights, in place.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import cross_entropy
 from .. import nn as dnn
+from .._types import Form
 from ..errors import ArgumentError
 from ..upsample import upsample_cross_entropy
 
@@ -28,14 +29,14 @@ class DisAlignFastRCNNPredictor(nn.Module):
     features (R, in_channels) or (R, in_channels, 1, 1).
     """
 
-    def __init__(self, in_channels: int, num_classes: int, *, form: str = "interpolated") -> None:
+    def __init__(self, in_channels: int, num_classes: int, *, form: Form = "interpolated") -> None:
         super().__init__()
         self.cls_score = dnn.DisAlignLinear(in_channels, num_classes, form=form, background="first")
         self.bbox_pred = nn.Linear(in_channels, num_classes * 4)
 
     @classmethod
     def from_predictor(
-        cls, predictor: nn.Module, *, form: str = "interpolated"
+        cls, predictor: nn.Module, *, form: Form = "interpolated"
     ) -> DisAlignFastRCNNPredictor:
         """Of a trained FastRCNNPredictor, whose weights it takes over."""
         score, boxes = getattr(predictor, "cls_score", None), getattr(predictor, "bbox_pred", None)
@@ -44,7 +45,7 @@ class DisAlignFastRCNNPredictor(nn.Module):
                 f"predictor is a {type(predictor).__name__}, needed is a FastRCNNPredictor"
             )
         new = cls(score.in_features, score.out_features, form=form)
-        new.cls_score = dnn.convert_to_disalign(score, form=form, background="first")  # type: ignore[assignment]
+        new.cls_score = dnn.convert_to_disalign(score, form=form, background="first")
         new.bbox_pred = boxes
         return new.train(predictor.training)
 
