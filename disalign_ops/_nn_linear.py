@@ -125,6 +125,7 @@ class _DisAlign(Calibration):
             needed = f"(N, {self.in_features}): flatten x and target to rows"
             raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
         self._check_gathered(x)
+        chunk_bytes = check_integer("chunk_bytes", chunk_bytes)
         if not torch.compiler.is_compiling() and not target.is_floating_point():
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -13,10 +13,9 @@ BatchNormMode: TypeAlias = Literal["eval", "train"]
 Normalizer: TypeAlias = Literal["weights", "valid", "count"] | float | Tensor
 
 
-class _Options(TypedDict, total=False):
-    """Keywords of every loss; see `cross_entropy`."""
+class ExtendedOptions(TypedDict, total=False):
+    """Keywords of every loss and criterion that F.cross_entropy does not have."""
 
-    sample_weight: Tensor | None
     normalizer: Normalizer
     prior: Tensor | None
     margin: Tensor | float | None
@@ -24,9 +23,20 @@ class _Options(TypedDict, total=False):
     inplace_backward: bool
 
 
-class LossOptions(_Options, total=False):
-    """The same, and what may be positional, but `weight`."""
+class CriterionOptions(ExtendedOptions, total=False):
+    """Arguments of `nn.CrossEntropyLoss` but `weight`."""
 
+    size_average: bool | None
+    reduce: bool | None
+    ignore_index: int
+    reduction: ReductionName
+    label_smoothing: float
+
+
+class LossOptions(ExtendedOptions, total=False):
+    """Arguments of `disalign_cross_entropy` beside the calibration and `weight`."""
+
+    sample_weight: Tensor | None
     ignore_index: int
     reduction: ReductionName
     label_smoothing: float
@@ -38,9 +48,10 @@ class WeightedLossOptions(LossOptions, total=False):
     weight: Tensor | None
 
 
-class UpsampleOptions(_Options, total=False):
+class UpsampleOptions(ExtendedOptions, total=False):
     """Keywords of `upsample_cross_entropy` but `return_details`."""
 
+    sample_weight: Tensor | None
     align_corners: bool
     confidence: Tensor | None
     scale: Tensor | None

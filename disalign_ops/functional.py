@@ -95,6 +95,8 @@ def cross_entropy(
             be used afterwards: a second backward, a second loss on them, or a layer that needs its
             own output raises. Not under torch.compile.
 
+    Numbers, here and in the other functions, may be Python's, numpy's or 0-d tensors on the CPU.
+
     Returns:
         What `F.cross_entropy` returns, a 0-d tensor or the positions' shape, in the input's dtype
         (float32 under autocast).

@@ -13,7 +13,7 @@ Where the features x are at hand, `layer.loss(x, target, weight=criterion.weight
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,21 @@ from ._nn_dense import DisAlignSegHead as DisAlignSegHead
 from ._nn_form import Calibration
 from ._nn_linear import DisAlignCosineLinear as DisAlignCosineLinear
 from ._nn_linear import DisAlignLinear as DisAlignLinear
-from ._types import Background, BatchNormMode, Form, Normalizer, ReductionName
+from ._types import (
+    Background,
+    BatchNormMode,
+    CriterionOptions,
+    ExtendedOptions,
+    Form,
+    Normalizer,
+    ReductionName,
+)
 from .class_stats import Counts, grw_weights
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,7 +94,7 @@ class UpsampleCrossEntropyLoss(CrossEntropyLoss):
     def __init__(
         self, weight: Tensor | None = None, ignore_index: int = 255,
         reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
-        align_corners: bool = False, **options: Any,
+        align_corners: bool = False, **options: Unpack[ExtendedOptions],
     ) -> None:  # fmt: skip
         super().__init__(weight, None, ignore_index, None, reduction, label_smoothing, **options)
         self.align_corners = align_corners
@@ -119,7 +130,7 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
         self, counts: Counts, rho: float = 1.0,
         *, background: Background | None = None,
         normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
-        empty: Literal["error", "zero", "max"] = "error", **options: Any,
+        empty: Literal["error", "zero", "max"] = "error", **options: Unpack[CriterionOptions],
     ) -> None:  # fmt: skip
         weight = grw_weights(counts, rho, normalize=normalize, empty=empty, background=background)
         super().__init__(weight, **options)

@@ -22,6 +22,9 @@ def losses(z: Tensor, t: Tensor, w: Tensor, c: Tensor) -> None:
     dnn.CrossEntropyLoss(reduction="avg")  # wrong
     dnn.CrossEntropyLoss(normalizer="all")  # wrong
     dnn.GRWCrossEntropyLoss([5, 3, 1], background="middle")  # wrong
+    dnn.GRWCrossEntropyLoss([5, 3, 1], reduction="avg")  # wrong
+    dnn.GRWCrossEntropyLoss([5, 3, 1], sample_weight=c)  # wrong
+    dnn.UpsampleCrossEntropyLoss(w, normalizer="all")  # wrong
     class_stats.grw_weights([5, 3, 1], background="middle")  # wrong
     metrics.LongTailAccuracy([5, 3, 1], topk="5")  # wrong
 
