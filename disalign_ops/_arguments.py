@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ._types import Normalizer, ReductionName
 from .errors import ArgumentError, ArgumentTypeError
-
-Normalizer: TypeAlias = "str | float | Tensor"
 
 LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -94,13 +93,13 @@ def check_integer(name: str, value: object) -> int:
     return number
 
 
-def given_reduction(value: object) -> str:
+def given_reduction(value: object) -> ReductionName:
     """The reduction's name; a deprecated one of PyTorch's becomes today's."""
     if isinstance(value, str) and value == "elementwise_mean":
         torch.nn._reduction.get_enum(value)  # which warns
         return "mean"
     check_choice("reduction", value, ("mean", "sum", "none"))
-    return str(value)
+    return cast(ReductionName, value)
 
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)

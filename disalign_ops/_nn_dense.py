@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from ._arguments import check_bool, check_integer, check_tensor
-from ._nn_form import Calibration, Form, Start, is_recorded
+from ._nn_form import Calibration, is_recorded
+from ._types import Form, LossOptions, Start
 from .errors import ArgumentError
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ConfidenceConvolution(nn.Module):
@@ -116,12 +121,24 @@ class DisAlignSegHead(Calibration):
         return functional.calibrate(self.raw_logits(features), **self._calibration(features))
 
     @torch.no_grad()
-    def predict(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+    def predict(self, features: Tensor, size: Sequence[int]) -> Tensor:
         """The most probable class at every position of `size` (H, W): (N, H, W), int64."""
         return upsample_predict(
             self.raw_logits(features), size, align_corners=self.align_corners,
             **self._calibration(features),
         )  # fmt: skip
+
+    @overload
+    def loss(
+        self, features: Tensor, target: Tensor, weight: Tensor | None = None,
+        *, return_details: Literal[False] = False, **options: Unpack[LossOptions],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def loss(
+        self, features: Tensor, target: Tensor, weight: Tensor | None = None,
+        *, return_details: Literal[True], **options: Unpack[LossOptions],
+    ) -> UpsampleDetails: ...  # fmt: skip
 
     def loss(
         self, features: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
@@ -131,10 +148,11 @@ class DisAlignSegHead(Calibration):
         options: its keywords but the calibration, form and align_corners. inplace_backward is safe:
         only this loss has the raw logits.
         """
-        return upsample_cross_entropy(
+        found: Tensor | UpsampleDetails = upsample_cross_entropy(
             self.raw_logits(features), target, weight, align_corners=self.align_corners,
             **self._calibration(features), **options,
         )  # fmt: skip
+        return found
 
     def extra_repr(self) -> str:
         return f"form={self.form!r}, start={self.start!r}, align_corners={self.align_corners}"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ._arguments import check_choice
+from ._types import Background, Form, Start
 from .functional import _BACKGROUNDS, _FORMS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Form: TypeAlias = Literal["interpolated", "residual"]
-Start: TypeAlias = Literal["identity", "released"]
-Background: TypeAlias = Literal["first", "last"] | None
 
 _STARTS = ("identity", "released")
 FORM_KEY = "calibration_form"  # of the state_dict
@@ -86,7 +83,7 @@ class ConfidenceWatch:
 
 def is_recorded(features: Tensor) -> bool:
     """Whether torch.fx or torch.jit.trace makes a graph, for features of any number."""
-    return isinstance(features, torch.fx.Proxy) or torch.jit.is_tracing()
+    return isinstance(features, torch.fx.Proxy) or torch._C._get_tracing_state() is not None
 
 
 class Calibration(nn.Module):
@@ -99,7 +96,7 @@ class Calibration(nn.Module):
     """
 
     form: Form
-    background: Background
+    background: Background | None
     start: Start
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter
@@ -109,7 +106,7 @@ class Calibration(nn.Module):
     _confidence_range = (0.01, 0.999)
 
     def _add_calibration(
-        self, shape: tuple[int, ...], form: Form, background: Background, start: Start,
+        self, shape: tuple[int, ...], form: Form, background: Background | None, start: Start,
         factory: dict[str, Any],
     ) -> None:  # fmt: skip
         """logit_scale and logit_bias of `shape`, and all that says how to read them."""

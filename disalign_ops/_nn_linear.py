@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,13 @@ from torch.nn import functional as F
 from . import functional
 from ._arguments import check_integer, check_number, check_tensor
 from ._linear import smallest_norm
-from ._nn_form import Background, Calibration, ConfidenceLinear, Form, Start, is_recorded
+from ._nn_form import Calibration, ConfidenceLinear, is_recorded
+from ._types import Background, Form, Start, WeightedLossOptions
 from .errors import ArgumentError
 from .linear import CHUNK_BYTES, disalign_linear_cross_entropy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _DisAlign(Calibration):
@@ -26,7 +30,7 @@ class _DisAlign(Calibration):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool,
-        form: Form, background: Background, start: Start, factory: dict[str, Any],
+        form: Form, background: Background | None, start: Start, factory: dict[str, Any],
     ) -> None:  # fmt: skip
         super().__init__()
         in_features = check_integer("in_features", in_features)
@@ -91,8 +95,9 @@ class _DisAlign(Calibration):
         return functional.calibrate(rows, *vectors, **self._form()).reshape(logits.shape)
 
     def loss(
-        self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES, **options: Any
-    ) -> Tensor:
+        self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES,
+        **options: Unpack[WeightedLossOptions],
+    ) -> Tensor:  # fmt: skip
         """The loss of the calibrated logits, without building them.
 
         Where the raw logits would take more than chunk_bytes, they are not built either:
@@ -110,18 +115,20 @@ class _DisAlign(Calibration):
             needed = f"(N, {self.in_features}): flatten x and target to rows"
             raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
         self._check_gathered(x)
+        chunk_bytes = check_integer("chunk_bytes", chunk_bytes)
         if not (recorded or torch.compiler.is_compiling() or target.is_floating_point()):
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             itemsize = torch.get_autocast_dtype(kind).itemsize if autocast else x.element_size()
             rows = x.shape[0] if x.dim() == 2 else 1
             if rows * self.out_features * itemsize > chunk_bytes:
-                options.pop("inplace_backward", None)  # as it is in chunks
+                others: dict[str, Any] = {**options}
+                others.pop("inplace_backward", None)  # as it is in chunks
                 confidence = self._confidence(self._confidence_features(x))
                 return disalign_linear_cross_entropy(
                     x, self.weight, target, confidence, self.logit_scale, self.logit_bias,
                     self.bias, cosine_scale=self._cosine_scale(), chunk_bytes=chunk_bytes,
-                    **self._form(), **options,
+                    **self._form(), **others,
                 )  # fmt: skip
         logits, features = self._checked_raw(x)
         confidence = self._confidence(features)
@@ -163,7 +170,8 @@ class DisAlignLinear(_DisAlign):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True,
-        *, form: Form = "interpolated", background: Background = None, start: Start = "identity",
+        *, form: Form = "interpolated", background: Background | None = None,
+        start: Start = "identity",
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         factory = {"device": device, "dtype": dtype}
@@ -191,7 +199,7 @@ class DisAlignCosineLinear(_DisAlign):
     def __init__(
         self, in_features: int, out_features: int,
         *, scale_init: float = 20.0, learn_scale: bool = True, form: Form = "interpolated",
-        background: Background = None, start: Start = "identity",
+        background: Background | None = None, start: Start = "identity",
         normalize_confidence: bool | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip

@@ -41,7 +41,8 @@ def has_defaults(
         and type(normalizer) is str
         and normalizer == "weights"
         and type(focal_gamma) is float
-        and not (focal_gamma or inplace_backward)
+        and not focal_gamma
+        and inplace_backward is False
     )
 
 

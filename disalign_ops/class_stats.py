@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from ._arguments import python_number
+from ._types import Background
 from .count_files import read_counts
 
 __all__ = [
@@ -45,7 +46,7 @@ def grw_weights(
     *,
     normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
     empty: Literal["error", "zero", "max"] = "error",
-    background: Literal["first", "last"] | None = None,
+    background: Background | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Generalised re-weighting of DisAlign: w_j = r_j^-rho / sum_k r_k^-rho, r_j = n_j / sum n.
@@ -93,7 +94,7 @@ def class_balanced_weights(
     beta: float = 0.9999,
     *,
     empty: Literal["error", "zero", "max"] = "error",
-    background: Literal["first", "last"] | None = None,
+    background: Background | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Class-balanced weights, w_j = (1 - beta) / (1 - beta^n_j), scaled to sum to C.

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from . import _layouts, _parallel, functional
 from ._arguments import (
-    Normalizer,
     check_class_indices,
     check_dtype,
     check_integer,
@@ -31,6 +30,7 @@ from ._arguments import (
 )
 from ._ranks import Ranks
 from ._shards import Call, Reduction, Vectors
+from ._types import Form, Normalizer, ReductionName
 from .errors import ArgumentError
 from .functional import Options
 from .linear import CHUNK_BYTES, Linear, linear_loss
@@ -43,7 +43,7 @@ def class_parallel_cross_entropy(
     group: Any = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
     shard_offset: int | None = None,
@@ -93,10 +93,10 @@ def class_parallel_disalign_cross_entropy(
     group: Any = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
-    form: str = "interpolated",
+    form: Form = "interpolated",
     shard_offset: int | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Normalizer = "weights",
@@ -137,7 +137,7 @@ def class_parallel_linear_cross_entropy(
     group: Any = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
     shard_offset: int | None = None,
@@ -184,10 +184,10 @@ def class_parallel_disalign_linear_cross_entropy(
     group: Any = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
-    form: str = "interpolated",
+    form: Form = "interpolated",
     shard_offset: int | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Normalizer = "weights",

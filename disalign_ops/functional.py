@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 
 from . import _autograd, _backends, _composed, _layouts, _shortcut, reference
 from ._arguments import (
-    Normalizer,
     check_bool,
     check_choice,
     check_input,
@@ -30,6 +29,7 @@ from ._arguments import (
     row_vector,
 )
 from ._ops import Stem
+from ._types import Background, Form, Normalizer, ReductionName
 from .errors import ArgumentError
 
 _FORMS = ("interpolated", "residual")
@@ -60,7 +60,7 @@ def cross_entropy(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
     sample_weight: Tensor | None = None,
@@ -96,6 +96,8 @@ def cross_entropy(
             be used afterwards: a second backward, a second loss on them, or a layer that needs its
             own output raises. Not under torch.compile.
 
+    Numbers, here and in the other functions, may be Python's, numpy's or 0-d tensors on the CPU.
+
     Returns:
         What `F.cross_entropy` returns, a 0-d tensor or the positions' shape, in the input's dtype
         (float32 under autocast).
@@ -109,7 +111,7 @@ def cross_entropy(
     Formula: docs/math.md; PyTorch's documentation of CrossEntropyLoss for weight and smoothing.
     """
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)  # type: ignore[assignment]
     if _shortcut.has_defaults(
         reduction, sample_weight, normalizer, prior, margin, focal_gamma, inplace_backward
     ) and _shortcut.is_plain(input, target, weight, ignore_index, label_smoothing):
@@ -136,11 +138,11 @@ def disalign_cross_entropy(
     bias: Tensor,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
-    form: str = "interpolated",
-    background: str | None = None,
+    form: Form = "interpolated",
+    background: Background | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Normalizer = "weights",
     prior: Tensor | None = None,
@@ -194,8 +196,8 @@ def calibrate(
     scale: Tensor,
     bias: Tensor,
     *,
-    form: str = "interpolated",
-    background: str | None = None,
+    form: Form = "interpolated",
+    background: Background | None = None,
 ) -> Tensor:
     """DisAlign's calibrated logits, of the input's shape and dtype; differentiable.
 

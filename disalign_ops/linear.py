@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from . import _linear, functional
 from ._arguments import (
-    Normalizer,
     check_class_indices,
     check_dtype,
     check_integer,
@@ -24,6 +23,7 @@ from ._arguments import (
 from ._ranks import Ranks
 from ._sampling import Sample
 from ._shards import Reduction, Vectors
+from ._types import Background, Form, Normalizer, ReductionName
 from .errors import ArgumentError, ArgumentTypeError
 from .functional import Options
 from .reference import IGNORED, accumulate_dtype
@@ -38,7 +38,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
     sample_weight: Tensor | None = None,
@@ -99,11 +99,11 @@ def disalign_linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
-    form: str = "interpolated",
-    background: str | None = None,
+    form: Form = "interpolated",
+    background: Background | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Normalizer = "weights",
     prior: Tensor | None = None,

@@ -65,11 +65,13 @@ class _Tally:
 
     @classmethod
     def create(
-        cls, train_counts: Counts, topk: Iterable[int], many: float, few: float, ignore_index: int
-    ) -> _Tally:
+        cls, train_counts: Counts, topk: int | Iterable[int], many: float, few: float,
+        ignore_index: int,
+    ) -> _Tally:  # fmt: skip
         n = _as_counts(train_counts, "train_counts")
         single = isinstance(topk, int) or getattr(topk, "ndim", 1) == 0
-        ks = tuple(check_integer("topk", k) for k in ((topk,) if single else topk))  # type: ignore[union-attr]
+        several: Any = (topk,) if single else topk
+        ks = tuple(check_integer("topk", k) for k in several)
         for k in ks:
             if not 1 <= k <= n.numel():
                 raise ValueError(f"topk has {k}, needs 1 to {n.numel()} (the number of classes)")
@@ -199,7 +201,7 @@ class LongTailAccuracy:
     def __init__(
         self,
         train_counts: Counts,
-        topk: Iterable[int] = (1,),
+        topk: int | Iterable[int] = (1,),
         many: float = 100,
         few: float = 20,
         *,
@@ -290,7 +292,7 @@ def _torchmetrics_class() -> type:
         def __init__(
             self,
             train_counts: Counts,
-            topk: Iterable[int] = (1,),
+            topk: int | Iterable[int] = (1,),
             many: float = 100,
             few: float = 20,
             *,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
 from ._arguments import (
-    Normalizer,
     check_bool,
     check_choice,
     check_class_indices,
@@ -34,12 +33,27 @@ from ._arguments import (
     given_reduction,
 )
 from ._nn_dense import DisAlignSegHead as DisAlignSegHead
-from ._nn_form import Background, Calibration, Form, Start
+from ._nn_form import Calibration
 from ._nn_linear import DisAlignCosineLinear as DisAlignCosineLinear
 from ._nn_linear import DisAlignLinear as DisAlignLinear
+from ._types import (
+    Background,
+    BatchNormMode,
+    CriterionOptions,
+    ExtendedOptions,
+    Form,
+    Normalizer,
+    ReductionName,
+    Start,
+)
 from .class_stats import Counts, _as_counts, grw_weights
 from .errors import ArgumentError, ArgumentTypeError
 from .upsample import UpsampleDetails, upsample_cross_entropy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -54,6 +68,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     prior: Tensor | None
     margin: Tensor | float | None
     normalizer: Normalizer
+    reduction: ReductionName
 
     # What print shows: the arguments of a subclass (_made_of), and the options whose values differ
     # from _defaults, without those that the subclass derives from its arguments.
@@ -69,7 +84,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def __init__(
         self, weight: Tensor | None = None, size_average: bool | None = None,
-        ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean",
+        ignore_index: int = -100, reduce: bool | None = None, reduction: ReductionName = "mean",
         label_smoothing: float = 0.0, *, normalizer: Normalizer = "weights",
         prior: Tensor | None = None, margin: Tensor | float | None = None,
         focal_gamma: float = 0.0, inplace_backward: bool = False,
@@ -154,8 +169,9 @@ class UpsampleCrossEntropyLoss(CrossEntropyLoss):
     }  # fmt: skip
 
     def __init__(
-        self, weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean",
-        label_smoothing: float = 0.0, *, align_corners: bool = False, **options: Any,
+        self, weight: Tensor | None = None, ignore_index: int = 255,
+        reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+        align_corners: bool = False, **options: Unpack[ExtendedOptions],
     ) -> None:  # fmt: skip
         super().__init__(weight, None, ignore_index, None, reduction, label_smoothing, **options)
         check_bool("align_corners", align_corners)
@@ -164,12 +180,13 @@ class UpsampleCrossEntropyLoss(CrossEntropyLoss):
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor, **options: Any
     ) -> Tensor | UpsampleDetails:
-        return upsample_cross_entropy(
+        found: Tensor | UpsampleDetails = upsample_cross_entropy(
             input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing,
             align_corners=self.align_corners, normalizer=self.normalizer, prior=self.prior,
             margin=self.margin, focal_gamma=self.focal_gamma,
             inplace_backward=self.inplace_backward, **options,
         )  # fmt: skip
+        return found
 
 
 class GRWCrossEntropyLoss(CrossEntropyLoss):
@@ -190,9 +207,9 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
 
     def __init__(
         self, counts: Counts, rho: float = 1.0,
-        *, background: Literal["first", "last"] | None = None,
+        *, background: Background | None = None,
         normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
-        empty: Literal["error", "zero", "max"] = "error", **options: Any,
+        empty: Literal["error", "zero", "max"] = "error", **options: Unpack[CriterionOptions],
     ) -> None:  # fmt: skip
         rho = check_number("rho", rho, -math.inf)
         weight = grw_weights(counts, rho, normalize=normalize, empty=empty, background=background)
@@ -244,7 +261,7 @@ def _layers(model: nn.Module) -> list[Calibration]:
     return layers
 
 
-def convert_form(model: nn.Module, form: Form) -> nn.Module:
+def convert_form(model: Model, form: Form) -> Model:
     """Puts a DisAlign layer, or every one of a model, into `form`, in place; returns the model.
 
     The calibrated logits stay the same, up to a rounding of logit_scale (interpolated: 1 more than
@@ -260,7 +277,7 @@ def convert_form(model: nn.Module, form: Form) -> nn.Module:
     return model
 
 
-def freeze_for_stage2(model: nn.Module, bn: str = "eval") -> list[nn.Parameter]:
+def freeze_for_stage2(model: nn.Module, bn: BatchNormMode = "eval") -> list[nn.Parameter]:
     """Freezes all but logit_scale, logit_bias and confidence_layer of the model's DisAlign layers.
 
     Args:
@@ -306,9 +323,23 @@ def _train_but_batch_norm(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
+@overload
+def convert_to_disalign(  # type: ignore[overload-overlap]
+    model: nn.Linear, *, form: Form = ..., name: str | None = None,
+    background: Background | None = None, start: Start = ...,
+) -> DisAlignLinear: ...  # fmt: skip
+
+
+@overload
+def convert_to_disalign(
+    model: Model, *, form: Form = ..., name: str | None = None,
+    background: Background | None = None, start: Start = ...,
+) -> Model: ...  # fmt: skip
+
+
 def convert_to_disalign(
     model: nn.Module, *, form: Form = "interpolated", name: str | None = None,
-    background: Background = None, start: Start = "identity",
+    background: Background | None = None, start: Start = "identity",
 ) -> nn.Module:  # fmt: skip
     """Swaps a model's classifier, an nn.Linear, for a DisAlignLinear, in place.
 

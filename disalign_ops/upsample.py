@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import _autograd, _composed, _layouts, reference
 from ._arguments import (
-    Normalizer,
     check_bool,
     check_class_indices,
     check_image,
@@ -23,6 +23,7 @@ from ._arguments import (
     target_hint,
 )
 from ._ops import UPSAMPLE
+from ._types import Background, Form, Normalizer, ReductionName, UpsampleOptions
 from .errors import ArgumentError
 from .functional import (
     Options,
@@ -37,6 +38,9 @@ from .functional import (
     transformed,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class UpsampleDetails(NamedTuple):
     """A loss, and of every position (N, H, W), without gradients: loss and softmax of the target
@@ -49,20 +53,62 @@ class UpsampleDetails(NamedTuple):
     prediction: Tensor
 
 
+@overload
 def upsample_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     ignore_index: int = 255,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    return_details: Literal[False] = False,
+    **options: Unpack[UpsampleOptions],
+) -> Tensor: ...
+
+
+@overload
+def upsample_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    return_details: Literal[True],
+    **options: Unpack[UpsampleOptions],
+) -> UpsampleDetails: ...
+
+
+@overload
+def upsample_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    return_details: bool,
+    **options: Unpack[UpsampleOptions],
+) -> Tensor | UpsampleDetails: ...
+
+
+def upsample_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     *,
     align_corners: bool = False,
     confidence: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    form: str = "interpolated",
-    background: str | None = None,
+    form: Form = "interpolated",
+    background: Background | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Normalizer = "weights",
     prior: Tensor | None = None,
@@ -195,14 +241,14 @@ def _recorded_loss(
 
 def upsample_predict(
     input: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     align_corners: bool = False,
     confidence: Tensor | None = None,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    form: str = "interpolated",
-    background: str | None = None,
+    form: Form = "interpolated",
+    background: Background | None = None,
     prior: Tensor | None = None,
 ) -> Tensor:
     """The most probable class at every position of `size` (H, W): (N, H, W), int64.

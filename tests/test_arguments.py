@@ -130,6 +130,15 @@ def test_integers_stand_for_numbers(backend: str) -> None:
                 torch.testing.assert_close(found, wanted)
 
 
+def test_numbers_of_logits_elsewhere() -> None:
+    """What is a number needs not be where the logits are: it is read, and nothing waits."""
+    z, t = torch.randn(6, 5, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta")
+    for options in ({"margin": torch.tensor(0.5)}, {"normalizer": torch.tensor(4.0)}):
+        assert disalign_ops.cross_entropy(z, t, **options).is_meta  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="margin is on cpu, input on meta"):
+        disalign_ops.cross_entropy(z, t, margin=torch.rand(5))
+
+
 def test_an_ignore_index_that_int64_does_not_hold() -> None:
     for loss in LOSSES.values():
         with pytest.raises(ArgumentError, match="ignore_index must be in the range of int64"):
@@ -193,7 +202,7 @@ def test_a_deprecated_reduction_is_the_mean() -> None:
         torch.testing.assert_close(found, loss())
 
 
-@pytest.mark.parametrize("value", ["no", "False", 1, np.True_])
+@pytest.mark.parametrize("value", ["no", "", 0, 1, None, np.True_])
 def test_inplace_backward_is_a_bool(value: Any) -> None:
     for name in ("cross_entropy", "disalign", "upsample"):
         with pytest.raises(ArgumentTypeError, match=r"inplace_backward is a .*, needed is a bool"):

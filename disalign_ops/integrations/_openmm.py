@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import nn as dnn
+from .._types import Background, BatchNormMode, Normalizer, ReductionName
 from ..class_stats import grw_weights
 from ..count_files import read_counts
 from ..errors import ArgumentError, ArgumentTypeError
@@ -49,10 +50,10 @@ class GRWCrossEntropyLoss(nn.Module):
 
     def __init__(
         self, counts: Sequence[float] | str | os.PathLike[str] | None = None, rho: float = 1.0,
-        *, background: Literal["first", "last"] | None = None,
+        *, background: Background | None = None,
         class_weight: Sequence[float] | str | os.PathLike[str] | None = None,
-        reduction: str = "mean", loss_weight: float = 1.0, loss_name: str = "loss_ce",
-        normalizer: str = "weights", label_smoothing: float = 0.0,
+        reduction: ReductionName = "mean", loss_weight: float = 1.0, loss_name: str = "loss_ce",
+        normalizer: Normalizer = "weights", label_smoothing: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if counts is not None and class_weight is not None:
@@ -137,7 +138,7 @@ def _class_weight(given: Sequence[float] | str | os.PathLike[str]) -> Tensor:
 def register(models: Any) -> None:
     """Adds to a framework's registry what is the same in all of them."""
 
-    def stage2(model: dict[str, Any], bn: str = "eval", **arguments: Any) -> nn.Module:
+    def stage2(model: dict[str, Any], bn: BatchNormMode = "eval", **arguments: Any) -> nn.Module:
         """A model as its config says, frozen but for its DisAlign layers: see freeze_for_stage2.
 
         When it is built, before DistributedDataParallel looks for what has gradients.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import nn as dnn
+from .._types import BatchNormMode
 from ..class_stats import Counts
 from ..errors import ArgumentError
 from ..metrics import LongTailAccuracy
@@ -30,7 +31,7 @@ class DisAlignStage2(Callback):  # type: ignore[misc]
     confidence, the DisAlign layers' `mean_confidence()` on rank 0.
     """
 
-    def __init__(self, counts: Counts, bn: str = "eval") -> None:
+    def __init__(self, counts: Counts, bn: BatchNormMode = "eval") -> None:
         self._bn = bn
         self._metric = LongTailAccuracy(counts)
 

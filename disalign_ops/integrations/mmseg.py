@@ -20,7 +20,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .._nn_dense import ConfidenceConvolution, DisAlignSegHead
-from .._nn_form import Calibration, Form, Start
+from .._nn_form import Calibration
+from .._types import Form, Start
 from ..errors import ArgumentError
 from ..functional import calibrate
 from ..reference import class_indices

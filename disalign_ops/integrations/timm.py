@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from .. import nn as dnn
-from .._nn_form import Background, Form, Start
+from .._types import Background, Form, Start
 from ..class_stats import Counts
 from ..errors import ArgumentError
 
 
 def disalign_timm_model(
-    model: nn.Module, *, form: Form = "interpolated", background: Background = None,
+    model: nn.Module, *, form: Form = "interpolated", background: Background | None = None,
     start: Start = "identity",
 ) -> nn.Module:  # fmt: skip
     """Swaps the classifier of a timm model for a DisAlignLinear that keeps its weights, in place.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import cross_entropy
 from .. import nn as dnn
-from .._nn_form import Form
+from .._types import Form
 from ..errors import ArgumentError
 from ..upsample import upsample_cross_entropy
 
@@ -45,7 +45,7 @@ class DisAlignFastRCNNPredictor(nn.Module):
                 f"predictor is a {type(predictor).__name__}, needed is a FastRCNNPredictor"
             )
         new = cls(score.in_features, score.out_features, form=form)
-        new.cls_score = dnn.convert_to_disalign(score, form=form, background="first")  # type: ignore[assignment]
+        new.cls_score = dnn.convert_to_disalign(score, form=form, background="first")
         new.bbox_pred = boxes
         return new.train(predictor.training)
 
