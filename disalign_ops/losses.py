@@ -30,7 +30,7 @@ from ._arguments import (
 )
 from .class_stats import Counts
 from .errors import ArgumentError
-from .nn import CrossEntropyLoss, _check_vectors
+from .nn import CrossEntropyLoss
 from .reference import accumulate_dtype, class_indices, denominator
 
 __all__ = [
@@ -149,7 +149,7 @@ class ScaledCrossEntropyLoss(CrossEntropyLoss):
             self.register_buffer("gain", gain, persistent=False)
         else:
             self.gain = _positive("gain", gain)
-        _check_vectors(weight=self.weight, prior=self.prior, margin=self.margin, gain=self.gain)
+        self._check_vectors("weight", "prior", "margin", "gain")
         self._keep(gain=self.gain)
 
     def forward(
@@ -204,7 +204,7 @@ class LDAMLoss(DeferredLoss):
     NeurIPS 2019, eq. 13 and algorithm 1; scale as in its released code.
     """
 
-    _derived = ("margin",)
+    _derived: tuple[str, ...] = ("margin",)
     _needs_indices = True
 
     def __init__(
@@ -219,13 +219,11 @@ class LDAMLoss(DeferredLoss):
         if deferred_until is None:
             super().__init__(scale, margin=margin, deferred_until=None, **options)
         else:
-            super().__init__(
-                scale, weight, margin=margin, deferred_until=deferred_until, **options
-            )
+            super().__init__(scale, weight, margin=margin, deferred_until=deferred_until, **options)
+            self._derived = ("margin", "weight")
         self._keep(
             counts, max_margin=max_margin, scale=scale, empty=empty,
-            beta=beta if self.deferred_until is not None else None,
-            deferred_until=self.deferred_until,
+            beta=None if deferred_until is None else beta, deferred_until=self.deferred_until,
         )  # fmt: skip
 
 
@@ -250,7 +248,7 @@ class VSLoss(ScaledCrossEntropyLoss):
     Overparameterization", NeurIPS 2021, eq. 2; the parametrisation of its released code.
     """
 
-    _derived = ("prior",)
+    _derived = ("prior", "gain")
 
     def __init__(
         self, counts: Counts, gamma: float = 0.3, tau: float = 1.0, *,

@@ -385,5 +385,5 @@ def test_grw_cross_entropy_loss_errors() -> None:
         GRWCrossEntropyLoss(COUNTS, -1)
     with pytest.raises(TypeError, match="weight"):
         GRWCrossEntropyLoss(COUNTS, weight=torch.ones(C))
-    with pytest.raises(ArgumentError, match="counts must have .* 9 classes, got 3"):
+    with pytest.raises(ArgumentError, match=r"counts must have .* 9 classes, got 3"):
         GRWCrossEntropyLoss([3, 2, 1])(torch.randn(N, C), torch.zeros(N, dtype=torch.int64))
