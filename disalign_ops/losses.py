@@ -78,8 +78,9 @@ class BalancedSoftmaxLoss(CrossEntropyLoss):
     def __init__(
         self, counts: Counts, *, empty: Literal["error", "min"] = "error", **options: Any
     ) -> None:
-        super().__init__(prior=class_stats.log_prior(counts, 1.0, empty=empty), **options)
-        self._keep(counts, empty=empty)
+        n = class_stats._as_counts(counts)
+        super().__init__(prior=class_stats.log_prior(n, 1.0, empty=empty), **options)
+        self._keep(n, empty=empty)
 
 
 class LogitAdjustedLoss(CrossEntropyLoss):
@@ -95,9 +96,9 @@ class LogitAdjustedLoss(CrossEntropyLoss):
         self, counts: Counts, tau: float = 1.0, *,
         empty: Literal["error", "min"] = "error", **options: Any,
     ) -> None:  # fmt: skip
-        tau = _any_number("tau", tau)
-        super().__init__(prior=class_stats.log_prior(counts, tau, empty=empty), **options)
-        self._keep(counts, tau=tau, empty=empty)
+        n, tau = class_stats._as_counts(counts), _any_number("tau", tau)
+        super().__init__(prior=class_stats.log_prior(n, tau, empty=empty), **options)
+        self._keep(n, tau=tau, empty=empty)
 
 
 class ClassBalancedLoss(CrossEntropyLoss):
@@ -114,9 +115,9 @@ class ClassBalancedLoss(CrossEntropyLoss):
         self, counts: Counts, beta: float = 0.9999, *,
         empty: Literal["error", "zero", "max"] = "error", **options: Any,
     ) -> None:  # fmt: skip
-        beta = _any_number("beta", beta)
-        super().__init__(class_stats.class_balanced_weights(counts, beta, empty=empty), **options)
-        self._keep(counts, beta=beta, empty=empty)
+        n, beta = class_stats._as_counts(counts), _any_number("beta", beta)
+        super().__init__(class_stats.class_balanced_weights(n, beta, empty=empty), **options)
+        self._keep(n, beta=beta, empty=empty)
 
 
 class FocalLoss(CrossEntropyLoss):
@@ -213,16 +214,16 @@ class LDAMLoss(DeferredLoss):
         empty: Literal["error", "max"] = "error", **options: Any,
     ) -> None:  # fmt: skip
         max_margin, scale = _any_number("max_margin", max_margin), _positive("scale", scale)
-        beta = _any_number("beta", beta)
-        margin = class_stats.ldam_margins(counts, max_margin, empty=empty) * scale
-        weight = class_stats.class_balanced_weights(counts, beta, empty=empty)
+        n, beta = class_stats._as_counts(counts), _any_number("beta", beta)
+        margin = class_stats.ldam_margins(n, max_margin, empty=empty) * scale
+        weight = class_stats.class_balanced_weights(n, beta, empty=empty)
         if deferred_until is None:
             super().__init__(scale, margin=margin, deferred_until=None, **options)
         else:
             super().__init__(scale, weight, margin=margin, deferred_until=deferred_until, **options)
             self._derived = ("margin", "weight")
         self._keep(
-            counts, max_margin=max_margin, scale=scale, empty=empty,
+            n, max_margin=max_margin, scale=scale, empty=empty,
             beta=None if deferred_until is None else beta, deferred_until=self.deferred_until,
         )  # fmt: skip
 
@@ -255,11 +256,12 @@ class VSLoss(ScaledCrossEntropyLoss):
         empty: Literal["error", "min"] = "error", **options: Any,
     ) -> None:  # fmt: skip
         gamma, tau = check_number("gamma", gamma, 0.0), _any_number("tau", tau)
-        log_pi = class_stats.log_prior(counts, 1.0, empty=empty, dtype=torch.float64)
+        n = class_stats._as_counts(counts)
+        log_pi = class_stats.log_prior(n, 1.0, empty=empty, dtype=torch.float64)
         gain = (gamma * (log_pi - log_pi.max())).exp()
-        prior = class_stats.log_prior(counts, tau, empty=empty)
+        prior = class_stats.log_prior(n, tau, empty=empty)
         super().__init__(gain.to(prior.dtype), prior=prior, **options)
-        self._keep(counts, gamma=gamma, tau=tau, empty=empty)
+        self._keep(n, gamma=gamma, tau=tau, empty=empty)
 
 
 class LabelAwareSmoothingLoss(CrossEntropyLoss):
@@ -438,7 +440,7 @@ def _may_be_repeated() -> bool:
     """Whether torch.utils.checkpoint may run this pass: without gradients, or with hooks on what
     autograd saves.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or functional.transformed():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None or not torch.is_grad_enabled()

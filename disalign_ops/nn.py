@@ -115,12 +115,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             found = ", ".join(f"{name} {n}" for name, n in entries.items())
             raise ArgumentError(f"{' and '.join(entries)} must have one entry a class, got {found}")
 
-    def _keep(self, counts: Counts | None = None, **arguments: object) -> None:
+    def _keep(self, counts: Tensor | None = None, **arguments: object) -> None:
         """Keeps the arguments of a subclass, for print and for errors about the logits' classes."""
         if counts is not None:
-            n = _as_counts(counts)
-            self._classes = len(n) + (arguments.get("background") is not None)
-            arguments = {"counts": n, **arguments}
+            self._classes = len(counts) + (arguments.get("background") is not None)
+            arguments = {"counts": counts, **arguments}
         defaults = (None, "error", "sum_to_classes")  # of empty, background, normalize, ...
         self._made_of = {
             k: v for k, v in arguments.items() if isinstance(v, Tensor) or v not in defaults
@@ -211,11 +210,11 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
         normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
         empty: Literal["error", "zero", "max"] = "error", **options: Any,
     ) -> None:  # fmt: skip
-        rho = check_number("rho", rho, -math.inf)
-        weight = grw_weights(counts, rho, normalize=normalize, empty=empty, background=background)
+        n, rho = _as_counts(counts), check_number("rho", rho, -math.inf)
+        weight = grw_weights(n, rho, normalize=normalize, empty=empty, background=background)
         super().__init__(weight, **options)
         self.rho = rho
-        self._keep(counts, rho=rho, background=background, normalize=normalize, empty=empty)
+        self._keep(n, rho=rho, background=background, normalize=normalize, empty=empty)
 
 
 def _normalizer(value: Normalizer) -> Normalizer:
