@@ -30,7 +30,7 @@ from ._arguments import (
 )
 from .class_stats import Counts
 from .errors import ArgumentError
-from .nn import CrossEntropyLoss, _check_vectors
+from .nn import CrossEntropyLoss
 from .reference import accumulate_dtype, class_indices, denominator
 
 __all__ = [
@@ -78,8 +78,9 @@ class BalancedSoftmaxLoss(CrossEntropyLoss):
     def __init__(
         self, counts: Counts, *, empty: Literal["error", "min"] = "error", **options: Any
     ) -> None:
-        super().__init__(prior=class_stats.log_prior(counts, 1.0, empty=empty), **options)
-        self._keep(counts, empty=empty)
+        n = class_stats._as_counts(counts)
+        super().__init__(prior=class_stats.log_prior(n, 1.0, empty=empty), **options)
+        self._keep(n, empty=empty)
 
 
 class LogitAdjustedLoss(CrossEntropyLoss):
@@ -95,9 +96,9 @@ class LogitAdjustedLoss(CrossEntropyLoss):
         self, counts: Counts, tau: float = 1.0, *,
         empty: Literal["error", "min"] = "error", **options: Any,
     ) -> None:  # fmt: skip
-        tau = _any_number("tau", tau)
-        super().__init__(prior=class_stats.log_prior(counts, tau, empty=empty), **options)
-        self._keep(counts, tau=tau, empty=empty)
+        n, tau = class_stats._as_counts(counts), _any_number("tau", tau)
+        super().__init__(prior=class_stats.log_prior(n, tau, empty=empty), **options)
+        self._keep(n, tau=tau, empty=empty)
 
 
 class ClassBalancedLoss(CrossEntropyLoss):
@@ -114,9 +115,9 @@ class ClassBalancedLoss(CrossEntropyLoss):
         self, counts: Counts, beta: float = 0.9999, *,
         empty: Literal["error", "zero", "max"] = "error", **options: Any,
     ) -> None:  # fmt: skip
-        beta = _any_number("beta", beta)
-        super().__init__(class_stats.class_balanced_weights(counts, beta, empty=empty), **options)
-        self._keep(counts, beta=beta, empty=empty)
+        n, beta = class_stats._as_counts(counts), _any_number("beta", beta)
+        super().__init__(class_stats.class_balanced_weights(n, beta, empty=empty), **options)
+        self._keep(n, beta=beta, empty=empty)
 
 
 class FocalLoss(CrossEntropyLoss):
@@ -149,7 +150,7 @@ class ScaledCrossEntropyLoss(CrossEntropyLoss):
             self.register_buffer("gain", gain, persistent=False)
         else:
             self.gain = _positive("gain", gain)
-        _check_vectors(weight=self.weight, prior=self.prior, margin=self.margin, gain=self.gain)
+        self._check_vectors("weight", "prior", "margin", "gain")
         self._keep(gain=self.gain)
 
     def forward(
@@ -204,7 +205,7 @@ class LDAMLoss(DeferredLoss):
     NeurIPS 2019, eq. 13 and algorithm 1; scale as in its released code.
     """
 
-    _derived = ("margin",)
+    _derived: tuple[str, ...] = ("margin",)
     _needs_indices = True
 
     def __init__(
@@ -213,17 +214,17 @@ class LDAMLoss(DeferredLoss):
         empty: Literal["error", "max"] = "error", **options: Any,
     ) -> None:  # fmt: skip
         max_margin, scale = _any_number("max_margin", max_margin), _positive("scale", scale)
-        beta = _any_number("beta", beta)
-        margin = class_stats.ldam_margins(counts, max_margin, empty=empty) * scale
-        weight = class_stats.class_balanced_weights(counts, beta, empty=empty)
+        n, beta = class_stats._as_counts(counts), _any_number("beta", beta)
+        margin = class_stats.ldam_margins(n, max_margin, empty=empty) * scale
+        weight = class_stats.class_balanced_weights(n, beta, empty=empty)
         if deferred_until is None:
             super().__init__(scale, margin=margin, deferred_until=None, **options)
         else:
             super().__init__(scale, weight, margin=margin, deferred_until=deferred_until, **options)
+            self._derived = ("margin", "weight")
         self._keep(
-            counts, max_margin=max_margin, scale=scale, empty=empty,
-            beta=beta if self.deferred_until is not None else None,
-            deferred_until=self.deferred_until,
+            n, max_margin=max_margin, scale=scale, empty=empty,
+            beta=None if deferred_until is None else beta, deferred_until=self.deferred_until,
         )  # fmt: skip
 
 
@@ -248,18 +249,19 @@ class VSLoss(ScaledCrossEntropyLoss):
     Overparameterization", NeurIPS 2021, eq. 2; the parametrisation of its released code.
     """
 
-    _derived = ("prior",)
+    _derived = ("prior", "gain")
 
     def __init__(
         self, counts: Counts, gamma: float = 0.3, tau: float = 1.0, *,
         empty: Literal["error", "min"] = "error", **options: Any,
     ) -> None:  # fmt: skip
         gamma, tau = check_number("gamma", gamma, 0.0), _any_number("tau", tau)
-        log_pi = class_stats.log_prior(counts, 1.0, empty=empty, dtype=torch.float64)
+        n = class_stats._as_counts(counts)
+        log_pi = class_stats.log_prior(n, 1.0, empty=empty, dtype=torch.float64)
         gain = (gamma * (log_pi - log_pi.max())).exp()
-        prior = class_stats.log_prior(counts, tau, empty=empty)
+        prior = class_stats.log_prior(n, tau, empty=empty)
         super().__init__(gain.to(prior.dtype), prior=prior, **options)
-        self._keep(counts, gamma=gamma, tau=tau, empty=empty)
+        self._keep(n, gamma=gamma, tau=tau, empty=empty)
 
 
 class LabelAwareSmoothingLoss(CrossEntropyLoss):
@@ -438,7 +440,7 @@ def _may_be_repeated() -> bool:
     """Whether torch.utils.checkpoint may run this pass: without gradients, or with hooks on what
     autograd saves.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or functional.transformed():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None or not torch.is_grad_enabled()

@@ -78,7 +78,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         "normalizer": "weights", "prior": None, "margin": None, "focal_gamma": 0.0,
         "inplace_backward": False,
     }  # fmt: skip
-    _derived: ClassVar[tuple[str, ...]] = ()
+    _derived: tuple[str, ...] = ()
     _needs_indices: bool = False  # probabilities as targets have no meaning
     _classes: int | None = None  # as counts have them
 
@@ -104,7 +104,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
                 self.register_buffer(name, value, persistent=False)
             else:
                 setattr(self, name, check_number(name, value, -math.inf))
-        _check_vectors(weight=self.weight, prior=self.prior, margin=self.margin)
+        self._check_vectors("weight", "prior", "margin")
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         super().register_buffer(name, tensor, persistent)
@@ -113,12 +113,28 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         for empty in [k for k, buffer in self._buffers.items() if buffer is None]:
             self._buffers[empty] = self._buffers.pop(empty)
 
-    def _keep(self, counts: Counts | None = None, **arguments: object) -> None:
+    def _check_vectors(self, *names: str) -> None:
+        """Vectors with an entry a class, as far as they are known without logits."""
+        entries: dict[str, int] = {}
+        for name in names:
+            vector = getattr(self, name)
+            if not isinstance(vector, Tensor):
+                continue
+            if not vector.is_floating_point():
+                raise ArgumentTypeError(f"{name} must have a floating dtype, got {vector.dtype}")
+            if name == "weight" and vector.dim() != 1:
+                raise ArgumentError(f"weight must have the shape (C,), got {tuple(vector.shape)}")
+            if vector.numel() != 1:
+                entries["counts" if name in self._derived else name] = vector.numel()
+        if len({*entries.values()}) > 1:
+            found = ", ".join(f"{name} {n}" for name, n in entries.items())
+            raise ArgumentError(f"{' and '.join(entries)} must have one entry a class, got {found}")
+
+    def _keep(self, counts: Tensor | None = None, **arguments: object) -> None:
         """Keeps the arguments of a subclass, for print and for errors about the logits' classes."""
         if counts is not None:
-            n = _as_counts(counts)
-            self._classes = len(n) + (arguments.get("background") is not None)
-            arguments = {"counts": n, **arguments}
+            self._classes = len(counts) + (arguments.get("background") is not None)
+            arguments = {"counts": counts, **arguments}
         defaults = (None, "error", "sum_to_classes")  # of empty, background, normalize, ...
         self._made_of = {
             k: v for k, v in arguments.items() if isinstance(v, Tensor) or v not in defaults
@@ -211,34 +227,17 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
         normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
         empty: Literal["error", "zero", "max"] = "error", **options: Unpack[CriterionOptions],
     ) -> None:  # fmt: skip
-        rho = check_number("rho", rho, -math.inf)
-        weight = grw_weights(counts, rho, normalize=normalize, empty=empty, background=background)
+        n, rho = _as_counts(counts), check_number("rho", rho, -math.inf)
+        weight = grw_weights(n, rho, normalize=normalize, empty=empty, background=background)
         super().__init__(weight, **options)
         self.rho = rho
-        self._keep(counts, rho=rho, background=background, normalize=normalize, empty=empty)
+        self._keep(n, rho=rho, background=background, normalize=normalize, empty=empty)
 
 
 def _normalizer(value: Normalizer) -> Normalizer:
     """A checked normalizer; a number is Python's."""
     given_denominator(value, value if isinstance(value, Tensor) else torch.empty(0, device="cpu"))
     return value if isinstance(value, str | Tensor) else check_number("normalizer", value, 0.0)
-
-
-def _check_vectors(**vectors: object) -> None:
-    """Vectors with an entry a class, as far as they are known without logits."""
-    entries: dict[str, int] = {}
-    for name, vector in vectors.items():
-        if not isinstance(vector, Tensor):
-            continue
-        if not vector.is_floating_point():
-            raise ArgumentTypeError(f"{name} must have a floating dtype, got {vector.dtype}")
-        if name == "weight" and vector.dim() != 1:
-            raise ArgumentError(f"weight must have the shape (C,), got {tuple(vector.shape)}")
-        if vector.numel() != 1:
-            entries[name] = vector.numel()
-    if len({*entries.values()}) > 1:
-        found = ", ".join(f"{name} {n}" for name, n in entries.items())
-        raise ArgumentError(f"{' and '.join(entries)} must have one entry a class, got {found}")
 
 
 def _shown(value: object) -> str:

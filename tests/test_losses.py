@@ -267,3 +267,72 @@ def test_wrong_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             wrong()
+
+
+# --- label-aware smoothing
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sampled", [None, (N,), (N, 1)])
+def test_label_aware_smoothing_divides_by_one_denominator(
+    weighted: bool, sampled: tuple[int, ...] | None
+) -> None:
+    z, target = problem()
+    target = target.clone()
+    target[::5] = -100
+    options: dict[str, Any] = {"weight": torch.rand(C)} if weighted else {}
+    v = None if sampled is None else torch.rand(sampled, dtype=torch.float64)
+    each = losses.label_aware_smoothing(COUNTS, reduction="none", **options)(
+        z, target, sample_weight=v
+    )
+    criterion = losses.label_aware_smoothing(COUNTS, normalizer="weights", **options)
+    share = torch.ones(N, dtype=torch.float64) if v is None else v.reshape(-1)
+    kept = target >= 0
+    if weighted:
+        share = share * options["weight"][target.clamp(min=0)]
+    expected = each.sum() / share[kept].sum()
+    actual = criterion(z, target, sample_weight=v)
+    torch.testing.assert_close(actual, expected)
+    for a, e in zip(torch.autograd.grad(actual, z), torch.autograd.grad(expected, z), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_label_aware_smoothing_with_one_smoothing_is_torchs() -> None:
+    z, target = problem()
+    weight = torch.rand(C, dtype=torch.float64)
+    criterion = losses.label_aware_smoothing([5] * C, 0.2, normalizer="weights", weight=weight)
+    expected = F.cross_entropy(z, target, weight, label_smoothing=0.2)
+    torch.testing.assert_close(criterion(z, target), expected)
+
+
+@pytest.mark.parametrize(("normalizer", "value"), [("weights", math.nan), ("valid", 0.0)])
+def test_label_aware_smoothing_of_nothing(normalizer: str, value: float) -> None:
+    z, _ = problem()
+    criterion = losses.label_aware_smoothing(COUNTS, normalizer=normalizer)
+    loss = criterion(z, torch.full((N,), -100))
+    torch.testing.assert_close(loss.item(), value, equal_nan=True)
+    assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros_like(z))
+
+
+@pytest.mark.parametrize("normalizer", ["valid", "weights"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_label_aware_smoothing_in_half_precision(dtype: torch.dtype, normalizer: str) -> None:
+    criterion = losses.label_aware_smoothing(COUNTS, normalizer=normalizer)
+    z, target = problem()
+    half = z.detach().to(dtype).requires_grad_()
+    exact = criterion(half.detach().double(), target)
+    loss = criterion.to(dtype)(half, target)
+    assert loss.dtype == dtype
+    torch.testing.assert_close(loss.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert torch.autograd.grad(loss, half)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["label_aware_smoothing concave", "vs", "ldam", "class_balanced"])
+def test_export(name: str) -> None:
+    criterion = PRESETS[name][0]
+    z, target = problem()
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(
+        criterion, (z.detach(), target), dynamic_shapes=({0: rows}, {0: rows})
+    )
+    torch.testing.assert_close(program.module()(z[:5], target[:5]), criterion(z[:5], target[:5]))

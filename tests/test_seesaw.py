@@ -1,4 +1,4 @@
-"""What the seesaw loss counts, and when: refused calls, passes that are repeated, half precision."""
+"""What the seesaw loss counts, and when: refused calls, repeated passes, half precision."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A target's dtype changes no loss: class indices and ignore_index are compared as numbers, whatever
-the dtype wraps around.
+"""A target's dtype changes no loss: class indices and ignore_index are compared as numbers, and
+none of them wraps around.
 """
 
 from __future__ import annotations
