@@ -45,10 +45,6 @@ class DisAlignSegHead(Calibration):
     Source: Zhang et al., "Distribution Alignment", CVPR 2021; the released DisAlignFCNHead.
     """
 
-    logit_scale: nn.Parameter
-    logit_bias: nn.Parameter
-    background = None
-
     def __init__(
         self, in_channels: int, num_classes: int,
         *, form: str = "interpolated", align_corners: bool = False, dropout: float = 0.0,
@@ -63,7 +59,7 @@ class DisAlignSegHead(Calibration):
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.form, self.align_corners = form, align_corners
+        self.form, self.align_corners, self.background = form, align_corners, None
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(in_channels, num_classes, 1, **factory)
         self.logit_scale = nn.Parameter(torch.ones(1, num_classes, 1, 1, **factory))
@@ -82,6 +78,9 @@ class DisAlignSegHead(Calibration):
                 f"features have shape {tuple(features.shape)}, needed is "
                 f"(N, {self.in_channels}, h, w)"
             )
+        return self._raw(features)
+
+    def _raw(self, features: Tensor) -> Tensor:
         logits: Tensor = self.conv_seg(self.dropout(features))
         return logits
 
@@ -98,7 +97,11 @@ class DisAlignSegHead(Calibration):
 
         Upsample them for anything but `loss` and `predict`, which need no upsampled logits.
         """
-        return functional.calibrate(self.raw_logits(features), **self._calibration(features))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            logits = self._raw(features)
+        else:
+            logits = self.raw_logits(features)
+        return self._calibrated(logits, self.confidence_layer(features))
 
     @torch.no_grad()
     def predict(self, features: Tensor, size: tuple[int, int]) -> Tensor:

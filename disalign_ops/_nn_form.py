@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _composed, functional
+
 
 def is_recorded(features: Tensor) -> bool:
     """Whether torch.fx or torch.jit.trace makes a graph, for features of any number."""
-    return isinstance(features, torch.fx.Proxy) or torch.jit.is_tracing()
+    return isinstance(features, torch.fx.Proxy) or _composed.is_tracing()
 
 
 class Calibration(nn.Module):
@@ -20,11 +22,24 @@ class Calibration(nn.Module):
     state_dict's metadata, beside nn.Module's version, and loading compares it.
     """
 
-    form: str
-    background: str | None
-    logit_scale: Tensor
-    logit_bias: Tensor
-    confidence_layer: nn.Module
+    if TYPE_CHECKING:  # torch.jit.script would read them, and cannot
+        form: str
+        background: str | None
+        logit_scale: Tensor
+        logit_bias: Tensor
+        confidence_layer: nn.Module
+
+    def _calibrated(self, logits: Tensor, confidence: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return _composed.calibrate(
+                logits, confidence, self.logit_scale, self.logit_bias, self.form, self.background
+            )
+        else:  # which torch.jit.script does not compile
+            return self._checked_calibrated(logits, confidence)
+
+    def _checked_calibrated(self, logits: Tensor, confidence: Tensor) -> Tensor:
+        vectors = (confidence, self.logit_scale, self.logit_bias)
+        return functional.calibrate(logits, *vectors, **self._form())
 
     def _form(self) -> dict[str, Any]:
         return {"form": self.form, "background": self.background}

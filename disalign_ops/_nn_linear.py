@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from .linear import CHUNK_BYTES, disalign_linear_cross_entropy
 class _DisAlign(Calibration):
     """What both layers share: all but how features become raw logits."""
 
-    weight: Tensor
-    bias: Tensor | None
-    confidence_layer: nn.Linear
+    if TYPE_CHECKING:
+        weight: Tensor
+        bias: Tensor | None
+        confidence_layer: nn.Linear
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool,
@@ -85,11 +86,13 @@ class _DisAlign(Calibration):
 
     def forward(self, x: Tensor) -> Tensor:
         """Calibrated logits (..., C) of features (..., in_features)."""
-        logits, features = self._checked_raw(x)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            logits, features = self._raw(x)
+        else:
+            logits, features = self._checked_raw(x)
         confidence = self.confidence_layer(features).reshape(-1)
         rows = logits.reshape(-1, self.out_features)
-        vectors = (confidence, self.logit_scale, self.logit_bias)
-        return functional.calibrate(rows, *vectors, **self._form()).reshape(logits.shape)
+        return self._calibrated(rows, confidence).reshape(logits.shape)
 
     def loss(
         self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES, **options: Any
