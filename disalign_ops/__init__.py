@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from torch import fx as _fx
+
 from . import (
     checkpoints,
     class_stats,
@@ -25,6 +27,13 @@ from .distributed import (
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
 from .linear import disalign_linear_cross_entropy, linear_cross_entropy
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
+
+# In a graph of torch.fx each is one call, by its name here as in the file it is from.
+for _name in (
+    "calibrate", "cross_entropy", "disalign_cross_entropy", "disalign_linear_cross_entropy",
+    "linear_cross_entropy", "upsample_cross_entropy", "upsample_predict",
+):  # fmt: skip
+    _fx.wrap(_name)
 
 __all__ = [
     "UpsampleDetails",

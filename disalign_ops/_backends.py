@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class _State:
     cuda_devices: dict[int, str] = field(default_factory=dict)  # why not, "" if it serves
     triton_missing: str | None = None
     triton_devices: dict[int, str] = field(default_factory=dict)  # the same
+    warned: bool = False  # that no kernel serves
 
 
 def _checked(name: str, source: str) -> str:
@@ -98,7 +101,34 @@ def serving(device: torch.device) -> str:
             return name
         if wanted == name:
             raise ArgumentError(f"backend {name!r} is set but cannot serve {device.type}: {reason}")
+    if not _state.warned and not torch.compiler.is_compiling():
+        _warn(device)
     return "reference"
+
+
+_WHAT_TO_INSTALL = {
+    "cpu": "Install a C++ compiler, such as g++, and then disalign_ops again, with pip",
+    "cuda": "pip install triton, or install nvcc and then disalign_ops again, with pip",
+    "xpu": "pip install triton-xpu, or the triton of your PyTorch",
+}
+
+
+def _warn(device: torch.device) -> None:
+    """Once a process, of a device that kernels could serve."""
+    if device.type not in _WHAT_TO_INSTALL:
+        return
+    _state.warned = True
+    reasons = [_why_not(device)] if device.type != "xpu" else []
+    reasons += [_why_not_triton(device)] if device.type != "cpu" else []
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"disalign_ops has no kernels for {device.type}: PyTorch's own functions compute, slower "
+        f"and in more memory. Why: {'; '.join(str(reason) for reason in reasons)}. "
+        f"{_WHAT_TO_INSTALL[device.type]}.",
+        stacklevel=level,
+    )
 
 
 def _why_not(device: torch.device) -> str | None:
@@ -155,9 +185,11 @@ def _parsed(info: str) -> dict[str, str]:
 class set_backend:  # noqa: N801 - a function to its users, and a context manager
     """Choose the backend: "auto", "native", "triton" or "reference".
 
-    As a call it holds from now on; as a context manager until the block's end. The setting is the
-    process's, not the thread's. DISALIGN_OPS_BACKEND gives the value at import. Raises ValueError
-    for another name; a backend that cannot serve a tensor raises when it is called with one.
+    "reference" is the formulas in plain PyTorch, to compare with; where there are no kernels "auto"
+    is faster. As a call it holds from now on; as a context manager until the block's end. The
+    setting is the process's, not the thread's. DISALIGN_OPS_BACKEND gives the value at import.
+    Raises ValueError for another name; a backend that cannot serve a tensor raises when it is
+    called with one.
     """
 
     def __init__(self, name: str) -> None:

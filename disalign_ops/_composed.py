@@ -14,9 +14,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.functional import cross_entropy as torch_cross_entropy  # before any replacement
 
 from . import reference
+
+torch_cross_entropy = F.cross_entropy  # before `replace_cross_entropy` puts ours there
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace, or ONNX's exporter by it, makes a graph."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing
 
 
 @contextmanager
@@ -25,30 +32,34 @@ def unrecorded() -> Iterator[None]:
     which a shape must be numbers.
     """
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def extended(
     scale: Tensor, bias: Tensor, shift: int, before: int, after: int
 ) -> tuple[Tensor, Tensor]:
-    """`_layouts.Extension.vectors` without a tensor of a fixed device. torch.jit.script takes it."""
+    """`_layouts.Extension.vectors` without a constant, which would keep its device in a graph.
+    torch.jit.script takes it.
+    """
     return F.pad(scale - shift, [before, after]), F.pad(bias, [before, after])
 
 
 def calibrate(
-    input: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor,
-    shift: int, before: int, after: int,
+    input: Tensor, confidence: Tensor, scale: Tensor, bias: Tensor, form: str,
+    background: str | None,
 ) -> Tensor:  # fmt: skip
-    """`functional.calibrate` of (C,), (N, C) or (N, C, d1, ...) without its checks. torch.jit.script
-    takes it.
-    """
+    """`functional.calibrate` without its checks. torch.jit.script takes it."""
     dtype = reference.accumulate_dtype(input.dtype)
-    scale, bias = scale.reshape(-1).to(dtype), bias.reshape(-1).to(dtype)
-    scale, bias = extended(scale, bias, shift, before, after)
+    shift, before, after = int(form == "interpolated"), 0, 0
+    if background is not None:
+        before, after = int(background == "first"), int(background == "last")
+    scale, bias = extended(
+        scale.reshape(-1).to(dtype), bias.reshape(-1).to(dtype), shift, before, after
+    )
     flat = input
     if input.dim() == 1:
         flat = input.unsqueeze(0)
@@ -64,23 +75,25 @@ def _checkable(*tensors: Tensor) -> bool:
         tensors[0].is_cpu
         and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not is_tracing()
         and not torch._C._len_torch_dispatch_stack()
     )
 
 
 def _ignored_are_finite(logits: Tensor, ignored: Tensor) -> bool:
     """Whether torch's gradient of ignored rows is 0: it is 0 times their softmax."""
-    return not ignored.any() or bool(logits.movedim(1, -1)[ignored].isfinite().all())
+    return not ignored.any().item() or bool(logits.movedim(1, -1)[ignored].isfinite().all())
 
 
 def plain_mean(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> Tensor | None:
-    """The mean of rows as F.cross_entropy alone, without a cost to a small batch. None: the rest of
-    this file must look at the call, or the checks of functional.py.
+    """The mean of what `_shortcut.is_plain` passes, by F.cross_entropy alone, or None where
+    `cross_entropy` below is right, or an error.
     """
-    if not (_checkable(input, target) and _ignored_are_finite(input, target == ignore_index)):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    if not _ignored_are_finite(input, target == ignore_index):
         return None
     try:
         loss = torch_cross_entropy(
@@ -95,24 +108,25 @@ def cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    confidence: Tensor | None,
-    prior: Tensor | None,
-    margin: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    focal_gamma: float,
-    reduction: str,
-    normalizer: str | Tensor,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    confidence: Tensor | None = None,
+    prior: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    reduction: str = "mean",
+    normalizer: str | Tensor = "weights",
 ) -> Tensor:
     """`reference.cross_entropy` of rows (N, C) or class planes (N, C, S)."""
     t = target.reshape((logits.shape[0], *logits.shape[2:])).to(torch.int64)
     valid = t != ignore_index
     checkable = _checkable(logits, target)
-    if not (checkable and _ignored_are_finite(logits, ~valid)):
+    # A calibration may make infinities of finite logits.
+    if not (checkable and scale is None and _ignored_are_finite(logits, ~valid)):
         logits = torch.where(valid.unsqueeze(1), logits, 0.0)
     if scale is None or bias is None or confidence is None:
         u = logits.to(reference.accumulate_dtype(logits.dtype))

@@ -117,7 +117,8 @@ def _weight_parts(weight: Tensor, chunk_bytes: int) -> list[slice]:
 
 def smallest_norm(dtype: torch.dtype) -> float:
     """Below it a vector is divided by this: F.normalize's eps, which would be 0 in float16."""
-    return max(1e-12, torch.finfo(dtype).tiny)
+    # float16's smallest normal number, as a number: torch.jit.script has no torch.finfo.
+    return 6.103515625e-05 if dtype == torch.float16 else 1e-12
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from ._arguments import check_bool, check_integer, check_tensor
 from ._nn_form import Calibration, is_recorded
 from ._types import Form, LossOptions, Start
@@ -102,6 +101,9 @@ class DisAlignSegHead(Calibration):
             )
         if type(features) is Tensor:
             check_tensor("logit_scale", self.logit_scale)
+        return self._raw(features)
+
+    def _raw(self, features: Tensor) -> Tensor:
         logits: Tensor = self.conv_seg(self.dropout(features))
         return logits
 
@@ -118,7 +120,11 @@ class DisAlignSegHead(Calibration):
 
         Upsample them for anything but `loss` and `predict`, which need no upsampled logits.
         """
-        return functional.calibrate(self.raw_logits(features), **self._calibration(features))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            logits, confidence = self._raw(features), self.confidence_layer(features)
+        else:
+            logits, confidence = self.raw_logits(features), self._confidence(features)
+        return self._calibrated(logits, confidence)
 
     @torch.no_grad()
     def predict(self, features: Tensor, size: Sequence[int]) -> Tensor:

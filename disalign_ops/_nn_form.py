@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import _composed, functional
 from ._arguments import check_choice
 from ._types import Background, Form, Start
 from .functional import _BACKGROUNDS, _FORMS
@@ -83,7 +84,7 @@ class ConfidenceWatch:
 
 def is_recorded(features: Tensor) -> bool:
     """Whether torch.fx or torch.jit.trace makes a graph, for features of any number."""
-    return isinstance(features, torch.fx.Proxy) or torch._C._get_tracing_state() is not None
+    return isinstance(features, torch.fx.Proxy) or _composed.is_tracing()
 
 
 class Calibration(nn.Module):
@@ -95,13 +96,15 @@ class Calibration(nn.Module):
     checkpoints, version 0.1.0) the form is taken for this layer's. Nothing else reads the buffer.
     """
 
-    form: Form
-    background: Background | None
-    start: Start
-    logit_scale: nn.Parameter
-    logit_bias: nn.Parameter
-    confidence_layer: nn.Module
-    calibration_form: Tensor
+    if TYPE_CHECKING:  # torch.jit.script would read them, and cannot
+        form: Form
+        background: Background | None
+        start: Start
+        logit_scale: nn.Parameter
+        logit_bias: nn.Parameter
+        confidence_layer: nn.Module
+        calibration_form: Tensor
+
     # Outside it the sigmoid is flat: the confidence no longer learns, and near 0 nothing else does.
     _confidence_range = (0.01, 0.999)
 
@@ -132,6 +135,18 @@ class Calibration(nn.Module):
         self.form = form
         with torch.no_grad():
             self.calibration_form.copy_(self._form_code())
+
+    def _calibrated(self, logits: Tensor, confidence: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return _composed.calibrate(
+                logits, confidence, self.logit_scale, self.logit_bias, self.form, self.background
+            )
+        else:  # which torch.jit.script does not compile
+            return self._checked_calibrated(logits, confidence)
+
+    def _checked_calibrated(self, logits: Tensor, confidence: Tensor) -> Tensor:
+        vectors = (confidence, self.logit_scale, self.logit_bias)
+        return functional.calibrate(logits, *vectors, **self._form())
 
     def _form(self) -> dict[str, Any]:
         return {"form": self.form, "background": self.background}

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class _DisAlign(Calibration):
     """What both layers share: all but how features become raw logits."""
 
-    weight: Tensor
-    bias: Tensor | None
-    confidence_layer: ConfidenceLinear
+    if TYPE_CHECKING:
+        weight: Tensor
+        bias: Tensor | None
+        confidence_layer: ConfidenceLinear
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool,
@@ -88,11 +89,14 @@ class _DisAlign(Calibration):
 
     def forward(self, x: Tensor) -> Tensor:
         """Calibrated logits (..., C) of features (..., in_features)."""
-        logits, features = self._checked_raw(x)
-        confidence = self._confidence(features).reshape(-1)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            logits, features = self._raw(x)
+            confidence = self.confidence_layer(features).reshape(-1)
+        else:
+            logits, features = self._checked_raw(x)
+            confidence = self._confidence(features).reshape(-1)
         rows = logits.reshape(-1, self.out_features)
-        vectors = (confidence, self.logit_scale, self.logit_bias)
-        return functional.calibrate(rows, *vectors, **self._form()).reshape(logits.shape)
+        return self._calibrated(rows, confidence).reshape(logits.shape)
 
     def loss(
         self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES,

@@ -203,9 +203,9 @@ def calibrate(
 
     Arguments, forms, errors and source as in `disalign_cross_entropy`.
     """
-    if torch.jit.is_tracing():
-        vectors = given_calibration(input, confidence, scale, bias, form, background, None)
-        return _composed.calibrate(input, *vectors, *_layouts.Extension.of(form, background))
+    if _composed.is_tracing():
+        a, b, c = given_calibration(input, confidence, scale, bias, form, background, None)
+        return _composed.calibrate(input, c, a, b, form, background)
     classes = check_input(input)
     a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
     stem, flat, _ = _layouts.flatten(input)
@@ -248,7 +248,7 @@ def given_calibration(
     classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scale and bias of the calibrated classes and the confidence (rows,), checked, flat."""
-    if torch.jit.is_tracing():
+    if _composed.is_tracing():
         with _composed.unrecorded():
             given_calibration(input, confidence, scale, bias, form, background, None)
         dtype = reference.accumulate_dtype(input.dtype)
@@ -257,7 +257,7 @@ def given_calibration(
         assert a is not None
         assert b is not None
         assert c is not None
-        return a.expand(foreground), b.expand(foreground), c
+        return a.expand(foreground).contiguous(), b.expand(foreground).contiguous(), c
     check_choice("form", form, _FORMS)
     check_choice("background", background, _BACKGROUNDS)
     classes = check_input(input) if classes is None else classes
@@ -289,8 +289,8 @@ def serving_backend(input: Tensor) -> str:
 
 NO_TRANSFORMS = (
     "torch.func transforms, forward-mode differentiation, torch.export and torch.jit.trace are not "
-    "supported with sample_rate or classes over several processes: leave the loss out of the model, "
-    "or leave out sample_rate"
+    "supported with sample_rate or classes over several processes: leave the loss out of what is "
+    "transformed, or leave out sample_rate"
 )
 
 
@@ -377,7 +377,7 @@ def loss(
     """Of logits; calibration: as from `calibration_vectors`, or, with their extension, as from
     `given_calibration`.
     """
-    if torch.jit.is_tracing():
+    if _composed.is_tracing():
         return _recorded_loss(input, target, calibration, options, extension)
     classes = check_input(input)
     shape = positions_shape(input)
@@ -414,17 +414,12 @@ def loss(
         if probabilities:
             loss = _soft_loss(_layouts.rows(input), target, vectors, given, options)
         else:
-            rest = reference_options(given, options) | {"sample_weight": sample_weight}
-            composed = composes(backend)
-            try:
-                if not composed:
-                    check_classes(target, classes, given.numbers[0])
-                    loss = reference.cross_entropy(_layouts.rows(input), target, **vectors, **rest)
-                else:
-                    loss = _composed.cross_entropy(flat_logits, target, **vectors, **rest)
-            except (IndexError, RuntimeError):
-                check_classes(target, classes, given.numbers[0])  # whose error says more
-                raise
+            check_classes(target, classes, given.numbers[0])
+            vectors |= {"sample_weight": sample_weight, **reference_options(given, options)}
+            if composes(backend):
+                loss = _composed.cross_entropy(flat_logits, target, **vectors)
+            else:
+                loss = reference.cross_entropy(_layouts.rows(input), target, **vectors)
     return output(input, loss, shape if options.reduction == "none" else None)
 
 
@@ -442,7 +437,7 @@ def _recorded_loss(
     options: Options,
     extension: _layouts.Extension,
 ) -> Tensor:
-    """`loss` for torch.jit.trace: for any number of positions, and and the checks apart."""
+    """`loss` for torch.jit.trace: for any number of positions, and the checks apart."""
     with _composed.unrecorded():
         loss(input, target, calibration, options, extension)
     dtype = reference.accumulate_dtype(input.dtype)
@@ -454,19 +449,19 @@ def _recorded_loss(
         _recorded(v, input, dtype)
         for v in (options.weight, options.prior, options.margin, options.sample_weight)
     )
-    normalizer = options.normalizer
-    if not isinstance(normalizer, str):
-        normalizer = given_denominator(normalizer, input)
+    normalizer = given_denominator(options.normalizer, input)
+    divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
     if target.is_floating_point():
-        given = isinstance(normalizer, Tensor)
-        u = flat.to(dtype) if c is None else reference.calibrate(flat, a, b, c)
+        u = flat.to(dtype)
+        if a is not None and b is not None and c is not None:
+            u = reference.calibrate(flat, a, b, c)
         if prior is not None:
             u = u + (prior[:, None] if u.dim() == 3 else prior)
         found = _composed.torch_cross_entropy(
             u, target.reshape(u.shape).to(dtype), weight, label_smoothing=options.label_smoothing,
-            reduction="sum" if given and options.reduction == "mean" else options.reduction,
+            reduction="sum" if divided else options.reduction,
         )  # fmt: skip
-        if given and options.reduction == "mean":
+        if isinstance(normalizer, Tensor) and divided:
             found = (found / normalizer).to(dtype)
     else:
         if margin is not None:

@@ -75,8 +75,8 @@ def linear_cross_entropy(
     one: a frozen head computes nothing of size N x D or C x D beyond the logits. They are made in
     forward where the reduction is a scalar (but in float16); in half precision their sums over
     chunks are in float32 while these fit in a quarter of chunk_bytes. Twice differentiated it makes
-    the logits. Not traced by torch.compile: the graph breaks there. torch.export and torch.jit.trace
-    make the logits too.
+    the logits. Not traced by torch.compile: the graph breaks there. Under torch.export and
+    torch.jit.trace it makes the logits.
 
     Returns and raises what `cross_entropy` does; ArgumentError also for class probabilities.
     """

@@ -172,6 +172,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             inplace_backward=self.inplace_backward,
         )  # fmt: skip
 
+    def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script calls it
+        raise ArgumentError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace or "
+            "torch.export, or script a model that has no loss, or torch.nn's"
+        )
+
 
 class UpsampleCrossEntropyLoss(CrossEntropyLoss):
     """`disalign_ops.upsample_cross_entropy` as a module: logits (N, C, h, w), target (N, H, W).

@@ -30,6 +30,7 @@ from .functional import (
     calibration_vectors,
     check_classes,
     checked,
+    composes,
     loss,
     operators_of,
     output,
@@ -154,7 +155,7 @@ def upsample_cross_entropy(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
-    if torch.jit.is_tracing():
+    if _composed.is_tracing():
         calibration = (confidence, scale, bias, form, background)
         return _recorded_loss(input, target, align_corners, calibration, options, return_details)
     classes = check_image(input)
@@ -194,14 +195,11 @@ def upsample_cross_entropy(
             scale=a, bias=b, confidence=c, prior=given.prior,
         ).flatten(2)  # fmt: skip
         rest = reference_options(given, options)
-        loss = reference.dense_cross_entropy(
-            u, target, weight=given.weight, sample_weight=v, **rest
-        )
+        dense = _composed.cross_entropy if composes(backend) else reference.dense_cross_entropy
+        loss = dense(u, target, weight=given.weight, sample_weight=v, **rest)
         if return_details:
             rest["reduction"] = "none"
-            each = reference.dense_cross_entropy(
-                u, target, weight=given.weight, sample_weight=v, **rest
-            )
+            each = dense(u, target, weight=given.weight, sample_weight=v, **rest)
             details = (each.detach(), *reference.details(u.detach(), target, ignore_index))
     result = output(input, loss, shape if options.reduction == "none" else None)
     if not return_details:
@@ -257,7 +255,7 @@ def upsample_predict(
     made a few positions at a time, or an image at a time where no kernel serves the device.
     Arguments as in `upsample_cross_entropy`. No gradient.
     """
-    with _composed.unrecorded() if torch.jit.is_tracing() else nullcontext():
+    with _composed.unrecorded() if _composed.is_tracing() else nullcontext():
         classes = check_image(input)
         height, width = check_size(size)
         check_bool("align_corners", align_corners)
