@@ -45,6 +45,8 @@ class DisAlignSegHead(Calibration):
     Source: Zhang et al., "Distribution Alignment", CVPR 2021; the released DisAlignFCNHead.
     """
 
+    background = None
+
     def __init__(
         self, in_channels: int, num_classes: int,
         *, form: str = "interpolated", align_corners: bool = False, dropout: float = 0.0,
@@ -59,7 +61,8 @@ class DisAlignSegHead(Calibration):
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.form, self.align_corners, self.background = form, align_corners, None
+        self.form, self.align_corners = form, align_corners
+        self.background = None  # torch.jit.script reads no attribute of the class
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(in_channels, num_classes, 1, **factory)
         self.logit_scale = nn.Parameter(torch.ones(1, num_classes, 1, 1, **factory))

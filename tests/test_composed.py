@@ -22,11 +22,16 @@ import disalign_ops
 from disalign_ops import _backends, _composed, functional, reference
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, why: str, warned: bool = False) -> None:
+    monkeypatch.setattr(_backends._state, "why_not_native", why)
+    monkeypatch.setattr(_backends._state, "unserved", ())
+    monkeypatch.setattr(_backends._state, "warned", warned)
+
+
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nothing was compiled, and the user has been told."""
-    monkeypatch.setattr(_backends._state, "why_not_native", "not compiled")
-    monkeypatch.setattr(_backends._state, "warned", True)
+    pretend(monkeypatch, "not compiled", warned=True)
     assert functional.composes(functional.serving_backend(torch.zeros(1)))
 
 
@@ -234,8 +239,7 @@ def told(record: list[warnings.WarningMessage]) -> list[str]:
 
 
 def test_missing_kernels_are_told_once_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends._state, "why_not_native", "no C++ compiler (c++) was found")
-    monkeypatch.setattr(_backends._state, "warned", False)
+    pretend(monkeypatch, "no C++ compiler (c++) was found")
     z, t = torch.randn(3, 5), torch.tensor([0, 1, 2])
     criterion = disalign_ops.nn.CrossEntropyLoss(label_smoothing=0.1)
     with warnings.catch_warnings(record=True) as record:
@@ -258,8 +262,7 @@ def test_missing_kernels_are_told_once_and_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_replaced_loop_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends._state, "why_not_native", "not compiled")
-    monkeypatch.setattr(_backends._state, "warned", False)
+    pretend(monkeypatch, "not compiled")
     with disalign_ops.replace_cross_entropy(), pytest.warns(UserWarning, match="not compiled"):
         F.cross_entropy(torch.randn(3, 5), torch.tensor([0, 1, 2]))
 
