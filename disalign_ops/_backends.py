@@ -34,6 +34,7 @@ class _State:
     cuda_devices: dict[int, str] = field(default_factory=dict)  # why not, "" if it serves
     triton_missing: str | None = None
     triton_devices: dict[int, str] = field(default_factory=dict)  # the same
+    unserved: tuple[str, ...] = ()  # devices for which "auto" found nothing
     warned: bool = False  # that no kernel serves
 
 
@@ -91,7 +92,7 @@ def serving(device: torch.device) -> str:
     wanted = _state.backend
     if wanted == "auto" and device.type == "cpu" and _state.why_not_native is None:
         return "native"  # what the rest would find, without its cost to a small batch
-    if wanted == "reference":
+    if wanted == "reference" or (wanted == "auto" and device.type in _state.unserved):
         return "reference"
     for name, why_not in (("native", _why_not), ("triton", _why_not_triton)):
         if wanted not in ("auto", name):
@@ -101,8 +102,13 @@ def serving(device: torch.device) -> str:
             return name
         if wanted == name:
             raise ArgumentError(f"backend {name!r} is set but cannot serve {device.type}: {reason}")
-    if not _state.warned and not torch.compiler.is_compiling():
-        _warn(device)
+    if not torch.compiler.is_compiling():
+        if device.type == "cpu":
+            _state.unserved = (
+                "cpu",
+            )  # whatever the index; to ask again costs a small batch a tenth
+        if not _state.warned:
+            _warn(device)
     return "reference"
 
 

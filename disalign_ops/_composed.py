@@ -1,8 +1,8 @@
-"""The losses and the calibrated logits of PyTorch's own functions: on the CPU where no kernel
-serves, and in the graphs of torch.jit, where an operator of ours would be one that ONNX lacks.
+"""The losses and the calibrated logits by PyTorch's own functions: where no kernel serves, and in
+the graphs of torch.jit, whose users (ONNX) do not have our operators.
 
-The values are those of reference.py, which makes more passes over the logits. What torch gives in
-their place where a row is ignored, or every weight is 0, is not theirs: see `cross_entropy`.
+The values are those of reference.py, which makes more passes over the logits. F.cross_entropy alone
+gives other gradients, NaN, where an ignored row is not finite or every weight is 0.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def plain_mean(
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
-    if not _ignored_are_finite(input, target == ignore_index):
+    # Without ignored rows one operation says so where ignore_index is negative.
+    some = ignore_index >= 0 or not target.shape[0] or target.min().item() < 0
+    if some and not _ignored_are_finite(input, target == ignore_index):
         return None
     try:
         loss = torch_cross_entropy(

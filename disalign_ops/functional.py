@@ -437,7 +437,7 @@ def _recorded_loss(
     options: Options,
     extension: _layouts.Extension,
 ) -> Tensor:
-    """`loss` for torch.jit.trace: for any number of positions, and the checks apart."""
+    """`loss` for torch.jit.trace: for any number of positions; the checks are not recorded."""
     with _composed.unrecorded():
         loss(input, target, calibration, options, extension)
     dtype = reference.accumulate_dtype(input.dtype)
