@@ -11,10 +11,12 @@ import importlib.util
 import inspect
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import ArgumentError
 
@@ -143,12 +145,28 @@ def _why_not(device: torch.device) -> str | None:
         return _state.why_not_native
     if device.type != "cuda":
         return f"no kernels for {device.type}"
-    if _state.why_not_cuda is not None or torch.compiler.is_compiling():
+    if _state.why_not_cuda is not None:
         return _state.why_not_cuda
-    index = torch.cuda.current_device() if device.index is None else device.index
+    return _why_not_cuda_device(device.index) or None
+
+
+def _constant(function: Callable[[int | None], str]) -> Callable[[int | None], str]:
+    """torch.compiler.assume_constant_result, without importing dynamo: a trace calls the function
+    and keeps its answer, so that what serves does not depend on whether a call is compiled.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _why_not_cuda_device(index: int | None) -> str:
+    """Why the CUDA library does not serve this device (None: the current one); "" if it does."""
+    if index is None:
+        index = torch.cuda.current_device()
     if index not in _state.cuda_devices:  # the driver and the device's architecture
-        _state.cuda_devices[index] = torch.ops.disalign_ops.cuda_why_not(index)
-    return _state.cuda_devices[index] or None
+        with _disable_current_modes():  # fake tensors have no use for a question about a device
+            _state.cuda_devices[index] = torch.ops.disalign_ops.cuda_why_not(index)
+    return _state.cuda_devices[index]
 
 
 _OLDEST_NVIDIA = (7, 5)
@@ -164,14 +182,21 @@ def _why_not_triton(device: torch.device) -> str | None:
         return "Triton compiles for GPUs (with TRITON_INTERPRET=1 it interprets on the CPU, slowly)"
     if device.type not in ("cuda", "xpu"):
         return f"no Triton kernels for {device.type}"
-    if device.type == "xpu" or torch.version.hip is not None or torch.compiler.is_compiling():
+    if device.type == "xpu" or torch.version.hip is not None:
         return None
-    index = torch.cuda.current_device() if device.index is None else device.index
+    return _why_not_triton_device(device.index) or None
+
+
+@_constant
+def _why_not_triton_device(index: int | None) -> str:
+    """As _why_not_cuda_device."""
+    if index is None:
+        index = torch.cuda.current_device()
     if index not in _state.triton_devices:
         found = torch.cuda.get_device_capability(index)
         old = f"compute capability {found[0]}.{found[1]}, Triton needs 7.5 or newer"
         _state.triton_devices[index] = old if found < _OLDEST_NVIDIA else ""
-    return _state.triton_devices[index] or None
+    return _state.triton_devices[index]
 
 
 def _find_triton() -> str | None:

@@ -199,12 +199,13 @@ def position_loss(
 
 
 def _focal(nll: Tensor, gamma: float) -> Tensor:
-    """(1 - p_t)^gamma nll; at p_t = 1 the limit 0, with gradient 0."""
+    """(1 - p_t)^gamma nll; at p_t = 1 the limit 0, with gradient 0, and at p_t = 0 nll."""
     if gamma == 0:
         return nll
-    sure = nll <= 0
-    rest = torch.where(sure, 1.0, nll)
-    return torch.where(sure, 0.0, (-torch.expm1(-rest)) ** gamma * rest)
+    sure, masked = nll <= 0, nll == float("inf")
+    rest = torch.where(sure | masked, 1.0, nll)
+    value = torch.where(sure, 0.0, (-torch.expm1(-rest)) ** gamma * rest)
+    return torch.where(masked, nll, value)
 
 
 def denominator(
@@ -278,6 +279,28 @@ def dense_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tenso
     return cross_entropy(rows, target, **options)
 
 
+class _Lowest(torch.autograd.Function):
+    """What is below `low` as `low`, with the gradient of the identity, as often as it is taken."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, low: float) -> Tensor:  # type: ignore[override]
+        return torch.where(u < low, low, u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return tangent
+
+
 def upsample(
     logits: Tensor,
     size: tuple[int, int],
@@ -292,7 +315,8 @@ def upsample(
 
     confidence: flat, (N * h * w,). Masked classes (-inf) are interpolated as a number so low that
     its exponential is 0, since 0 * -inf between two columns would be NaN; where no other class is
-    left, every class is NaN.
+    left, every class is NaN. Their gradient is that of -inf in `cross_entropy`: the target's and
+    the label smoothing's share, which adjacent positions add up.
     """
     n, classes, h, w = logits.shape
     rows = logits.movedim(1, -1).reshape(-1, classes)
@@ -303,7 +327,7 @@ def upsample(
     if prior is not None:
         u = u + prior
     low = torch.finfo(u.dtype).min / 4
-    u = torch.where(u < low, low, u)
+    u = _Lowest.apply(u, low)  # type: ignore[no-untyped-call]
     u = u.reshape(n, h, w, classes).movedim(-1, 1)
     u = torch.nn.functional.interpolate(u, size, mode="bilinear", align_corners=align_corners)
     nothing = u.detach().amax(1, keepdim=True) <= low / 16

@@ -336,3 +336,69 @@ def test_smoothing_keeps_its_digits_at_an_offset() -> None:
     exact = torch.nn.functional.cross_entropy(z.double(), torch.arange(5), label_smoothing=0.5)
     loss = disalign_ops.cross_entropy(z, torch.arange(5), label_smoothing=0.5)
     assert_close(loss, exact, torch.float32, "loss")
+
+
+# Why nothing is left of four rows of three classes.
+NOTHING_LEFT = {
+    "weights of 0 at the targets": {"weight": torch.tensor([0.0, 0.0, 2.0])},
+    "sample weights of 0": {"sample_weight": torch.zeros(4)},
+    "no row": {"ignore_index": 0},
+    "zero given": {"normalizer": torch.tensor(0.0)},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("smoothing", "gamma"), [(0.0, 0.0), (0.1, 0.0), (0.1, 2.0), (1.0, 0.0)])
+@pytest.mark.parametrize("case", NOTHING_LEFT)
+@pytest.mark.parametrize("layout", ["row", "dense", "upsample"])
+def test_a_denominator_of_0(
+    backend: str, layout: str, case: str, smoothing: float, gamma: float, masked: bool
+) -> None:
+    """'weights' gives NaN, as PyTorch; a count or a number 0; and no gradient, whatever the sum."""
+    options: dict[str, Any] = {"label_smoothing": smoothing, "focal_gamma": gamma, "margin": 0.3}
+    options |= {"ignore_index": -100, "normalizer": "weights"} | NOTHING_LEFT[case]
+    z = torch.randn(4, 3)
+    if masked:
+        z[0, 0] = float("-inf")  # the target's: its row's loss is infinite
+    t = torch.tensor([0, 1, 0, 1])
+    if case == "no row":
+        t[:] = 0
+    if layout != "row":
+        z, t = z.T.reshape(1, 3, 2, 2).contiguous(), t.reshape(1, 2, 2)
+        if "sample_weight" in options:
+            options["sample_weight"] = options["sample_weight"].reshape(1, 2, 2)
+    if case == "no row":
+        names: list[Any] = ["weights", "valid"]
+    else:
+        names = [options["normalizer"]]
+    function = (
+        disalign_ops.upsample_cross_entropy if layout == "upsample" else disalign_ops.cross_entropy
+    )
+    for name in names:
+        logits = z.clone().requires_grad_()
+        loss = function(logits, t, **options | {"normalizer": name})
+        assert isinstance(loss, Tensor)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss.isnan() if name == "weights" else float(loss) == 0
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("normalizer", ["valid", "count"])
+def test_a_count_divides_weights_of_0(backend: str, normalizer: str) -> None:
+    z, t = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    options: dict[str, Any] = {"weight": torch.tensor([0.0, 0.0, 2.0]), "label_smoothing": 0.3}
+    total = disalign_ops.cross_entropy(z, t, reduction="sum", **options)
+    mean = disalign_ops.cross_entropy(z, t, normalizer=normalizer, **options)
+    assert float(total) > 0
+    assert_close(mean, total / 4, torch.float32, "loss")
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_of_a_masked_target(backend: str, gamma: float) -> None:
+    # p_t = 0: the loss is infinite and its gradient that of the plain loss.
+    z = torch.tensor([[float("-inf"), 1.0, 2.0], [0.5, 1.0, 2.0]], requires_grad=True)
+    loss = disalign_ops.cross_entropy(z, torch.tensor([0, 2]), focal_gamma=gamma, reduction="none")
+    (grad,) = torch.autograd.grad(loss[0], z)
+    assert loss[0] == float("inf")
+    plain = torch.softmax(z.detach(), 1)[0] - torch.tensor([1.0, 0.0, 0.0])
+    assert_close(grad[0], plain, torch.float32, "gradient")

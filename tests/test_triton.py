@@ -39,7 +39,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     [
         (["row", "shard"], "not depend_on and not beyond_the_cache and not far_above"),
         (["dense", "calibrate", "in_place"], "shapes or contents or calibrate or in_place"),
-        (["upsample"], "details_are or masked_classes_stay or integer_type"),
+        (["upsample"], "details_are or masked_class or integer_type"),
     ],
     ids=["row", "dense", "upsample"],
 )

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../common/loss_inputs.h"
+#include "../common/mean.h"
 #include "chunk.h"
 
 namespace disalign {
@@ -106,11 +107,8 @@ struct Call {
   }
 };
 
-// Nothing left to divide by: 'weights' is 0 / 0 = NaN as in PyTorch, a count is 0.
 inline double reduce_loss(double sum, int64_t reduction, int64_t normalizer, double denominator) {
-  if (reduction == kSum) return sum;
-  if (denominator == 0 && normalizer != kWeights) return 0;
-  return sum / denominator;
+  return reduction == kSum ? sum : mean_of(sum, denominator, normalizer == kWeights);
 }
 
 }  // namespace disalign

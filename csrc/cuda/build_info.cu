@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "finish_kernel.cuh"
+#include "support.h"
 #include "torch_launcher.h"
 
 namespace disalign::cuda {
@@ -17,19 +17,9 @@ std::string cuda_build_info() {
 // Why kernels of this library cannot run on this device; empty if they can.
 std::string cuda_why_not(int64_t device) {
   if (current_stream() == nullptr) return "this PyTorch has no CUDA streams";
-  int before = 0;
-  cudaFuncAttributes attributes;
-  cudaError_t status = cudaGetDevice(&before);
-  if (status == cudaSuccess) status = cudaSetDevice(static_cast<int>(device));
-  if (status == cudaSuccess) {
-    // Fails where the driver is too old, or no code for the device's architecture is here.
-    status = cudaFuncGetAttributes(&attributes, finish_kernel<float>);
-    cudaSetDevice(before);
-  }
-  cudaGetLastError();  // the runtime's, not the caller's
-  if (status == cudaSuccess) return "";
-  return std::string(cudaGetErrorString(status)) +
-         ": the library has code for " DISALIGN_ARCHITECTURES ", by " DISALIGN_COMPILER;
+  const std::string reason = why_not(static_cast<int>(device), DISALIGN_ARCHITECTURES);
+  if (reason.empty()) return "";
+  return reason + ": the library has code for " DISALIGN_ARCHITECTURES ", by " DISALIGN_COMPILER;
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // - The same blocks give the same bits.
 #pragma once
 
+#include "../common/mean.h"
 #include "device.cuh"
 #include "launch.h"
 
@@ -58,10 +59,8 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishA
     if (blockIdx.x == 0 && threadIdx.x == 0) *args.denominator = denominator;
     if (blockIdx.x == 0 && args.reduced_loss) {
       const double loss = total_of(args, 0, scratch);
-      // Nothing left to divide by: 'weights' is 0 / 0 = NaN as in PyTorch, a count is 0.
-      const bool nothing = denominator == 0 && args.normalizer != kByWeights;
-      if (threadIdx.x == 0)
-        *static_cast<A*>(args.reduced_loss) = static_cast<A>(nothing ? 0.0 : loss / denominator);
+      const double mean = mean_of(loss, denominator, args.normalizer == kByWeights);
+      if (threadIdx.x == 0) *static_cast<A*>(args.reduced_loss) = static_cast<A>(mean);
     }
   }
   const auto scaled = [&](double v) { return static_cast<A>(inverse == 0 ? 0.0 : v * inverse); };

@@ -27,15 +27,19 @@ def loss_kernel(
     programs: tl.int32, positions: tl.int64, reduction: tl.int32, normalizer: tl.int32,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The denominator, and the reduced loss unless `loss` is None. given: the caller's."""
+    """The denominator, and the reduced loss. given: the caller's. block_sums and loss are None
+    together, for reduction 'none'.
+    """
     divisor = tl.full((), 1.0, tl.float64)
-    if reduction == MEAN:
-        if given is not None:
-            divisor = tl.load(given).to(tl.float64)
-        elif normalizer == BY_COUNT:
-            divisor = tl.full((), positions, tl.float64)
-        else:
-            divisor = total_of(block_sums, programs, 1, BLOCK)
+    # `reduction` is a run-time value, so what it guards is compiled for block_sums of None too.
+    if block_sums is not None:  # noqa: SIM102
+        if reduction == MEAN:
+            if given is not None:
+                divisor = tl.load(given).to(tl.float64)
+            elif normalizer == BY_COUNT:
+                divisor = tl.full((), positions, tl.float64)
+            else:
+                divisor = total_of(block_sums, programs, 1, BLOCK)
     tl.store(denominator, divisor)
     if loss is not None:
         total = total_of(block_sums, programs, 0, BLOCK)
