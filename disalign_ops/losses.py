@@ -394,9 +394,10 @@ class SeesawLoss(CrossEntropyLoss):
         t = torch.where(valid, t, 0)
         counting = self.training and not _in_backward()
         keeping = counting and _may_be_repeated()
+        z = input.detach()  # torch.jit.trace records no no_grad
         with torch.no_grad():
             # log p_j - log max(p_t, eps), from the loss of the target: no softmax is made.
-            nll = functional.cross_entropy(input, t, reduction="none")
+            nll = functional.cross_entropy(z, t, reduction="none")
             seen = self.cumulative_samples
             if counting:
                 seen = seen.index_add(0, t, valid.to(seen.dtype))
@@ -405,8 +406,8 @@ class SeesawLoss(CrossEntropyLoss):
             elif self.training:
                 seen = self._seen_before(nll)
             own = (-nll).clamp(min=math.log(self.eps)) if self.eps else -nll
-            z_t = input.gather(1, t[:, None])
-            factor = (input - (z_t + (nll + own)[:, None])).clamp_(min=0.0).mul_(self.q)
+            z_t = z.gather(1, t[:, None])
+            factor = (z - (z_t + (nll + own)[:, None])).clamp_(min=0.0).mul_(self.q)
             log_n = seen.clamp(min=1).to(nll.dtype).log()
             factor += (log_n - log_n[t][:, None]).clamp_(max=0.0).mul_(self.p)
             factor.scatter_(1, t[:, None], 0.0)

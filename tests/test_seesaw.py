@@ -208,3 +208,19 @@ def test_a_meta_device() -> None:
     criterion.cumulative_samples.fill_(777)  # as memory that to_empty does not clear
     criterion.reset_parameters()
     assert counts_of(criterion) == [0] * C
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_traced_loss_has_the_same_gradient(training: bool) -> None:
+    criterion = losses.seesaw(5).train(training)
+    criterion.cumulative_samples.copy_(torch.tensor([50, 20, 9, 3, 1]))
+    z, t = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 4, 2, 1, 3, 2])
+    state = copy.deepcopy(criterion.state_dict())
+    traced = torch.jit.trace(criterion, (z, t), check_trace=False)
+    found = []
+    for call in (criterion, traced):
+        criterion.load_state_dict(state)
+        loss = call(z, t)
+        found.append((loss, *torch.autograd.grad(loss, z)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
