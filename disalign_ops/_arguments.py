@@ -6,8 +6,10 @@ Each check names the argument, what was given and what is needed.
 from __future__ import annotations
 
 import math
+import operator
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
     if type(value) is float and low <= value <= high:
         return value
+    if isinstance(value, Tensor | np.generic) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a number")
     if not low <= value <= high:
@@ -40,9 +44,19 @@ def check_number(name: str, value: float, low: float, high: float = math.inf) ->
     return float(value)
 
 
-def check_integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+def check_integer(name: str, value: int) -> int:
+    if isinstance(value, bool | np.bool_):
         raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is an integer")
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        if isinstance(value, Tensor) and (value.dtype == torch.bool or value.dim()):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{name} is a {type(value).__name__}, needed is an integer"
+        ) from None
 
 
 def check_tensor(name: str, value: object) -> Tensor:
