@@ -91,7 +91,8 @@ def load_released(
             if name.split(".")[0] in parts:
                 problems.append(f"unexpected {about.prefix}{name}")
             continue
-        value = torch.as_tensor(value)
+        if not isinstance(value, Tensor):  # on the CPU, whatever the default device is
+            value = torch.as_tensor(value, device="cpu")
         if name in _VECTORS and value.numel() == own[name].numel():
             value = value.reshape(own[name].shape)
         if value.shape != own[name].shape:
@@ -151,7 +152,11 @@ def export_folded(module: nn.Module, confidence: float | None = None) -> nn.Modu
             f"module is a {type(module).__name__}, needed is a DisAlignLinear, "
             "DisAlignCosineLinear or DisAlignSegHead"
         )
-    c = _constant_confidence(module) if confidence is None else torch.tensor(float(confidence))
+    c = (
+        _constant_confidence(module)
+        if confidence is None
+        else torch.tensor(float(confidence), device="cpu")
+    )
     if not 0 <= float(c) <= 1:
         raise ArgumentError(f"confidence is {float(c)}, needed is a number from 0 to 1")
     a, beta = (t.detach().flatten().double() for t in (module.logit_scale, module.logit_bias))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .class_stats import Counts, _as_counts
+from ._arguments import check_integer
+from .class_stats import Counts, _as_counts, _number
 
 __all__ = ["LongTailAccuracy", "split_classes"]  # LongTailAccuracyMetric would need torchmetrics
 
@@ -47,8 +48,9 @@ def split_classes(
 def _split(
     n: torch.Tensor, many: float, few: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not few <= many:
+    if not _number("few", few) <= _number("many", many):
         raise ValueError(f"few is {few} and many is {many}, needs few <= many")
+    many, few = float(many), float(few)
     return n > many, (n >= few) & (n <= many), n < few
 
 
@@ -63,21 +65,24 @@ class _Tally:
 
     @classmethod
     def create(
-        cls, train_counts: Counts, topk: Iterable[int], many: float, few: float, ignore_index: int
-    ) -> _Tally:
+        cls, train_counts: Counts, topk: int | Iterable[int], many: float, few: float,
+        ignore_index: int,
+    ) -> _Tally:  # fmt: skip
         n = _as_counts(train_counts, "train_counts")
-        ks = (topk,) if isinstance(topk, int) else tuple(topk)
+        # Numbers of numpy and tensors of no dimension have an __iter__ that raises.
+        several = isinstance(topk, Iterable) and getattr(topk, "ndim", 1) > 0
+        given: Any = topk if several else (topk,)
+        ks = tuple(check_integer("topk", k) for k in given)
         for k in ks:
-            if isinstance(k, bool) or not isinstance(k, int):
-                raise TypeError(f"topk has {k!r}, needs integers")
             if not 1 <= k <= n.numel():
                 raise ValueError(f"topk has {k}, needs 1 to {n.numel()} (the number of classes)")
         masks = dict(zip(("many", "medium", "few"), _split(n, many, few), strict=True))
+        ignore_index = check_integer("ignore_index", ignore_index)
         return cls(n.numel(), tuple(sorted({1, *ks})), masks, ignore_index)
 
     def zeros(self) -> torch.Tensor:
         """Counters: a row of hits for every k, then samples, then predictions; (K + 2, C)."""
-        return torch.zeros(len(self.ks) + 2, self.num_classes, dtype=torch.int64)
+        return torch.zeros(len(self.ks) + 2, self.num_classes, dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
     def count(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -198,7 +203,7 @@ class LongTailAccuracy:
     def __init__(
         self,
         train_counts: Counts,
-        topk: Iterable[int] = (1,),
+        topk: int | Iterable[int] = (1,),
         many: float = 100,
         few: float = 20,
         *,
@@ -289,7 +294,7 @@ def _torchmetrics_class() -> type:
         def __init__(
             self,
             train_counts: Counts,
-            topk: Iterable[int] = (1,),
+            topk: int | Iterable[int] = (1,),
             many: float = 100,
             few: float = 20,
             *,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import class_stats
+from ._arguments import check_integer
 from ._nn_form import Calibration
 from .class_stats import Counts
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ def _figure(columns: int = 1) -> tuple[Figure, Any]:
 
 
 def _counts(counts: Counts, classes: int, what: str) -> Tensor:
-    n = class_stats._as_counts(counts)
+    n = class_stats._as_counts(counts, num_classes=classes)
     if len(n) != classes:
         raise ArgumentError(f"counts has {len(n)} entries, {what} {classes}")
     return n
@@ -104,8 +105,9 @@ def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
     Args:
         confidence: of any shape, after the sigmoid.
     """
+    bins = _bins(bins)
     c = confidence.detach().cpu().double().flatten()
-    if not len(c) or float(c.min()) < 0 or float(c.max()) > 1:
+    if not len(c) or not (float(c.min()) >= 0 and float(c.max()) <= 1):  # nor NaN
         raise ArgumentError("confidence has entries outside 0 to 1, or none: apply the sigmoid")
     figure, axes = _figure()
     axes.hist(c.numpy(), bins=bins, range=(0.0, 1.0))
@@ -115,14 +117,24 @@ def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
     return figure
 
 
-def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Figure:
+def _bins(bins: int) -> int:
+    bins = check_integer("bins", bins)
+    if bins < 1:
+        raise ArgumentError(f"bins is {bins}, needed is 1 or more")
+    return bins
+
+
+def reliability(
+    probabilities: Tensor, target: Tensor, bins: int = 15, *, ignore_index: int = -100
+) -> Figure:
     """Accuracy against the probability of the predicted class, in equal bins, and the expected
-    calibration error (`calibration_error`) in the title.
+    calibration error (`calibration_error`, which says what the arguments are) in the title.
     """
-    share, confidence, accuracy = _binned(probabilities, target, bins)
+    bins = _bins(bins)
+    share, confidence, accuracy = _binned(probabilities, target, bins, ignore_index)
     error = float((share * (accuracy - confidence).abs()).sum())
     figure, axes = _figure()
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
     some = share > 0
     left, height = edges[:-1][some].numpy(), accuracy[some].numpy()
     axes.bar(left, height, width=1 / bins, align="edge", alpha=0.7, edgecolor="white",
@@ -139,34 +151,55 @@ def reliability(probabilities: Tensor, target: Tensor, bins: int = 15) -> Figure
     return figure
 
 
-def calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
+def calibration_error(
+    probabilities: Tensor, target: Tensor, bins: int = 15, *, ignore_index: int = -100
+) -> float:
     """Expected calibration error: sum over equal bins of their share |accuracy - mean probability|.
 
     Args:
-        probabilities: (N, C), rows that sum to 1; target: (N,) classes.
+        probabilities: (N, C), rows that sum to 1; target: (N,) classes, of an integer dtype.
+        ignore_index: rows with this target are left out.
+
+    Raises IndexError: a target that is neither a class nor `ignore_index`.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
     """
-    share, confidence, accuracy = _binned(probabilities, target, bins)
+    share, confidence, accuracy = _binned(probabilities, target, _bins(bins), ignore_index)
     return float((share * (accuracy - confidence).abs()).sum())
 
 
-def _binned(probabilities: Tensor, target: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+def _binned(
+    probabilities: Tensor, target: Tensor, bins: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of every bin: its share of the rows, their mean probability and accuracy; 0 where empty."""
-    if probabilities.dim() != 2 or target.shape != probabilities.shape[:1] or not len(target):
+    if probabilities.dim() != 2 or target.shape != probabilities.shape[:1]:
         raise ArgumentError(
             f"probabilities has shape {tuple(probabilities.shape)}, target {tuple(target.shape)}: "
             "needed are (N, C) and (N,), N above 0"
         )
-    if bins < 1:
-        raise ArgumentError(f"bins is {bins}, needed is 1 or more")
-    p, predicted = probabilities.detach().cpu().double().max(1)
-    if float(p.min()) < 0 or float(p.max()) > 1 + 1e-6:
+    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
+        raise ArgumentTypeError(f"target must be classes of an integer dtype, got {target.dtype}")
+    wide = target.cpu().long()  # before comparing: -100 is class 156 in uint8
+    counted = wide != check_integer("ignore_index", ignore_index)
+    classes = probabilities.shape[1]
+    wrong = (counted & ((wide < 0) | (wide >= classes))).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise IndexError(
+            f"target[{i}] must be a class from 0 to {classes - 1} or ignore_index {ignore_index}, "
+            f"got {int(wide[i])}"
+        )
+    if not counted.any():
+        raise ArgumentError(
+            f"target must have a row that is counted, got {len(target)} rows, all of them ignored"
+        )
+    p, predicted = probabilities.detach().cpu().double()[counted].max(1)
+    if not (float(p.min()) >= 0 and float(p.max()) <= 1 + 1e-6):  # nor NaN
         raise ArgumentError("probabilities has entries outside 0 to 1: apply the softmax")
-    right = (predicted == target.cpu()).double()
+    right = (predicted == wide[counted]).double()
     # The upper edge belongs to a bin, as in the paper: (m - 1) / M < p <= m / M.
     index = ((p * bins).ceil().long() - 1).clamp(0, bins - 1)
     count = torch.bincount(index, minlength=bins).double()
     some = count.clamp(min=1)
-    confidence = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, p) / some
-    accuracy = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right) / some
+    confidence = p.new_zeros(bins).index_add_(0, index, p) / some
+    accuracy = p.new_zeros(bins).index_add_(0, index, right) / some
     return count / len(p), confidence, accuracy

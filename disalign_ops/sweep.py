@@ -9,7 +9,7 @@ for rho, layer in layers.items():
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from . import functional
 from ._arguments import check_integer, check_number
 from ._nn_linear import _DisAlign
 from .class_stats import Counts, grw_weights
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError
 
 
 def _layer_of(model: nn.Module) -> _DisAlign:
@@ -61,7 +61,7 @@ def cache_features(
 
 
 def sweep_rho(
-    model: nn.Module, features: Tensor, target: Tensor, counts: Counts, rhos: Sequence[float], *,
+    model: nn.Module, features: Tensor, target: Tensor, counts: Counts, rhos: Iterable[float], *,
     epochs: int = 10, batch_size: int = 256, lr: float = 0.1, momentum: float = 0.9,
     generator: torch.Generator | None = None, **options: Any,
 ) -> dict[float, nn.Module]:  # fmt: skip
@@ -75,7 +75,7 @@ def sweep_rho(
         model: with one DisAlign layer, or the layer; it stays as it is.
         features, target: (N, D) and (N,), as from `cache_features`.
         counts: training samples of each class, a background not among them.
-        rhos: see `class_stats.grw_weights`.
+        rhos: see `class_stats.grw_weights`; a sequence, a numpy array or a tensor of numbers.
         generator: of the order of the rows, on the CPU; every rho sees the same one.
         options: keywords of `disalign_cross_entropy` but weight, form and background.
 
@@ -84,13 +84,15 @@ def sweep_rho(
     Source: Zhang et al., "Distribution Alignment", CVPR 2021, sections 3.3 and 4.
     """
     layer = _layer_of(model)
-    check_integer("epochs", epochs)
-    check_integer("batch_size", batch_size)
+    epochs, batch_size = check_integer("epochs", epochs), check_integer("batch_size", batch_size)
     lr, momentum = check_number("lr", lr, 0.0), check_number("momentum", momentum, 0.0)
     if epochs < 1 or batch_size < 1:
         raise ArgumentError(f"epochs is {epochs}, batch_size {batch_size}: needed is 1 or more")
+    if not isinstance(rhos, Iterable) or getattr(rhos, "ndim", 1) != 1:
+        raise ArgumentTypeError(f"rhos must be a sequence of numbers, got {rhos!r}")
+    rhos = [check_number("rhos", rho, 0.0) for rho in rhos]
     if not rhos or len(set(rhos)) != len(rhos):
-        raise ArgumentError(f"rhos is {list(rhos)}, needed are numbers, each once")
+        raise ArgumentError(f"rhos is {rhos}, needed are numbers, each once")
     if len(features) != len(target):
         raise ArgumentError(f"features has {len(features)} rows, target {len(target)}")
     device = layer.weight.device
@@ -107,7 +109,7 @@ def sweep_rho(
     batches = -(-len(features) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     for _ in range(epochs):
-        order = torch.randperm(len(features), generator=generator).to(features.device)
+        order = torch.randperm(len(features), generator=generator, device="cpu").to(features.device)
         for rows in order.split(batch_size):
             x, t = features[rows].to(device), target[rows].to(device)
             with torch.no_grad():
