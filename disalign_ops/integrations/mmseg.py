@@ -53,14 +53,15 @@ class FusedLoss:
         target = self._stack_batch_gt(batch_data_samples).squeeze(1)
         found, prediction = {}, None
         for loss in losses:
+            options = loss.options(seg_logits.shape[1], None, None, None, self.ignore_index)
             term: Any = upsample_cross_entropy(
                 seg_logits, target, align_corners=self.align_corners,
-                return_details=prediction is None,
-                **loss.options(seg_logits.shape[1], None, None, None, self.ignore_index),
+                return_details=prediction is None, **options,
             )  # fmt: skip
             if isinstance(term, UpsampleDetails):
                 term, prediction = term.loss, term.prediction
-            found[loss.loss_name] = found.get(loss.loss_name, 0) + loss.loss_weight * term
+            term = loss.finish(term, target, None, options)
+            found[loss.loss_name] = found.get(loss.loss_name, 0) + term
         # mmseg's accuracy, of the same shape: 100 of no positions.
         counted = target != self.ignore_index
         right = ((prediction == target) & counted).sum(dtype=torch.float32).reshape(1)
