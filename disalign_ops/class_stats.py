@@ -1,8 +1,13 @@
 """Class counts -> class weights, log priors and margins for long-tailed training.
 
-Every function takes the number of training samples of each class, `counts`: a 1-D tensor, numpy
-array or list with C non-negative finite numbers (fractions are allowed, such as the pixel ratios
-of ADE20K). Arithmetic is float64, the result a new CPU tensor of shape (C,), float32 unless
+Every function takes the number of training samples of each class, `counts`, C non-negative finite
+numbers (fractions are allowed, such as the pixel ratios of ADE20K):
+  - a 1-D tensor, numpy array or list, in class order;
+  - a dict or Counter {class: count}, or a pandas Series whose index holds the classes, in any
+    order; classes are 0 to C - 1, or 1 to C where `background="first"` takes class 0;
+  - a data set with `targets`, as torchvision's: its labels are counted, and where it has `classes`,
+    those without a sample count 0. A list of labels alone would be taken for counts.
+Arithmetic is float64, the result a new CPU tensor of shape (C,), float32 unless
 `dtype` says otherwise. `read_counts` gets the counts out of the files that data sets ship.
 
 A class without samples has no finite weight, prior or margin. Each function raises ValueError
@@ -16,8 +21,10 @@ and where an option is outside the range its docstring gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +42,26 @@ __all__ = [
     "read_counts",
 ]
 
-Counts: TypeAlias = torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[float]
+
+class _Series(Protocol):
+    """What is used of a pandas Series, which need not be installed."""
+
+    @property
+    def index(self) -> Any: ...
+
+    def to_numpy(self) -> npt.NDArray[Any]: ...
+
+
+class _Labelled(Protocol):
+    """A data set as torchvision's."""
+
+    targets: Any
+
+
+Counts: TypeAlias = (
+    torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[float]
+    | Mapping[int, int] | Mapping[int, float] | _Series | _Labelled
+)  # fmt: skip
 
 _NAMED_CLASSES = 5  # an error names this many classes, then says how many there are
 
@@ -79,7 +105,7 @@ def grw_weights(
             f"background={background!r} has weight 1, which needs normalize='sum_to_classes'; "
             "got normalize='sum_to_one'"
         )
-    n = _as_counts(counts)
+    n = _as_counts(counts, background=background)
     log_weights = -rho * torch.log(_fill_empty(n, empty))  # sum n cancels in the normalisation
     if empty == "zero":
         log_weights = torch.where(n > 0, log_weights, -math.inf)
@@ -117,7 +143,7 @@ def class_balanced_weights(
         raise ValueError(f"beta is {beta}, needs 0 <= beta < 1")
     _choice("empty", empty, ("error", "zero", "max"))
     _check_background(background)
-    n = _as_counts(counts)
+    n = _as_counts(counts, background=background)
     log_beta = math.log(beta) if beta > 0.0 else -math.inf
     # 1 - beta cancels in the normalisation
     weights = 1.0 / -torch.expm1(_fill_empty(n, empty) * log_beta)
@@ -184,15 +210,34 @@ def ldam_margins(
     return _cast(max_margin * (n.min() / n) ** 0.25, dtype)
 
 
-def _as_counts(counts: Counts, name: str = "counts") -> torch.Tensor:
-    """Counts as a 1-D float64 CPU tensor; raises where they are not counts."""
-    if isinstance(counts, torch.Tensor):
-        if counts.dtype == torch.bool or counts.is_complex():
-            raise TypeError(f"{name} has dtype {counts.dtype}, needs integers or real numbers")
-        n = counts.detach().cpu().to(torch.float64)
+def _as_counts(
+    counts: Counts, name: str = "counts", *, num_classes: int | None = None,
+    background: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Counts as a 1-D float64 CPU tensor; raises where they are not counts.
+
+    num_classes: classes that a mapping or a data set lacks count 0. background: "first" lets the
+    classes of a mapping begin at 1.
+    """
+    given: Any = counts
+    if not isinstance(given, torch.Tensor):
+        if hasattr(given, "to_numpy") and hasattr(given, "index"):
+            values = given.to_numpy()
+            if values.ndim != 1:
+                raise ValueError(f"{name} must be one column, got shape {values.shape}")
+            pairs = list(zip(given.index, values.tolist(), strict=True))
+            given = _by_class(pairs, name, num_classes, background)
+        elif isinstance(given, Mapping):
+            given = _by_class(list(given.items()), name, num_classes, background)
+        elif hasattr(given, "targets"):
+            given = _of_targets(given, name, num_classes)
+    if isinstance(given, torch.Tensor):
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError(f"{name} has dtype {given.dtype}, needs integers or real numbers")
+        n = given.detach().cpu().to(torch.float64)
     else:
         try:
-            array = np.asarray(counts)
+            array = np.asarray(given)
         except ValueError as error:  # a ragged list
             raise ValueError(f"{name} is a ragged list, needs one number per class") from error
         if array.size and array.dtype.kind not in "iuf":
@@ -213,6 +258,62 @@ def _as_counts(counts: Counts, name: str = "counts") -> torch.Tensor:
                 "needs finite numbers >= 0"
             )
     return n
+
+
+def _by_class(
+    pairs: list[tuple[Any, Any]], name: str, num_classes: int | None, background: str | None
+) -> list[Any]:
+    """The counts of (class, count) pairs in class order."""
+    found: dict[int, Any] = {}
+    for key, count in pairs:
+        try:
+            index = operator.index(key)
+        except TypeError:
+            index = -1
+        if index < 0 or isinstance(key, bool | np.bool_):
+            hint = "; pass a list of counts in class order" if isinstance(key, str) else ""
+            raise ValueError(f"{name} must have the class indices 0 to C - 1, got {key!r}{hint}")
+        if index in found:
+            raise ValueError(f"{name} must have every class once, got class {index} twice")
+        found[index] = count
+    if not found:
+        return []
+    first = int(background == "first" and 0 not in found)
+    size = max(found) + 1 - first if num_classes is None else num_classes
+    if max(found) >= size + first:
+        raise ValueError(f"{name} must have the classes 0 to {size - 1}, got class {max(found)}")
+    # No list of all classes before this check: a key may be an id of many digits.
+    absent = size - len(found)
+    if absent and num_classes is None:
+        lacking = (i for i in range(first, size + first) if i not in found)
+        few = ", ".join(str(next(lacking)) for _ in range(min(absent, _NAMED_CLASSES)))
+        raise ValueError(
+            f"{name} must have every class from {first} to {max(found)}, got none for class "
+            f"{few}{', ...' * (absent > _NAMED_CLASSES)} ({absent} missing)"
+        )
+    return [found.get(i, 0) for i in range(first, size + first)]
+
+
+def _of_targets(dataset: Any, name: str, num_classes: int | None) -> list[int]:
+    """How often a data set has each label."""
+    labels = dataset.targets
+    labels = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__} whose targets are {labels.dtype} of shape "
+            f"{labels.shape}, needs one integer label per sample"
+        )
+    found = Counter(labels.tolist())
+    if num_classes is None:
+        classes = getattr(dataset, "classes", None)
+        num_classes = len(classes) if isinstance(classes, list | tuple) else max(found) + 1
+    outside = [label for label in found if not 0 <= label < num_classes]
+    if outside:
+        raise ValueError(
+            f"{name} must have labels from 0 to {num_classes - 1}, got {outside[0]} in the targets "
+            f"of a {type(dataset).__name__}"
+        )
+    return [found[i] for i in range(num_classes)]
 
 
 def _fill_empty(n: torch.Tensor, empty: str) -> torch.Tensor:

@@ -37,7 +37,7 @@ def _figure(columns: int = 1) -> tuple[Figure, Any]:
 
 
 def _counts(counts: Counts, classes: int, what: str) -> Tensor:
-    n = class_stats._as_counts(counts)
+    n = class_stats._as_counts(counts, num_classes=classes)
     if len(n) != classes:
         raise ArgumentError(f"counts has {len(n)} entries, {what} {classes}")
     return n
@@ -109,7 +109,7 @@ def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
         confidence: of any shape, after the sigmoid.
     """
     c = confidence.detach().cpu().double().flatten()
-    if not len(c) or float(c.min()) < 0 or float(c.max()) > 1:
+    if not len(c) or not (float(c.min()) >= 0 and float(c.max()) <= 1):  # nor NaN
         raise ArgumentError("confidence has entries outside 0 to 1, or none: apply the sigmoid")
     figure, axes = _figure()
     axes.hist(c.numpy(), bins=bins, range=(0.0, 1.0))
@@ -180,7 +180,7 @@ def _binned(
         raise ArgumentError(f"target must have a row that counts, got ignore_index {ignore_index}")
     target = target[valid]
     p, predicted = probabilities.detach().cpu()[valid].double().max(1)
-    if float(p.min()) < 0 or float(p.max()) > 1 + 1e-6:
+    if not (float(p.min()) >= 0 and float(p.max()) <= 1 + 1e-6):  # nor NaN
         raise ArgumentError("probabilities has entries outside 0 to 1: apply the softmax")
     right = (predicted == target).double()
     # The upper edge belongs to a bin, as in the paper: (m - 1) / M < p <= m / M.

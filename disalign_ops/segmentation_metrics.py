@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ._arguments import check_integer
-from .class_stats import Counts, _as_counts, _classes
+from .class_stats import Counts, _as_counts, _classes, _number
 from .metrics import _sum_over_ranks
 
 __all__ = ["ADE20K_SPLIT", "SegmentationIoU", "split_pixels"]
@@ -41,7 +41,7 @@ ADE20K_SPLIT: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = (
 
 
 def split_pixels(
-    counts: Counts, head: float = 0.01, tail: float = 0.001
+    counts: Counts, head: float = 0.01, tail: float = 0.001, *, num_classes: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits classes by their share of all labelled pixels of the training set.
 
@@ -56,6 +56,8 @@ def split_pixels(
     Args:
         counts: (C,) pixels of each class, as in `class_stats`.
         head, tail: thresholds, 0 <= tail <= head <= 1.
+        num_classes: C, where `counts` is a dict, a Series or a data set that lacks some classes:
+            these have no pixels.
 
     Returns:
         Three boolean masks of shape (C,), (head, body, tail), on the CPU.
@@ -64,11 +66,12 @@ def split_pixels(
         ValueError, TypeError: `counts` as in `class_stats`; every count is zero; thresholds that
             are not in that order.
     """
-    if not 0 <= tail <= head <= 1:
+    if not 0 <= _number("tail", tail) <= _number("head", head) <= 1:
         raise ValueError(
             f"tail is {tail} and head is {head}, needs 0 <= tail <= head <= 1 (shares, not percent)"
         )
-    n = _as_counts(counts)
+    head, tail = float(head), float(tail)
+    n = _as_counts(counts, num_classes=num_classes)
     if not n.any():
         raise ValueError(
             f"counts is zero for all {n.numel()} classes, needs a class that has pixels"
@@ -226,7 +229,7 @@ def _splits(
     if counts is not None and split is not None:
         raise ValueError("counts and split are both given, needs at most one of them")
     if counts is not None:
-        masks = split_pixels(counts)
+        masks = split_pixels(counts, num_classes=num_classes)
         if len(masks[0]) != num_classes:
             raise ValueError(
                 f"counts has {len(masks[0])} entries, needs num_classes = {num_classes}"

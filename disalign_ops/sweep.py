@@ -20,7 +20,7 @@ from . import functional
 from ._arguments import check_integer, check_number
 from ._nn_linear import _DisAlign
 from .class_stats import Counts, grw_weights
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError
 
 
 def _layer_of(model: nn.Module) -> _DisAlign:
@@ -90,6 +90,8 @@ def sweep_rho(
     lr, momentum = check_number("lr", lr, 0.0), check_number("momentum", momentum, 0.0)
     if epochs < 1 or batch_size < 1:
         raise ArgumentError(f"epochs is {epochs}, batch_size {batch_size}: needed is 1 or more")
+    if not isinstance(rhos, Iterable) or getattr(rhos, "ndim", 1) != 1:
+        raise ArgumentTypeError(f"rhos must be a sequence of numbers, got {rhos!r}")
     # A tensor's entries are tensors, of which each would be a key of its own.
     strengths = [check_number("rhos", rho, 0.0) for rho in rhos]
     if not strengths or len(set(strengths)) != len(strengths):

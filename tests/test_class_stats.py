@@ -196,7 +196,7 @@ def test_read_counts_is_found_here() -> None:
         ([1, float("inf")], ValueError, r"not finite for class 1 \(counts\[1\] = inf\)"),
         ([3, -2, 1], ValueError, r"negative for class 1 \(counts\[1\] = -2.0\), needs finite"),
         (["10", "4"], TypeError, "counts is list of <U2, needs a 1-D tensor, array or list"),
-        ({"cat": 3}, TypeError, "counts is dict of object, needs a 1-D tensor"),
+        ({"cat": 3}, ValueError, "counts must have the class indices 0 to C - 1, got 'cat'"),
         ([True, False], TypeError, "counts is list of bool, needs a 1-D tensor"),
         (torch.tensor([True]), TypeError, "counts has dtype torch.bool, needs integers or real"),
         (torch.tensor([1j]), TypeError, "counts has dtype torch.complex64, needs integers or"),

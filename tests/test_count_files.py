@@ -189,7 +189,7 @@ BROKEN: list[tuple[str, str, Any, dict[str, Any], str]] = [
         "c.json",
         coco(categories=[{"id": "1"}]),
         {},
-        r"categories\[0\]\['id'\] is 1; expected an integer",
+        r"categories\[0\]\['id'\] is '1'; expected an integer",
     ),
     ("COCO, category no object", "c.json", coco(categories=[4]), {}, r"categories\[0\] is 4; exp"),
     (
@@ -486,10 +486,112 @@ def test_all_formats_agree(tmp_path_factory, counts, random) -> None:
     random.shuffle(categories)
     interleaved = [x for pair in enumerate(counts, start=1) for x in pair]
     for name, content in (
-        ("c.csv", "\n".join(lines)),
+        ("c.csv", "\n".join(["class,count", *lines])),
         ("lvis.json", {"categories": categories}),
         ("num_shots.json", interleaved),
         ("c.npy", npy(np.array(counts))),
     ):
         path = write(folder, name, content)
         assert read_counts(path, num_classes=len(counts)).tolist() == counts
+
+
+COULD_BE_BOTH = "a class and its count or a sample and its label; expected format='counts' or"
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.txt"])
+def test_lines_that_could_be_counts_or_samples_need_a_format(tmp_path, name) -> None:
+    separator = "," if name == "c.csv" else ": "
+    path = write(tmp_path, name, "".join(f"{i}{separator}1\n" for i in range(3)))
+    for options in ({}, {"num_classes": 3}):
+        with pytest.raises(ValueError, match=COULD_BE_BOTH):
+            read_counts(path, **options)
+    assert read_counts(path, format="counts").tolist() == [1, 1, 1]
+    assert read_counts(path, format="samples").tolist() == [0, 3]
+    with pytest.raises(ValueError, match="format must be 'counts', 'samples' or None, got 'csv'"):
+        read_counts(path, format="csv")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.booleans())
+def test_samples_are_never_taken_for_counts(tmp_path_factory, labels, header) -> None:
+    lines = [f"a{i}.jpg,{label}" for i, label in enumerate(labels)]
+    folder = tmp_path_factory.mktemp("samples")
+    path = write(folder, "c.csv", "\n".join(["image,label"] * header + lines))
+    assert read_counts(path, num_classes=7).tolist() == [labels.count(i) for i in range(7)]
+    if max(labels) >= len(labels):
+        with pytest.raises(ValueError, match="the largest label is"):
+            read_counts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "expected"),
+    [
+        ("c.csv", "label,0\ncat,500\ndog,300\n", {}, [500, 300]),  # pandas, an unnamed series
+        ("c.csv", ",0\n1,300\n0,500\n", {}, [500, 300]),
+        ("c.csv", "dx,0\n0,500\n1,300\n", {}, [500, 300]),
+        ("c.csv", "dx,0\ncat,500\n", {"num_classes": 1}, [500]),
+        ("c.csv", "dx,0\ncat,500\n", {"num_classes": 2}, [0, 500]),
+        ("c.csv", "1.0,3\n0.0,5\n", {}, [5, 3]),
+        ("c.csv", "class,count\n1,1\n0,1\n2,0\n", {}, [1, 1, 0]),
+        ("c.csv", "image_id,label\nISIC_1,0\nISIC_2,1\n", {}, [1, 1]),
+        ("c.txt", "0: 50\n1: 7\n", {}, [50, 7]),
+        ("c.json", {"1.0": 3, "0.0": 5}, {}, [5, 3]),
+        ("c.json", [0.0, 50, 1.0, 7], {}, [50, 7]),
+        ("c.json", [{"Class": "a", "Count": 2}, {"Class": "b", "Count": 1}], {}, [2, 1]),
+        ("c.json", [{"label": 1, "n": 2}, {"label": 0, "n": 1}], {}, [1, 2]),
+    ],
+)
+def test_tables_as_people_write_them(tmp_path, name, content, options, expected) -> None:
+    assert read_counts(write(tmp_path, name, content), **options).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", "dx,0\ncat,500\n", "line 1 has 'dx' and 0, a header of pandas or a class of 0"),
+        ("c.csv", "Class,Count\na,342\n,342\n", "line 3 has no class; expected a class on every"),
+        ("c.csv", "a,342\nb,228\nTotal,570\n", "class 'Total' counts as many as all others"),
+        ("c.csv", "class,count\n-1,5\n0,7\n", "line 2 has class '-1'; expected an index from 0"),
+        ("c.csv", "class,count\n0.5,5\n", "line 2 has class '0.5'; expected an index from 0"),
+        ("c.json", {"": 5}, "key '' has no class; expected a class"),
+        ("c.json", [{"Kind": "a", "Count": 2}], "entry 0 has the keys 'Kind', 'Count'; expected"),
+        ("c.json", [{"Class": None, "Count": 2}], "entry 0 has class None; expected an index"),
+        ("c.json", [{"Class": "a", "Count": 2}] * 2, "entry 1 has class 'a' a second time"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path, name, content, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_counts(write(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    ("crowd", "left_out"),
+    [(None, False), (False, False), ("0", False), (0.0, False), (True, True), ("1", True)],
+)
+def test_crowd_flags(tmp_path, crowd, left_out) -> None:
+    annotations = [{"image_id": 1, "category_id": 1, "iscrowd": crowd}]
+    path = write(tmp_path, "c.json", {"categories": [{"id": 1}], "annotations": annotations})
+    assert read_counts(path).tolist() == [0 if left_out else 1]
+
+
+@pytest.mark.parametrize("crowd", ["no", 2, [], {}])
+def test_other_crowd_flags_are_refused(tmp_path, crowd) -> None:
+    annotations = [{"image_id": 1, "category_id": 1, "iscrowd": crowd}]
+    path = write(tmp_path, "c.json", {"categories": [{"id": 1}], "annotations": annotations})
+    with pytest.raises(ValueError, match=r"annotations\[0\]\['iscrowd'\] is .*; expected 0 or 1"):
+        read_counts(path)
+
+
+def test_counts_have_values_whatever_the_default_device_is(tmp_path) -> None:
+    for content in ([5, 3], [0.5, 3]):
+        path = write(tmp_path, "c.json", content)
+        with torch.device("meta"):
+            found = read_counts(path, num_classes=np.int64(2))
+        assert found.tolist() == content
+
+
+def test_a_key_that_stands_in_an_object_twice_is_refused(tmp_path) -> None:
+    path = tmp_path / "counts.json"
+    path.write_text('{"0": 5, "1": 3, "0": 9}')
+    with pytest.raises(ValueError, match="key '0' stands in an object twice"):
+        read_counts(path)

@@ -97,6 +97,8 @@ def test_rhos_are_any_sequence_of_numbers() -> None:
         assert all(type(rho) is float for rho in found)
     with pytest.raises(TypeError, match="rhos"):
         sweep.sweep_rho(model, features, target, COUNTS, ["1"], epochs=1)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"rhos must be a sequence of numbers, got 0\.5"):
+        sweep.sweep_rho(model, features, target, COUNTS, 0.5)  # type: ignore[arg-type]
 
 
 def test_a_background_has_no_count() -> None:

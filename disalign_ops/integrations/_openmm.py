@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from .. import nn as dnn
 from .._types import Background, BatchNormMode, Normalizer, ReductionName
 from ..class_stats import grw_weights
 from ..count_files import read_counts
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError
 from ..functional import cross_entropy
 from ..reference import class_indices, denominator_of
+
+_EPSILON = torch.finfo(torch.float32).eps
 
 
 class GRWCrossEntropyLoss(nn.Module):
@@ -79,7 +82,9 @@ class GRWCrossEntropyLoss(nn.Module):
         if avg_factor is not None and reduction == "sum":
             raise ArgumentError("avg_factor is given, needed is reduction 'mean', not 'sum'")
         ignore_index = -100 if ignore_index is None else ignore_index
-        normalizer: str | float | Tensor = self.normalizer if avg_factor is None else avg_factor
+        normalizer: str | float | Tensor = self.normalizer
+        if avg_factor is not None:
+            normalizer = avg_factor + _EPSILON  # as the frameworks: an avg_factor may be 0
         if isinstance(normalizer, str) and normalizer == "weights" and reduction == "mean":
             # As a number, of which 0 gives the loss 0; the name would give NaN, as PyTorch.
             normalizer = self._weights(label, weight, ignore_index)
@@ -111,25 +116,25 @@ class GRWCrossEntropyLoss(nn.Module):
         return self.loss_weight * cross_entropy(cls_score, label, **options)
 
 
-def _class_weight(given: Sequence[float] | str | os.PathLike[str]) -> Tensor:
-    """(C,) float32, of numbers or of a file of them."""
-    values: Any = given
-    if isinstance(given, str | os.PathLike):
-        ending = os.path.splitext(given)[1].lower()
-        if ending == ".npy":
-            values = np.load(given, allow_pickle=False)
-        elif ending == ".json":
-            with open(given, encoding="utf-8") as file:
-                values = json.load(file)
-        else:
-            raise ArgumentError(
-                f"class_weight must be numbers, or a .npy or .json file of them, got "
-                f"{os.fspath(given)!r} (a pickle can run code: save it as .npy)"
-            )
+def _class_weight(given: Any) -> Tensor:
+    """(C,) float32 weights of a config: numbers, or a file of them, as mmsegmentation takes."""
     try:
-        weight = torch.as_tensor(values, dtype=torch.float32, device="cpu")
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(f"class_weight must be numbers, got {given!r}: {error}") from error
+        if isinstance(given, str | os.PathLike):
+            path = Path(given)
+            if path.suffix == ".npy":
+                values = np.load(path, allow_pickle=False)
+            elif path.suffix == ".json":
+                values = np.asarray(json.loads(path.read_text(encoding="utf-8")), np.float32)
+            else:
+                raise ValueError("a pickle can run code: save it as .npy")
+        else:
+            values = given
+        device = values.device if isinstance(values, Tensor) else "cpu"
+        weight = torch.as_tensor(values, dtype=torch.float32, device=device)
+    except (ValueError, TypeError, EOFError) as error:
+        raise ArgumentError(
+            f"class_weight must be numbers, or a .npy or .json file of them, got {given} ({error})"
+        ) from error
     if weight.dim() != 1:
         raise ArgumentError(f"class_weight must have shape (C,), got {tuple(weight.shape)}")
     return weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import warnings
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from torch.nn import functional as F
 
 from disalign_ops import class_stats
 from disalign_ops import nn as dnn
-from disalign_ops.errors import ArgumentError, ArgumentTypeError
+from disalign_ops.errors import ArgumentError
 
 sys.path.append(str(Path(__file__).parent / "standins"))  # behind what is installed
 
@@ -410,21 +408,3 @@ def test_normalizers_are_those_of_the_frameworks(weighted: bool, dtype: torch.dt
     close(loss, (each * pixels).sum() / (shares * pixels)[valid].sum())
     with pytest.raises(IndexError, match="out of bounds"):
         openmm_loss(**own)(z, torch.full((2, 4, 4), 9), ignore_index=255)
-
-
-def test_class_weights_from_a_file(tmp_path: Path) -> None:
-    weight = [1.0, 2.0, 0.5]
-    np.save(tmp_path / "weight.npy", np.array(weight))
-    (tmp_path / "weight.json").write_text(json.dumps(weight))
-    for given in (tmp_path / "weight.npy", str(tmp_path / "weight.json"), weight):
-        assert openmm_loss(class_weight=given).weight.tolist() == weight
-    np.save(tmp_path / "two.npy", np.ones((2, 2)))
-    for wrong, message in (
-        (str(tmp_path / "weight.pkl"), "class_weight must be numbers, or a .npy or .json file"),
-        (str(tmp_path / "two.npy"), r"class_weight must have shape \(C,\), got \(2, 2\)"),
-        (["a"], "class_weight must be numbers"),
-    ):
-        with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
-            openmm_loss(class_weight=wrong)
-    with pytest.raises(FileNotFoundError):
-        openmm_loss(class_weight=str(tmp_path / "missing.npy"))
