@@ -143,3 +143,52 @@ def test_without_the_library_the_reference_serves_and_the_reason_stands(
     assert backend == "reference"
     assert (reason or f"{_backends.LIBRARY.name} is not in the package") in why
     assert float(grad) == pytest.approx(-0.375)
+
+
+@pytest.mark.parametrize("index", [0, 1, None])
+def test_a_compiled_call_goes_to_the_backend_of_the_eager_one(
+    monkeypatch: pytest.MonkeyPatch, index: int | None
+) -> None:
+    # GPU 0: too old for the library and for Triton; 1, the current one: for the library alone.
+    asked: list[int] = []
+
+    def capability(device: int) -> tuple[int, int]:
+        asked.append(device)
+        return (7, 0) if device == 0 else (9, 0)
+
+    state = _backends._state
+    monkeypatch.setattr(state, "why_not_cuda", None)
+    monkeypatch.setattr(state, "triton_missing", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    device = torch.device("cuda") if index is None else torch.device("cuda", index)
+    numbers = {"native": 1.0, "triton": 2.0, "reference": 3.0}
+
+    def number(x: torch.Tensor) -> torch.Tensor:
+        return x + numbers[_backends.serving(device)]
+
+    def forget(why_not_native: dict[int, str]) -> None:
+        monkeypatch.setattr(state, "cuda_devices", why_not_native)
+        monkeypatch.setattr(state, "triton_devices", {})
+        torch.compiler.reset()
+
+    for why_not, serves in (
+        ("no code", "reference" if index == 0 else "triton"), ("", "native"),
+    ):  # fmt: skip
+        forget({0: why_not, 1: why_not})
+        compiled = torch.compile(number, backend="eager", fullgraph=True)
+        assert float(compiled(torch.zeros(()))) == numbers[serves]
+        assert float(number(torch.zeros(()))) == numbers[serves]
+    assert asked == [0 if index == 0 else 1]  # once, and of this device alone
+
+
+def test_fake_tensors_do_not_keep_a_device_from_being_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not _backends._state.cuda_loaded:
+        pytest.skip("the CUDA library is not built")
+    monkeypatch.setattr(_backends._state, "why_not_cuda", None)
+    monkeypatch.setattr(_backends._state, "cuda_devices", {})
+    with torch._subclasses.FakeTensorMode():
+        assert isinstance(_backends._why_not_cuda_device(0), str)

@@ -81,6 +81,68 @@ def test_torchs_stream_is_found_where_torch_has_loaded_its_cuda_library(tmp_path
         assert "the library has code for" in found.stdout  # and why the runtime has no device
 
 
+# A CUDA runtime of these calls alone, none of which makes a context: with any other, the program
+# does not link.
+RUNTIME = r"""
+#include "csrc/cuda/support.h"
+#include <cstdio>
+static int major_, minor_, integrated_, driver_;
+extern "C" {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 1) return cudaErrorInvalidDevice;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? major_
+         : attribute == cudaDevAttrComputeCapabilityMinor ? minor_ : integrated_;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { *version = driver_; return cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { *version = 13000; return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "no such device"; }
+}
+int main() {
+  char architectures[99];
+  int device;
+  while (std::scanf("%98s %d %d %d %d %d", architectures, &device, &major_, &minor_, &integrated_,
+                    &driver_) == 6)
+    std::printf("%s\n", disalign::cuda::why_not(device, architectures).c_str());
+}
+"""
+OLD, NEW = 12080, 13010  # drivers
+# (architectures, device, major, minor, integrated, driver) -> why not
+DEVICES = {
+    ("80-real,90-real", 1, 8, 0, 0, NEW): "",
+    ("80-real,90-real", 1, 8, 6, 0, NEW): "",
+    ("80-real,90-real", 1, 8, 7, 1, NEW): "the device's compute capability is 8.7",
+    ("87-real", 1, 8, 7, 1, NEW): "",
+    ("86-real", 1, 8, 0, 0, NEW): "the device's compute capability is 8.0",
+    ("80-real,90-real", 1, 7, 5, 0, NEW): "the device's compute capability is 7.5",
+    ("80-real,90-real", 1, 12, 0, 0, NEW): "the device's compute capability is 12.0",
+    ("80-real,90", 1, 12, 0, 0, NEW): "",
+    ("80-real,90", 1, 12, 0, 0, OLD): "the device's compute capability is 12.0",
+    ("80-real,90", 1, 9, 0, 0, OLD): "",
+    ("90a", 1, 9, 0, 0, NEW): "",
+    ("90a", 1, 10, 0, 0, NEW): "the device's compute capability is 10.0",
+    ("100-real,120", 1, 10, 3, 0, NEW): "",
+    ("100-real,120", 1, 12, 1, 1, NEW): "",
+    ("80-real", 0, 8, 0, 0, NEW): "no such device",
+}
+
+
+def test_a_device_is_judged_without_a_context(tmp_path: Path) -> None:
+    home = build.cuda_home()
+    if home is None:
+        pytest.skip("needs CUDA headers")
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    program = tmp_path / "runtime"
+    subprocess.run(
+        [build.compiler(), "-std=c++17", "-Wall", "-Werror", f"-I{ROOT}", f"-I{home / 'include'}",
+         str(tmp_path / "runtime.cpp"), "-o", str(program)], check=True,
+    )  # fmt: skip
+    asked = "".join(" ".join(map(str, device)) + "\n" for device in DEVICES)
+    run = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == list(DEVICES.values())
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [("0", "DISALIGN_OPS_CUDA was 0"), ("auto", "no nvcc was found")],

@@ -379,7 +379,7 @@ def test_a_denominator_of_0(
         loss = function(logits, t, **options | {"normalizer": name})
         assert isinstance(loss, Tensor)
         (grad,) = torch.autograd.grad(loss, logits)
-        assert loss.isnan() if name == "weights" else float(loss) == 0
+        assert loss.isnan() if name == "weights" else float(loss.detach()) == 0
         assert (grad == 0).all()
 
 
@@ -402,3 +402,33 @@ def test_focal_of_a_masked_target(backend: str, gamma: float) -> None:
     assert loss[0] == float("inf")
     plain = torch.softmax(z.detach(), 1)[0] - torch.tensor([1.0, 0.0, 0.0])
     assert_close(grad[0], plain, torch.float32, "gradient")
+
+
+@pytest.mark.parametrize("target_masked", [False, True])
+@pytest.mark.parametrize(("smoothing", "gamma"), [(0.0, 0.0), (0.2, 0.0), (0.0, 2.0), (0.2, 2.0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("layout", ["row", "dense"])
+def test_all_gradients_of_masked_classes(
+    layout: str, reduction: str, smoothing: float, gamma: float, target_masked: bool
+) -> None:
+    """d_j = 0 for a masked class, and p_t = 0 for a masked target, in what is learned too."""
+    z, t = torch.randn(4, 5), torch.tensor([0, 1, 3, 4])
+    z[1:, 2] = float("-inf")
+    if target_masked:
+        t[2] = 2
+    confidence = torch.randn(4)
+    if layout == "dense":
+        z, t = z.T.reshape(1, 5, 2, 2).contiguous(), t.reshape(1, 2, 2)
+        confidence = confidence.reshape(1, 2, 2)
+    vectors = (confidence, torch.rand(5) + 0.5, torch.randn(5))
+    found = []
+    for name in ("native", "reference"):
+        learned = [v.clone().requires_grad_() for v in (z, *vectors)]
+        with disalign_ops.set_backend(name):
+            loss = disalign_ops.disalign_cross_entropy(
+                learned[0], t, *learned[1:], form="residual", reduction=reduction,
+                label_smoothing=smoothing, focal_gamma=gamma,
+            )  # fmt: skip
+            found.append(torch.autograd.grad(loss, learned, torch.ones_like(loss)))
+    for what, a, e in zip(NAMES, *found, strict=True):
+        assert_close(a, e, torch.float32, what)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
@@ -78,10 +79,26 @@ class Compiled:
     asserts: bool  # whether it has a device_assert
 
 
-def compile_launch(found: Launch, architecture: int) -> Compiled:
+def translate(found: Launch, architecture: int) -> Any:
+    """The launch's compiled kernel, as Triton's launcher would hand it to the driver."""
     (source, options), _ = specialised(found, architecture)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton_compile(source, target=target, options=options.__dict__)
+    return triton_compile(source, target=target, options=options.__dict__)
+
+
+def front_end(found: Launch, architecture: int) -> Any:
+    """The launch in Triton's own language, before any machine: what a wrong kernel fails in."""
+    (source, options), _ = specialised(found, architecture)
+    target = GPUTarget("cuda", architecture, 32)
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    return source.make_ir(target, options, functions, backend.get_module_map(), context)
+
+
+def compile_launch(found: Launch, architecture: int) -> Compiled:
+    compiled = translate(found, architecture)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -16,7 +16,7 @@ struct Tile {
   using A = Accumulate<T>;
   int64_t classes, size, class_stride;
   A* e;       // plane: u, then exp(u - maximum)
-  A* logits;  // plane: z, that of a masked class as 0; null without a calibration
+  A* logits;  // plane: z; null without a calibration
   Positions<A> positions;
   A* valid;         // 0 where ignored
   A* target_slope;  // d_t, where d_j = a_j z_j + b_j; 0 where not finite
@@ -92,7 +92,7 @@ DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
         u = valid ? u : V{};
         value = valid ? value : V{};
       }
-      if constexpr (Calibrated) store(logits + p, value == -kInfinity<A> ? V{} : value);
+      if constexpr (Calibrated) store(logits + p, value);
       if constexpr (Known) {
         store(e + p, exp_bounded(u - load(maximum + p)));
       } else {
@@ -161,7 +161,8 @@ DISALIGN_INLINE void emit(const LossArgs& args, const Tile<T>& tile, const Chunk
       if constexpr (Classes) {
         // Past the tile's positions softmax and smooth are 0, and e is finite.
         const V qc = q * load(c + p);
-        grad_scale += qc * load(logits + p);
+        const V z = load(logits + p);
+        grad_scale += qc * (z == -kInfinity<A> ? V{} : z);  // a masked class adds nothing
         grad_bias += qc;
       }
       if constexpr (Logits) {

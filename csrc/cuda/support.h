@@ -20,9 +20,9 @@ struct Device {
 inline bool has_code_for(const std::string& architectures, const Device& device) {
   const char* at = architectures.c_str();
   while (*at != '\0') {
-    char* rest = nullptr;
-    const int capability = static_cast<int>(std::strtol(at, &rest, 10));
-    const char* end = rest;
+    char* number_end = nullptr;
+    const int capability = static_cast<int>(std::strtol(at, &number_end, 10));
+    const char *rest = number_end, *end = rest;
     while (*end != '\0' && *end != ',') ++end;
     const bool specific = *rest == 'a';  // its instructions are on this very architecture
     const bool ptx = std::string(rest, end).find("-real") == std::string::npos;

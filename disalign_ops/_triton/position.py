@@ -85,7 +85,7 @@ def row_terms(nll, target_weight, weights, smoothing, classes, gamma):
     weights: sum_j w_j.
     """
     value = nll
-    slope = nll * 0.0 + 1.0
+    slope = tl.full(nll.shape, 1.0, nll.dtype)  # not of nll, which may be infinite
     if gamma > 0:
         value, slope = focal_terms(nll, gamma)
     target = (1.0 - smoothing) * target_weight * slope
