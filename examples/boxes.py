@@ -261,6 +261,7 @@ def main() -> None:
         # Features are never negative: a smaller rate for the confidence, see docs/two_stages.md.
         groups_of = [{"params": [layer.logit_scale, layer.logit_bias]},
                      {"params": list(layer.confidence_layer.parameters())}]  # fmt: skip
+        layer.train()
         train_rows(lambda x, t: layer.loss(x, t, weight=weight), groups_of, rows,
                    options.stage2_epochs, [1e-2, 1e-3])  # fmt: skip
         lap("stage 2")
