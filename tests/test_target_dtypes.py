@@ -264,3 +264,41 @@ def test_accuracy_counts_class_156(dtype: torch.dtype) -> None:
     t = torch.tensor([156, 3], dtype=dtype)
     metric.update(t, t)
     assert metric.compute()["overall"] == 1.0
+
+
+class Step(torch.nn.Module):
+    """Losses of one target: rows, class planes, by name, and of a head without its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(D, 200)
+        self.named = losses.label_aware_smoothing(range(1, 201))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        z = self.head(x)
+        return (
+            ops.cross_entropy(z, t)
+            + ops.cross_entropy(z.t()[None].contiguous(), t[None])
+            + self.named(z, t)
+            + ops.linear_cross_entropy(x, self.head.weight, t)
+        )
+
+
+def test_one_compiled_step_takes_all_integer_dtypes_in_turn() -> None:
+    step, x, t = Step(), torch.randn(N, D), torch.tensor([156, 3, 156, 10, 199, 0])
+    compiled = torch.compile(step, backend="aot_eager")
+    parameters = list(step.parameters())
+    wanted = torch.autograd.grad(step(x, t), parameters)
+    for dtype in (*DTYPES, *DTYPES[::-1]):
+        found = torch.autograd.grad(compiled(x, t.to(dtype)), parameters)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_exported_step_takes_the_integer_dtype_it_was_exported_with(dtype: torch.dtype) -> None:
+    step, x, t = Step(), torch.randn(N, D), torch.tensor([156, 3, 156, 10, 199, 0])
+    rows_ = torch.export.Dim("rows")
+    program = torch.export.export(step, (x, t.to(dtype)), dynamic_shapes=({0: rows_}, {0: rows_}))
+    x, t = torch.randn(9, D), torch.randint(0, 200, (9,))
+    torch.testing.assert_close(program.module()(x, t.to(dtype)), step(x, t))
