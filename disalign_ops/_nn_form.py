@@ -151,9 +151,10 @@ class Calibration(nn.Module):
     def _form(self) -> dict[str, Any]:
         return {"form": self.form, "background": self.background}
 
-    def _form_code(self) -> Tensor:
+    def _form_code(self, device: torch.device | None = None) -> Tensor:
         codes = [_FORMS.index(self.form), _BACKGROUNDS.index(self.background)]
-        return torch.tensor(codes, dtype=torch.int8, device=self.calibration_form.device)
+        device = device or self.calibration_form.device
+        return torch.tensor(codes, dtype=torch.int8, device=device)
 
     def mean_confidence(self) -> float | None:
         """The mean of c over a recent training batch; None before the first one.
@@ -190,6 +191,15 @@ class Calibration(nn.Module):
             self._watch.warn(*self._confidence_range)
         return super().train(mode)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_watch" not in self.__dict__:  # pickled whole by version 0.1.0
+            self.background = getattr(self, "background", None)
+            self.start, self._watch = "released", ConfidenceWatch()
+            code = torch.empty(2, dtype=torch.int8, device=self.logit_scale.device)
+            self.register_buffer(FORM_KEY, code)
+            self._set_form(self.form)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Whatever averaging, to_empty or a broadcast made of the buffer, a file has the form.
@@ -206,7 +216,10 @@ class Calibration(nn.Module):
                     "state_dict: build the layer with it, or load it into such a layer and use "
                     "disalign_ops.nn.convert_form"
                 )
-        state_dict[prefix + FORM_KEY] = self._form_code()
+        loaded = state_dict.get(prefix + "logit_scale")
+        # Beside the parameters: load_state_dict(assign=True) keeps what is here, on its device.
+        device = loaded.device if isinstance(loaded, Tensor) else None
+        state_dict[prefix + FORM_KEY] = self._form_code(device)
         # Released checkpoints: a detector's raw classifier is a child named cls_score. Vectors are
         # (1, C) in the classification layer, (K,) in detectors, (1, C, 1, 1) in segmentation heads.
         for name in ("weight", "bias", "scale"):
@@ -235,7 +248,7 @@ def _saved_form(code: Tensor | None, metadata: dict[str, Any]) -> dict[str, Any]
     """
     if code is None or code.is_meta:
         return {name: metadata[name] for name in ("form", "background") if name in metadata}
-    codes = code.flatten().tolist()
+    codes = [round(k) for k in code.flatten().tolist()]  # floats, where all of a file was cast
     known = (_FORMS, _BACKGROUNDS)
     if len(codes) != 2 or not all(
         0 <= k < len(names) for k, names in zip(codes, known, strict=True)

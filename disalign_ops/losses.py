@@ -408,7 +408,8 @@ class SeesawLoss(CrossEntropyLoss):
             own = (-nll).clamp(min=math.log(self.eps)) if self.eps else -nll
             z_t = z.gather(1, t[:, None])
             factor = (z - (z_t + (nll + own)[:, None])).clamp_(min=0.0).mul_(self.q)
-            log_n = seen.clamp(min=1).to(nll.dtype).log()
+            # float16 ends at 65504.
+            log_n = seen.clamp(min=1).to(accumulate_dtype(nll.dtype)).log()
             factor += (log_n - log_n[t][:, None]).clamp_(max=0.0).mul_(self.p)
             factor.scatter_(1, t[:, None], 0.0)
         loss = super().forward(factor.add_(input), target, sample_weight=sample_weight)

@@ -328,6 +328,9 @@ def _train_but_batch_norm(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
+_stay_in_eval = _train_but_batch_norm  # its name in models that version 0.1.0 pickled
+
+
 @overload
 def convert_to_disalign(  # type: ignore[overload-overlap]
     model: nn.Linear, *, form: Form = ..., name: str | None = None,

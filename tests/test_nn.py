@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -310,6 +311,36 @@ def test_no_forward_reads_the_forms_buffer_and_no_file_is_wrong_for_it() -> None
     state = layer.float().state_dict()
     empty.load_state_dict(state, assign=True)
     assert torch.equal(empty(x), layer(x))
+    assert not empty.calibration_form.is_meta
+    assert torch.equal(empty.to("cpu", torch.float64)(x.double()), layer.double()(x.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_file_of_which_every_tensor_was_cast_keeps_its_form(dtype: torch.dtype) -> None:
+    layer = DisAlignLinear(D, C, form="residual", background="last")
+    state = {name: value.to(dtype) for name, value in layer.state_dict().items()}
+    DisAlignLinear(D, C, form="residual", background="last").load_state_dict(state)
+    with pytest.raises(RuntimeError, match="form must be 'interpolated'"):
+        DisAlignLinear(D, C, background="last").load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls", [DisAlignLinear, DisAlignCosineLinear, DisAlignSegHead])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_that_version_0_1_0_pickled_whole(cls: Any, form: str) -> None:
+    layer = trained(cls(D, C, form=form))
+    x = torch.randn(N, D, 2, 2) if cls is DisAlignSegHead else torch.randn(N, D)
+    expected = layer(x)
+    old = copy.deepcopy(layer)
+    for name in ("_watch", "start"):
+        del old.__dict__[name]
+    del old._buffers["calibration_form"]
+    if cls is DisAlignSegHead:
+        del old.__dict__["background"]  # the class had it
+    old = pickle.loads(pickle.dumps(old))
+    old.train()
+    assert torch.equal(old(x), expected)
+    assert "start='released'" in repr(old)
+    cls(D, C, form=form).load_state_dict(old.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "segmentation"])

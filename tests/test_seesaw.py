@@ -167,6 +167,16 @@ def test_counts_stay_exact_in_half_precision(dtype: torch.dtype) -> None:
     assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
+def test_more_samples_than_float16_counts() -> None:
+    criterion = losses.seesaw(3).eval()
+    criterion.cumulative_samples.copy_(torch.tensor([100_000, 400_000, 10]))
+    z, t = torch.randn(6, 3), torch.arange(6) % 3
+    half = z.half().requires_grad_()
+    loss = criterion(half, t)
+    torch.testing.assert_close(loss.double(), criterion(z.double(), t), rtol=0.01, atol=0)
+    assert torch.autograd.grad(loss, half)[0].isfinite().all()
+
+
 def test_counts_of_an_older_state_dict() -> None:
     criterion = losses.seesaw(3)
     criterion.load_state_dict({"cumulative_samples": torch.tensor([4.0, 0.0, 7.0]).double()})

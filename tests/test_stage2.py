@@ -126,6 +126,19 @@ def in_training(model: nn.Module) -> set[str]:
     return {n for n, m in model.train().named_modules() if isinstance(m, norms) and m.training}
 
 
+def test_batch_norm_that_version_0_1_0_froze_and_pickled() -> None:
+    norm = nn.BatchNorm1d(D).eval()
+    freeze_for_stage2(nn.Sequential(norm, DisAlignLinear(D, C)))
+    # The function's name is in the file; protocol 0 has it without its length.
+    file = pickle.dumps(norm, protocol=0)
+    assert b"_train_but_batch_norm\n" in file
+    norm = pickle.loads(file.replace(b"_train_but_batch_norm\n", b"_stay_in_eval\n"))
+    model = nn.Sequential(norm, DisAlignLinear(D, C)).train()
+    assert not norm.training
+    freeze_for_stage2(model, bn="train")
+    assert model.train()[0].training
+
+
 def test_frozen_batch_norm_stays_frozen_when_it_is_converted() -> None:
     model = convert_to_disalign(Net())
     freeze_for_stage2(model)
