@@ -124,8 +124,8 @@ def cross_entropy(
     normalizer: str | Tensor = "weights",
 ) -> Tensor:
     """`reference.cross_entropy` of rows (N, C) or class planes (N, C, S)."""
-    t = target.reshape((logits.shape[0], *logits.shape[2:])).to(torch.int64)
-    valid = t != ignore_index
+    t = target.reshape((logits.shape[0], *logits.shape[2:]))
+    t, valid = reference.class_indices(t, ignore_index)
     checkable = _checkable(logits, target)
     # A calibration may make infinities of finite logits.
     if not (checkable and scale is None and _ignored_are_finite(logits, ~valid)):

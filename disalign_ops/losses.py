@@ -61,7 +61,7 @@ def _any_number(name: str, value: object) -> float:
 
 
 def _positive(name: str, value: object) -> float:
-    number = check_number(name, value, 0.0)
+    number = check_number(name, value, -math.inf)
     if not 0 < number < math.inf:
         raise ArgumentError(f"{name} must be a finite number above 0, got {number}")
     return number
@@ -376,6 +376,11 @@ class SeesawLoss(CrossEntropyLoss):
         # and N.
         self._first_passes: deque[tuple[Tensor, Tensor]] = deque(maxlen=_FIRST_PASSES)
         self._keep(classes=classes, p=self.p, q=self.q, eps=self.eps)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Of a criterion that version 0.1.0 pickled whole.
+        self.__dict__.setdefault("_first_passes", deque(maxlen=_FIRST_PASSES))
 
     def reset_parameters(self) -> None:
         self.cumulative_samples.zero_()

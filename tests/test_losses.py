@@ -254,7 +254,7 @@ def test_dense_logits() -> None:
 def test_wrong_arguments() -> None:
     for wrong, match in (
         (lambda: losses.cosface(scale=0.0), r"scale must be .* above 0, got 0\.0"),
-        (lambda: losses.ldam(COUNTS, scale=-1), "scale must be a number >= 0"),
+        (lambda: losses.ldam(COUNTS, scale=-1), "scale must be a finite number above 0, got -1"),
         (lambda: losses.ScaledCrossEntropyLoss(math.inf), "gain must be a finite number"),
         (lambda: losses.cosface(margin=-1.0), "margin must be a number >= 0.0, got -1"),
         (lambda: losses.ldam([3, 0, 2]), "counts is zero for class 1"),
