@@ -210,7 +210,7 @@ def test_arguments_of_the_published_losses_are_refused_when_they_are_built() -> 
         (lambda: losses.class_balanced(COUNTS, 1.0), "beta is 1"),
         (lambda: losses.focal(-1), "gamma must be a number >= 0"),
         (lambda: losses.ldam(COUNTS, -0.5), "max_margin is -0.5"),
-        (lambda: losses.ldam(COUNTS, scale=-1), "scale must be a number >= 0"),
+        (lambda: losses.ldam(COUNTS, scale=-1), "scale must be a finite number above 0"),
         (lambda: losses.ldam(COUNTS, scale=0), "scale must be a finite number above 0"),
         (lambda: losses.ldam(COUNTS, deferred_until=1.5), "deferred_until must be an integer"),  # type: ignore[arg-type]
         (lambda: losses.ldam(COUNTS, deferred_until=1).set_epoch("1"), "epoch must be an integer"),  # type: ignore[arg-type]
