@@ -176,9 +176,9 @@ class Calibration(nn.Module):
             type(confidence) is Tensor  # not a proxy, nor a fake or distributed one
             and self.training
             and confidence.requires_grad
-            and confidence.numel()
             and not torch.compiler.is_compiling()
             and not torch._C._get_tracing_state()
+            and confidence.numel()
             and not torch._C._len_torch_dispatch_stack()
             and not torch._C._are_functorch_transforms_active()
             and self._watch.note(confidence)
