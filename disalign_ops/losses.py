@@ -28,6 +28,7 @@ from ._arguments import (
     positions_shape,
     row_vector,
 )
+from ._nn_form import is_recorded
 from .class_stats import Counts
 from .errors import ArgumentError
 from .nn import CrossEntropyLoss
@@ -157,9 +158,11 @@ class ScaledCrossEntropyLoss(CrossEntropyLoss):
         self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
     ) -> Tensor:
         self._check_call(input, target)
-        classes = check_input(input)
-        gain = class_vector("gain", self.gain, classes, input, accumulate_dtype(input.dtype))
-        assert gain is not None
+        gain: Any = self.gain
+        if not is_recorded(input):  # in a graph the number of classes is none
+            classes = check_input(input)
+            gain = class_vector("gain", gain, classes, input, accumulate_dtype(input.dtype))
+            assert gain is not None
         # A calibration that is sure of itself: (1 + c a) z + c b with c = sigmoid(inf) = 1.
         sure = torch.full(positions_shape(input), math.inf, device=input.device)
         return functional.disalign_cross_entropy(
