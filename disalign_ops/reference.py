@@ -280,7 +280,7 @@ def dense_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tenso
 
 
 class _Lowest(torch.autograd.Function):
-    """What is below `low` as `low`, with the gradient of the identity, as often as it is taken."""
+    """Replaces values below `low` by `low`. Its gradient, of any order, is the identity's."""
 
     generate_vmap_rule = True
 
