@@ -32,9 +32,9 @@ test: setup
 # The operators' tests with Triton's interpreter in their place, all of them: some hours.
 TRITON_TESTS := row forward_backward shard dense calibrate in_place autograd stage2 operators upsample linear
 test-triton: setup
-	cd tests && TRITON_INTERPRET=1 PYTHONPATH=. ../$(BIN)/python -W ignore -m pytest -q \
-	  -p triton_operators -k "not depend_on and not beyond_the_cache" $(TRITON_TESTS:%=test_%.py)
-	DISALIGN_OPS_TRITON_COMPILE=all $(BIN)/python -m pytest -q tests/test_triton_targets.py
+	TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -q \
+	  -p support.triton_operators -k "not depend_on and not beyond_the_cache" $(foreach name,$(TRITON_TESTS),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+	DISALIGN_OPS_TRITON_COMPILE=all $(BIN)/python -m pytest -q tests/_ops/test_triton_targets.py
 
 # An environment with the frameworks, 6 GB of packages, and the wheel of this tree under another torch
 # than it was built with.

@@ -21,9 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 import disalign_ops
-
-from . import measure
-from .report import device_name
+from benchmarks import measure
+from benchmarks.report import device_name
 
 CLASSES = (1203, 1204, 4096, 8142, 8192, 16384, 65536)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

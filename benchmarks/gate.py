@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disalign_ops import reference
-
-from .cases import IGNORED, Inputs
-from .peers import Contestant
+from benchmarks.cases import IGNORED, Inputs
+from benchmarks.peers import Contestant
+from disalign_ops._ops import reference
 
 # Error allowed relative to the largest magnitude of the expected tensor. float32: torch.compile
 # adds thousands of rows one after another, which was seen to cost 1.4e-5; the tests hold ours to

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .cases import Case, Mode
+from benchmarks.cases import Case, Mode
 
 # Kineto announces every profile on stderr, in the middle of the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import disalign_ops
-
-from .cases import IGNORED, Case, Inputs
+from benchmarks.cases import IGNORED, Case, Inputs
 
 OURS = "disalign_ops"
 TRITON = "disalign_ops, Triton"  # beside what serves the device by itself

@@ -15,10 +15,9 @@ from rich import box
 from rich.table import Table
 
 import disalign_ops
-
-from .cases import WORK
-from .peers import COMPILED, EAGER, OURS, LeftOut
-from .results import CaseResult, Result
+from benchmarks.cases import WORK
+from benchmarks.peers import COMPILED, EAGER, OURS, LeftOut
+from benchmarks.results import CaseResult, Result
 
 _DISTRIBUTIONS = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels",
                   "flash-attn")  # fmt: skip

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import gate, measure
-from .cases import Case, Inputs, make_inputs
-from .peers import OURS, TRITON, Contestant, first_line
+from benchmarks import gate, measure
+from benchmarks.cases import Case, Inputs, make_inputs
+from benchmarks.peers import OURS, TRITON, Contestant, first_line
 
 COPY = "copy"
 

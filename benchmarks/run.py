@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import peers, plot, report
-from .cases import Case, select
-from .results import CaseResult, run_case
+from benchmarks import peers, plot, report
+from benchmarks.cases import Case, select
+from benchmarks.results import CaseResult, run_case
 
 _REFRESH_S = 0.5
 _WIDTH = 110

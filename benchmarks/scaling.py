@@ -1,8 +1,8 @@
 """`python -m benchmarks.scaling`: what a step of a class-parallel DisAlign head costs, on paper.
 
-Memory, traffic and time of one GPU, by the formulas below. The first two are compared with what is
-allocated and carried at small size by tests/test_scaling.py; the third divides by rates that are
-assumed. docs/scaling.md has the table that this prints.
+Memory, traffic and time of one GPU, by the formulas below. tests/_sharded/test_scaling.py compares
+the first two with what is allocated and carried at small size; the third divides by assumed rates.
+docs/scaling.md has the table that this prints.
 """
 
 from __future__ import annotations

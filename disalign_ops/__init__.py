@@ -16,8 +16,7 @@ from . import (
     segmentation_metrics,
     sweep,
 )
-from ._backends import backend_info, set_backend
-from ._replace import replace_cross_entropy
+from ._ops.backends import backend_info, set_backend
 from .distributed import (
     class_parallel_cross_entropy,
     class_parallel_disalign_cross_entropy,
@@ -26,6 +25,7 @@ from .distributed import (
 )
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
 from .linear import disalign_linear_cross_entropy, linear_cross_entropy
+from .replace import replace_cross_entropy
 from .upsample import UpsampleDetails, upsample_cross_entropy, upsample_predict
 
 # In a graph of torch.fx each is one call, by its name here as in the file it is from.

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._arguments import check_choice
-from ._backends import set_backend
-from ._linear import smallest_norm
-from ._nn_dense import DisAlignSegHead
-from ._nn_form import FORM_KEY, Calibration
-from ._nn_linear import DisAlignCosineLinear, DisAlignLinear
+from ._call.arguments import check_choice
+from ._ops.backends import set_backend
+from ._sharded.chunks import smallest_norm
 from .errors import ArgumentError
+from .nn.calibration import FORM_KEY, Calibration
+from .nn.linear import DisAlignCosineLinear, DisAlignLinear
+from .nn.segmentation import DisAlignSegHead
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ._arguments import python_number
-from ._types import Background
+from ._call.arguments import python_number
+from ._call.types import Background
 from .count_files import read_counts
 
 __all__ = [

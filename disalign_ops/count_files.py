@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 import torch
 
-from ._arguments import check_integer
+from ._call.arguments import check_integer
 from .errors import ArgumentError
 
 __all__ = ["read_counts"]

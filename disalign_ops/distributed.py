@@ -7,7 +7,7 @@ every rank. The loss is the same on every rank. Gradients of a shard are its ran
 the confidence, and of the features of the linear losses, come back summed over the ranks, the same
 on each. Every rank must call with the same options, and backward the same loss.
 
-What is exchanged: _ranks.py; what it costs: docs/scaling.md.
+What is exchanged: _sharded/ranks.py; what it costs: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _layouts, _parallel, functional
-from ._arguments import (
+from ._call import entry
+from ._call.arguments import (
     check_class_indices,
     check_dtype,
     check_integer,
@@ -28,13 +28,15 @@ from ._arguments import (
     positions_shape,
     row_vector,
 )
-from ._ranks import Ranks
-from ._shards import Call, Reduction, Vectors
-from ._types import Form, Normalizer, ReductionName
+from ._call.entry import Options
+from ._call.types import Form, Normalizer, ReductionName
+from ._ops import dispatch, layouts
+from ._ops.reference import accumulate_dtype
+from ._sharded import parallel
+from ._sharded.ranks import Ranks
+from ._sharded.shards import Call, Reduction, Vectors
 from .errors import ArgumentError
-from .functional import Options
 from .linear import CHUNK_BYTES, Linear, linear_loss
-from .reference import accumulate_dtype
 
 
 def class_parallel_cross_entropy(
@@ -122,7 +124,7 @@ def class_parallel_disalign_cross_entropy(
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
     shard = _Shard(local_logits, group, shard_offset)
-    calibration = functional.calibration_vectors(
+    calibration = entry.calibration_vectors(
         shard.checked_against, _local(confidence), _local(scale), _local(bias), form, None,
         shard.classes,
     )  # fmt: skip
@@ -209,7 +211,7 @@ def class_parallel_disalign_linear_cross_entropy(
         margin, focal_gamma, False,
     )  # fmt: skip
     head = Linear(features, local_weight, local_bias, cosine_scale, chunk_bytes, no_classes=True)
-    calibration = functional.calibration_vectors(
+    calibration = entry.calibration_vectors(
         head.logits, confidence, scale, bias, form, None, head.classes
     )
     ranks = Ranks.of(group, _offset(shard_offset), head.classes, features.device)
@@ -262,18 +264,18 @@ def _loss(
     check_target(like, target, shape)
     for name in ("weight", "prior", "margin", "sample_weight"):
         setattr(options, name, _local(getattr(options, name)))
-    given = functional.checked(like, shard.classes, options)
+    given = entry.checked(like, shard.classes, options)
     dtype = accumulate_dtype(like.dtype)
     sample_weight = row_vector("sample_weight", options.sample_weight, like, shape, dtype)
     rows = shard.logits.unsqueeze(0) if shard.logits.dim() == 1 else shard.logits
     copied = rows.stride(1) != 1 and rows.shape[1] > 1
     flat = rows.contiguous() if copied else rows
-    in_place = options.inplace_backward and _layouts.check_in_place(shard.logits, flat, copied)
-    if functional.needs_logits():
-        raise RuntimeError(functional.NO_TRANSFORMS)
+    in_place = options.inplace_backward and layouts.check_in_place(shard.logits, flat, copied)
+    if dispatch.needs_logits():
+        raise RuntimeError(dispatch.NO_TRANSFORMS)
     ignore_index, smoothing, gamma = given.numbers
     call = Call(
-        backend=functional.serving_backend(like),
+        backend=dispatch.serving_backend(like),
         target=target.reshape(-1),
         ignore_index=ignore_index,
         label_smoothing=smoothing,
@@ -283,8 +285,8 @@ def _loss(
         ranks=shard.ranks,
     )
     a, b, c = calibration or (None, None, None)
-    loss = _parallel.loss(call, flat, c, a, b, in_place=in_place)
-    return functional.output(like, loss, shape if options.reduction == "none" else None)
+    loss = parallel.loss(call, flat, c, a, b, in_place=in_place)
+    return entry.output(like, loss, shape if options.reduction == "none" else None)
 
 
 def _local(value: Any) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _linear, functional
-from ._arguments import (
+from ._call import entry
+from ._call.arguments import (
     check_class_indices,
     check_dtype,
     check_integer,
@@ -20,13 +20,15 @@ from ._arguments import (
     positions_shape,
     row_vector,
 )
-from ._ranks import Ranks
-from ._sampling import Sample
-from ._shards import Reduction, Vectors
-from ._types import Background, Form, Normalizer, ReductionName
+from ._call.entry import Options
+from ._call.types import Background, Form, Normalizer, ReductionName
+from ._ops import dispatch
+from ._ops.reference import IGNORED, accumulate_dtype
+from ._sharded import chunks
+from ._sharded.ranks import Ranks
+from ._sharded.sampling import Sample
+from ._sharded.shards import Reduction, Vectors
 from .errors import ArgumentError, ArgumentTypeError
-from .functional import Options
-from .reference import IGNORED, accumulate_dtype
 
 CHUNK_BYTES = 64 << 20
 
@@ -131,9 +133,7 @@ def disalign_linear_cross_entropy(
     )  # fmt: skip
     head = Linear(features, linear_weight, linear_bias, cosine_scale, chunk_bytes)
     sample = head.sample(target, ignore_index, sample_rate, generator)
-    calibration = functional.calibration_vectors(
-        head.logits, confidence, scale, bias, form, background
-    )
+    calibration = entry.calibration_vectors(head.logits, confidence, scale, bias, form, background)
     return linear_loss(head, target, calibration, options, sample, None)
 
 
@@ -196,7 +196,7 @@ class Linear:
                 )
         rows = features.unsqueeze(0) if self.alone else features
         if cosine_scale is not None:
-            eps = _linear.smallest_norm(rows.dtype)
+            eps = chunks.smallest_norm(rows.dtype)
             rows = F.normalize(rows, dim=1, eps=eps) * _checked_scale(cosine_scale, rows)
         self.features, self.weight, self.bias, self.classes = rows, weight, bias, classes
 
@@ -238,10 +238,10 @@ def _whole_loss(
     """Through the logits, for torch.func, forward-mode differentiation and exporters."""
     weight = head.weight
     if head.cosine:
-        weight = F.normalize(weight, dim=1, eps=_linear.smallest_norm(weight.dtype))
+        weight = F.normalize(weight, dim=1, eps=chunks.smallest_norm(weight.dtype))
     logits = F.linear(head.features, weight, head.bias)
     logits = logits.squeeze(0) if head.alone else logits
-    return functional.loss(logits, target, calibration, options)
+    return entry.loss(logits, target, calibration, options)
 
 
 def linear_loss(
@@ -257,13 +257,13 @@ def linear_loss(
     shape = positions_shape(logits)
     check_class_indices(target)
     check_target(logits, target, shape)
-    if functional.needs_logits():
+    if dispatch.needs_logits():
         if sample is not None or ranks is not None:
-            raise RuntimeError(functional.NO_TRANSFORMS)
+            raise RuntimeError(dispatch.NO_TRANSFORMS)
         return _whole_loss(head, target, calibration, options)
-    given = functional.checked(logits, head.classes, options)
+    given = entry.checked(logits, head.classes, options)
     if ranks is None:
-        functional.check_classes(target, head.classes, given.numbers[0], asserted=False)
+        entry.check_classes(target, head.classes, given.numbers[0], asserted=False)
     dtype = accumulate_dtype(logits.dtype)
     a, b, c = calibration or (None, None, None)
     sample_weight = row_vector("sample_weight", options.sample_weight, logits, shape, dtype)
@@ -277,8 +277,8 @@ def linear_loss(
         linear_bias, a, b = (None if t is None else sample.of(t) for t in (linear_bias, a, b))
         vectors = vectors.each(sample.of)
         ranks = None if ranks is None else replace(ranks, first=0)
-    backend = functional.serving_backend(logits)
-    call = _linear.Call(
+    backend = dispatch.serving_backend(logits)
+    call = chunks.Call(
         backend=backend,
         target=flat,
         ignore_index=ignore_index,
@@ -286,10 +286,10 @@ def linear_loss(
         focal_gamma=gamma,
         vectors=vectors,
         reduction=Reduction(sample_weight, options.reduction, given.normalizer),
-        plan=_linear.plan(len(head.features), len(weight), logits, head.chunk_bytes, backend),
+        plan=chunks.plan(len(head.features), len(weight), logits, head.chunk_bytes, backend),
         cosine=head.cosine,
         ranks=ranks,
         chunk_bytes=head.chunk_bytes,
     )
-    loss = _linear.loss(call, head.features, weight, linear_bias, c, a, b)
-    return functional.output(logits, loss, shape if options.reduction == "none" else None)
+    loss = chunks.loss(call, head.features, weight, linear_bias, c, a, b)
+    return entry.output(logits, loss, shape if options.reduction == "none" else None)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import class_stats, functional
-from ._arguments import (
+from ._call.arguments import (
     check_choice,
     check_input,
     check_integer,
@@ -28,11 +28,13 @@ from ._arguments import (
     positions_shape,
     row_vector,
 )
-from ._nn_form import is_recorded
+from ._call.entry import check_classes
+from ._ops.dispatch import transformed
+from ._ops.reference import accumulate_dtype, class_indices, denominator
 from .class_stats import Counts
 from .errors import ArgumentError
 from .nn import CrossEntropyLoss
-from .reference import accumulate_dtype, class_indices, denominator
+from .nn.calibration import is_recorded
 
 __all__ = [
     "BalancedSoftmaxLoss",
@@ -310,7 +312,7 @@ class LabelAwareSmoothingLoss(CrossEntropyLoss):
         self._check_call(input, target)
         classes, shape = check_input(input), positions_shape(input)
         check_target(input, target, shape)
-        functional.check_classes(target, classes, self.ignore_index)
+        check_classes(target, classes, self.ignore_index)
         dtype = accumulate_dtype(input.dtype)
         weight = class_vector("weight", self.weight, classes, input, dtype, exact=True)
         v = row_vector("sample_weight", sample_weight, input, shape, dtype)
@@ -397,7 +399,7 @@ class SeesawLoss(CrossEntropyLoss):
         if input.dim() != 2 or input.shape[1] != classes:
             raise ArgumentError(f"input has shape {tuple(input.shape)}, needed is (N, {classes})")
         check_target(input, target, positions_shape(input))
-        functional.check_classes(target, classes, self.ignore_index)
+        check_classes(target, classes, self.ignore_index)
         t, valid = class_indices(target, self.ignore_index)
         t = torch.where(valid, t, 0)
         counting = self.training and not _in_backward()
@@ -450,7 +452,7 @@ def _may_be_repeated() -> bool:
     """Whether torch.utils.checkpoint may run this pass: without gradients, or with hooks on what
     autograd saves.
     """
-    if torch.compiler.is_compiling() or functional.transformed():
+    if torch.compiler.is_compiling() or transformed():
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None or not torch.is_grad_enabled()

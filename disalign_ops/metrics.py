@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._arguments import check_integer
+from ._call.arguments import check_integer
+from ._ops.reference import class_indices
 from .class_stats import Counts, _as_counts
-from .reference import class_indices
 
 __all__ = ["LongTailAccuracy", "split_classes"]  # LongTailAccuracyMetric would need torchmetrics
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import class_stats
-from ._arguments import check_class_indices, check_integer
-from ._nn_form import Calibration
+from ._call.arguments import check_class_indices, check_integer
+from ._call.entry import check_classes
+from ._ops.reference import class_indices
 from .class_stats import Counts
 from .errors import ArgumentError
-from .functional import check_classes
-from .reference import class_indices
+from .nn.calibration import Calibration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from ._arguments import check_integer
+from ._call.arguments import check_integer
 from .class_stats import Counts, _as_counts, _classes, _number
 from .metrics import _sum_over_ranks
 

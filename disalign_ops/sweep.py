@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._arguments import check_integer, check_number
-from ._nn_linear import _DisAlign
+from ._call.arguments import check_integer, check_number
 from .class_stats import Counts, grw_weights
 from .errors import ArgumentError, ArgumentTypeError
+from .nn.linear import _DisAlign
 
 
 def _layer_of(model: nn.Module) -> _DisAlign:

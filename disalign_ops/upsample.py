@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import _autograd, _composed, _layouts, reference
-from ._arguments import (
+from ._call.arguments import (
     check_bool,
     check_class_indices,
     check_image,
@@ -22,22 +21,20 @@ from ._arguments import (
     row_vector,
     target_hint,
 )
-from ._ops import UPSAMPLE
-from ._types import Background, Form, Normalizer, ReductionName, UpsampleOptions
-from .errors import ArgumentError
-from .functional import (
+from ._call.entry import (
     Options,
     calibration_vectors,
     check_classes,
     checked,
-    composes,
     loss,
-    operators_of,
     output,
     reference_options,
-    serving_backend,
-    transformed,
 )
+from ._call.types import Background, Form, Normalizer, ReductionName, UpsampleOptions
+from ._ops import autograd, composed, layouts, reference
+from ._ops.dispatch import composes, operators_of, serving_backend, transformed
+from ._ops.schemas import UPSAMPLE
+from .errors import ArgumentError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -155,7 +152,7 @@ def upsample_cross_entropy(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
-    if _composed.is_tracing():
+    if composed.is_tracing():
         calibration = (confidence, scale, bias, form, background)
         return _recorded_loss(input, target, align_corners, calibration, options, return_details)
     classes = check_image(input)
@@ -174,12 +171,12 @@ def upsample_cross_entropy(
     dtype = reference.accumulate_dtype(input.dtype)
     v = row_vector("sample_weight", sample_weight, input, shape, dtype)
     a, b, c = _calibration(input, confidence, scale, bias, form, background)
-    in_place = inplace_backward and _layouts.check_in_place(input, input, False)
+    in_place = inplace_backward and layouts.check_in_place(input, input, False)
 
     if (backend := serving_backend(input)) != "reference":
         if backend == "triton":
             check_classes(target, classes, ignore_index)
-        found = _autograd.loss(
+        found = autograd.loss(
             operators_of(UPSAMPLE, backend),
             (input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v),
             (*given.numbers, align_corners, return_details),
@@ -195,7 +192,7 @@ def upsample_cross_entropy(
             scale=a, bias=b, confidence=c, prior=given.prior,
         ).flatten(2)  # fmt: skip
         rest = reference_options(given, options)
-        dense = _composed.cross_entropy if composes(backend) else reference.dense_cross_entropy
+        dense = composed.cross_entropy if composes(backend) else reference.dense_cross_entropy
         loss = dense(u, target, weight=given.weight, sample_weight=v, **rest)
         if return_details:
             rest["reduction"] = "none"
@@ -226,7 +223,7 @@ def _recorded_loss(
         )
     given = {field.name: getattr(options, field.name) for field in fields(options)}
     names = ("confidence", "scale", "bias", "form", "background")
-    with _composed.unrecorded():
+    with composed.unrecorded():
         upsample_cross_entropy(
             input, target, align_corners=align_corners,
             **dict(zip(names, calibration, strict=True)), **given,
@@ -255,7 +252,7 @@ def upsample_predict(
     made a few positions at a time, or an image at a time where no kernel serves the device.
     Arguments as in `upsample_cross_entropy`. No gradient.
     """
-    with _composed.unrecorded() if _composed.is_tracing() else nullcontext():
+    with composed.unrecorded() if composed.is_tracing() else nullcontext():
         classes = check_image(input)
         height, width = check_size(size)
         check_bool("align_corners", align_corners)

@@ -23,10 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disalign_ops import (
-    class_parallel_disalign_linear_cross_entropy,
-    disalign_linear_cross_entropy,
-)
+from disalign_ops import class_parallel_disalign_linear_cross_entropy, disalign_linear_cross_entropy
 
 _DRAW = 1000  # classes whose weight is drawn at a time, so that no division changes them
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dense_cases
 import pytest
 import torch
-from cases import CONTENTS, SHAPES, Rows, rows
-from tolerances import assert_close, assert_no_worse
+from support import dense_cases
+from support.cases import CONTENTS, SHAPES, Rows, rows
+from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
 import disalign_ops

@@ -6,9 +6,9 @@ import itertools
 from typing import Any
 
 import pytest
-import ranks
 import torch
-from sharded_cases import SHARDS, D, Whole, close, options_of, shard_of
+from support import ranks
+from support.sharded_cases import SHARDS, D, Whole, close, options_of, shard_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -12,12 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disalign_ops import class_stats
-from disalign_ops.class_stats import (
-    class_balanced_weights,
-    grw_weights,
-    ldam_margins,
-    log_prior,
-)
+from disalign_ops.class_stats import class_balanced_weights, grw_weights, ldam_margins, log_prior
 
 F64 = torch.float64
 FUNCTIONS = [grw_weights, class_balanced_weights, log_prior, ldam_margins]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ranks
 import torch
-from tolerances import assert_close
+from support import ranks
+from support.tolerances import assert_close
 from torch import Tensor, nn
 
 import disalign_ops

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
+from support.tolerances import assert_close
 from torch import Tensor
 
 import disalign_ops

@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from linear_cases import CALIBRATION, LINEAR, C, D, N, Problem
-from tolerances import assert_close, assert_no_worse
+from support.linear_cases import CALIBRATION, LINEAR, C, D, N, Problem
+from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import disalign_ops
-from disalign_ops import _linear
 from disalign_ops import nn as dnn
+from disalign_ops._sharded import chunks as linear_chunks
 
 # One row or class at a time, parts of both with a rest, all rows, everything at once.
 PLANS = [(1, C), (1, 1), (5, 4), (N, 3), (8, C), (N, C)]
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, classes: int) -> None:
-    monkeypatch.setattr(_linear, "plan", lambda *_: _linear.Plan(rows, classes))
+    monkeypatch.setattr(linear_chunks, "plan", lambda *_: linear_chunks.Plan(rows, classes))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -339,8 +339,8 @@ def test_a_layers_loss_is_made_in_chunks_where_its_logits_are_large(
     target = torch.randint(0, C, (N,))
     learned = [x, *layer.parameters()]
     called = []
-    chunked = _linear.loss
-    monkeypatch.setattr(_linear, "loss", lambda *a: called.append(1) or chunked(*a))
+    chunked = linear_chunks.loss
+    monkeypatch.setattr(linear_chunks, "loss", lambda *a: called.append(1) or chunked(*a))
     losses = [
         layer.loss(x, target, chunk_bytes=n, label_smoothing=0.1, inplace_backward=True)
         for n in (N * C * 8, N * C * 8 - 1)

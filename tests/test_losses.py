@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close
+from support.tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -220,7 +220,7 @@ def test_seesaw_does_not_count_ignored_rows() -> None:
 
 
 def test_scaled_logits_are_not_copied() -> None:
-    from comparison import memory_held
+    from support.comparison import memory_held
 
     z = torch.randn(256, 4096, requires_grad=True)
     target = torch.zeros(256, dtype=torch.int64)
@@ -231,7 +231,7 @@ def test_scaled_logits_are_not_copied() -> None:
 
 
 def test_seesaw_takes_two_tensors_of_the_logits_size() -> None:
-    from comparison import memory_held
+    from support.comparison import memory_held
 
     z = torch.randn(256, 4096, requires_grad=True)
     target = torch.zeros(256, dtype=torch.int64)

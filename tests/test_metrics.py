@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ranks
 
 from disalign_ops import metrics
 from disalign_ops.metrics import LongTailAccuracy, split_classes

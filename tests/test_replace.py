@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tolerances import assert_close
+from support.tolerances import assert_close
 from torch import nn
 
 import disalign_ops

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ranks
 
 from disalign_ops import segmentation_metrics
 from disalign_ops.segmentation_metrics import ADE20K_SPLIT, SegmentationIoU, split_pixels

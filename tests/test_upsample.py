@@ -8,9 +8,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from comparison import NAMES, compare, memory_held, run, upstream_of
-from dense_cases import CONTENTS, EXTRAS, Dense, combinations, dense
-from tolerances import assert_close, assert_no_worse
+from support.comparison import NAMES, compare, memory_held, run, upstream_of
+from support.dense_cases import CONTENTS, EXTRAS, Dense, combinations, dense
+from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
 import disalign_ops

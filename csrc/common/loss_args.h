@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "loss_math.h"
+#include "common/loss_math.h"
 
 namespace disalign {
 

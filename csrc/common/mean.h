@@ -1,7 +1,7 @@
 // The summed loss over its denominator, of reduction 'mean'.
 #pragma once
 
-#include "loss_math.h"
+#include "common/loss_math.h"
 
 namespace disalign {
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as dnn
-from .._types import Background, BatchNormMode, Normalizer, ReductionName
+from .._call.types import Background, BatchNormMode, Normalizer, ReductionName
+from .._ops.reference import class_indices, denominator_of
 from ..class_stats import grw_weights
 from ..count_files import read_counts
 from ..errors import ArgumentError
 from ..functional import cross_entropy
-from ..reference import class_indices, denominator_of
 
 _EPSILON = torch.finfo(torch.float32).eps
 

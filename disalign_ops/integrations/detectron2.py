@@ -19,7 +19,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads, 
 from torch import Tensor
 
 from .. import nn as dnn
-from .._types import Form
+from .._call.types import Form
 from ..class_stats import grw_weights
 from ..count_files import read_counts
 from ..errors import ArgumentError

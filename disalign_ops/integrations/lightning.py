@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import nn as dnn
-from .._types import BatchNormMode
+from .._call.types import BatchNormMode
 from ..class_stats import Counts
 from ..errors import ArgumentError
 from ..metrics import LongTailAccuracy
+from ..nn.stage2 import _layers
 
 try:
     from lightning.pytorch import Callback
@@ -57,7 +58,7 @@ class DisAlignStage2(Callback):  # type: ignore[misc]
         for name, value in self._metric.compute().items():
             if name in ("overall", "many", "medium", "few") and _is_number(value):
                 pl_module.log(f"val/{name}", float(value), rank_zero_only=True)
-        means = [layer.mean_confidence() for layer in dnn._layers(pl_module)]
+        means = [layer.mean_confidence() for layer in _layers(pl_module)]
         known = [mean for mean in means if mean is not None]
         if known:
             pl_module.log("confidence", sum(known) / len(known), rank_zero_only=True)

@@ -19,12 +19,12 @@ from mmseg.models import decode_heads
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .._nn_dense import ConfidenceConvolution, DisAlignSegHead
-from .._nn_form import Calibration
-from .._types import Form, Start
+from .._call.types import Form, Start
+from .._ops.reference import class_indices
 from ..errors import ArgumentError
 from ..functional import calibrate
-from ..reference import class_indices
+from ..nn.calibration import Calibration
+from ..nn.segmentation import ConfidenceConvolution, DisAlignSegHead
 from ..upsample import UpsampleDetails, upsample_cross_entropy
 from ._openmm import GRWCrossEntropyLoss as GRWCrossEntropyLoss
 from ._openmm import register

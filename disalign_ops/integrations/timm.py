@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .. import nn as dnn
-from .._types import Background, Form, Start
+from .._call.types import Background, Form, Start
 from ..class_stats import Counts
 from ..errors import ArgumentError
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import cross_entropy
 from .. import nn as dnn
-from .._types import Form
+from .._call.types import Form
 from ..errors import ArgumentError
 from ..upsample import upsample_cross_entropy
 

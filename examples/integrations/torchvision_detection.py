@@ -5,10 +5,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from disalign_ops import class_stats
 from disalign_ops import nn as dnn
-from disalign_ops.integrations.torchvision import (
-    DisAlignFastRCNNPredictor,
-    replace_fastrcnn_loss,
-)
+from disalign_ops.integrations.torchvision import DisAlignFastRCNNPredictor, replace_fastrcnn_loss
 
 torch.manual_seed(0)
 counts = torch.tensor([400, 60, 9])  # boxes of each class; class 0 is the background

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from disalign_ops import reference
+from disalign_ops._ops import reference
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

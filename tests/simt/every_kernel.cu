@@ -1,8 +1,8 @@
 // Every kernel of csrc/cuda, for the compiler's report: test_cuda_build.py.
-#include "../../csrc/cuda/calibrate_launch.h"
-#include "../../csrc/cuda/dense_launch.h"
-#include "../../csrc/cuda/row_launch.h"
-#include "../../csrc/cuda/upsample_launch.h"
+#include "cuda/launch/calibrate_launch.h"
+#include "cuda/launch/dense_launch.h"
+#include "cuda/launch/row_launch.h"
+#include "cuda/launch/upsample_launch.h"
 
 using namespace disalign::cuda;
 

@@ -15,11 +15,11 @@
 
 #include "simt.h"
 //
-#include "../../csrc/cuda/calibrate_launch.h"
-#include "../../csrc/cuda/dense_launch.h"
-#include "../../csrc/cuda/row_launch.h"
-#include "../../csrc/cuda/upsample_launch.h"
 #include "bindings.h"
+#include "cuda/launch/calibrate_launch.h"
+#include "cuda/launch/dense_launch.h"
+#include "cuda/launch/row_launch.h"
+#include "cuda/launch/upsample_launch.h"
 
 namespace {
 

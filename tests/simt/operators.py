@@ -1,6 +1,6 @@
 """A pytest plugin: the CUDA operators, executed by simt, in place of the native ones.
 
-    python -m pytest -p simt.operators tests/test_row.py
+    python -m pytest -p simt.operators tests/_ops/test_row.py
 
 The .cu files of csrc/cuda, launchers included, are compiled as C++ and registered as
 `disalign_simt::row_forward` and so on, for tensors on the CPU. SIMT_SEED shuffles the threads.
@@ -12,32 +12,32 @@ import ctypes
 import functools
 import os
 
-import operator_swap
 import pytest
 import torch
+from support import operator_swap
 
-from . import build
+from tests.simt import build
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from disalign_ops import _autograd, _ops
+    from disalign_ops._ops import autograd, schemas
 
     library = build.build("operators")
     definitions = torch.library.Library("disalign_simt", "DEF")
     config.stash[pytest.StashKey[torch.library.Library]()] = definitions  # they end with the object
-    for stem in _ops.STEMS:
-        for schema in _ops.schemas(stem):
+    for stem in schemas.STEMS:
+        for schema in schemas.schemas(stem):
             definitions.define(schema)
-    for stem in (_ops.ROW, _ops.DENSE):
-        for schema in _ops.calibrate_schemas(stem):
+    for stem in (schemas.ROW, schemas.DENSE):
+        for schema in schemas.calibrate_schemas(stem):
             definitions.define(schema)
         torch.library.register_autograd(
             f"disalign_simt::{stem.name}_calibrate",
-            functools.partial(_autograd._calibrate_backward, stem=stem),
-            setup_context=_autograd._save_calibrate,
+            functools.partial(autograd._calibrate_backward, stem=stem),
+            setup_context=autograd._save_calibrate,
             lib=definitions,
         )
-    for schema in (*_ops.SHARD_SCHEMAS, _ops.PREDICT_SCHEMA):
+    for schema in (*schemas.SHARD_SCHEMAS, schemas.PREDICT_SCHEMA):
         definitions.define(schema)
     torch.ops.load_library(str(library))
     operator_swap.swap(lambda name: getattr(torch.ops.disalign_simt, name).default)

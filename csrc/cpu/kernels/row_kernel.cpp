@@ -1,0 +1,293 @@
+// Row kernels: calibrated softmax cross-entropy over rows of logits, forward and backward.
+//
+// - Maps: kRowBlock rows at a time, so that class vectors and class sums are loaded once for all of
+//   them; classes in registers. The block's rows and their scratch stay in the second-level cache.
+// - forward: guess, exponentiate (e = exp(u - shift) to scratch, its sum); the sum known, emit
+//   makes whatever gradients are wanted from e and z. Memory: the logits are read once,
+//   grad_logits written once.
+// - backward: the shift and the sum are known from forward, so exponentiate comes first. Memory:
+//   one read of the logits, one write of grad_logits, which may be the logits themselves (emit
+//   reads a register of z before it writes the same place, and nothing else is read from the row
+//   afterwards).
+// - The target's entry is patched in scratch between exponentiate and emit: emit multiplies e by
+//   softmax / s, so that subtracting s * target / softmax there subtracts `target` afterwards, in
+//   the arithmetic dtype, before anything is rounded to the storage dtype.
+#include "cpu/kernels/row_kernel.h"
+
+#include "common/loss_math.h"
+#include "cpu/kernels/row_passes.h"
+
+namespace disalign::DISALIGN_CAPABILITY {
+namespace {
+
+template <class T, int R>
+Rows<T, R> gather(const LossArgs& args, const int64_t* index, const Chunk& chunk) {
+  using A = Accumulate<T>;
+  Rows<T, R> rows;
+  rows.classes = args.classes;
+  rows.stride = args.image_stride;
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = index[r];
+    rows.index[r] = i;
+    rows.target[r] = read_index(args.target, args.target_type, i);
+    rows.z[r] = static_cast<const T*>(args.logits) + i * args.image_stride;
+    rows.e[r] = static_cast<A*>(chunk.scratch) + r * padded_classes(args.classes);
+    rows.c[r] = args.confidence ? static_cast<A>(sigmoid(read_or<A>(args.confidence, i, 0))) : A(0);
+    rows.target_weight[r] = rows.target[r] < 0 ? 1.0 : read_or<A>(args.weight, rows.target[r], 1.0);
+    rows.sample_weight[r] = read_or<A>(args.sample_weight, i, 1.0);
+    rows.grad[r] =
+        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_image_stride : nullptr;
+  }
+  return rows;
+}
+
+// The value k of row i of a shard's sums or factors.
+template <class T>
+Accumulate<T> factor(const LossArgs& args, ShardFactor k, int64_t i) {
+  return static_cast<const Accumulate<T>*>(args.shard_factors)[k * args.images + i];
+}
+
+template <class T>
+void write_shard_sums(const LossArgs& args, int64_t i,
+                      const Accumulate<T> (&values)[kShardValues]) {
+  for (int k = 0; k < kShardValues; ++k)
+    static_cast<Accumulate<T>*>(args.shard_sums)[k * args.images + i] = values[k];
+}
+
+// The sums of a block of rows, whose exponentials are in scratch.
+template <class T, int R>
+void write_shard_sums(const LossArgs& args, const Rows<T, R>& rows,
+                      const Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  for (int r = 0; r < R; ++r) {
+    const int64_t t = rows.target[r];
+    const double at_target = t < 0 ? 0.0 : rows.e[r][t];  // 0 where it was kept out
+    write_shard_sums<T>(
+        args, rows.index[r],
+        {sums.shift[r], static_cast<A>(sums.exponential[r] - at_target), sums.target_logit[r],
+         sums.target_slope[r], static_cast<A>(sums.smooth[r])});
+  }
+}
+
+// What emit needs of a row of a shard, and its share of the confidence's gradient.
+template <class T, int R>
+void take_shard_factors(const LossArgs& args, const Rows<T, R>& rows,
+                        const Sums<Accumulate<T>, R>& sums, int r, Emission<T, R>& out) {
+  using A = Accumulate<T>;
+  const int64_t i = rows.index[r], t = rows.target[r];
+  const A softmax = factor<T>(args, kFactorSoftmax, i), smooth = factor<T>(args, kFactorSmooth, i);
+  out.softmax[r] = softmax;
+  out.smooth[r] = smooth;
+  // Of the target itself d_j - d_t is 0.
+  const double slope = softmax * sums.softmax_slope[r] - smooth * sums.smooth_slope[r],
+               c = rows.c[r];
+  if (args.grad_confidence)
+    static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(c * (1 - c) * slope);
+  if (t >= 0 && softmax != 0)
+    rows.e[r][t] = static_cast<A>(rows.e[r][t] -
+                                  static_cast<double>(factor<T>(args, kFactorTarget, i)) / softmax);
+}
+
+// Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
+// if a masked class was met and Masked is not set.
+template <class T, int R, Kind K, bool Stored, bool Smooth, bool Masked>
+bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+  using A = Accumulate<T>;
+  constexpr bool Calibrated = K == Kind::kCalibrated;
+  const ClassVectors<A> classes(args);
+  const bool slope = Calibrated && (args.grad_confidence || args.class_gradients);
+  Sums<A, R> sums;
+  if constexpr (Stored) {
+    maximise<T, R, K>(classes, rows, sums);
+    if (classes.margin) apply_margin(classes, rows, sums);
+  }
+  for (int r = 0; r < R; ++r) {
+    sums.target_logit[r] = Stored && rows.target[r] >= 0
+                               ? rows.e[r][rows.target[r]]
+                               : target_logit<T, R, K, Masked>(classes, rows, r);
+    if constexpr (Calibrated)
+      sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
+                                                : target_slope(classes, rows, r);
+    if (backward) sums.shift[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
+  }
+  if (!Stored && !backward) guess<T, R, K, Masked>(classes, rows, sums);
+  if constexpr (Stored && !Smooth) {
+    // Kept out of the sum, the target does not round off what else is in it. (With smoothing no
+    // loss is so small, and w u would be infinite.)
+    for (int r = 0; r < R; ++r)
+      if (args.shard_sums && rows.target[r] >= 0) rows.e[r][rows.target[r]] = -kInfinity<A>;
+  }
+  do {
+    sums.clear();
+    for_segments(args.classes, [&](int64_t begin, int64_t end) {
+      if (Calibrated && slope)
+        exponentiate<T, R, K, Stored, Calibrated, Smooth, Masked>(classes, rows, begin, end, sums);
+      else
+        exponentiate<T, R, K, Stored, false, Smooth, Masked>(classes, rows, begin, end, sums);
+    });
+  } while (!Stored && !backward && correct_guess(sums));
+  if (Calibrated && !Masked) {
+    for (int r = 0; r < R; ++r)
+      if (!sums.finite(r)) return false;
+  }
+
+  if (args.shard_sums) {
+    write_shard_sums(args, rows, sums);
+    return true;
+  }
+  Emission<T, R> out;
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = rows.index[r];
+    if (args.shard_factors) {
+      take_shard_factors(args, rows, sums, r, out);
+      continue;
+    }
+    const double sum =
+        backward ? read_or<A>(args.row_sum, i, 0) : static_cast<double>(sums.exponential[r]);
+    const double log_sum = std::log(sum);
+    const double nll = (static_cast<double>(sums.shift[r]) - sums.target_logit[r]) + log_sum;
+    const RowTerms<double> terms =
+        row_terms(nll, log_sum, rows.target_weight[r], args.label_smoothing, args.weight_sum,
+                  sums.smooth[r], static_cast<double>(args.classes), args.focal_gamma);
+    if (!backward) {
+      const double loss = terms.loss * rows.sample_weight[r];
+      chunk.loss_sum += loss;
+      if (args.loss) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
+      static_cast<A*>(args.row_max)[i] = sums.shift[r];
+      static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
+    }
+    // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
+    const double g = args.inverse_denominator == 0
+                         ? 0.0
+                         : read_or<A>(args.upstream, i * args.upstream_stride, 1.0) *
+                               rows.sample_weight[r] * args.inverse_denominator;
+    out.softmax[r] = static_cast<A>(g * terms.softmax / sum);
+    out.smooth[r] = static_cast<A>(g * terms.smooth);
+    if constexpr (Calibrated) {
+      if (args.grad_confidence) {
+        const double c = rows.c[r];
+        const double slope_sum =
+            terms.softmax * sums.softmax_slope[r] / sum - terms.smooth * sums.smooth_slope[r];
+        static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(g * c * (1 - c) * slope_sum);
+      }
+    }
+    if (terms.softmax != 0) {
+      A& e = rows.e[r][rows.target[r]];
+      e = static_cast<A>(static_cast<double>(e) - sum * terms.target / terms.softmax);
+    }
+  }
+
+  const ClassSums<A> class_sums(chunk);
+  if constexpr (Calibrated) {
+    if (args.class_gradients && args.grad_logits)
+      emit<T, R, true, Smooth, Masked, true, true>(classes, rows, out, class_sums);
+    else if (args.class_gradients)
+      emit<T, R, true, Smooth, Masked, false, true>(classes, rows, out, class_sums);
+    else if (args.grad_logits)
+      emit<T, R, true, Smooth, Masked, true, false>(classes, rows, out, class_sums);
+  } else if (args.grad_logits) {
+    emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, class_sums);
+  }
+  return true;
+}
+
+template <class T, int R, Kind K, bool Stored, bool Smooth>
+void run_kind(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+  constexpr bool Calibrated = K == Kind::kCalibrated;
+  if (!Calibrated || !(args.prior || chunk.masked)) {
+    if (run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk)) return;
+    chunk.masked = true;  // where one block masks classes, the next one most likely does
+  }
+  run_block<T, R, K, Stored, Smooth, Calibrated>(args, backward, rows, chunk);
+}
+
+template <class T, int R, Kind K, bool Stored>
+void run_smooth(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+  if (args.label_smoothing > 0)
+    run_kind<T, R, K, Stored, true>(args, backward, rows, chunk);
+  else
+    run_kind<T, R, K, Stored, false>(args, backward, rows, chunk);
+}
+
+template <class T, int R>
+void run_rows(const LossArgs& args, bool backward, const int64_t* index, Chunk& chunk) {
+  const Rows<T, R> rows = gather<T, R>(args, index, chunk);
+  // A margin changes u_t between two passes, and a shard's maximum is no guess.
+  if (args.confidence && (args.margin || args.shard_sums))
+    run_smooth<T, R, Kind::kCalibrated, true>(args, backward, rows, chunk);
+  else if (args.confidence)
+    run_smooth<T, R, Kind::kCalibrated, false>(args, backward, rows, chunk);
+  else if (args.margin || args.shard_sums)
+    run_smooth<T, R, Kind::kShifted, true>(args, backward, rows, chunk);
+  else if (args.prior)
+    run_smooth<T, R, Kind::kShifted, false>(args, backward, rows, chunk);
+  else
+    run_smooth<T, R, Kind::kPlain, false>(args, backward, rows, chunk);
+}
+
+// An ignored row: loss and gradients 0 without looking at its logits, NaN or not.
+template <class T>
+void skip_row(const LossArgs& args, bool backward, int64_t i) {
+  using A = Accumulate<T>;
+  if (args.shard_sums) {
+    write_shard_sums<T>(args, i, {});
+  } else if (!backward) {
+    if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
+    static_cast<A*>(args.row_max)[i] = A(0);
+    static_cast<A*>(args.row_sum)[i] = A(1);
+  }
+  if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
+  if (args.grad_logits) {
+    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
+    std::memset(grad, 0, args.classes * sizeof(T));
+  }
+}
+
+template <class T>
+void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
+  const ClassSums<Accumulate<T>> sums(chunk);
+  if (args.class_gradients) clear_class_sums(chunk, args.classes);
+  chunk.loss_sum = 0;
+  chunk.masked = false;
+  int64_t block[kRowBlock];
+  int count = 0, blocks = 0;
+  for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+    if (read_index(args.target, args.target_type, i) == args.ignore_index) {
+      skip_row<T>(args, backward, i);
+      continue;
+    }
+    block[count++] = i;
+    if (count == kRowBlock) {
+      run_rows<T, kRowBlock>(args, backward, block, chunk);
+      count = 0;
+      if (args.class_gradients && ++blocks % kSumBlocks == 0) sums.carry(args.classes);
+    }
+  }
+  for (int i = 0; i < count; ++i) run_rows<T, 1>(args, backward, block + i, chunk);
+  if (args.class_gradients) sums.finish(args.classes);
+}
+
+template <class T>
+void forward(const LossArgs& args, Chunk& chunk) {
+  run_chunk<T>(args, false, chunk);
+}
+
+template <class T>
+void backward(const LossArgs& args, Chunk& chunk) {
+  run_chunk<T>(args, true, chunk);
+}
+
+template <class T>
+constexpr LossKernels kernels_of() {
+  return {forward<T>, backward<T>};
+}
+
+}  // namespace
+
+const LossKernelTable& row_kernels() {
+  static const LossKernelTable table{kernels_of<double>(), kernels_of<float>(),
+                                     kernels_of<BFloat16>(), kernels_of<Float16>()};
+  return table;
+}
+
+}  // namespace disalign::DISALIGN_CAPABILITY

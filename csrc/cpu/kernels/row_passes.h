@@ -1,0 +1,401 @@
+// The passes of the row kernels over the classes of a block of rows (row_kernel.cpp has the plan):
+// maximise, exponentiate, emit, and the target's margin between the first two.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "cpu/kernels/lanes.h"
+#include "cpu/kernels/row_kernel.h"
+
+namespace disalign::DISALIGN_CAPABILITY {
+
+// What u is: the logits; with a prior or a margin; calibrated (and perhaps those).
+enum class Kind { kPlain, kShifted, kCalibrated };
+
+template <class A>
+struct ClassVectors {
+  const A *weight, *scale, *bias, *prior, *margin;
+  explicit ClassVectors(const LossArgs& args)
+      : weight(static_cast<const A*>(args.weight)),
+        scale(static_cast<const A*>(args.scale)),
+        bias(static_cast<const A*>(args.bias)),
+        prior(static_cast<const A*>(args.prior)),
+        margin(static_cast<const A*>(args.margin)) {}
+};
+
+// The rows of a block and what is known of each before its classes are read.
+template <class T, int R>
+struct Rows {
+  using A = Accumulate<T>;
+  int64_t classes, stride;
+  int64_t index[R], target[R];  // target < 0: it is in another shard
+  const T* z[R];
+  A* e[R];     // scratch of the row: u where it is stored, then exp(u - shift)
+  T* grad[R];  // grad_logits of the row; null where it is not wanted
+  A c[R];      // confidence after the sigmoid
+  double target_weight[R], sample_weight[R];
+};
+
+// What the passes over a block's classes yield for each row.
+template <class A, int R>
+struct Sums {
+  A shift[R];              // what is taken off u: its maximum, or a guess a little below
+  A target_logit[R];       // u_t, margin included
+  A target_slope[R] = {};  // d_t, where d_j = a_j z_j + b_j; 0 where not finite
+  // Of exponentiate:
+  A maximum[R];             // of u
+  double exponential[R];    // sum_j exp(u_j - shift)
+  double smooth[R];         // sum_j w_j (u_j - shift)
+  double softmax_slope[R];  // sum_j exp(u_j - shift) (d_j - d_t)
+  double smooth_slope[R];   // sum_j w_j (d_j - d_t)
+
+  void clear() {
+    for (int r = 0; r < R; ++r) {
+      maximum[r] = -std::numeric_limits<A>::max();  // finite: u - maximum is never NaN
+      exponential[r] = smooth[r] = softmax_slope[r] = smooth_slope[r] = 0;
+    }
+  }
+
+  bool finite(int r) const {
+    return ((exponential[r] + smooth[r]) + (softmax_slope[r] + smooth_slope[r])) * 0 == 0;
+  }
+};
+
+// The class vectors that u needs, one register of each.
+template <class V>
+struct Affine {
+  V a{}, b{}, o{};
+
+  template <bool Full, Kind K, bool Masked, class A>
+  static DISALIGN_INLINE Affine load(const ClassVectors<A>& classes, int64_t j, int n) {
+    Affine v;
+    if constexpr (K == Kind::kCalibrated) {
+      v.a = load_lanes<Full>(classes.scale + j, n);
+      v.b = load_lanes<Full>(classes.bias + j, n);
+    }
+    if constexpr (K == Kind::kShifted || (K == Kind::kCalibrated && Masked)) {
+      if (classes.prior) v.o = load_lanes<Full>(classes.prior + j, n);
+    }
+    return v;
+  }
+
+  DISALIGN_INLINE V slope(V z) const { return a * z + b; }
+
+  // u = z + c d + o with the slope d = a z + b, for a class whose d is not finite (its logit masks
+  // it) z (1 + c a) + c b + o. Unless Masked there is no prior, and such a class comes out NaN or
+  // infinite. A class whose d is finite has the same u, to the last bit, whether Masked or not:
+  // backward takes the maximum and the sum that forward found, and need not run in forward's form.
+  template <Kind K, bool Masked, class A>
+  DISALIGN_INLINE V of(V z, A c) const {
+    if constexpr (K == Kind::kCalibrated) {
+      const V d = slope(z), u = d * c + z;
+      if constexpr (!Masked) return u;
+      return d * A(0) == V{} ? u + o : z * (a * c + A(1)) + (b * c + o);  // finite * 0 is 0
+    }
+    if constexpr (K == Kind::kShifted) return z + o;
+    return z;
+  }
+};
+
+// u_t without its margin, rounded as the passes round it; 0 where the target is elsewhere.
+template <class T, int R, Kind K, bool Masked>
+Accumulate<T> target_logit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                           int r) {
+  using A = Accumulate<T>;
+  const int64_t t = rows.target[r];
+  if (t < 0) return 0;
+  const auto vectors = Affine<Vec<A>>::template load<false, K, Masked>(classes, t, 1);
+  return vectors.template of<K, Masked>(splat<A>(to_accumulate(rows.z[r][t])), rows.c[r])[0];
+}
+
+// The maximum of u over the classes, u to scratch: for a margin, and for exponentiate.
+template <class T, int R, Kind K>
+DISALIGN_INLINE void maximise(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                              Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  V maximum[R];
+  for (int r = 0; r < R; ++r)
+    maximum[r] = splat<A>(-std::numeric_limits<A>::max());  // finite: u - maximum is never NaN
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    const auto vectors = Affine<V>::template load<Full, K, true>(classes, j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V u = vectors.template of<K, true>(load_lanes<Full>(z[r] + j, n), c[r]);
+      if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
+      maximum[r] = vmax(u, maximum[r]);
+      store(e[r] + j, u);
+    }
+  });
+  for (int r = 0; r < R; ++r) sums.shift[r] = reduce_max<A>(maximum[r]);
+}
+
+// exp(u - shift) is as good with a shift a little below the maximum as with the maximum itself,
+// whose search would cost a pass. So the shift is guessed: the larger of u_t, which a trained
+// classifier makes the largest most often, and the maximum of a few registers of classes spread
+// over the row. exponentiate finds the real maximum on the way; where it lies further above than
+// this, it is called again with it.
+constexpr int kGuessRegisters = 8;
+template <class A>
+constexpr A kHeadroom = A(16);  // exp loses 2e-8 of itself with every unit
+
+template <class T, int R, Kind K, bool Masked>
+DISALIGN_INLINE void guess(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                           Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  constexpr int N = Lanes<A>::N;
+  V maximum[R];
+  for (int r = 0; r < R; ++r) maximum[r] = splat<A>(-std::numeric_limits<A>::max());
+  const Local<const T*, R> z(rows.z);
+  const Local<A, R> c(rows.c);
+  const int64_t full = rows.classes / N;
+  const int64_t step = (full / kGuessRegisters + (full < kGuessRegisters)) * N;
+  for (int64_t j = 0; j + N <= rows.classes; j += step) {
+    const auto vectors = Affine<V>::template load<true, K, Masked>(classes, j, N);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      maximum[r] = vmax(vectors.template of<K, Masked>(load(z[r] + j), c[r]), maximum[r]);
+  }
+  for (int r = 0; r < R; ++r) {
+    const A found = reduce_max<A>(maximum[r]);
+    sums.shift[r] = sums.target_logit[r] > found ? sums.target_logit[r] : found;
+  }
+}
+
+// Whether a guess was too low for exponentiate's sums; then the maximum takes its place.
+template <class A, int R>
+bool correct_guess(Sums<A, R>& sums) {
+  bool wrong = false;
+  for (int r = 0; r < R; ++r) {
+    if (!(sums.maximum[r] - sums.shift[r] > kHeadroom<A>)) continue;
+    sums.shift[r] = sums.maximum[r];
+    wrong = true;
+  }
+  return wrong;
+}
+
+// Takes the target's margin off u_t in scratch, where the maximum may change with it.
+template <class T, int R>
+void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                  Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  for (int r = 0; r < R; ++r) {
+    A* u = rows.e[r];
+    const int64_t t = rows.target[r];
+    if (t < 0) continue;
+    const A before = u[t];
+    u[t] = before - classes.margin[t];
+    if (u[t] > sums.shift[r]) {
+      sums.shift[r] = u[t];
+    } else if (before == sums.shift[r]) {
+      Vec<A> m = splat<A>(-std::numeric_limits<A>::max());
+      for (int64_t j = 0; j < rows.classes; j += Lanes<A>::N) m = vmax(load(u + j), m);
+      sums.shift[r] = reduce_max<A>(m);
+    }
+  }
+}
+
+// Scratch becomes exp(u - shift), u from scratch where Stored, which then has the shift's maximum.
+// Slope: also the sums for the confidence's gradient, which is sum_j q_j d_j = sum_j q_j (d_j -
+// d_t), for sum_j q_j = 0: so the target's own term, which would cancel only up to rounding where
+// p_t is next to 1, is exactly 0. Masked: d = 0 where it is not finite (z = -inf, or finfo.min
+// times a scale above 1); without it such a class makes softmax_slope NaN or infinite, which the
+// caller sees: where nobody needs that sum, it is the sum of d, for this alone. A logit that is NaN
+// or +inf shows in sum_j e_j all the same.
+template <class T, int R, Kind K, bool Stored, bool Slope, bool Smooth, bool Masked>
+DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
+                                  const Rows<T, R>& rows, int64_t begin, int64_t end,
+                                  Sums<Accumulate<T>, R>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const Local<A, R> shift(sums.shift);
+  const Local<A, R> target_slope(sums.target_slope);
+  // Prefetched: the rows that this thread most likely takes next (past the end it does no harm),
+  // and the lines that emit will write, lest its stores wait for them.
+  const int64_t ahead = R * rows.stride;
+  const Local<T*, R> grad(rows.grad);
+  const bool writes = grad[0] && grad[0] != rows.z[0];
+  V exponential[R], smooth[R], softmax_slope[R], smooth_slope[R], maximum[R];
+  for (int r = 0; r < R; ++r) {
+    exponential[r] = smooth[r] = V{};
+    softmax_slope[r] = smooth_slope[r] = V{};
+    maximum[r] = splat<A>(sums.maximum[r]);
+  }
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(begin, end, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    V w{};
+    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+    const auto vectors = Affine<V>::template load<Full, K, Masked>(classes, j, n);
+    if (writes) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) __builtin_prefetch(grad[r] + j, 1, 2);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(z[r] + ahead + j, 0, 2);
+      V value{}, u;
+      if constexpr (!Stored || Slope) value = load_lanes<Full>(z[r] + j, n);
+      if constexpr (Stored) {
+        u = load(e[r] + j);
+      } else {
+        u = vectors.template of<K, Masked>(value, c[r]);
+        if constexpr (!Full) u = lane_index<A>() < n ? u : splat<A>(-kInfinity<A>);
+        maximum[r] = vmax(u, maximum[r]);
+      }
+      u = u - shift[r];
+      const V x = exp_bounded(u);
+      store(e[r] + j, x);
+      exponential[r] += x;
+      if constexpr (Smooth) {
+        if constexpr (!Full) u = lane_index<A>() < n ? u : V{};  // w u there would be 0 * -inf
+        smooth[r] += w * u;
+      }
+      if constexpr (Slope) {
+        V d = vectors.slope(value);
+        if constexpr (Masked) d = d * A(0) == V{} ? d : V{};  // finite * 0 is 0, else NaN
+        d = d - target_slope[r];
+        softmax_slope[r] += x * d;
+        if constexpr (Smooth) smooth_slope[r] += w * d;
+      } else if constexpr (K == Kind::kCalibrated && !Stored && !Masked) {
+        softmax_slope[r] += vectors.slope(value);
+      }
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    sums.exponential[r] += reduce_add<A>(exponential[r]);
+    if constexpr (!Stored) sums.maximum[r] = reduce_max<A>(maximum[r]);
+    if constexpr (Smooth) sums.smooth[r] += reduce_add<A>(smooth[r]);
+    if constexpr (K == Kind::kCalibrated) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
+    if constexpr (Slope && Smooth) sums.smooth_slope[r] += reduce_add<A>(smooth_slope[r]);
+  }
+}
+
+// The chunk's class gradients while they are added up, in the memory of its sums in double. An
+// update in double costs more than a block's share in float, so each register of float classes has
+// two of sums: `low`, which takes the shares of kSumBlocks blocks, and `high`, to which low is then
+// carried. What that addition rounds off stays in low: the sum of both is as good as in double.
+constexpr int kSumBlocks = 16;
+
+template <class A>
+struct ClassSums {
+  static constexpr int N = Lanes<A>::N;
+  static constexpr bool kPairs = std::is_same_v<A, float>;
+  A *scale, *bias;
+
+  explicit ClassSums(const Chunk& chunk)
+      : scale(reinterpret_cast<A*>(chunk.grad_scale)),
+        bias(reinterpret_cast<A*>(chunk.grad_bias)) {}
+
+  // Where the sums of the classes from j on are, a multiple of N; low is N behind high.
+  static DISALIGN_INLINE int64_t at(int64_t j) { return kPairs ? 2 * j : j; }
+
+  static DISALIGN_INLINE void add(A* sums, int64_t j, Vec<A> share) {
+    A* low = sums + at(j) + (kPairs ? N : 0);
+    store(low, load(low) + share);
+  }
+
+  void carry(int64_t classes) const {
+    if constexpr (kPairs) {
+      for (int64_t j = 0; j < classes; j += N) {
+        for (A* sums : {scale, bias}) {
+          A* p = sums + at(j);
+          const Vec<A> high = load(p), low = load(p + N), sum = high + low;
+          // Knuth's TwoSum: sum + rest = high + low without rounding.
+          const Vec<A> taken = sum - high;
+          const Vec<A> rest = (high - (sum - taken)) + (low - taken);
+          store(p, sum);
+          store(p + N, rest);
+        }
+      }
+    }
+  }
+
+  // The sums become doubles, in place.
+  void finish(int64_t classes) const {
+    if constexpr (kPairs) {
+      for (int64_t j = 0; j < classes; j += N) {
+        for (A* sums : {scale, bias}) {
+          A* p = sums + at(j);
+          double sum[N] = {};
+          accumulate(sum, load(p));
+          accumulate(sum, load(p + N));
+          std::memcpy(p, sum, sizeof(sum));
+        }
+      }
+    }
+  }
+};
+
+// A row's gradient by u: q_j = softmax * e_j - smooth * w_j, everything from above included.
+template <class T, int R>
+struct Emission {
+  Accumulate<T> softmax[R], smooth[R];
+};
+
+// From e in scratch: grad_logits, and the block's share of the class gradients.
+template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
+DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                          const Emission<T, R>& out, const ClassSums<Accumulate<T>>& sums) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const Local<T*, R> grad_logits(rows.grad);
+  A *const scale_sums = sums.scale, *const bias_sums = sums.bias;
+  // Without grad_logits the confidence is multiplied in once a row, not once a class.
+  A softmax[R], smooth[R];
+  for (int r = 0; r < R; ++r) {
+    softmax[r] = Logits ? out.softmax[r] : out.softmax[r] * rows.c[r];
+    smooth[r] = Logits ? out.smooth[r] : out.smooth[r] * rows.c[r];
+  }
+  const Local<const T*, R> z(rows.z);
+  const Local<A*, R> e(rows.e);
+  const Local<A, R> c(rows.c);
+  for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    V a{}, w{}, grad_scale{}, grad_bias{};
+    if constexpr (Calibrated && Logits) a = load_lanes<Full>(classes.scale + j, n);
+    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V q = load(e[r] + j) * softmax[r];
+      if constexpr (Smooth) q = q - w * smooth[r];
+      if constexpr (Classes) {
+        V value = load_lanes<Full>(z[r] + j, n);
+        if constexpr (Masked) value = value == -kInfinity<A> ? V{} : value;
+        const V qc = Logits ? q * c[r] : q;
+        grad_scale += qc * value;
+        grad_bias += qc;
+      }
+      if constexpr (Logits) {
+        if constexpr (Calibrated) q = q * (a * c[r] + A(1));
+        store_lanes<Full>(grad_logits[r] + j, q, n);
+      }
+    }
+    if constexpr (Classes) {
+      ClassSums<A>::add(scale_sums, j, grad_scale);
+      ClassSums<A>::add(bias_sums, j, grad_bias);
+    }
+  });
+}
+
+// d_t, rounded as exponentiate rounds it; 0 where it is not finite, as there.
+template <class T, int R>
+Accumulate<T> target_slope(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
+                           int r) {
+  using A = Accumulate<T>;
+  const int64_t t = rows.target[r];
+  if (t < 0) return 0;
+  const A z = to_accumulate(rows.z[r][t]);
+  const A d = classes.scale[t] * z + classes.bias[t];
+  return d * A(0) == A(0) ? d : A(0);
+}
+
+}  // namespace disalign::DISALIGN_CAPABILITY

@@ -1,0 +1,45 @@
+// A block's share of the reduced loss, handed to finish_kernel.cuh.
+#pragma once
+
+#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/launch.h"
+
+namespace disalign::cuda {
+
+// The share of the denominator, for what finish_kernel divides by.
+template <class A>
+__device__ __forceinline__ double divisor_share(const DeviceLoss& args, A target_weight,
+                                                A sample_weight) {
+  return args.normalizer == kByWeights ? static_cast<double>(target_weight * sample_weight) : 1.0;
+}
+
+// The sums of a block's groups, in shared memory: registers are for the logits.
+class BlockSums {
+ public:
+  static __host__ __device__ constexpr int entries(int groups) { return 2 * groups; }
+
+  __device__ __forceinline__ BlockSums(double* memory, int groups)
+      : memory_(memory), groups_(groups) {
+    for (int i = threadIdx.x; i < entries(groups); i += blockDim.x) memory_[i] = 0;
+    __syncthreads();
+  }
+  // By one thread of the group.
+  __device__ __forceinline__ void add(int group, double loss, double divisor) {
+    memory_[2 * group] += loss;
+    memory_[2 * group + 1] += divisor;
+  }
+  // The block's, in the order of the groups.
+  __device__ __forceinline__ void write(double* block_sums) const {
+    __syncthreads();
+    if (threadIdx.x >= 2) return;
+    double sum = 0;
+    for (int group = 0; group < groups_; ++group) sum += memory_[2 * group + threadIdx.x];
+    block_sums[2 * blockIdx.x + threadIdx.x] = sum;
+  }
+
+ private:
+  double* memory_;
+  int groups_;
+};
+
+}  // namespace disalign::cuda

@@ -1,0 +1,310 @@
+// What every CUDA kernel uses: storage types, 16-byte IO, arithmetic, reductions over a group of
+// threads. Device code only, no torch: tests/simt compiles it as C++ and executes it on the CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cassert>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/loss_args.h"
+
+// The seams to tests/simt, where global memory traffic is counted and shared memory is poisoned.
+// CUDA has one name for all dynamic shared memory of a module, hence the macro.
+#if defined(DISALIGN_SIMT)
+#define DISALIGN_NOTE_LOAD(address, bytes) ::simt::note_load(address, bytes)
+#define DISALIGN_NOTE_STORE(address, bytes) ::simt::note_store(address, bytes)
+#define DISALIGN_SHARED_MEMORY(name) unsigned char* name = ::simt::dynamic_shared()
+#define DISALIGN_ASSERT(condition, message)  \
+  do {                                       \
+    if (!(condition)) ::simt::fail(message); \
+  } while (0)
+#else
+#define DISALIGN_NOTE_LOAD(address, bytes)
+#define DISALIGN_NOTE_STORE(address, bytes)
+#define DISALIGN_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+// As PyTorch's device-side assert; without assert (NDEBUG) the kernel stops all the same.
+#define DISALIGN_ASSERT(condition, message) \
+  do {                                      \
+    if (!(condition)) {                     \
+      assert(false && (message));           \
+      __trap();                             \
+    }                                       \
+  } while (0)
+#endif
+
+namespace disalign::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kVectorBytes = 16;  // of the widest load
+
+template <class T>
+struct Storage {
+  using Accumulate = float;
+};
+template <>
+struct Storage<double> {
+  using Accumulate = double;
+};
+template <class T>
+using Accumulate = typename Storage<T>::Accumulate;
+
+// Elements of T in a 16-byte vector.
+template <class T>
+constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
+
+__device__ __forceinline__ float to_accumulate(float v) { return v; }
+__device__ __forceinline__ double to_accumulate(double v) { return v; }
+__device__ __forceinline__ float to_accumulate(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_accumulate(__half v) { return __half2float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_accumulate(Accumulate<T> v);
+template <>
+__device__ __forceinline__ float from_accumulate<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ double from_accumulate<double>(double v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_accumulate<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+template <>
+__device__ __forceinline__ __half from_accumulate<__half>(float v) {
+  return __float2half_rn(v);
+}
+
+// Logits and their gradient go through these four, so that tests/simt sees every access.
+template <class T>
+__device__ __forceinline__ T load_one(const T* p) {
+  DISALIGN_NOTE_LOAD(p, sizeof(T));
+  return *p;
+}
+
+template <class T>
+__device__ __forceinline__ void store_one(T* p, T v) {
+  DISALIGN_NOTE_STORE(p, sizeof(T));
+  *p = v;
+}
+
+// 16 bytes in registers: every use is unrolled.
+struct Raw {
+  uint32_t word[4];
+};
+
+__device__ __forceinline__ Raw load_vector(const void* p) {
+  DISALIGN_NOTE_LOAD(p, kVectorBytes);
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ __forceinline__ void store_vector(void* p, Raw raw) {
+  DISALIGN_NOTE_STORE(p, kVectorBytes);
+  *static_cast<uint4*>(p) = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
+}
+
+// The bits of one element, and element v of a vector from and to them.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
+template <class T>
+__device__ __forceinline__ Bits<T> bits_of(T v) {
+  Bits<T> bits;
+  memcpy(&bits, &v, sizeof(T));
+  return bits;
+}
+
+template <class T>
+__device__ __forceinline__ T from_bits(Bits<T> bits) {
+  T v;
+  memcpy(static_cast<void*>(&v), &bits, sizeof(T));
+  return v;
+}
+
+template <class T>
+__device__ __forceinline__ T element(const Raw& raw, int v) {
+  if constexpr (sizeof(T) == 2)
+    return from_bits<T>(static_cast<uint16_t>(raw.word[v / 2] >> (v % 2 * 16)));
+  else if constexpr (sizeof(T) == 4)
+    return from_bits<T>(raw.word[v]);
+  else
+    return from_bits<T>(raw.word[2 * v] | uint64_t{raw.word[2 * v + 1]} << 32);
+}
+
+template <class T>
+__device__ __forceinline__ void set_element(Raw& raw, int v, T value) {
+  const auto bits = bits_of(value);
+  if constexpr (sizeof(T) == 2) {
+    const int shift = v % 2 * 16;
+    raw.word[v / 2] = (raw.word[v / 2] & ~(0xffffu << shift)) | uint32_t{bits} << shift;
+  } else if constexpr (sizeof(T) == 4) {
+    raw.word[v] = bits;
+  } else {
+    raw.word[2 * v] = static_cast<uint32_t>(bits);
+    raw.word[2 * v + 1] = static_cast<uint32_t>(bits >> 32);
+  }
+}
+
+// Entries of the arithmetic type that one load brings from shared memory: kernels work on so many
+// elements at a time, a part of a vector, which bounds the registers they need.
+template <class T>
+constexpr int kPart = kVector<Accumulate<T>>;
+
+template <class T>
+__device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (&out)[kPart<T>]) {
+#pragma unroll
+  for (int q = 0; q < kPart<T>; ++q) out[q] = to_accumulate(element<T>(raw, part * kPart<T> + q));
+}
+
+template <class T>
+__device__ __forceinline__ void pack(const Accumulate<T> (&in)[kPart<T>], int part, Raw& raw) {
+#pragma unroll
+  for (int q = 0; q < kPart<T>; ++q)
+    set_element(raw, part * kPart<T> + q, from_accumulate<T>(in[q]));
+}
+
+template <class A>
+__device__ __forceinline__ void load_shared(const A* from, A (&out)[kVector<A>]) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  unpack<A>(Raw{{v.x, v.y, v.z, v.w}}, 0, out);
+}
+
+__device__ __forceinline__ float exponential(float x) { return __expf(x); }
+__device__ __forceinline__ double exponential(double x) { return std::exp(x); }
+
+template <class A>
+constexpr A kLowest = static_cast<A>(-FLT_MAX);
+template <>
+inline constexpr double kLowest<double> = -DBL_MAX;
+
+template <class A>
+__device__ __forceinline__ A negative_infinity() {
+  return static_cast<A>(-INFINITY);
+}
+
+template <class A>
+__device__ __forceinline__ A finite_or_zero(A v) {
+  return std::fabs(v) <= -kLowest<A> ? v : A(0);
+}
+
+template <class A>
+__device__ __forceinline__ A vector_entry(const void* vector, int64_t i, A absent) {
+  return vector ? static_cast<const A*>(vector)[i] : absent;
+}
+
+// The blocks of a cluster (sm_90 and newer): they run together, and write each other's shared
+// memory.
+struct Cluster {
+  // What threads of all blocks wrote before is seen after it by all of them.
+  static __device__ __forceinline__ void barrier() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+#else
+    __trap();  // not launched: TorchLauncher::clusters
+#endif
+  }
+  // The same place in the shared memory of block `rank`.
+  template <class V>
+  static __device__ __forceinline__ V* of_block(V* shared, int rank) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    return static_cast<V*>(__cluster_map_shared_rank(shared, static_cast<unsigned>(rank)));
+#else
+    return shared;
+#endif
+  }
+};
+
+// The threads that work on one row together: a power of two within a warp, or, Wide, the block.
+template <class A, bool Wide>
+class Group {
+ public:
+  static constexpr int kWarps = 32;  // of a block, at most
+  static constexpr int kValues = 8;  // that one reduction sums, at most
+  // Two areas in turn: a reduction's readers are done before the one after the next begins.
+  static constexpr int kScratchEntries = Wide ? 2 * kValues * kWarps : 0;
+
+  __device__ __forceinline__ Group(int lanes, A* scratch) : lanes_(lanes), scratch_(scratch) {}
+
+  __device__ __forceinline__ A max(A v) {
+    v = warp_max(v, Wide ? 32 : lanes_);
+    if constexpr (Wide) {
+      A* area = next_area();
+      if (lane() == 0) area[warp()] = v;
+      __syncthreads();
+      v = warp_max(lane() < warps() ? area[lane()] : kLowest<A>, 32);
+    }
+    return v;
+  }
+
+  // Sums each of `count` values over the group; every thread gets them.
+  template <int Count>
+  __device__ __forceinline__ void sum(A (&values)[Count]) {
+    static_assert(Count <= kValues, "scratch is too small");
+#pragma unroll
+    for (int i = 0; i < Count; ++i) values[i] = warp_sum(values[i], Wide ? 32 : lanes_);
+    if constexpr (Wide) {
+      A* area = next_area();
+      if (lane() == 0) {
+#pragma unroll
+        for (int i = 0; i < Count; ++i) area[i * kWarps + warp()] = values[i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < Count; ++i)
+        values[i] = warp_sum(lane() < warps() ? area[i * kWarps + lane()] : A(0), 32);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
+  static __device__ __forceinline__ int warps() { return blockDim.x / 32; }
+
+  static __device__ __forceinline__ A warp_max(A v, int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      const A other = __shfl_xor_sync(kFullWarp, v, distance);
+      v = v > other ? v : other;
+    }
+    return v;
+  }
+
+  static __device__ __forceinline__ A warp_sum(A v, int lanes) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2)
+      v += __shfl_xor_sync(kFullWarp, v, distance);
+    return v;
+  }
+
+  __device__ __forceinline__ A* next_area() {
+    A* area = scratch_ + turn_ * kValues * kWarps;
+    turn_ ^= 1;
+    return area;
+  }
+
+  int lanes_;
+  A* scratch_;
+  int turn_ = 0;
+};
+
+// The sum of one value a thread over the block, in a fixed order; every thread gets it. `scratch`
+// has an entry a warp, and is free again after the block's next barrier.
+template <class A>
+__device__ __forceinline__ A block_sum(A v, A* scratch) {
+  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(kFullWarp, v, distance);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = 0;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) v += scratch[warp];
+  return v;
+}
+
+}  // namespace disalign::cuda

@@ -1,0 +1,216 @@
+// The loss and the gradient's factors of one position (a row, a pixel), from the sums over its
+// classes. What every forward kernel makes of its sums, and what every backward kernel starts with.
+#pragma once
+
+#include "common/loss_math.h"
+#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/launch.h"
+
+namespace disalign::cuda {
+
+constexpr int kNoTarget = static_cast<int>(kIgnored);  // the target of what counts nothing
+
+// Whether a position of this target counts; of a shard, it may be elsewhere.
+__device__ __forceinline__ bool is_counted(int target) { return target > kNoTarget; }
+
+// The target of position i, or kNoTarget. A target that is no class stops the kernel, as in
+// PyTorch.
+__device__ __forceinline__ int target_of(const LossArgs& args, int64_t i) {
+  const int64_t t = read_index(args.target, args.target_type, i);
+  if (t == args.ignore_index) return kNoTarget;
+  const int64_t lowest = args.shard_sums || args.shard_factors ? kElsewhere : 0;
+  DISALIGN_ASSERT(t >= lowest && t < args.classes, "target is no class");
+  return static_cast<int>(t);
+}
+
+// The sum of w_j over the classes [begin, end), by the whole block. `scratch` has an entry a warp.
+template <class A>
+__device__ __forceinline__ A weight_sum(const LossArgs& args, int begin, int end, A* scratch) {
+  A sum = 0;
+  for (int j = begin + threadIdx.x; j < end; j += blockDim.x)
+    sum += vector_entry<A>(args.weight, j, A(1));
+  return block_sum(sum, scratch);
+}
+
+// Sums over some of a position's classes. The target's term is kept out of `rest` and `rest_slope`:
+// the loss of a position with p_t next to 1 is log1p of what is left, and in the confidence's
+// gradient, sum_j q_j d_j = sum_j q_j (d_j - d_t), it is exactly 0.
+template <class A>
+struct PositionSums {
+  static constexpr int kValues = 8;
+
+  A maximum = kLowest<A>;  // of u; finite, so that u - maximum is never NaN
+  A rest = 0;              // sum of exp(u_j - maximum) over the classes that are not the target
+  A rest_slope = 0;    // of exp(u_j - maximum) d_j, where d = a z + b, 0 where that is not finite
+  A target_logit = 0;  // u_t, margin included; 0 where the target is not among the classes
+  A target_slope = 0;  // d_t
+  A smooth = 0;        // sum_j w_j (u_j - maximum)
+  A smooth_slope = 0;  // sum_j w_j d_j
+  A weight = 0;        // sum_j w_j; these three with label smoothing only
+
+  // Makes `m`, not below it, the maximum.
+  __device__ __forceinline__ void raise(A m, bool smoothing) {
+    const A ratio = exponential(maximum - m);
+    rest *= ratio;
+    rest_slope *= ratio;
+    if (smoothing && weight != A(0)) smooth += weight * (maximum - m);  // else 0 * infinity
+    maximum = m;
+  }
+
+  __device__ __forceinline__ void add(PositionSums other, bool smoothing) {
+    const A m = maximum > other.maximum ? maximum : other.maximum;
+    raise(m, smoothing);
+    other.raise(m, smoothing);
+    rest += other.rest;
+    rest_slope += other.rest_slope;
+    target_logit += other.target_logit;
+    target_slope += other.target_slope;
+    smooth += other.smooth;
+    smooth_slope += other.smooth_slope;
+    weight += other.weight;
+  }
+
+  // Those of the lane that is `distance` away by its bits.
+  __device__ __forceinline__ PositionSums of_lane(int distance) const {
+    const auto from = [distance](A v) { return __shfl_xor_sync(kFullWarp, v, distance); };
+    PositionSums s;
+    s.maximum = from(maximum), s.rest = from(rest), s.rest_slope = from(rest_slope);
+    s.target_logit = from(target_logit), s.target_slope = from(target_slope);
+    s.smooth = from(smooth), s.smooth_slope = from(smooth_slope), s.weight = from(weight);
+    return s;
+  }
+
+  // From and to memory, values `stride` apart.
+  __device__ __forceinline__ void write(A* to, int64_t stride) const {
+    const A values[kValues] = {maximum,      rest,   rest_slope,   target_logit,
+                               target_slope, smooth, smooth_slope, weight};
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) to[i * stride] = values[i];
+  }
+  static __device__ __forceinline__ PositionSums read(const A* from, int64_t stride) {
+    PositionSums s;
+    s.maximum = from[0], s.rest = from[stride], s.rest_slope = from[2 * stride];
+    s.target_logit = from[3 * stride], s.target_slope = from[4 * stride];
+    s.smooth = from[5 * stride], s.smooth_slope = from[6 * stride], s.weight = from[7 * stride];
+    return s;
+  }
+};
+
+// The loss, and the factors of its gradient: q_j = softmax * exp(u_j - maximum) - smooth * w_j, and
+// at_target for j = t. Sample weight, denominator and upstream gradient are not included.
+template <class A>
+struct PositionResult {
+  A loss, sum, softmax, smooth, at_target, confidence;
+};
+
+template <class A>
+__device__ __forceinline__ PositionResult<A> position_result(const LossArgs& args,
+                                                             const PositionSums<A>& sums,
+                                                             A target_weight) {
+  const A at_target = exponential(sums.target_logit - sums.maximum);
+  PositionResult<A> out;
+  out.sum = sums.rest + at_target;
+  const A log_sum = std::log(out.sum);
+  // inf - inf is NaN, as in PyTorch, where the target's logit is infinite.
+  const A nll = (sums.maximum - sums.target_logit) +
+                (sums.target_logit == sums.maximum ? std::log1p(sums.rest) : log_sum);
+  const RowTerms<A> terms =
+      row_terms<A>(nll, log_sum, target_weight, static_cast<A>(args.label_smoothing), sums.weight,
+                   sums.smooth, static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
+  out.loss = terms.loss;
+  out.softmax = terms.softmax / out.sum;
+  out.smooth = terms.smooth;
+  // softmax p_t - target = (softmax - target) p_t - target (1 - p_t), without cancellation
+  out.at_target =
+      ((terms.softmax - terms.target) * at_target - terms.target * sums.rest) / out.sum -
+      terms.smooth * target_weight;
+  out.confidence = out.softmax * (sums.rest_slope - sums.target_slope * sums.rest) -
+                   terms.smooth * (sums.smooth_slope - sums.target_slope * sums.weight);
+  return out;
+}
+
+// Loss and statistics of position i of target t.
+template <class A>
+__device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, int t,
+                                               const PositionSums<A>& sums,
+                                               const PositionResult<A>& result, A sample_weight,
+                                               A c) {
+  const bool counts = is_counted(t);
+  if (args.loss) static_cast<A*>(args.loss)[i] = counts ? result.loss * sample_weight : A(0);
+  static_cast<A*>(args.row_max)[i] = counts ? sums.maximum : A(0);
+  static_cast<A*>(args.row_sum)[i] = counts ? result.sum : A(1);
+  if (args.grad_confidence)
+    static_cast<A*>(args.grad_confidence)[i] =
+        counts ? sample_weight * c * (A(1) - c) * result.confidence : A(0);
+}
+
+// What backward's classes of a position share, everything included:
+// q_j = softmax * exp(u_j - maximum) - smooth * w_j - at_target * [j = t].
+template <class A>
+struct PositionFactors {
+  int target = kNoTarget;
+  A c = 0;  // confidence after the sigmoid
+  A maximum = 0, softmax = 0, smooth = 0, at_target = 0;
+  A target_slope = 0;  // d_t, where the confidence's gradient is wanted
+};
+
+template <class A>
+__device__ __forceinline__ A confidence_of(const LossArgs& args, int64_t i) {
+  return args.confidence ? sigmoid(static_cast<const A*>(args.confidence)[i]) : A(0);
+}
+
+// 1 / denominator, and 0 where nothing is left to divide by: every gradient is 0 then, whatever
+// stands above.
+template <class A>
+__device__ __forceinline__ A inverse_denominator(const DeviceLoss& args) {
+  if (!args.denominator) return 1;
+  const double denominator = *args.denominator;
+  return denominator == 0 ? A(0) : static_cast<A>(1.0 / denominator);
+}
+
+// target_logit(t): z_t and u_t, called where they are needed. weights: sum_j w_j.
+template <class A>
+struct TargetLogit {
+  A z, u;
+};
+template <class A, class Target>
+__device__ __forceinline__ PositionFactors<A> position_factors(const DeviceLoss& args, int64_t i,
+                                                               A c, A weights, A inverse,
+                                                               Target target_logit) {
+  PositionFactors<A> out;
+  out.target = target_of(args, i);
+  if (!is_counted(out.target)) return out;
+  const int t = out.target;
+  out.c = c;
+  out.maximum = static_cast<const A*>(args.row_max)[i];
+  const A sum = static_cast<const A*>(args.row_sum)[i];
+  const bool focal = args.focal_gamma > 0;
+  A nll = 0;
+  if (focal || args.grad_confidence) {
+    const TargetLogit<A> at = target_logit(t);
+    out.target_slope = finite_or_zero(vector_entry<A>(args.scale, t, A(0)) * at.z +
+                                      vector_entry<A>(args.bias, t, A(0)));
+    if (focal)
+      nll = (out.maximum - at.u) + (at.u == out.maximum ? std::log1p(sum - A(1)) : std::log(sum));
+  }
+  const RowTerms<A> terms = row_terms<A>(
+      nll, A(0), vector_entry<A>(args.weight, t, A(1)), static_cast<A>(args.label_smoothing),
+      weights, A(0), static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
+  const A g = inverse == A(0) ? A(0)
+                              : vector_entry<A>(args.upstream, i * args.upstream_stride, A(1)) *
+                                    vector_entry<A>(args.sample_weight, i, A(1)) * inverse;
+  out.softmax = g * terms.softmax / sum;
+  out.smooth = g * terms.smooth;
+  out.at_target = g * terms.target;
+  return out;
+}
+
+// u_t from z_t.
+template <class A>
+__device__ __forceinline__ A target_logit_of(const LossArgs& args, int t, A z, A c) {
+  const A a = vector_entry<A>(args.scale, t, A(0)), b = vector_entry<A>(args.bias, t, A(0));
+  return z * (a * c + A(1)) + (b * c + vector_entry<A>(args.prior, t, A(0))) -
+         vector_entry<A>(args.margin, t, A(0));
+}
+
+}  // namespace disalign::cuda

@@ -1,0 +1,301 @@
+// Row kernels, forward: calibrated softmax cross-entropy over rows of logits.
+//
+// - Maps: row_tile.cuh. A group's vectors of a row stay in registers from the one read of them to
+//   the class sums; the next row's are on their way meanwhile.
+// - row_forward_kernel: the maximum of u, the exponentials and their sums, the row's loss, and with
+//   these known the row's share of the gradients of scale, bias and confidence (position.cuh).
+// - With more vectors than a block keeps, the blocks of a cluster keep a tile each and add their
+// sums
+//   through shared memory (sm_90 and newer, class sums wanted, up to kClusterBlocks tiles). Else
+//   each block sums a tile and row_combine_kernel adds the tiles; class sums are then made by
+//   row_backward_kernel.cuh from a second read.
+// - Memory: the logits are read once (but for that second read).
+// - Whatever reduction divides by is known when all blocks are done: finish_kernel.cuh divides.
+#pragma once
+
+#include "cuda/kernels/position.cuh"
+#include "cuda/kernels/row_tile.cuh"
+
+namespace disalign::cuda {
+
+// The sums of row i of a shard.
+template <class A>
+__device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i, bool counts,
+                                                 const PositionSums<A>& sums) {
+  const A values[kShardValues] = {sums.maximum, sums.rest, sums.target_logit, sums.target_slope,
+                                  sums.smooth};
+  A* to = static_cast<A*>(args.shard_sums) + i;
+#pragma unroll
+  for (int k = 0; k < kShardValues; ++k) to[k * args.images] = counts ? values[k] : A(0);
+}
+
+template <class T>
+struct FetchedRow {
+  Raw raw[kKept<T>];
+  int target;  // where the row counts nothing, raw is 0
+  Accumulate<T> confidence;
+
+  template <bool Wide>
+  __device__ __forceinline__ void fetch(const RowArgs& args, const Tile<T, Wide>& tile, int64_t i) {
+    target = i < args.images ? target_of(args, i) : kNoTarget;
+    confidence = 0;
+    if (!is_counted(target)) {
+#pragma unroll
+      for (int k = 0; k < kKept<T>; ++k) raw[k] = {};
+      return;
+    }
+    tile.load(static_cast<const T*>(args.logits) + i * args.image_stride, raw);
+    if (args.confidence) confidence = static_cast<const Accumulate<T>*>(args.confidence)[i];
+  }
+};
+
+// The sums of a row's tiles, one of each block of a cluster, added up in every block.
+template <class A>
+class ClusterSums {
+ public:
+  // Ends with a barrier: until then blocks may not have started, and have no memory to write to.
+  __device__ __forceinline__ ClusterSums(A* memory, int tiles) : memory_(memory), tiles_(tiles) {
+    Cluster::barrier();
+  }
+
+  __device__ __forceinline__ PositionSums<A> add(const PositionSums<A>& sums, bool smoothing,
+                                                 int64_t round) {
+    if (static_cast<int>(threadIdx.x) < tiles_)
+      sums.write(Cluster::of_block(area(round), threadIdx.x) + blockIdx.y * kValues, 1);
+    Cluster::barrier();
+    const int tile = threadIdx.x % kClusterBlocks;
+    PositionSums<A> total;
+    if (tile < tiles_) total = PositionSums<A>::read(area(round) + tile * kValues, 1);
+    // Every thread of every block by the same additions: the same bits.
+#pragma unroll
+    for (int distance = kClusterBlocks / 2; distance > 0; distance /= 2)
+      total.add(total.of_lane(distance), smoothing);
+    return total;
+  }
+
+  // The maximum that this block has added, again: read, so as not to be kept in a register.
+  __device__ __forceinline__ A own_maximum(int64_t round) const {
+    return area(round)[blockIdx.y * kValues];
+  }
+
+ private:
+  // Two in turn: who writes one again has met all others since they read it.
+  __device__ __forceinline__ A* area(int64_t round) const {
+    return memory_ + (round & 1) * kClusterBlocks * kValues;
+  }
+
+  static constexpr int kValues = PositionSums<A>::kValues;
+  static_assert(2 * kClusterBlocks * kValues == kClusterSumsEntries, "scratch of another size");
+  A* memory_;
+  int tiles_;
+};
+
+struct NoCluster {
+  __device__ __forceinline__ NoCluster(const void*, int) {}
+};
+
+// Clustered: a row's tiles are the blocks of a cluster.
+template <class T, bool Calibrated, bool Wide, bool Clustered = false>
+__global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
+                                  : Wide    ? kWideThreads<T>
+                                            : kNarrowThreads,
+                                  1) row_forward_kernel(const RowArgs args) {
+  using A = Accumulate<T>;
+  constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>;
+  DISALIGN_SHARED_MEMORY(memory);
+  A* class_memory = reinterpret_cast<A*>(memory + kRowScratchBytes<A, Wide>);
+
+  const Tile<T, Wide> tile(args);
+  const ClassVectors<T> classes(args, tile, class_memory);
+  const bool smoothing = args.label_smoothing > 0;
+  A weights = 0;
+  if (smoothing) {
+    const int end = tile.first_class + tile.vectors * V;
+    weights = weight_sum<A>(args, max(tile.first_class, 0), min(end, tile.classes),
+                            reinterpret_cast<A*>(memory));
+    __syncthreads();
+  }
+  BlockSums block_sums(reinterpret_cast<double*>(memory), tile.groups);
+  A* group_memory = class_memory - Group<A, Wide>::kScratchEntries;
+  Group<A, Wide> group(tile.lanes, group_memory);
+  std::conditional_t<Clustered, ClusterSums<A>, NoCluster> cluster(
+      group_memory - kClusterSumsEntries, args.tiles);
+  const bool tiled = !Clustered && args.tiles > 1;
+  const bool writes = !Clustered || blockIdx.y == 0;  // what is the whole row's
+  const bool sum_classes = Calibrated && args.class_gradients && !tiled;
+  const bool slopes = Calibrated && args.grad_confidence;
+  const A* class_weight = static_cast<const A*>(args.weight);
+  A grad_scale[kElements<T>] = {}, grad_bias[kElements<T>] = {};
+
+  constexpr bool kAhead = !(Wide && Calibrated);
+  FetchedRow<T> next;
+  int64_t i = tile.row;
+  if (tile.rounds > 0) next.fetch(args, tile, i);
+  for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
+    if (!kAhead && round > 0) next.fetch(args, tile, i);
+    const FetchedRow<T> row = next;
+    if (kAhead && round + 1 < tile.rounds) next.fetch(args, tile, i + tile.row_step);
+    const bool counts = is_counted(row.target);
+    const A c = Calibrated ? sigmoid(row.confidence) : A(0);
+    const int slot = tile.slot_of(row.target);
+
+    PositionSums<A> sums;
+    A e[kElements<T>];  // u, then exp(u - maximum)
+#pragma unroll
+    for (int part = 0; part < kParts<T>; ++part) {
+      const int k = part / N, first = part * Q;
+      A z[Q], u[Q];
+      unpack<T>(row.raw[k], part % N, z);
+      classes.template affine<Calibrated>(tile.vector(k), part % N, z, c, u);
+#pragma unroll
+      for (int q = 0; q < Q; ++q) e[first + q] = u[q];
+      // Selects, no branches on slot == p: in these the compiler would index the registers by slot,
+      // and move them to memory.
+      if (slot >= first && slot < first + Q) {
+        const A m = vector_entry<A>(args.margin, row.target, A(0));
+        A d[Q] = {};
+        if constexpr (Calibrated) classes.slope(tile.vector(k), part % N, z, d);
+#pragma unroll
+        for (int q = 0; q < Q; ++q) {
+          const bool here = first + q == slot;
+          e[first + q] -= here ? m : A(0);
+          sums.target_logit = here ? e[first + q] : sums.target_logit;
+          sums.target_slope = here ? d[q] : sums.target_slope;
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < Q; ++q)
+        sums.maximum = e[first + q] > sums.maximum ? e[first + q] : sums.maximum;
+    }
+    sums.maximum = group.max(sums.maximum);
+
+#pragma unroll
+    for (int part = 0; part < kParts<T>; ++part) {
+      const int k = part / N, first = part * Q;
+      A d[Q] = {};
+      if (slopes) {
+        A z[Q];
+        unpack<T>(row.raw[k], part % N, z);
+        classes.slope(tile.vector(k), part % N, z, d);
+      }
+      if (smoothing) {
+        A w[Q];
+        classes.load(classes.weight, tile.vector(k), part % N, w);
+#pragma unroll
+        for (int q = 0; q < Q; ++q) {
+          // What is not the row's own is -inf, and would add 0 * -inf.
+          const bool own =
+              tile.vector(k) < tile.vectors && tile.own(tile.class_of(k) + part % N * Q + q);
+          sums.smooth += own ? w[q] * (e[first + q] - sums.maximum) : A(0);
+          sums.smooth_slope += w[q] * d[q];
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        const A x = exponential(e[first + q] - sums.maximum);
+        e[first + q] = first + q == slot ? A(0) : x;
+        sums.rest += e[first + q];
+        sums.rest_slope += e[first + q] * d[q];
+      }
+    }
+    A values[6] = {sums.rest,         sums.target_logit, sums.rest_slope,
+                   sums.target_slope, sums.smooth,       sums.smooth_slope};
+    if (smoothing) {
+      group.sum(values);
+    } else if (Calibrated) {
+      A four[4] = {values[0], values[1], values[2], values[3]};
+      group.sum(four);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) values[k] = four[k];
+    } else {
+      A two[2] = {values[0], values[1]};
+      group.sum(two);
+      values[0] = two[0], values[1] = two[1];
+    }
+    sums.rest = values[0], sums.target_logit = values[1];
+    sums.rest_slope = values[2], sums.target_slope = values[3];
+    sums.smooth = values[4], sums.smooth_slope = values[5], sums.weight = weights;
+
+    if (tiled) {
+      if (tile.lane == 0)
+        sums.write(static_cast<A*>(args.tile_sums) + blockIdx.y * args.images + i,
+                   args.tiles * args.images);
+      continue;
+    }
+
+    A rescale = 1;  // of e, which is relative to the tile's maximum
+    if constexpr (Clustered) {
+      sums = cluster.add(sums, smoothing, round);
+      rescale = exponential(cluster.own_maximum(round) - sums.maximum);
+    }
+    const A target_weight = row.target >= 0 && class_weight ? class_weight[row.target] : A(1);
+    const A v_i = counts ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
+    const PositionResult<A> result = position_result(args, sums, target_weight);
+    if (writes && tile.lane == 0 && i < args.images) {
+      if (args.shard_sums)
+        write_shard_sums(args, i, counts, sums);
+      else
+        write_position(args, i, row.target, sums, result, v_i, c);
+      if (counts)
+        block_sums.add(tile.group, result.loss * v_i, divisor_share(args, target_weight, v_i));
+    }
+    if (!sum_classes || !counts) continue;
+    const A softmax = v_i * c * result.softmax * rescale, smooth = v_i * c * result.smooth;
+    const A at_target = v_i * c * result.at_target;
+#pragma unroll
+    for (int part = 0; part < kParts<T>; ++part) {
+      const int k = part / N, first = part * Q;
+      A z[Q], w[Q] = {};
+      unpack<T>(row.raw[k], part % N, z);
+      if (smoothing) classes.load(classes.weight, tile.vector(k), part % N, w);
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        const int p = first + q;
+        const A g = p == slot ? at_target : softmax * e[p] - smooth * w[q];
+        // A masked class adds 0, not 0 * -inf.
+        grad_scale[p] += g * (z[q] == negative_infinity<A>() ? A(0) : z[q]);
+        grad_bias[p] += g;
+      }
+    }
+  }
+  if (tiled) return;
+  if (args.block_sums && writes) block_sums.write(args.block_sums);
+  if (sum_classes) {
+    if constexpr (Calibrated)
+      write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);
+  }
+}
+
+// The tiles of each row added up; a warp a row.
+template <class A>
+__global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const RowArgs args) {
+  DISALIGN_SHARED_MEMORY(memory);
+  const bool smoothing = args.label_smoothing > 0;
+  const int64_t stride = args.tiles * args.images;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  BlockSums block_sums(reinterpret_cast<double*>(memory), warps);
+  for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.images;
+       i += int64_t{gridDim.x} * warps) {
+    const int t = target_of(args, i);
+    PositionSums<A> sums;
+    for (int tile = lane; tile < args.tiles; tile += 32)
+      sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.images + i,
+                                     stride),
+               smoothing);
+    for (int distance = 16; distance > 0; distance /= 2)
+      sums.add(sums.of_lane(distance), smoothing);
+    if (lane > 0) continue;
+    const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
+    const A v_i = is_counted(t) ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
+    const PositionResult<A> result = position_result(args, sums, target_weight);
+    if (args.shard_sums)
+      write_shard_sums(args, i, is_counted(t), sums);
+    else
+      write_position(args, i, t, sums, result, v_i, confidence_of<A>(args, i));
+    if (!is_counted(t)) continue;
+    block_sums.add(warp, result.loss * v_i, divisor_share(args, target_weight, v_i));
+  }
+  if (args.block_sums) block_sums.write(args.block_sums);
+}
+
+}  // namespace disalign::cuda

@@ -1,0 +1,282 @@
+// How a block of the row kernels walks over rows and classes.
+//
+// - A row is seen as 16-byte vectors, the first beginning at the aligned address at or before the
+//   row: only a row's first and last vector may have elements that are not its own, and those two
+//   are read and written element by element. Rows whose addresses are alike modulo 16 bytes have
+//   the same classes in the same vectors: a block takes such rows only (every `period`-th), so that
+//   a thread keeps its classes, and with them its share of the class sums, in registers. Class
+//   vectors lie in shared memory in the order of the vectors.
+// - Narrow: several rows a block, each by a group of up to 32 neighbouring threads. Wide: one row a
+//   block, or one tile of a row, if it has more vectors than a block has registers for.
+#pragma once
+
+#include "cuda/kernels/block_sums.cuh"
+#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/launch.h"
+
+namespace disalign::cuda {
+
+constexpr int kNarrowThreads = 128;
+template <class T>
+constexpr int kWideThreads = sizeof(T) == 8 ? 256 : 512;  // 255 and 128 registers a thread
+template <class T>
+constexpr int kClusterThreads = sizeof(T) == 8 ? 256 : 384;  // 255 and 168
+
+// Vectors that a thread keeps: 16 elements (float64: 8), with their class sums about all that the
+// registers hold.
+template <class T>
+constexpr int kKept = sizeof(T) == 2 ? 2 : 4;
+template <class T>
+constexpr int kElements = kKept<T> * kVector<T>;
+template <class T>
+constexpr int kPartsOfVector = kVector<T> / kPart<T>;
+template <class T>
+constexpr int kParts = kElements<T> / kPart<T>;  // that a thread keeps
+
+// Bytes of shared memory before the class vectors: BlockSums, ClusterSums, Group.
+constexpr int kClusterSumsEntries = 2 * kClusterBlocks * 8;
+template <class A, bool Wide>
+constexpr int kRowScratchBytes =
+    BlockSums::entries(Wide ? 32 : kNarrowThreads) * static_cast<int>(sizeof(double)) +
+    (Wide ? kClusterSumsEntries : 0) * static_cast<int>(sizeof(A)) +
+    Group<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
+
+struct RowArgs : DeviceLoss {
+  int32_t lanes = 0;         // threads of a group
+  int32_t period = 1;        // rows this far apart are aligned alike
+  int32_t tiles = 1;         // of a row
+  int32_t tile_vectors = 0;  // of a tile
+  // Workspace; blocks are those along grid_x.
+  void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
+  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+  void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
+  void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
+  const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
+  void* target_logits = nullptr;      // of A: [rows]; backward that overwrites the logits
+};
+
+template <class T, bool Wide>
+struct Tile {
+  static constexpr int V = kVector<T>;
+  static constexpr int K = kKept<T>;
+
+  int lanes, lane, group, groups;
+  int first_class;  // of the tile's first element; below 0 where that is not the row's own
+  int vectors, classes;
+  int64_t row, row_step, rounds;  // the group's first row, the distance to its next, how many
+
+  __device__ __forceinline__ explicit Tile(const RowArgs& args)
+      : lanes(Wide ? static_cast<int>(blockDim.x) : args.lanes),
+        lane(threadIdx.x % lanes),
+        group(Wide ? 0 : threadIdx.x / lanes),
+        groups(Wide ? 1 : blockDim.x / lanes),
+        classes(static_cast<int>(args.classes)) {
+    const int64_t residue = blockIdx.x % args.period;
+    const int64_t block = blockIdx.x / args.period, blocks = gridDim.x / args.period;
+    const int64_t rows = (args.images - residue + args.period - 1) / args.period;
+    row = residue + args.period * (block * groups + group);
+    row_step = args.period * blocks * groups;
+    const int64_t left = rows - block * groups;
+    rounds = left > 0 ? (left + blocks * groups - 1) / (blocks * groups) : 0;
+    const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(args.logits) +
+                                                     residue * args.image_stride);
+    const int phase = static_cast<int>(address % kVectorBytes / sizeof(T));
+    const int all = (phase + classes + V - 1) / V;
+    const int before = static_cast<int>(blockIdx.y) * args.tile_vectors;
+    first_class = before * V - phase;
+    vectors = min(max(all - before, 0), args.tile_vectors);
+  }
+
+  __device__ __forceinline__ int vector(int k) const { return lane + lanes * k; }
+  __device__ __forceinline__ int class_of(int k) const { return first_class + vector(k) * V; }
+  __device__ __forceinline__ bool own(int j) const {
+    return static_cast<unsigned>(j) < static_cast<unsigned>(classes);
+  }
+  __device__ __forceinline__ bool whole(int j) const { return j >= 0 && j + V <= classes; }
+
+  // Which of this thread's elements is class t, or -1.
+  __device__ __forceinline__ int slot_of(int t) const {
+    const int element = t - first_class;
+    if (t < 0 || element < 0) return -1;
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (vector(k) == element / V && vector(k) < vectors) return k * V + element % V;
+    return -1;
+  }
+
+  // This thread's vectors of a row, whose vectors lie like the logits' only if `aligned`. What is
+  // not the row's own is -inf: its exponential is 0.
+  __device__ __forceinline__ void load(const T* from, Raw (&raw)[K], bool aligned = true) const {
+    const T nothing = from_accumulate<T>(negative_infinity<Accumulate<T>>());
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int j = class_of(k);
+      if (aligned && vector(k) < vectors && whole(j)) {
+        raw[k] = load_vector(from + j);
+        continue;
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const bool load = vector(k) < vectors && own(j + v);
+        set_element(raw[k], v, load ? load_one(from + j + v) : nothing);
+      }
+    }
+  }
+
+  // Whether the vectors of this row, of another tensor, lie like those of the logits' rows.
+  __device__ __forceinline__ bool aligned(const T* row) const {
+    return (reinterpret_cast<uintptr_t>(row) + first_class * static_cast<int64_t>(sizeof(T))) %
+               kVectorBytes ==
+           0;
+  }
+
+  // One of them to a row of another tensor.
+  __device__ __forceinline__ void store(T* to, int k, bool aligned, const Raw& raw) const {
+    const int j = class_of(k);
+    if (vector(k) >= vectors) return;
+    if (aligned && whole(j)) {
+      store_vector(to + j, raw);
+      return;
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (own(j + v)) store_one(to + j + v, element<T>(raw, v));
+  }
+};
+
+// The class vectors of a tile in shared memory; absent ones are null. What is not the row's own has
+// a = b = w = o = 0, and so has the vector after the tile's last, which threads without one read:
+// with a logit of -inf, u is -inf there.
+template <class T>
+struct ClassVectors {
+  using A = Accumulate<T>;
+  static constexpr int V = kVector<T>;
+  static constexpr int Q = kPart<T>;
+
+  const A *scale = nullptr, *bias = nullptr, *weight = nullptr, *prior = nullptr;
+  int vectors;
+
+  // Entries of A of each.
+  static __host__ __device__ int entries(int vectors) { return (vectors + 1) * V; }
+  // How many a launch stages.
+  static __host__ __device__ int count(const LossArgs& args) {
+    return (args.scale ? 2 : 0) + (args.prior ? 1 : 0) + (args.label_smoothing > 0 ? 1 : 0);
+  }
+
+  // Ends with a barrier.
+  template <class TileOfRow>
+  __device__ __forceinline__ ClassVectors(const RowArgs& args, const TileOfRow& tile, A* memory)
+      : vectors(tile.vectors) {
+    if (args.scale) {
+      scale = stage(args.scale, A(0), tile, memory);
+      bias = stage(args.bias, A(0), tile, memory);
+    }
+    if (args.label_smoothing > 0) weight = stage(args.weight, A(1), tile, memory);
+    if (args.prior) prior = stage(args.prior, A(0), tile, memory);
+    __syncthreads();
+  }
+
+  // A part of a vector. A thread's neighbours read neighbouring 16 bytes: all vectors' first parts
+  // lie together, then all second ones.
+  __device__ __forceinline__ void load(const A* from, int vector, int part, A (&out)[Q]) const {
+    if (vector > vectors) vector = vectors;
+    load_shared(from + (part * stride() + vector) * Q, out);
+  }
+
+  // u = (1 + c a) z + c b + o
+  template <bool Calibrated>
+  __device__ __forceinline__ void affine(int vector, int part, const A (&z)[Q], A c,
+                                         A (&u)[Q]) const {
+    A o[Q] = {};
+    if (prior) load(prior, vector, part, o);
+    if constexpr (Calibrated) {
+      A a[Q], b[Q];
+      load(scale, vector, part, a);
+      load(bias, vector, part, b);
+#pragma unroll
+      for (int q = 0; q < Q; ++q) u[q] = z[q] * (a[q] * c + A(1)) + (b[q] * c + o[q]);
+    } else {
+#pragma unroll
+      for (int q = 0; q < Q; ++q) u[q] = z[q] + o[q];
+    }
+  }
+
+  // d = a z + b, 0 where that is not finite: a masked class has no share in what sums it.
+  __device__ __forceinline__ void slope(int vector, int part, const A (&z)[Q], A (&d)[Q]) const {
+    A a[Q], b[Q];
+    load(scale, vector, part, a);
+    load(bias, vector, part, b);
+#pragma unroll
+    for (int q = 0; q < Q; ++q) d[q] = finite_or_zero(a[q] * z[q] + b[q]);
+  }
+
+ private:
+  __device__ __forceinline__ int stride() const { return vectors + 1; }
+
+  template <class TileOfRow>
+  __device__ __forceinline__ const A* stage(const void* from, A absent, const TileOfRow& tile,
+                                            A*& memory) const {
+    A* to = memory;
+    for (int i = threadIdx.x; i < entries(vectors); i += blockDim.x) {
+      const int vector = i / V, v = i % V, j = tile.first_class + i;
+      to[(v / Q * stride() + vector) * Q + v % Q] =
+          vector < vectors && tile.own(j) ? vector_entry<A>(from, j, absent) : A(0);
+    }
+    memory += entries(vectors);
+    return to;
+  }
+};
+
+// A thread's class sums to the block's, for all classes of the tile. Ends without a barrier.
+// Wide: each class is one thread's. Narrow: those of a warp's groups are added by shuffles, then
+// warp after warp adds its own in `memory`, which has 2 * tile_vectors * V entries.
+template <class T, bool Wide>
+__device__ __forceinline__ void write_class_sums(const RowArgs& args, const Tile<T, Wide>& tile,
+                                                 Accumulate<T> (&scale)[kElements<T>],
+                                                 Accumulate<T> (&bias)[kElements<T>],
+                                                 Accumulate<T>* memory) {
+  using A = Accumulate<T>;
+  constexpr int V = kVector<T>, K = kKept<T>;
+  A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * tile.classes;
+  if constexpr (Wide) {
+#pragma unroll
+    for (int p = 0; p < K * V; ++p) {
+      const int j = tile.class_of(p / V) + p % V;
+      if (tile.vector(p / V) < tile.vectors && tile.own(j)) {
+        to[j] = scale[p];
+        to[tile.classes + j] = bias[p];
+      }
+    }
+  } else {
+    const int entries = tile.vectors * V;
+    for (int distance = tile.lanes; distance < 32; distance *= 2) {
+#pragma unroll
+      for (int p = 0; p < K * V; ++p) {
+        scale[p] += __shfl_xor_sync(kFullWarp, scale[p], distance);
+        bias[p] += __shfl_xor_sync(kFullWarp, bias[p], distance);
+      }
+    }
+    for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) {
+      __syncthreads();  // the first: everyone is done with what `memory` was before
+      if (static_cast<int>(threadIdx.x / 32) != warp ||
+          static_cast<int>(threadIdx.x % 32) >= tile.lanes)
+        continue;
+#pragma unroll
+      for (int p = 0; p < K * V; ++p) {
+        const int i = tile.vector(p / V) * V + p % V;
+        if (tile.vector(p / V) >= tile.vectors) continue;
+        memory[i] = warp == 0 ? scale[p] : memory[i] + scale[p];
+        memory[entries + i] = warp == 0 ? bias[p] : memory[entries + i] + bias[p];
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < entries; i += blockDim.x) {
+      const int j = tile.first_class + i;
+      if (!tile.own(j)) continue;
+      to[j] = memory[i];
+      to[tile.classes + j] = memory[entries + i];
+    }
+  }
+}
+
+}  // namespace disalign::cuda

@@ -1,0 +1,148 @@
+// Where the positions of the upsampled loss lie between those of the low-resolution logits.
+//
+// Output i of an axis lies between the low-resolution positions `source` and `source + 1`, `weight`
+// of the way; at the axis' end the weight is 0. Sources ascend: the outputs of source s are
+// [first[s], first[s + 1]). Both are F.interpolate's (bilinear), computed in double, once a launch.
+#pragma once
+
+#include "cuda/kernels/position.cuh"
+
+namespace disalign::cuda {
+
+constexpr int kAxisThreads = 128;
+
+// What stands for -inf: finite, so that 0 times it is 0 between two positions, and so low that its
+// exponential is 0. A position whose maximum is below kNothing has no class left.
+template <class A>
+constexpr A kMasked = kLowest<A> / 4;
+template <class A>
+constexpr A kNothing = kMasked<A> / 16;
+
+struct Axis {
+  int32_t in = 0, out = 0;
+  int32_t* source = nullptr;  // [out]
+  void* weight = nullptr;     // of A: [out]
+  int32_t* first = nullptr;   // [in + 1]
+};
+
+struct UpsampleArgs : DeviceLoss {
+  Axis y, x;
+  bool align_corners = false;
+  int64_t y_stride = 0, x_stride = 0;  // of the logits
+  int64_t grad_y_stride = 0, grad_x_stride = 0;
+  void* probability = nullptr;    // of A, one an output position: softmax of the target; or null
+  int64_t* prediction = nullptr;  // the most probable class; or null
+  // Forward: output positions of a tile, and whether the logits around it lie in shared memory.
+  int32_t tile_height = 0, tile_width = 0;
+  bool staged = false;
+  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+  // Backward.
+  void* factors = nullptr;          // of A: [positions][4], see UpsampleFactors
+  int32_t* targets = nullptr;       // [positions]
+  void* class_sums = nullptr;       // of A: [blocks][2: scale, bias][classes]
+  void* confidence_sums = nullptr;  // of A: [chunks of classes][low-resolution positions]
+
+  __host__ __device__ int64_t low_positions() const { return images * y.in * x.in; }
+};
+
+// The position of output i, in units of the low resolution.
+__device__ __forceinline__ double axis_position(const Axis& axis, bool align_corners, int i) {
+  if (align_corners) return axis.out > 1 ? (axis.in - 1.0) / (axis.out - 1.0) * i : 0.0;
+  const double at = (i + 0.5) * (static_cast<double>(axis.in) / axis.out) - 0.5;
+  return at > 0.0 ? at : 0.0;
+}
+
+__device__ __forceinline__ int axis_source(const Axis& axis, bool align_corners, int i) {
+  return min(static_cast<int>(axis_position(axis, align_corners, i)), axis.in - 1);
+}
+
+template <class A>
+__device__ __forceinline__ void fill_axis(const Axis& axis, bool align_corners) {
+  const int step = gridDim.x * blockDim.x;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < axis.out; i += step) {
+    const double at = axis_position(axis, align_corners, i);
+    const int source = axis_source(axis, align_corners, i);
+    axis.source[i] = source;
+    const double weight = source < axis.in - 1 ? at - source : 0.0;
+    static_cast<A*>(axis.weight)[i] = static_cast<A>(weight < 1.0 ? weight : 1.0);
+  }
+  for (int s = blockIdx.x * blockDim.x + threadIdx.x; s <= axis.in; s += step) {
+    int low = 0, high = axis.out;  // the first output whose source is s or beyond
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (axis_source(axis, align_corners, middle) < s)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    axis.first[s] = low;
+  }
+}
+
+template <class A>
+__global__ void __launch_bounds__(kAxisThreads, 1) upsample_axis_kernel(const UpsampleArgs args) {
+  fill_axis<A>(args.y, args.align_corners);
+  fill_axis<A>(args.x, args.align_corners);
+}
+
+// A low-resolution position, and its calibrated logits.
+template <class T>
+struct LowPosition {
+  using A = Accumulate<T>;
+  const T* logits;  // class 0
+  A c;
+
+  __device__ __forceinline__ LowPosition(const UpsampleArgs& args, int64_t image, int y, int x)
+      : logits(static_cast<const T*>(args.logits) + image * args.image_stride + y * args.y_stride +
+               x * args.x_stride),
+        c(confidence_of<A>(args, (image * args.y.in + y) * args.x.in + x)) {}
+
+  __device__ __forceinline__ A logit(const UpsampleArgs& args, int j) const {
+    return to_accumulate(load_one(logits + j * args.class_stride));
+  }
+
+  // u = (1 + c a) z + c b + o, a masked class kMasked.
+  __device__ __forceinline__ A calibrated(const UpsampleArgs& args, int j) const {
+    const A a = vector_entry<A>(args.scale, j, A(0)), b = vector_entry<A>(args.bias, j, A(0));
+    const A u = logit(args, j) * (a * c + A(1)) + (b * c + vector_entry<A>(args.prior, j, A(0)));
+    return u < kMasked<A> ? kMasked<A> : u;
+  }
+};
+
+// u between four values.
+template <class A>
+__device__ __forceinline__ A between(A upper_left, A upper_right, A lower_left, A lower_right,
+                                     A down, A right) {
+  const A upper = upper_left * (A(1) - right) + upper_right * right;
+  const A lower = lower_left * (A(1) - right) + lower_right * right;
+  return upper * (A(1) - down) + lower * down;
+}
+
+// The four neighbours of an output position.
+template <class A>
+struct Neighbours {
+  int top, bottom, left, right;
+  A down, across;  // how far to the lower and to the right one
+
+  __device__ __forceinline__ Neighbours(const UpsampleArgs& args, int y, int x)
+      : top(args.y.source[y]),
+        bottom(min(top + 1, args.y.in - 1)),
+        left(args.x.source[x]),
+        right(min(left + 1, args.x.in - 1)),
+        down(static_cast<const A*>(args.y.weight)[y]),
+        across(static_cast<const A*>(args.x.weight)[x]) {}
+};
+
+// One class at one output position, straight from the logits.
+template <class T>
+__device__ __forceinline__ Accumulate<T> upsampled_logit(const UpsampleArgs& args, int64_t image,
+                                                         const Neighbours<Accumulate<T>>& at,
+                                                         int j) {
+  return between(LowPosition<T>(args, image, at.top, at.left).calibrated(args, j),
+                 LowPosition<T>(args, image, at.top, at.right).calibrated(args, j),
+                 LowPosition<T>(args, image, at.bottom, at.left).calibrated(args, j),
+                 LowPosition<T>(args, image, at.bottom, at.right).calibrated(args, j), at.down,
+                 at.across);
+}
+
+}  // namespace disalign::cuda

@@ -1,0 +1,57 @@
+// What the operators of the calibrated logits launch; as row_launch.h. Forward writes into
+// args.grad_logits.
+#pragma once
+
+#include "cuda/kernels/calibrate_kernel.cuh"
+#include "cuda/launch/dense_launch.h"
+#include "cuda/launch/row_launch.h"
+
+namespace disalign::cuda {
+
+template <class T, bool Backward, class Launcher>
+void launch_calibrate_kernel(Launcher& launcher, RowArgs& args, FinishArgs& last) {
+  RowPlan plan = row_plan<T>(args, launcher.limits(), kCalibrateThreads);
+  for_bool(plan.wide, [&](auto wide) {
+    const auto kernel = row_calibrate_kernel<T, Backward, decltype(wide)::value>;
+    fill_grid(launcher, kernel, args, plan);
+    apply(plan, args);
+    constexpr int64_t bytes = sizeof(Accumulate<T>);
+    last.class_blocks = plan.shape.grid_x;
+    last.tiles = plan.tiles;
+    if (args.class_gradients)
+      args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * bytes);
+    if (args.grad_confidence)
+      args.confidence_sums = launcher.allocate(plan.tiles * args.images * bytes);
+    launcher.launch(kernel, plan.shape, args);
+  });
+  last.confidence_sums = args.confidence_sums;
+  last.confidences = args.images;
+}
+
+template <class T, bool Backward, class Launcher>
+void launch_calibrate_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) {
+  using A = Accumulate<T>;
+  const auto kernel = dense_calibrate_kernel<T, Backward>;
+  const Shape shape = dense_plan<A>(launcher, kernel, args, false);
+  last.class_blocks = shape.grid_x * (dense_positions(args.slices) / 32);
+  if (args.class_gradients)
+    args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));
+  launcher.launch(kernel, shape, args);
+}
+
+template <bool Backward, class Launcher, class Args>
+void launch_calibrate(Launcher& launcher, Dtype dtype, Args args) {
+  FinishArgs last;
+  if (args.positions() > 0) {
+    for_dtype(dtype, [&](auto type) {
+      launch_calibrate_kernel<typename decltype(type)::type, Backward>(launcher, args, last);
+    });
+  }
+  if (!args.class_gradients && !last.confidence_sums) return;
+  static_cast<DeviceLoss&>(last) = args;
+  if (!last.confidence_sums) last.grad_confidence = nullptr;  // written by the kernel
+  last.class_sums = args.class_sums;
+  finish(launcher, dtype, last);
+}
+
+}  // namespace disalign::cuda

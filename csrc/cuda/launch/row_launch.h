@@ -1,0 +1,246 @@
+// What the row operators launch: the division of rows and classes over blocks, the workspace, the
+// order of the kernels. Host code without torch, over any launcher (launch.h).
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "cuda/kernels/row_backward_kernel.cuh"
+#include "cuda/kernels/row_kernel.cuh"
+#include "cuda/launch/dispatch.h"
+#include "cuda/launch/finish_launch.h"
+
+namespace disalign::cuda {
+
+// After how many rows of this stride, in bytes, addresses are alike modulo 16.
+static inline int row_period(int64_t stride_bytes) {
+  int period = 1;
+  while (period * stride_bytes % kVectorBytes != 0) ++period;
+  return period;
+}
+
+struct RowPlan {
+  Shape shape;
+  bool wide = false;
+  int lanes = 0, period = 1, tiles = 1, tile_vectors = 0;
+};
+
+template <class T>
+int64_t row_class_bytes(const RowArgs& args, int64_t vectors) {
+  return ClassVectors<T>::count(args) * ClassVectors<T>::entries(static_cast<int>(vectors)) *
+         static_cast<int64_t>(sizeof(Accumulate<T>));
+}
+
+// most_threads: of a wide block that has a whole row; where a row needs more, or more shared memory
+// than there is, it is cut into tiles of kBackwardThreads threads.
+template <class T>
+RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
+  using A = Accumulate<T>;
+  constexpr int K = kKept<T>;
+  RowPlan plan;
+  plan.period = static_cast<int>(
+      std::min<int64_t>(row_period(args.image_stride * static_cast<int64_t>(sizeof(T))),
+                        std::max<int64_t>(args.images, 1)));
+  // Where rows are not all aligned alike, one of them may begin just before an aligned address.
+  const auto address = reinterpret_cast<uintptr_t>(args.logits);
+  const int64_t phase = plan.period == 1 ? address % kVectorBytes / sizeof(T) : kVector<T> - 1;
+  const int64_t vectors = divide_up(phase + args.classes, kVector<T>);
+  plan.wide = vectors > 32 * K;
+  if (!plan.wide) {
+    plan.lanes = 1;
+    while (plan.lanes * K < vectors) plan.lanes *= 2;
+    plan.tile_vectors = static_cast<int>(vectors);
+    plan.shape.threads = kNarrowThreads;
+    plan.shape.shared_bytes =
+        kRowScratchBytes<A, false> +
+        std::max<int64_t>(row_class_bytes<T>(args, vectors),
+                          args.class_gradients ? 2 * vectors * kVector<T> * sizeof(A) : 0);
+    return plan;
+  }
+  const auto bytes = [&](int64_t n) {
+    return static_cast<size_t>(kRowScratchBytes<A, true> + row_class_bytes<T>(args, n));
+  };
+  int64_t most = most_threads * K;
+  if (vectors > most || bytes(vectors) > limits.shared_bytes) most = kBackwardThreads * K;
+  do {
+    plan.tiles = static_cast<int>(divide_up(vectors, most));
+    plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
+    plan.tiles = static_cast<int>(divide_up(vectors, plan.tile_vectors));
+    most /= 2;
+  } while (bytes(plan.tile_vectors) > limits.shared_bytes && most >= 32);
+  plan.shape.threads = static_cast<int>(divide_up(divide_up(plan.tile_vectors, K), 32) * 32);
+  plan.shape.grid_y = plan.tiles;
+  plan.shape.shared_bytes = bytes(plan.tile_vectors);
+  return plan;
+}
+
+// The same rows by clusters: a tile as large as a block can keep, all tiles of a row at once. None
+// where they are too many, or there is too little shared memory.
+template <class T>
+std::optional<RowPlan> row_cluster_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
+  constexpr int K = kKept<T>;
+  const int64_t vectors = plan.tiles * int64_t{plan.tile_vectors};
+  plan.tiles = static_cast<int>(divide_up(vectors, kClusterThreads<T> * K));
+  plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
+  plan.shape.threads = static_cast<int>(divide_up(divide_up(plan.tile_vectors, K), 32) * 32);
+  plan.shape.grid_y = plan.tiles;
+  plan.shape.shared_bytes = static_cast<size_t>(kRowScratchBytes<Accumulate<T>, true> +
+                                                row_class_bytes<T>(args, plan.tile_vectors));
+  plan.shape.clustered = true;
+  if (plan.tiles > kClusterBlocks || plan.shape.shared_bytes > limits.shared_bytes)
+    return std::nullopt;
+  return plan;
+}
+
+// As many blocks as run at once, or as there is work for; a multiple of the period.
+template <class Launcher, class Args>
+void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, RowPlan& plan) {
+  const int64_t resident =
+      plan.shape.clustered
+          ? int64_t{plan.tiles} * launcher.clusters(kernel, plan.shape)
+          : int64_t{launcher.limits().multiprocessors} *
+                std::max(1, launcher.blocks_per_multiprocessor(kernel, plan.shape.threads,
+                                                               plan.shape.shared_bytes));
+  // Class sums are written and read once a block: worth the rows that it has.
+  constexpr int64_t kRowsOfSums = 4;
+  const int64_t groups =
+      (plan.wide ? 1 : plan.shape.threads / plan.lanes) * (args.class_gradients ? kRowsOfSums : 1);
+  const int64_t wanted = std::min(std::max<int64_t>(1, resident / plan.tiles),
+                                  divide_up(std::max<int64_t>(args.images, 1), groups));
+  plan.shape.grid_x = divide_up(wanted, plan.period) * plan.period;
+}
+
+static inline void apply(const RowPlan& plan, RowArgs& args) {
+  args.lanes = plan.lanes;
+  args.period = plan.period;
+  args.tiles = plan.tiles;
+  args.tile_vectors = plan.tile_vectors;
+}
+
+// A row's gradients, and with `sums_only` just those of the classes. Returns the blocks whose
+// class sums are in args.class_sums.
+template <class T, bool Calibrated, class Launcher>
+int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
+  int64_t blocks = 0;
+  RowPlan plan = row_plan<T>(args, launcher.limits(), kBackwardThreads);
+  const auto launch = [&](auto kernel) {
+    fill_grid(launcher, kernel, args, plan);
+    apply(plan, args);
+    blocks = plan.shape.grid_x;
+    constexpr int64_t bytes = sizeof(Accumulate<T>);
+    if (args.class_gradients)
+      args.class_sums = launcher.allocate(2 * blocks * args.classes * bytes);
+    if (args.grad_confidence)
+      args.confidence_sums = launcher.allocate(plan.tiles * args.images * bytes);
+    launcher.launch(kernel, plan.shape, args);
+  };
+  for_bool(plan.wide, [&](auto wide) {
+    constexpr bool kWide = decltype(wide)::value;
+    if constexpr (Calibrated) {
+      if (args.class_gradients) return launch(row_backward_kernel<T, true, kWide, true>);
+    }
+    launch(row_backward_kernel<T, Calibrated, kWide, false>);
+  });
+  return blocks;
+}
+
+template <class T, bool Calibrated, class Launcher>
+void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
+  using A = Accumulate<T>;
+  const bool reduce = args.reduction != kReduceNone;
+  FinishArgs last;
+  RowPlan plan = row_plan<T>(args, launcher.limits(), kWideThreads<T>);
+  bool clustered = false;
+  if constexpr (Calibrated) {
+    if (plan.tiles > 1 && args.class_gradients) {
+      const auto cluster = row_cluster_plan<T>(args, launcher.limits(), plan);
+      clustered =
+          cluster && launcher.clusters(row_forward_kernel<T, true, true, true>, cluster->shape) > 0;
+      if (clustered) plan = *cluster;
+    }
+  }
+  for_bool(plan.wide, [&](auto wide) {
+    auto kernel = row_forward_kernel<T, Calibrated, decltype(wide)::value>;
+    if constexpr (Calibrated && decltype(wide)::value) {
+      if (clustered) kernel = row_forward_kernel<T, true, true, true>;
+    }
+    fill_grid(launcher, kernel, args, plan);
+    apply(plan, args);
+    if (args.images == 0) return;
+    last.blocks = plan.shape.grid_x;
+    Shape combine;
+    const bool tiled = plan.tiles > 1 && !clustered;
+    if (tiled) {
+      args.tile_sums =
+          launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.images * sizeof(A));
+      combine.threads = kNarrowThreads;
+      combine.grid_x = std::min(divide_up(args.images, kNarrowThreads / 32), int64_t{1} << 10);
+      combine.shared_bytes = BlockSums::entries(kNarrowThreads) * sizeof(double);
+      last.blocks = combine.grid_x;
+    } else if (args.class_gradients) {
+      last.class_blocks = plan.shape.grid_x;
+      args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));
+    }
+    if (reduce)
+      args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
+    launcher.launch(kernel, plan.shape, args);
+    if (!tiled) return;
+    launcher.launch(row_combine_kernel<A>, combine, args);
+    if (!args.class_gradients) return;
+    // Their sums, not yet divided: the loss's gradient for an upstream gradient of 1.
+    RowArgs sums = args;
+    sums.denominator = nullptr;
+    sums.grad_logits = nullptr;
+    sums.grad_confidence = nullptr;
+    last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, sums);
+    args.class_sums = sums.class_sums;
+  });
+  if (args.shard_sums) return;  // nothing to divide
+  static_cast<DeviceLoss&>(last) = args;
+  last.forward = true;
+  last.block_sums = args.block_sums;
+  last.class_sums = args.class_sums;
+  last.confidences = args.images;
+  finish(launcher, dtype, last);
+}
+
+template <class T, bool Calibrated, class Launcher>
+void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
+  FinishArgs last;
+  if (args.images > 0) {
+    if (args.grad_logits == args.logits && !args.shard_factors &&
+        (args.focal_gamma > 0 || args.grad_confidence)) {
+      args.target_logits = launcher.allocate(args.images * sizeof(Accumulate<T>));
+      Shape shape;
+      shape.threads = kNarrowThreads;
+      shape.grid_x = std::min(divide_up(args.images, kNarrowThreads), int64_t{1} << 10);
+      launcher.launch(row_target_kernel<T>, shape, args);
+    }
+    last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, args);
+  }
+  if (!args.class_gradients && !args.grad_confidence) return;
+  static_cast<DeviceLoss&>(last) = args;
+  last.class_sums = args.class_sums;
+  last.confidence_sums = args.confidence_sums;
+  last.confidences = args.images;
+  last.tiles = args.tiles;
+  finish(launcher, dtype, last);
+}
+
+template <class Launcher>
+void launch_row_forward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
+  for_kernel(dtype, args, [&](auto type, auto calibrated) {
+    launch_row_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
+                                                                                   dtype);
+  });
+}
+
+template <class Launcher>
+void launch_row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args) {
+  for_kernel(dtype, args, [&](auto type, auto calibrated) {
+    launch_row_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
+                                                                                    dtype);
+  });
+}
+
+}  // namespace disalign::cuda

@@ -1,0 +1,1 @@
+"""The one way in: checks of arguments, and what the public functions share."""

@@ -1,0 +1,63 @@
+"""The types of the public functions' options, each defined once."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, TypedDict
+
+from torch import Tensor
+
+ReductionName: TypeAlias = Literal["mean", "sum", "none"]
+Form: TypeAlias = Literal["interpolated", "residual"]
+Start: TypeAlias = Literal["identity", "released"]
+Background: TypeAlias = Literal["first", "last"]
+FORMS: tuple[Form, ...] = ("interpolated", "residual")
+BACKGROUNDS: tuple[Background | None, ...] = (None, "first", "last")
+BatchNormMode: TypeAlias = Literal["eval", "train"]
+Normalizer: TypeAlias = Literal["weights", "valid", "count"] | float | Tensor
+
+
+class ExtendedOptions(TypedDict, total=False):
+    """Keywords of every loss and criterion that F.cross_entropy does not have."""
+
+    normalizer: Normalizer
+    prior: Tensor | None
+    margin: Tensor | float | None
+    focal_gamma: float
+    inplace_backward: bool
+
+
+class CriterionOptions(ExtendedOptions, total=False):
+    """Arguments of `nn.CrossEntropyLoss` but `weight`."""
+
+    size_average: bool | None
+    reduce: bool | None
+    ignore_index: int
+    reduction: ReductionName
+    label_smoothing: float
+
+
+class LossOptions(ExtendedOptions, total=False):
+    """Arguments of `disalign_cross_entropy` beside the calibration and `weight`."""
+
+    sample_weight: Tensor | None
+    ignore_index: int
+    reduction: ReductionName
+    label_smoothing: float
+
+
+class WeightedLossOptions(LossOptions, total=False):
+    """The same with `weight`."""
+
+    weight: Tensor | None
+
+
+class UpsampleOptions(ExtendedOptions, total=False):
+    """Keywords of `upsample_cross_entropy` but `return_details`."""
+
+    sample_weight: Tensor | None
+    align_corners: bool
+    confidence: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    form: Form
+    background: Background | None

@@ -1,0 +1,1 @@
+"""The operators: schemas, layouts, autograd, backends, and the formulas in PyTorch."""

@@ -1,0 +1,183 @@
+"""The losses and the calibrated logits by PyTorch's own functions: where no kernel serves, and in
+the graphs of torch.jit, whose users (ONNX) do not have our operators.
+
+The values are those of reference.py, which makes more passes over the logits. F.cross_entropy alone
+gives other gradients, NaN, where an ignored row is not finite or every weight is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import reference
+
+torch_cross_entropy = F.cross_entropy  # before `replace_cross_entropy` puts ours there
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace, or ONNX's exporter by it, makes a graph."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What happens here is no part of the graph that torch.jit.trace makes: argument checks, for
+    which a shape must be numbers.
+    """
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def extended(
+    scale: Tensor, bias: Tensor, shift: int, before: int, after: int
+) -> tuple[Tensor, Tensor]:
+    """`layouts.Extension.vectors` without a constant, which would keep its device in a graph.
+    torch.jit.script takes it.
+    """
+    return F.pad(scale - shift, [before, after]), F.pad(bias, [before, after])
+
+
+def calibrate(
+    input: Tensor, confidence: Tensor, scale: Tensor, bias: Tensor, form: str,
+    background: str | None,
+) -> Tensor:  # fmt: skip
+    """`functional.calibrate` without its checks. torch.jit.script takes it."""
+    dtype = reference.accumulate_dtype(input.dtype)
+    shift, before, after = int(form == "interpolated"), 0, 0
+    if background is not None:
+        before, after = int(background == "first"), int(background == "last")
+    scale, bias = extended(
+        scale.reshape(-1).to(dtype), bias.reshape(-1).to(dtype), shift, before, after
+    )
+    flat = input
+    if input.dim() == 1:
+        flat = input.unsqueeze(0)
+    if input.dim() > 2:
+        flat = input.flatten(2)
+    out = reference.calibrate(flat, scale, bias, confidence.reshape(-1).to(dtype))
+    return out.reshape(input.shape).to(input.dtype)
+
+
+def _checkable(*tensors: Tensor) -> bool:
+    """Whether a look at these values costs no synchronisation and is no part of a graph."""
+    return (
+        tensors[0].is_cpu
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _ignored_are_finite(logits: Tensor, ignored: Tensor) -> bool:
+    """Whether torch's gradient of ignored rows is 0: it is 0 times their softmax."""
+    return not ignored.any().item() or bool(logits.movedim(1, -1)[ignored].isfinite().all())
+
+
+def plain_mean(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor | None:
+    """The mean of what `shortcut.is_plain` passes, by F.cross_entropy alone, or None where
+    `cross_entropy` below is right, or an error.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    # Without ignored rows one operation says so where ignore_index is negative.
+    some = ignore_index >= 0 or not target.shape[0] or target.min().item() < 0
+    if some and not _ignored_are_finite(input, target == ignore_index):
+        return None
+    try:
+        loss = torch_cross_entropy(
+            input, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
+    except IndexError:
+        return None
+    return loss if weight is None or not math.isnan(loss.item()) else None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    confidence: Tensor | None = None,
+    prior: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    reduction: str = "mean",
+    normalizer: str | Tensor = "weights",
+) -> Tensor:
+    """`reference.cross_entropy` of rows (N, C) or class planes (N, C, S)."""
+    t = target.reshape((logits.shape[0], *logits.shape[2:]))
+    t, valid = reference.class_indices(t, ignore_index)
+    checkable = _checkable(logits, target)
+    # A calibration may make infinities of finite logits.
+    if not (checkable and scale is None and _ignored_are_finite(logits, ~valid)):
+        logits = torch.where(valid.unsqueeze(1), logits, 0.0)
+    if scale is None or bias is None or confidence is None:
+        u = logits.to(reference.accumulate_dtype(logits.dtype))
+    else:
+        u = reference.calibrate(logits, scale, bias, confidence)
+    planes = u.dim() == 3
+    if prior is not None:
+        u = u + (prior[:, None] if planes else prior)
+    if margin is not None:
+        at = torch.where(valid, t, 0).unsqueeze(1)
+        u = u.scatter_add(1, at, -margin[at])
+
+    weighted_mean = reduction == "mean" and isinstance(normalizer, str) and normalizer == "weights"
+    if (
+        (weighted_mean or reduction != "mean")
+        and sample_weight is None
+        and not focal_gamma
+        # Where all weights are 0 the loss is NaN, and torch's gradients are too; ours are 0.
+        and (weight is None or reduction != "mean" or checkable)
+    ):
+        loss = torch_cross_entropy(
+            u, t, weight, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+        if weight is None or reduction != "mean" or not math.isnan(loss.item()):
+            return loss.reshape(-1) if reduction == "none" else loss
+
+    log_p = F.log_softmax(u, 1)
+    losses = F.nll_loss(
+        log_p, t, None if focal_gamma else weight, ignore_index=ignore_index, reduction="none"
+    )
+    if focal_gamma:
+        losses = reference._focal(losses, focal_gamma)
+        if weight is not None:
+            losses = losses * weight[torch.where(valid, t, 0)]
+    if label_smoothing > 0:
+        each = log_p
+        if weight is not None:
+            each = log_p * (weight[:, None] if planes else weight)
+        losses = (1 - label_smoothing) * losses - label_smoothing / u.shape[1] * each.sum(1)
+    losses = losses.reshape(-1)
+    if sample_weight is not None:
+        losses = losses * sample_weight
+    losses = torch.where(valid.reshape(-1), losses, 0.0)
+    if isinstance(normalizer, str) and normalizer == "count":
+        divisor = torch.ones_like(losses, dtype=torch.float64).sum()
+    else:
+        divisor = reference.denominator(
+            t.reshape(-1), normalizer, weight=weight, sample_weight=sample_weight,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+    return reference.reduce(losses, reduction, normalizer, divisor)

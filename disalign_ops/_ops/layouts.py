@@ -1,0 +1,122 @@
+"""How logits lie in memory, and which operators read them there; which classes are calibrated.
+
+(N, C) and channels-last logits are rows (N * S, C), classes next to each other; contiguous
+(N, C, d1, ...) logits are class planes (N, C, S), positions next to each other. Anything else is
+copied once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .schemas import DENSE, ROW, Stem
+
+
+class Extension(NamedTuple):
+    """How scale and bias of the calibrated classes become a and b of all C classes, in
+    u = (1 + c a) z + c b.
+
+    shift: taken off the scale, 1 in the interpolated form. before, after: the number of classes
+    ahead of the calibrated ones and behind them; they have a = b = 0.
+    """
+
+    shift: int
+    before: int
+    after: int
+
+    @staticmethod
+    def of(form: str, background: str | None) -> Extension:
+        return Extension(
+            int(form == "interpolated"), int(background == "first"), int(background == "last")
+        )
+
+    def vectors(self, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if self.shift:
+            scale = scale - self.shift
+        if self.before or self.after:
+            # Concatenated, not padded: that is one operation, and padding is four.
+            column = bias.new_zeros(1)
+            if self.before:
+                return torch.cat((column, scale)), torch.cat((column, bias))
+            return torch.cat((scale, column)), torch.cat((bias, column))
+        return scale, bias
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """Of the scale or the bias, from that of a or b; no view, which a caller of autograd.grad
+        could not change in place.
+        """
+        if self.before or self.after:
+            return gradient[self.before : gradient.shape[0] - self.after].clone()
+        return gradient
+
+
+WHOLE = Extension(0, 0, 0)
+
+
+def _one_stride(tensor: Tensor, first: int, last: int) -> bool:
+    """Whether the dimensions [first, last) are one dimension with one stride."""
+    kept = [d for d in range(first, last) if tensor.shape[d] != 1]
+    return all(
+        tensor.stride(d) == tensor.stride(after) * tensor.shape[after]
+        for d, after in itertools.pairwise(kept)
+    )
+
+
+def rows(input: Tensor) -> Tensor:
+    """The input as rows (N * S, C), in whatever memory order; a copy only where there must be."""
+    if input.dim() == 1:
+        return input.unsqueeze(0)
+    return input if input.dim() == 2 else input.movedim(1, -1).reshape(-1, input.shape[1])
+
+
+def flatten(input: Tensor) -> tuple[Stem, Tensor, bool]:
+    """The operators for this input, the input as they take it, and whether that took a copy."""
+    if input.dim() > 2:
+        moved = input.movedim(1, -1)
+        neighbours = moved.stride(-1) == 1 or moved.shape[-1] == 1
+        if not (neighbours and _one_stride(moved, 0, moved.dim() - 1)):
+            planes = input.flatten(2)
+            single = planes.shape[2] == 1
+            copied = not _one_stride(input, 2, input.dim())
+            if planes.stride(2) != 1 and not single:
+                planes, copied = planes.contiguous(), True
+            return DENSE, planes, copied
+    flat = rows(input)
+    if flat.stride(1) != 1 and flat.shape[1] > 1:
+        return ROW, flat.contiguous(), True
+    return ROW, flat, False
+
+
+def check_in_place(input: Tensor, flat: Tensor, copied: bool) -> bool:
+    """Whether backward is to write over the logits, which must be possible if it is asked for."""
+    if torch.compiler.is_compiling():
+        raise ArgumentError("inplace_backward is True, which torch.compile does not support")
+    if not (input.requires_grad and torch.is_grad_enabled()):
+        return False
+    if input.is_leaf or (input._is_view() and input._base is not None and input._base.is_leaf):
+        raise ArgumentError(
+            "inplace_backward is True and input is a leaf, or a view of one: its values would be "
+            "lost; needed are logits that an operation made"
+        )
+    if copied:
+        raise ArgumentError(
+            f"inplace_backward is True and input of shape {tuple(input.shape)} and strides "
+            f"{input.stride()} had to be copied; needed are neighbouring classes, or neighbouring "
+            "positions of each class"
+        )
+    # Strides sorted, each dimension must step over all that lies below it.
+    reach = 1
+    for stride, size in sorted((flat.stride(d), flat.shape[d]) for d in range(flat.dim())):
+        if size > 1:
+            if stride < reach:
+                raise ArgumentError(
+                    f"inplace_backward is True and rows of input overlap (strides "
+                    f"{input.stride()}); needed is memory of its own for each row"
+                )
+            reach = stride * (size - 1) + reach
+    return True

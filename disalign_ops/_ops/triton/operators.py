@@ -1,0 +1,292 @@
+"""The operators of rows and class planes: what is launched for them, with what memory.
+
+Arguments: call.py. `row_*` and `dense_*` are the same functions: they differ in how a logit is
+found (Layout).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference import IGNORED, accumulate_dtype, class_indices
+from ..schemas import SHARD_VALUES
+from . import launch
+from .calibrate import calibrate_backward_kernel, calibrate_kernel
+from .call import (
+    Backward,
+    CalibrationSums,
+    Forward,
+    Given,
+    Gradients,
+    Loss,
+    Wanted,
+    arithmetic,
+    vector,
+)
+from .loss import backward_kernel, forward_kernel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Logits (N, C) with neighbouring classes, or (N, C, S) with neighbouring positions, and how
+    they are divided over programs.
+    """
+
+    logits: Tensor
+    images: int
+    inner: int
+    classes: int
+    image_stride: int
+    stride: int
+    planes: bool
+
+    @staticmethod
+    def of(logits: Tensor) -> Layout:
+        if logits.dim() == 2:
+            n, classes = logits.shape
+            return Layout(logits, 1, n, classes, 0, logits.stride(0), False)
+        n, classes, inner = logits.shape
+        return Layout(logits, n, inner, classes, logits.stride(0), logits.stride(1), True)
+
+    @property
+    def positions(self) -> int:
+        return self.images * self.inner
+
+    @property
+    def tile(self) -> launch.Tile:
+        return launch.tile(self.classes, self.planes, self.logits.dtype)
+
+    @property
+    def parts(self) -> int:
+        """Tiles of the classes."""
+        return int(triton.cdiv(self.classes, self.tile.classes))
+
+    def programs(self, parts: int) -> int:
+        """Along the positions, beside `parts` along the classes."""
+        blocks = self.images * triton.cdiv(self.inner, self.tile.positions)
+        return launch.programs(blocks, self.tile, parts, self.logits.device)
+
+    @property
+    def unit(self) -> int:
+        """See loss.py."""
+        last = self.inner if self.planes else self.classes
+        steps = (self.stride, self.image_stride, *self._contiguous, last)
+        return 16 if all(s % 16 == 0 for s in steps) else 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """As kernels take them: images, inner, classes, image_stride, stride."""
+        inner, classes = self.inner, self.classes
+        if self.planes:
+            inner //= self.unit
+        else:
+            classes //= self.unit
+        return self.images, inner, classes, *self.strides
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """As kernels take them."""
+        return self.image_stride // self.unit, self.stride // self.unit
+
+    @property
+    def contiguous(self) -> tuple[int, int]:
+        """Strides, as kernels take them, of a contiguous tensor of this shape."""
+        image_stride, stride = self._contiguous
+        return image_stride // self.unit, stride // self.unit
+
+    @property
+    def _contiguous(self) -> tuple[int, int]:
+        return (self.classes * self.inner, self.inner) if self.planes else (0, self.classes)
+
+    def start(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any
+    ) -> None:
+        if self.positions:
+            launch.start(
+                kernel, grid, arguments, self.tile, self.logits.device, PLANES=self.planes,
+                UNIT=self.unit, POSITIONS=self.tile.positions, CLASSES=self.tile.classes,
+                ACC=arithmetic(self.logits), **constants,
+            )  # fmt: skip
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Loss, statistics, denominator, and the gradients of the calibration for an upstream of 1.
+
+    That of the logits is backward's: _ops/autograd.py never asks for it here.
+    """
+    call = Forward.of(arguments)
+    given, logits = call.given, call.given.logits
+    layout = Layout.of(logits)
+    tiled, n = layout.tile.tiled, layout.positions
+    loss = Loss(call, n, layout.programs(1))
+    _, want_scale, want_bias, want_confidence = call.wanted
+    # A tiled forward has not all classes at a time: their sums are backward's.
+    here = (False, want_scale and not tiled, want_bias and not tiled, want_confidence)
+    sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
+    layout.start(
+        forward_kernel, (loss.programs,),
+        (
+            *given.tensors, given.weights, loss.value if call.each else None, loss.row_max,
+            loss.row_sum, loss.block_sums, sums.classes, sums.confidence, None, *layout.sizes,
+            *given.numbers, call.by_weights,
+        ),
+        TILED=tiled,
+    )  # fmt: skip
+    results = loss.finish()
+    if tiled and (want_scale or want_bias):
+        # For an upstream gradient of 1, not yet divided.
+        classes = (False, want_scale, want_bias, False)
+        again = Backward(given, None, loss.row_max, loss.row_sum, None, (), classes)
+        sums = CalibrationSums(_gradients(again, None, None).classes, sums.confidence)
+    return (
+        *results, logits.new_empty((0,)), *sums.gradients(logits, loss.denominator, call.wanted),
+    )  # fmt: skip
+
+
+def _gradients(
+    call: Backward, grad_logits: Tensor | None, target_logits: Tensor | None
+) -> CalibrationSums:
+    """Fills in grad_logits, unless None, and returns what sums there are over programs."""
+    given, logits = call.given, call.given.logits
+    layout = Layout.of(logits)
+    programs, n = layout.programs(layout.parts), layout.positions
+    sums = CalibrationSums.of(logits, call.wanted, n, programs, layout.parts, n)
+    layout.start(
+        backward_kernel, (programs, layout.parts),
+        (
+            *given.tensors, given.weights, call.grad_loss, call.row_max, call.row_sum,
+            call.denominator, target_logits, None, grad_logits, sums.classes, sums.confidence,
+            *layout.sizes, call.upstream_stride,
+            *(layout.strides if grad_logits is logits else layout.contiguous), *given.numbers,
+        ),
+    )  # fmt: skip
+    return sums
+
+
+def _target_logits(given: Given) -> Tensor:
+    """z_t of every position; for a backward that writes over the logits, where not every program
+    that needs it has read it.
+    """
+    logits = given.logits
+    t, valid = class_indices(given.target.reshape(-1), given.ignore_index)
+    t = torch.where(valid, t, 0)
+    if logits.dim() == 2:
+        z = logits.gather(1, t[:, None])
+    else:
+        z = logits.gather(1, t.view(logits.shape[0], 1, logits.shape[2]))
+    return z.reshape(-1).to(accumulate_dtype(logits.dtype))
+
+
+def backward(*arguments: Any) -> Gradients:
+    """The gradients of logits, scale, bias and confidence; empty where not wanted."""
+    call = Backward.of(arguments)
+    logits = call.given.logits
+    grad_logits = logits.new_empty(logits.shape if call.wanted[0] else (0,))
+    sums = _gradients(call, grad_logits if call.wanted[0] else None, None)
+    return grad_logits, *sums.gradients(logits, None, call.wanted)
+
+
+def backward_in_place(*arguments: Any) -> Gradients:
+    """The same, that of the logits written over them; the first result is empty."""
+    call = Backward.of(arguments)
+    given, logits = call.given, call.given.logits
+    target_logits = None
+    if call.wanted[0] and (given.focal_gamma > 0 or call.wanted[3]):
+        target_logits = _target_logits(given)
+    sums = _gradients(call, logits if call.wanted[0] else None, target_logits)
+    return logits.new_empty((0,)), *sums.gradients(logits, None, call.wanted)
+
+
+def _shard_numbers(smoothing: bool) -> tuple[int, float, float]:
+    """As the kernels take them: ignore_index, label_smoothing, focal_gamma."""
+    return IGNORED, float(smoothing), 0.0
+
+
+def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    """The sums of a shard's rows; arguments as in reference.shard_sums."""
+    *vectors, smoothing = rest
+    layout = Layout.of(logits)
+    sums = vector(logits, SHARD_VALUES * layout.positions).view(SHARD_VALUES, -1)
+    nothing = (None,) * 6
+    layout.start(
+        forward_kernel, (layout.programs(1),),
+        (
+            logits, target, *vectors, None, None, *nothing, sums, *layout.sizes,
+            *_shard_numbers(smoothing), 0,
+        ),
+        TILED=layout.tile.tiled,
+    )  # fmt: skip
+    return sums
+
+
+def _shard_gradients(
+    arguments: tuple[Any, ...], wanted: Wanted, grad_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    factors, logits, target, *vectors, smoothing = arguments
+    layout = Layout.of(logits)
+    programs, n = layout.programs(layout.parts), layout.positions
+    sums = CalibrationSums.of(logits, wanted, n, programs, layout.parts, n)
+    nothing = (None,) * 5
+    layout.start(
+        backward_kernel, (programs, layout.parts),
+        (
+            logits, target, *vectors, None, None, *nothing, factors, grad_logits, sums.classes,
+            sums.confidence, *layout.sizes, 0,
+            *(layout.strides if grad_logits is logits else layout.contiguous),
+            *_shard_numbers(smoothing),
+        ),
+    )  # fmt: skip
+    return sums.gradients(logits, None, wanted)
+
+
+def shard_backward(*arguments: Any) -> Gradients:
+    """A shard's gradients; arguments as in reference.shard_gradients, then what is wanted."""
+    given, wanted = arguments[:-4], arguments[-4:]
+    logits = arguments[1]
+    grad_logits = logits.new_empty(logits.shape if wanted[0] else (0,))
+    sums = _shard_gradients(given, wanted, grad_logits if wanted[0] else None)
+    return grad_logits, *sums
+
+
+def shard_backward_in_place(*arguments: Any) -> Gradients:
+    given, wanted = arguments[:-4], arguments[-4:]
+    logits = arguments[1]
+    return logits.new_empty((0,)), *_shard_gradients(given, wanted, logits if wanted[0] else None)
+
+
+def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
+    out = logits.new_empty(logits.shape)
+    layout = Layout.of(logits)
+    layout.start(
+        calibrate_kernel, (layout.programs(layout.parts), layout.parts),
+        (logits, scale, bias, confidence, out, *layout.sizes, *layout.contiguous),
+    )  # fmt: skip
+    return out
+
+
+def calibrate_backward(
+    grad_output: Tensor,
+    logits: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    confidence: Tensor,
+    *wanted: bool,
+) -> Gradients:
+    layout = Layout.of(logits)
+    programs, n = layout.programs(layout.parts), layout.positions
+    want: Wanted = (wanted[0], wanted[1], wanted[2], wanted[3])
+    grad_logits = logits.new_empty(logits.shape if want[0] else (0,))
+    sums = CalibrationSums.of(logits, want, n, programs, layout.parts, n)
+    layout.start(
+        calibrate_backward_kernel, (programs, layout.parts),
+        (
+            grad_output, logits, scale, bias, confidence, grad_logits if want[0] else None,
+            sums.classes, sums.confidence, *layout.sizes, *layout.contiguous,
+        ),
+    )  # fmt: skip
+    return grad_logits, *sums.gradients(logits, None, want)

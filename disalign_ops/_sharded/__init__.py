@@ -1,0 +1,1 @@
+"""Rows whose classes are divided: over memory (chunks), over processes (ranks)."""

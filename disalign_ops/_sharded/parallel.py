@@ -1,0 +1,97 @@
+"""Loss and gradients of logits of which every process has some classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from . import shards
+from .shards import Call
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Of the rows: losses (N,), terms (4, N) and d_t (N,), see shards.terms_of; the divisor."""
+
+    losses: Tensor
+    terms: Tensor
+    target_slope: Tensor
+    divisor: Tensor
+
+
+def finished(call: Call, sums: Tensor, classes: int, *, slopes: bool) -> Finished:
+    """From this rank's sums (5, N), by an exchange with the others. slopes: d_t is wanted."""
+    assert call.ranks is not None
+    local = call.local_target(slice(None), call.ranks.first, classes)
+    weight = call.vectors.weight
+    valid = call.valid
+    everyone = call.ranks.combined(
+        sums, shards.target_weight(weight, local, sums), call.vectors.weight_sum(classes, sums),
+        classes, local, valid,
+        slopes=slopes, weighted=weight is not None, smoothing=call.label_smoothing > 0,
+    )  # fmt: skip
+    losses, terms = shards.terms_of(
+        everyone.sums, everyone.target_weight, everyone.weight_sum, everyone.classes, valid,
+        call.label_smoothing, call.focal_gamma,
+    )  # fmt: skip
+    divisor = call.reduction.divisor(everyone.target_weight, valid)
+    return Finished(losses, terms, everyone.sums[3], divisor)
+
+
+class _ParallelLoss(torch.autograd.Function):
+    """Of logits, confidence, scale and the calibration's bias."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        logits, confidence, scale, bias, call, in_place = arguments
+        vectors = replace(call.vectors, scale=scale, bias=bias)
+        classes = logits.shape[1]
+        local = call.local_target(slice(None), call.ranks.first, classes)
+        sums = shards.sums_of(call.backend, logits, local, vectors, confidence)
+        done = finished(call, sums, classes, slopes=scale is not None)
+        ctx.call, ctx.in_place = call, in_place
+        if any(ctx.needs_input_grad[:4]):
+            ctx.save_for_backward(
+                logits, confidence, scale, bias, local, done.terms, done.target_slope, done.divisor
+            )
+        loss: Tensor = call.reduction.loss(done.losses, done.divisor)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
+            raise RuntimeError(shards.NOT_THERE)
+        call: Call = ctx.call
+        logits, confidence, scale, bias, local, terms, target_slope, divisor = ctx.saved_tensors
+        of_logits, of_confidence, of_scale, of_bias = ctx.needs_input_grad[:4]
+        factors = shards.factors_of(
+            terms, target_slope, call.reduction.upstream(grad_loss, divisor, terms)
+        )
+        vectors = replace(call.vectors, scale=scale, bias=bias)
+        want = (of_logits, of_scale, of_bias, of_confidence)
+        over = logits.data if ctx.in_place else logits
+        grads = shards.gradients_of(
+            call.backend, factors, over, local, vectors, confidence, want, in_place=ctx.in_place
+        )
+        if ctx.in_place and of_logits:
+            torch.autograd.graph.increment_version(logits)
+        if grads[3] is not None:
+            assert call.ranks is not None
+            call.ranks.add(grads[3], "gradient of the confidence")
+        return grads[0], grads[3], grads[1], grads[2], None, None
+
+
+@_disable_dynamo  # torch.compiler.disable, without importing dynamo
+def loss(
+    call: Call, logits: Tensor, confidence: Tensor | None, scale: Tensor | None,
+    bias: Tensor | None, *, in_place: bool,
+) -> Tensor:  # fmt: skip
+    """In the accumulation dtype, of this rank's logits (N, C), neighbouring classes."""
+    found: Tensor = _ParallelLoss.apply(  # type: ignore[no-untyped-call]
+        logits, confidence, scale, bias, call, in_place
+    )
+    return found

@@ -1,0 +1,111 @@
+"""The processes that share a loss's classes: what they exchange.
+
+A row costs two all-reduces in forward: its maximum, then up to five values relative to it, in the
+arithmetic of the logits; in backward one value for the confidence, and those of the features where
+they are wanted. Nothing has the number of classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ArgumentError
+from . import shards
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """Sums (5, N) and weights of the rows' targets (N,) over all ranks; sum_j w_j and the number of
+    classes, 0-d.
+    """
+
+    sums: Tensor
+    target_weight: Tensor
+    weight_sum: Tensor
+    classes: Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """group: None is the default one. first: this rank's first class."""
+
+    group: Any
+    first: int
+
+    @staticmethod
+    def of(group: Any, shard_offset: int | None, classes: int, device: torch.device) -> Ranks:
+        """Finds the first class by an exchange of sizes, unless it is given."""
+        if not dist.is_available() or not dist.is_initialized():
+            raise ArgumentError(
+                "group has no processes: needed is torch.distributed.init_process_group before"
+            )
+        if dist.get_rank(group) < 0:
+            raise ArgumentError("group does not contain this process, needed is one that does")
+        if shard_offset is not None:
+            return Ranks(group, shard_offset)
+        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+        sizes[dist.get_rank(group)] = classes
+        ranks = Ranks(group, 0)
+        ranks.add(sizes, "sizes of the shards")
+        return Ranks(group, int(sizes[: dist.get_rank(group)].sum()))
+
+    def combined(
+        self, sums: Tensor, target_weight: Tensor, weight_sum: Tensor, classes: int,
+        target: Tensor, valid: Tensor, *, slopes: bool, weighted: bool, smoothing: bool,
+    ) -> Everyone:  # fmt: skip
+        """Of this rank's sums. target: as of this rank's shard; see shards.local_target.
+
+        Raises IndexError where a row has no rank, or several, whose class its target is.
+        """
+        maximum = sums[0].clone()
+        self._all_reduce(maximum, dist.ReduceOp.MAX, "maxima of the rows")
+        relative = shards.rebased(sums, weight_sum, maximum)
+        # What is not sent is 0 on every rank, and a weight of 1.
+        sent = [1, 2, *([3] if slopes else []), *([4] if smoothing else [])]
+        values = [relative[k] for k in sent] + ([target_weight] if weighted else [])
+        # Besides: three numbers for all rows.
+        named = (target >= 0).sum()
+        numbers = torch.stack([weight_sum, weight_sum.new_tensor(classes), named.to(sums.dtype)])
+        message = torch.cat([*values, numbers])
+        self.add(message, "sums of the rows")
+        *values, numbers = message.split([*(len(maximum) for _ in values), 3])
+        weight_sum, everyone, owners = numbers
+        _check_owners(owners, valid)
+        for k, value in zip(sent, values, strict=False):
+            relative[k] = value
+        target_weight = values[-1] if weighted else valid.to(sums.dtype)
+        return Everyone(relative, target_weight, weight_sum, everyone)
+
+    def add(self, tensor: Tensor, what: str) -> None:
+        """Makes a tensor the sum of every rank's."""
+        self._all_reduce(tensor, dist.ReduceOp.SUM, what)
+
+    def _all_reduce(self, tensor: Tensor, op: Any, what: str) -> None:
+        try:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        except RuntimeError as error:
+            rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+            raise RuntimeError(
+                f"the all-reduce of the {what} (shape {tuple(tensor.shape)}, {tensor.dtype}) "
+                f"failed on rank {rank} of {size}: another rank has raised, ended or does not "
+                f"take part, or has another number of rows or other options. {error}"
+            ) from error
+
+
+def _check_owners(owners: Tensor, valid: Tensor) -> None:
+    """Every target that counts must be exactly one rank's class."""
+    message = (
+        "targets are out of bounds: of the rows that count some have a target that no rank, or "
+        "more than one, has among its classes; needed are global class ids, and shards that "
+        "follow each other"
+    )
+    right = owners == valid.sum()
+    if right.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not bool(right):
+        raise IndexError(message)

@@ -1,0 +1,249 @@
+"""The loss of rows whose classes are divided into shards: over memory (linear.py), over processes
+(distributed.py).
+
+    sums of each shard -> combined -> losses, terms -> factors -> gradients of each shard
+
+A row's sums and factors are the (5, N) tensors of `reference.shard_sums` and
+`reference.shard_gradients`; everything between them is elementwise on rows. Gradients of the class
+vectors and of the logits are a shard's own; those of the confidence are to be added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._ops import dispatch, reference
+from .._ops.reference import ELSEWHERE, IGNORED
+from .._ops.schemas import ROW, SHARD_VALUES
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
+
+NOT_THERE = (
+    "a loss over several processes cannot be differentiated twice (create_graph=True), nor for a "
+    "batch of upstream gradients (is_grads_batched=True)"
+)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The class vectors of a shard, and whether smoothing sums over its classes."""
+
+    weight: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    prior: Tensor | None
+    margin: Tensor | None
+    smoothing: bool
+
+    def each(self, part: Callable[[Tensor], Tensor]) -> Vectors:
+        """Of some of the classes: part(vector) of every vector that is given."""
+
+        def of(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else part(vector)
+
+        return Vectors(
+            of(self.weight), of(self.scale), of(self.bias), of(self.prior), of(self.margin),
+            self.smoothing,
+        )  # fmt: skip
+
+    def arguments(self, confidence: Tensor | None) -> tuple[Tensor | bool | None, ...]:
+        """In the operators' order."""
+        # Without smoothing the weights are the target's alone, and not the operators' business.
+        weight = self.weight if self.smoothing else None
+        return weight, self.scale, self.bias, confidence, self.prior, self.margin, self.smoothing
+
+    def weight_sum(self, classes: int, like: Tensor) -> Tensor:
+        """sum_j w_j over the shard, 0-d."""
+        if self.weight is None:
+            return like.new_full((), float(classes))
+        return self.weight.sum()
+
+
+def local_target(target: Tensor, first: int, classes: int, ignore_index: int) -> Tensor:
+    """Targets (N,) as a shard of `classes` classes from `first` on has them: int64."""
+    t, valid = reference.class_indices(target, ignore_index)
+    local = t - first
+    here = (local >= 0) & (local < classes)
+    local = torch.where(here, local, ELSEWHERE)
+    return torch.where(valid, local, IGNORED)
+
+
+def target_weight(weight: Tensor | None, target: Tensor, like: Tensor) -> Tensor:
+    """w_t where the shard has the target, else 0; target as from `local_target`."""
+    here = target >= 0
+    if weight is None:
+        return here.to(like.dtype)
+    if not weight.numel():
+        return torch.zeros_like(target, dtype=like.dtype)
+    return torch.where(here, weight[target.clamp(min=0)], 0.0)
+
+
+def sums_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
+            confidence: Tensor | None) -> Tensor:  # fmt: skip
+    """A shard's sums (5, N); see reference.shard_sums."""
+    arguments = vectors.arguments(confidence)
+    if not logits.shape[1]:
+        dtype = reference.accumulate_dtype(logits.dtype)
+        nothing = logits.new_zeros((SHARD_VALUES, logits.shape[0]), dtype=dtype)
+        nothing[0].fill_(torch.finfo(dtype).min).masked_fill_(target == IGNORED, 0.0)
+        return nothing
+    if backend == "reference":
+        return reference.shard_sums(logits, target, *arguments)  # type: ignore[arg-type]
+    operator = dispatch.operators_of(ROW, backend).operator("shard_forward")
+    sums: Tensor = operator(logits, target, *arguments)
+    return sums
+
+
+def gradients_of(
+    backend: str, factors: Tensor, logits: Tensor, target: Tensor, vectors: Vectors,
+    confidence: Tensor | None, want: tuple[bool, bool, bool, bool], *, in_place: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """A shard's gradients of logits, scale, bias and confidence, None where not wanted.
+
+    in_place: that of the logits is written over them, and they are returned.
+    """
+    arguments = vectors.arguments(confidence)
+    if not logits.shape[1]:
+        rows = factors.new_zeros((logits.shape[0],))
+        vector = factors.new_zeros((0,))
+        empty = (logits, vector, vector, rows)
+        return [t if w else None for t, w in zip(empty, want, strict=True)]
+    if backend == "reference":
+        found = reference.shard_gradients(factors, logits, target, *arguments)  # type: ignore[arg-type]
+        if in_place and want[0]:
+            found = (logits.copy_(found[0]), *found[1:])
+    else:
+        in_place = in_place and want[0]
+        name = "shard_backward_" if in_place else "shard_backward"
+        operator = dispatch.operators_of(ROW, backend).operator(name)
+        found = operator(factors, logits, target, *arguments, *want)
+        if in_place:
+            found = (logits, *found[1:])
+    return [t if w else None for t, w in zip(found, want, strict=True)]
+
+
+def rebased(sums: Tensor, weight_sum: Tensor, maximum: Tensor) -> Tensor:
+    """The sums relative to a maximum not below their own. weight_sum: sum_j w_j of the shard."""
+    own, rest, target_logit, target_slope, smooth = sums
+    # Without classes, or without smoothing's weights, 0 and not 0 * infinity.
+    lost = torch.where(weight_sum == 0, 0.0, weight_sum * (own - maximum))
+    ratio = (own - maximum).exp()
+    return torch.stack((maximum, rest * ratio, target_logit, target_slope, smooth + lost))
+
+
+def added(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> Tensor:
+    """The sums of two shards; those of both, with a_weight + b_weight."""
+    maximum = torch.maximum(a[0], b[0])
+    both = rebased(a, a_weight, maximum) + rebased(b, b_weight, maximum)
+    both[0] = maximum
+    return both
+
+
+def terms_of(
+    sums: Tensor, target_weight: Tensor, weight_sum: Tensor, classes: Tensor | int,
+    valid: Tensor, smoothing: float, gamma: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Losses (N,), 0 where not valid, and terms (4, N): maximum, and those of
+    q_j = softmax exp(u_j - M) - smooth w_j - target [j = t]; docs/math.md.
+
+    sums, target_weight and weight_sum: over all shards. classes: of all shards.
+    """
+    maximum, rest, target_logit, _, smooth = sums
+    total = rest + (target_logit - maximum).exp()
+    log_sum = total.log()
+    # log1p: a small loss keeps its digits. inf - inf is NaN, as in PyTorch, where the target's
+    # logit is infinite.
+    at_maximum = target_logit == maximum
+    nll = (maximum - target_logit) + torch.where(at_maximum, rest.log1p(), log_sum)
+    value, slope = _focal(nll, gamma)
+    losses = (1 - smoothing) * target_weight * value
+    target = (1 - smoothing) * target_weight * slope
+    softmax, share = target, torch.zeros_like(target)
+    if smoothing > 0:
+        share = share + smoothing / classes
+        losses = losses + share * (weight_sum * log_sum - smooth)
+        softmax = target + share * weight_sum
+    terms = torch.stack((maximum, softmax / total, share, target))
+    return torch.where(valid, losses, 0.0), terms
+
+
+def _focal(nll: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """(1 - p)^gamma nll, and its derivative by u_t divided by p - 1; at p = 1 the limit 0."""
+    if gamma == 0:
+        return nll, torch.ones_like(nll)
+    sure = nll <= 0
+    positive = torch.where(sure, 1.0, nll)
+    p, rest = (-positive).exp(), -torch.expm1(-positive)
+    p_nll = torch.where(p == 0, 0.0, p * positive)  # p log p -> 0, not 0 * inf
+    slope = rest**gamma + gamma * rest ** (gamma - 1) * p_nll
+    return torch.where(sure, 0.0, rest**gamma * positive), torch.where(sure, 0.0, slope)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the rows' losses become one: what `sample_weight`, `reduction` and `normalizer` say."""
+
+    sample_weight: Tensor | None
+    reduction: str
+    normalizer: str | Tensor
+
+    def divisor(self, target_weight: Tensor, valid: Tensor) -> Tensor:
+        """What the summed loss is divided by, a float64 0-d tensor; see reference.denominator."""
+        if self.reduction != "mean":
+            return torch.ones((), dtype=torch.float64, device=valid.device)
+        return reference.denominator_of(self.normalizer, valid, target_weight, self.sample_weight)
+
+    def loss(self, losses: Tensor, divisor: Tensor) -> Tensor:
+        """losses: those of `terms_of`."""
+        if self.sample_weight is not None:
+            losses = losses * self.sample_weight
+        return reference.reduce(losses, self.reduction, self.normalizer, divisor)
+
+    def upstream(self, grad_loss: Tensor | None, divisor: Tensor, like: Tensor) -> Tensor:
+        """Of each row's loss, (N,) or 0-d. grad_loss: of the reduced loss; None: 1."""
+        inverse = torch.where(divisor == 0, 0.0, 1.0 / torch.where(divisor == 0, 1.0, divisor))
+        upstream = inverse.to(like.dtype)
+        if grad_loss is not None:
+            upstream = upstream * grad_loss.to(like.dtype)
+        return upstream if self.sample_weight is None else upstream * self.sample_weight
+
+
+def factors_of(terms: Tensor, target_slope: Tensor, upstream: Tensor) -> Tensor:
+    """(5, N), for `gradients_of`. upstream: (N,) or 0-d, everything included."""
+    maximum, softmax, smooth, target = terms
+    g = upstream.expand(maximum.shape)
+    # Where nothing is left to divide by every gradient is 0, whatever stands above.
+    scaled = (torch.where(g == 0, 0.0, g * t) for t in (softmax, smooth, target))
+    return torch.stack((maximum, *scaled, target_slope))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a loss is given beside the tensors that it can differentiate.
+
+    vectors: without scale and bias, which are differentiable. ranks: the processes that share the
+    classes, or None.
+    """
+
+    backend: str
+    target: Tensor
+    ignore_index: int
+    label_smoothing: float
+    focal_gamma: float
+    vectors: Vectors
+    reduction: Reduction
+    ranks: Ranks | None
+
+    @property
+    def valid(self) -> Tensor:
+        """Which rows count."""
+        return reference.class_indices(self.target, self.ignore_index)[1]
+
+    def local_target(self, rows: slice, first: int, classes: int) -> Tensor:
+        return local_target(self.target[rows], first, classes, self.ignore_index)

@@ -1,0 +1,182 @@
+"""On a GPU: the operators' tests, and what only a device has (streams, graphs, synchronisation)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support.cases import Rows, rows
+from support.dense_cases import dense
+from support.places import TESTS, test_files
+from support.tolerances import assert_close
+from torch import Tensor
+
+import disalign_ops
+
+FILES = ["row", "dense", "upsample", "in_place", "autograd", "stage2"]
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _native() -> Iterator[None]:
+    with disalign_ops.set_backend("native"):  # raises where the CUDA library does not serve
+        yield
+
+
+def _run_files(*before: str) -> subprocess.CompletedProcess[str]:
+    tests = test_files(*FILES)
+    return subprocess.run(
+        [*before, sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         "-p", "support.cuda_operators", *tests],
+        env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_operators_pass_the_tests_of_the_cpu_kernels() -> None:
+    run = _run_files()
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    run = _run_files("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def on_gpu(r: Rows, dtype: torch.dtype) -> Rows:
+    tensors = [t.detach().to("cuda", dtype).requires_grad_() for t in r.learned]
+    return Rows(tensors[0], r.target.cuda(), *tensors[1:], r.options)
+
+
+def step(r: Rows) -> list[Tensor]:
+    loss = disalign_ops.disalign_cross_entropy(
+        r.logits, r.target, r.confidence, r.scale, r.bias, **r.options
+    )
+    return [loss.detach(), *torch.autograd.grad(loss, r.learned)]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a.cpu(), e.cpu(), torch.float32, what)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    r = on_gpu(rows(64, 1203), torch.float32)
+    step(r)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(r)
+        loss = disalign_ops.cross_entropy(
+            r.logits, r.target, reduction="none", normalizer=torch.ones((), device="cuda")
+        )
+        torch.autograd.grad(loss, r.logits, torch.ones_like(loss))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_stream() -> None:
+    r = on_gpu(rows(64, 1203), torch.float32)
+    expected = step(r)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = step(r)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(actual, expected, "another stream")
+
+
+def _captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph, results
+
+
+def test_cuda_graph() -> None:
+    r = on_gpu(rows(64, 1203), torch.float32)
+    graph, results = _captured(lambda: step(r))
+    with torch.no_grad():
+        r.logits.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(results, step(r), "graph")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device() -> None:
+    r = on_gpu(rows(9, 133), torch.float32)
+    moved = [t.detach().to("cuda:1").requires_grad_() for t in r.learned]
+    second = Rows(moved[0], r.target.to("cuda:1"), *moved[1:])
+    assert torch.cuda.current_device() == 0
+    assert_same(step(second), step(r), "another device")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_makes_no_float32_copy(dtype: torch.dtype) -> None:
+    z = torch.randn(512, 8142, device="cuda", dtype=dtype, requires_grad=True)
+    t = torch.randint(0, 8142, (512,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", dtype=dtype):
+        loss = disalign_ops.cross_entropy(z, t)
+    assert loss.dtype == torch.float32
+    assert torch.cuda.max_memory_allocated() - before < z.numel() * z.itemsize / 4
+
+
+def test_dense_and_upsampling_equal_the_reference() -> None:
+    d = dense((2, 21, 16, 16), (64, 64))
+    z = d.logits.detach().to("cuda", torch.float32).requires_grad_()
+    t = d.target.cuda()
+    found, expected = [], []
+    for results, backend in ((found, "native"), (expected, "reference")):
+        with disalign_ops.set_backend(backend):
+            loss = disalign_ops.upsample_cross_entropy(z, t)
+            results += [loss.detach(), *torch.autograd.grad(loss, z)]
+            loss = disalign_ops.cross_entropy(z, t[:, :16, :16], ignore_index=255)
+            results += [loss.detach(), *torch.autograd.grad(loss, z)]
+    assert_same(found, expected, "on the device")
+
+
+@pytest.mark.parametrize("shape", [(9, 1203), (2, 21, 8, 9)], ids=str)
+def test_calibrate_equals_the_reference(shape: tuple[int, ...]) -> None:
+    z = torch.randn(shape, device="cuda", requires_grad=True)
+    c = torch.randn(shape[0], *shape[2:], device="cuda", requires_grad=True)
+    a, b = (torch.randn(shape[1], device="cuda", requires_grad=True) for _ in range(2))
+    upstream = torch.randn_like(z)
+    found, expected = [], []
+    for results, backend in ((found, "native"), (expected, "reference")):
+        with disalign_ops.set_backend(backend):
+            u = disalign_ops.calibrate(z, c, a, b)
+            results += [u.detach(), *torch.autograd.grad(u, (z, c, a, b), upstream)]
+    assert_same(found, expected, "calibrate")
+
+
+def test_a_target_that_is_no_class_stops_the_kernel() -> None:
+    # The device is lost to the process that did it.
+    program = (
+        "import torch, disalign_ops as d;"
+        "d.cross_entropy(torch.zeros(4, 7, device='cuda'), torch.full((4,), 7, device='cuda'));"
+        "torch.cuda.synchronize()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "device-side assert" in run.stderr or "illegal instruction" in run.stderr

@@ -1,0 +1,352 @@
+"""The CUDA library: built, loaded and registered without a GPU; what its kernels take of one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from simt import build
+from support.places import ROOT, TESTS
+
+import disalign_ops
+from disalign_ops._ops import backends, schemas
+
+NATIVE = disalign_ops.backend_info()["native"]
+ARCHITECTURES = ("80", "90")
+
+needs_library = pytest.mark.skipif(
+    not backends.CUDA_LIBRARY.exists(),
+    reason=f"the CUDA library is not built: {NATIVE['why_not_cuda']}",
+)
+
+
+@needs_library
+@pytest.mark.parametrize("operator", sorted(schemas._OPERATORS))
+def test_the_library_loads_without_a_gpu_and_registers_every_operator(operator: str) -> None:
+    name = f"disalign_ops::{operator}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+
+
+@needs_library
+def test_backend_info_names_the_architectures_and_why_cuda_does_not_serve() -> None:
+    assert all(re.fullmatch(r"\d+a?(-real)?", a) for a in NATIVE["cuda_architectures"])
+    assert NATIVE["cuda_compiler"].startswith("nvcc ")
+    if torch.version.cuda is None:
+        assert NATIVE["why_not_cuda"] == "this PyTorch is built without CUDA"
+
+
+@needs_library
+def test_the_library_is_small() -> None:
+    # 25 MiB with all seven architectures.
+    most = 25 * 2**20 * len(NATIVE["cuda_architectures"]) / 7
+    assert backends.CUDA_LIBRARY.stat().st_size <= most
+
+
+STUB = """
+extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = 0; return 0; }
+"""
+
+
+@needs_library
+def test_torchs_stream_is_found_where_torch_has_loaded_its_cuda_library(tmp_path: Path) -> None:
+    # As torch's CUDA builds load theirs: out of sight of other libraries, found by its name alone.
+    stub = tmp_path / "libtorch_cuda.so"
+    (tmp_path / "stub.cpp").write_text(STUB)
+    subprocess.run(
+        [build.compiler(), "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so",
+         str(tmp_path / "stub.cpp"), "-o", str(stub)], check=True,
+    )  # fmt: skip
+    program = (
+        "import ctypes, sys, torch, disalign_ops;"
+        "sys.argv[1:] and ctypes.CDLL(sys.argv[1]);"
+        "print(torch.ops.disalign_ops.cuda_why_not(0))"
+    )
+    if torch.version.cuda is None:
+        without = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert without.stdout.strip() == "this PyTorch has no CUDA streams", without.stderr
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(stub)], capture_output=True, text=True, check=True
+    )
+    assert "no CUDA streams" not in found.stdout
+    if not torch.cuda.is_available():
+        assert "the library has code for" in found.stdout  # and why the runtime has no device
+
+
+# A CUDA runtime of these calls alone, none of which makes a context: with any other, the program
+# does not link.
+RUNTIME = r"""
+#include "cuda/launch/support.h"
+#include <cstdio>
+static int major_, minor_, integrated_, driver_;
+extern "C" {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 1) return cudaErrorInvalidDevice;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? major_
+         : attribute == cudaDevAttrComputeCapabilityMinor ? minor_ : integrated_;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { *version = driver_; return cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { *version = 13000; return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "no such device"; }
+}
+int main() {
+  char architectures[99];
+  int device;
+  while (std::scanf("%98s %d %d %d %d %d", architectures, &device, &major_, &minor_, &integrated_,
+                    &driver_) == 6)
+    std::printf("%s\n", disalign::cuda::why_not(device, architectures).c_str());
+}
+"""
+OLD, NEW = 12080, 13010  # drivers
+# (architectures, device, major, minor, integrated, driver) -> why not
+DEVICES = {
+    ("80-real,90-real", 1, 8, 0, 0, NEW): "",
+    ("80-real,90-real", 1, 8, 6, 0, NEW): "",
+    ("80-real,90-real", 1, 8, 7, 1, NEW): "the device's compute capability is 8.7",
+    ("87-real", 1, 8, 7, 1, NEW): "",
+    ("86-real", 1, 8, 0, 0, NEW): "the device's compute capability is 8.0",
+    ("80-real,90-real", 1, 7, 5, 0, NEW): "the device's compute capability is 7.5",
+    ("80-real,90-real", 1, 12, 0, 0, NEW): "the device's compute capability is 12.0",
+    ("80-real,90", 1, 12, 0, 0, NEW): "",
+    ("80-real,90", 1, 12, 0, 0, OLD): "the device's compute capability is 12.0",
+    ("80-real,90", 1, 9, 0, 0, OLD): "",
+    ("90a", 1, 9, 0, 0, NEW): "",
+    ("90a", 1, 10, 0, 0, NEW): "the device's compute capability is 10.0",
+    ("100-real,120", 1, 10, 3, 0, NEW): "",
+    ("100-real,120", 1, 12, 1, 1, NEW): "",
+    ("80-real", 0, 8, 0, 0, NEW): "no such device",
+}
+
+
+def test_a_device_is_judged_without_a_context(tmp_path: Path) -> None:
+    home = build.cuda_home()
+    if home is None:
+        pytest.skip("needs CUDA headers")
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    program = tmp_path / "runtime"
+    subprocess.run(
+        [build.compiler(), "-std=c++17", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}",
+         f"-I{home / 'include'}",
+         str(tmp_path / "runtime.cpp"), "-o", str(program)], check=True,
+    )  # fmt: skip
+    asked = "".join(" ".join(map(str, device)) + "\n" for device in DEVICES)
+    run = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == list(DEVICES.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("0", "DISALIGN_OPS_CUDA was 0"), ("auto", "no nvcc was found")],
+)
+def test_the_choice_stands_in_backend_info(tmp_path: Path, setting: str, expected: str) -> None:
+    # setup.py as pip calls it, but for the C++ library, which takes minutes.
+    program = f"""
+import sys, os
+sys.argv = ["setup.py", "--quiet", "--name"]
+os.chdir({str(ROOT)!r})
+import runpy
+build = runpy.run_path("setup.py")["CMakeBuild"]
+from setuptools import Distribution
+from pathlib import Path
+command = build(Distribution())
+command.build_cuda(Path({str(tmp_path)!r}))
+"""
+    environment = {**os.environ, "DISALIGN_OPS_CUDA": setting, "PATH": str(tmp_path)}
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        environment.pop(variable, None)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True,
+                   capture_output=True)  # fmt: skip
+    reason = backends._why_missing(tmp_path / "libdisalign_ops_cuda.so", "cuda_not_built.txt")
+    assert expected in reason
+
+
+# ---- What the compiler says of the kernels ----
+
+# Registers a thread, at most, over both architectures. Kernels are compiled for as few registers as
+# they need without spilling; a budget keeps a change from halving the threads that run at once.
+# (kernel, storage is float64): the other storage types share their arithmetic.
+REGISTERS = {
+    ("row_forward_kernel plain", False): 112,
+    ("row_forward_kernel plain", True): 144,
+    ("row_forward_kernel calibrated", False): 176,
+    ("row_forward_kernel calibrated", True): 208,
+    ("row_forward_kernel clusters", False): 160,  # 168 are there for blocks of 384 threads
+    ("row_forward_kernel clusters", True): 216,
+    ("row_backward_kernel plain", False): 96,
+    ("row_backward_kernel plain", True): 160,
+    ("row_backward_kernel calibrated", False): 128,
+    ("row_backward_kernel calibrated", True): 168,
+    ("row_backward_kernel class sums", False): 200,
+    ("row_backward_kernel class sums", True): 200,
+    ("row_combine_kernel", False): 72,
+    ("row_combine_kernel", True): 88,
+    ("row_target_kernel", False): 32,
+    ("row_target_kernel", True): 32,
+    ("finish_kernel", False): 56,
+    ("finish_kernel", True): 64,
+    ("dense_forward_kernel plain", False): 64,
+    ("dense_forward_kernel plain", True): 80,
+    ("dense_forward_kernel calibrated", False): 88,
+    ("dense_forward_kernel calibrated", True): 128,
+    ("dense_backward_kernel plain", False): 64,
+    ("dense_backward_kernel plain", True): 80,
+    ("dense_backward_kernel calibrated", False): 80,
+    ("dense_backward_kernel calibrated", True): 96,
+    ("row_calibrate_kernel forward", False): 128,
+    ("row_calibrate_kernel forward", True): 128,
+    ("row_calibrate_kernel backward", False): 184,
+    ("row_calibrate_kernel backward", True): 168,
+    ("dense_calibrate_kernel forward", False): 64,
+    ("dense_calibrate_kernel forward", True): 64,
+    ("dense_calibrate_kernel backward", False): 72,
+    ("dense_calibrate_kernel backward", True): 64,
+    ("upsample_axis_kernel", False): 56,
+    ("upsample_axis_kernel", True): 56,
+    ("upsample_forward_kernel", False): 112,
+    ("upsample_forward_kernel", True): 152,
+    ("upsample_factors_kernel", False): 104,
+    ("upsample_factors_kernel", True): 120,
+    ("upsample_backward_kernel", False): 80,
+    ("upsample_backward_kernel", True): 88,
+    ("upsample_overwrite_kernel", False): 48,
+    ("upsample_overwrite_kernel", True): 48,
+}
+_NARROW = ("row_forward_kernel calibrated", False)
+ROW_FORWARD_WIDE = 128  # calibrated: more would leave no room for a block of 512 threads
+
+
+@dataclass
+class Kernel:
+    symbol: str
+    registers: int
+    stack: int
+    spilled: int
+    static_shared: int
+
+    @property
+    def name(self) -> str:
+        return re.search(r"\d+([a-z_]+_kernel)I", self.symbol)[1]  # type: ignore[index]
+
+    @property
+    def type(self) -> str:
+        return re.search(r"_kernelI(d|f|13__nv_bfloat16|6__half)", self.symbol)[1]  # type: ignore[index]
+
+    @property
+    def flags(self) -> list[bool]:
+        return [f == "1" for f in re.findall(r"Lb([01])E", self.symbol)]
+
+    @property
+    def budget(self) -> tuple[str, bool]:
+        kinds = {(): "", (False,): " plain", (True,): " calibrated"}
+        if "calibrate" in self.name:
+            kinds = {(False,): " forward", (True,): " backward"}
+        kind = kinds[tuple(self.flags[:1])]
+        if self.name == "row_backward_kernel" and self.flags[2]:
+            kind = " class sums"
+        if self.name == "row_forward_kernel" and self.flags[2]:
+            kind = " clusters"
+        return self.name + kind, self.type == "d"
+
+
+def _compile(architecture: str, folder: Path) -> tuple[Path, list[Kernel]]:
+    home = build.cuda_home()
+    assert home is not None
+    cubin = folder / f"kernels_{architecture}.cubin"
+    run = subprocess.run(
+        [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin",
+         "-Xptxas", "-v",
+         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
+         str(TESTS / "simt" / "every_kernel.cu"), "-o", str(cubin)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    pattern = (
+        r"Compiling entry function '(\S+)' for.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    kernels = []
+    for symbol, stack, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        static = int(shared[1]) if shared else 0
+        kernels.append(Kernel(symbol, int(registers), int(stack), int(stores) + int(loads), static))
+    return cubin, kernels
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Path, list[Kernel]]]:
+    home = build.cuda_home()
+    if home is None or not (home / "bin" / "nvcc").exists():
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp("cubin")
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda architecture: _compile(architecture, folder), ARCHITECTURES)
+        return dict(zip(ARCHITECTURES, found, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_spill_nothing_and_keep_their_budgets(
+    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
+) -> None:
+    kernels = compiled[architecture][1]
+    assert {k.budget for k in kernels} == set(REGISTERS)
+    over = []
+    for kernel in kernels:
+        most = REGISTERS[kernel.budget]
+        if kernel.budget == _NARROW and kernel.flags[1]:
+            most = ROW_FORWARD_WIDE
+        if kernel.registers > most or kernel.stack or kernel.spilled or kernel.static_shared:
+            over.append((kernel, most))
+    assert not over
+
+
+def _machine_code(cubin: Path) -> dict[str, str]:
+    """Each kernel's instructions."""
+    tools = Path(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}",
+                 "site-packages", "nvidia", "cu13", "bin")  # fmt: skip
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    cuobjdump = shutil.which("cuobjdump", path=path)
+    if cuobjdump is None or shutil.which("nvdisasm", path=path) is None:
+        pytest.skip("needs cuobjdump and nvdisasm (packages nvidia-cuda-cuobjdump, -nvdisasm)")
+    run = subprocess.run(
+        [cuobjdump, "-sass", str(cubin)], env={**os.environ, "PATH": path},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    parts = re.split(r"Function : (\S+)", run.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
+    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
+) -> None:
+    cubin, kernels = compiled[architecture]
+    code = _machine_code(cubin)
+    assert set(code) == {k.symbol for k in kernels}
+    for kernel in kernels:
+        found = set(
+            re.findall(r"\b(?:LDG|STG|LDL|STL|ATOMG?|RED)(?:\.[A-Z0-9]+)*", code[kernel.symbol])
+        )
+        local = {i for i in found if i.startswith(("LDL", "STL"))}
+        assert not local, f"{kernel.symbol} keeps registers in memory"
+        assert not {i for i in found if i.startswith(("ATOM", "RED"))}, "no atomics"
+        if "clusters" in kernel.budget[0]:
+            clusters = "UCGABAR_WAIT" in code[kernel.symbol]
+            assert clusters == (int(architecture) >= 90), kernel.symbol
+            if not clusters:
+                continue  # not launched there
+        if kernel.name in ("row_forward_kernel", "row_backward_kernel"):
+            # How often, at C = 1203 and others: test_cuda_simt.py counts.
+            assert "LDG.E.128" in found, kernel.symbol
+        if kernel.name == "row_backward_kernel":
+            assert "STG.E.128" in found, kernel.symbol

@@ -1,0 +1,332 @@
+"""The CUDA kernels, executed on the CPU: results, memory traffic, sanitizers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from simt import build
+from simt.calls import DTYPES, Call, Problem, check, save
+from support.places import TESTS, test_files
+
+if build.why_not():
+    pytest.skip(str(build.why_not()), allow_module_level=True)
+
+ALL_FILES = [
+    "row",
+    "shard",
+    "linear",
+    "dense",
+    "upsample",
+    "calibrate",
+    "in_place",
+    "autograd",
+    "stage2",
+    "forward_backward",
+]
+
+
+@pytest.mark.parametrize(
+    ("seed", "files", "only"),
+    [
+        (None, ALL_FILES, ""),
+        (1, ["row", "dense", "upsample", "calibrate"], "shapes or contents or calibrate"),
+        (2, ["row", "dense", "upsample", "calibrate"], "shapes or contents or calibrate"),
+    ],
+    ids=["in order", "seed 1", "seed 2"],
+)
+def test_the_operators_pass_the_tests_of_the_cpu_kernels(
+    seed: int | None, files: list[str], only: str
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    if seed is not None:
+        environment["SIMT_SEED"] = str(seed)
+    tests = test_files(*files)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         "-p", "simt.operators", "-k", only, *tests],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    # Each was called, and in its forward and both of its backwards.
+    called = dict(re.findall(r"(\w+) called (\d+) times", run.stdout))
+    stems = ("row", "dense", "upsample")
+    wanted = {f"{stem}_{part}" for stem in stems for part in ("forward", "backward")}
+    wanted |= {
+        f"{s}_{part}" for s in ("row", "dense") for part in ("calibrate", "calibrate_backward")
+    }
+    if seed is None:
+        wanted |= {f"{stem}_backward_" for stem in stems} | {"upsample_predict"}
+    assert wanted <= set(called), called
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    return build.module("kernels")
+
+
+def row(n: int, c: int, dtype: torch.dtype = torch.float32, **more: Any) -> Problem:
+    return Problem((torch.randn(n, c) * 3).to(dtype), torch.randint(0, c, (n,)), **more)
+
+
+def dense(n: int, c: int, s: int, dtype: torch.dtype = torch.float32, **more: Any) -> Problem:
+    return Problem((torch.randn(n, c, s) * 3).to(dtype), torch.randint(0, c, (n, s)), **more)
+
+
+def upsample(
+    shape: tuple[int, ...], size: tuple[int, int], dtype: torch.dtype = torch.float32, **more: Any
+) -> Problem:
+    target = torch.randint(0, shape[1], (shape[0], *size))
+    return Problem((torch.randn(shape) * 3).to(dtype), target, size=size, **more)
+
+
+def everything(classes: int, positions: int) -> dict[str, Any]:
+    """Options that take every branch of a kernel."""
+    return {
+        "weight": torch.rand(classes) + 0.1,
+        "prior": torch.randn(classes),
+        "margin": torch.rand(classes),
+        "sample_weight": torch.rand(positions) + 0.1,
+        "label_smoothing": 0.1,
+        "focal_gamma": 1.5,
+    }
+
+
+def small_problems() -> list[Problem]:
+    """Every kernel and tier, small enough for the sanitizers."""
+    torch.manual_seed(3)
+    problems = [
+        row(7, 19),
+        row(6, 3, torch.float16, calibrated=False),
+        row(19, 133, torch.bfloat16, options=everything(133, 19)),
+        row(9, 1203, torch.bfloat16),
+        row(5, 1203, options=everything(1203, 5)),
+        row(3, 1203, calibrated=False),
+        row(3, 301, torch.float64, options=everything(301, 3)),
+        dense(2, 5, 70),
+        dense(1, 150, 40, torch.bfloat16, options=everything(150, 40)),
+        dense(1, 19, 33, torch.float64, calibrated=False),
+        upsample((1, 5, 4, 5), (13, 17)),
+        upsample((1, 37, 3, 4), (9, 8), torch.float16, options=everything(37, 72)),
+        upsample((1, 3, 6, 5), (2, 3), torch.float64),
+    ]
+    problems[0].target[2] = -100
+    problems[7].target[0, 3:40] = -100
+    problems[10].target[0, :3] = -100
+    return problems
+
+
+def small_calls() -> list[Call]:
+    calls = [call for problem in small_problems() for call in problem.calls()]
+    # With less shared memory: tiles of a row, logits that are read again.
+    for problem, shared in (
+        (row(3, 9001), 40 << 10), (row(2, 9000, calibrated=False), 40 << 10),
+        (dense(1, 90, 50), 30 << 10), (upsample((1, 500, 6, 8), (9, 13)), 64 << 10),
+    ):  # fmt: skip
+        calls += problem.calls(shared_bytes=shared)
+    # Rows by clusters of two blocks.
+    for problem in (row(5, 8200), row(3, 9001, torch.bfloat16, options=everything(9001, 3))):
+        calls.append(problem.calls(has_clusters=True)[0])
+    for problem in (
+        row(7, 19), row(3, 1203, torch.bfloat16), row(2, 5001, torch.float64),
+        dense(2, 5, 70), dense(1, 60, 40, torch.float16),
+    ):  # fmt: skip
+        calls += problem.calibrate_calls()
+    return calls
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_every_kernel_and_tier(kernels: ModuleType, seed: int | None) -> None:
+    kernels.set_options(shuffle=seed is not None, seed=seed or 0)
+    for call in small_calls():
+        check(kernels, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 8, 9, 33, 512, 513, 1203, 8142, 8192, 8193])
+def test_row_tiers_at_every_alignment(
+    kernels: ModuleType, classes: int, dtype: torch.dtype
+) -> None:
+    kernels.set_options()
+    for call in row(11, classes, dtype).calls():
+        check(kernels, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [8193, 12288, 12289, 40001, 49145])
+def test_rows_by_clusters(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+    for seed in (None, 1):
+        kernels.set_options(shuffle=seed is not None, seed=seed or 0)
+        problem = row(5, classes, dtype, options=everything(classes, 5))
+        problem.target[1] = -100
+        check(kernels, problem.calls(has_clusters=True)[0])
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(40001, torch.float32), (49145, torch.bfloat16)], ids=str
+)
+def test_clusters_read_a_wide_row_once(
+    kernels: ModuleType, classes: int, dtype: torch.dtype
+) -> None:
+    problem = row(3, classes, dtype)
+    logits = problem.logits.numel() * problem.logits.element_size()
+    for clusters, reads in ((True, 1), (False, 2)):
+        run_call(kernels, problem.calls(has_clusters=clusters)[0])
+        traffic = kernels.traffic("logits")
+        assert traffic["load_bytes"] == reads * logits
+        assert 16 * traffic["wide_loads"] >= 0.98 * reads * logits
+
+
+SCRIPT = """
+import pickle, sys, kernels
+sys.path.insert(0, {simt!r})
+calls = pickle.load(open({path!r}, "rb"))
+import numpy as np
+for seed in (0, 5):
+    kernels.set_options(shuffle=True, seed=seed)
+    for call in calls:
+        getattr(kernels, call["operation"])(call["fields"])
+        for name, expected in call["expected"].items():
+            found = call["fields"][name]
+            if found.dtype == np.int16:
+                found = (found.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            error = np.abs(found.astype(np.float64).reshape(expected.shape) - expected).max()
+            assert error <= 0.02 * max(np.abs(expected).max(), 1), (call["name"], name, error)
+    print("checked", len(calls), flush=True)
+"""
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_no_sanitizer_finds_anything(tmp_path: Path, sanitizer: str) -> None:
+    calls = small_calls()
+    path = tmp_path / "calls.pickle"
+    save(calls, path)
+    script = SCRIPT.format(path=str(path), simt=str(TESTS))
+    run = build.run_sanitized(script, sanitizer, "kernels", timeout=900)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert run.stdout.count(f"checked {len(calls)}") == 2
+
+
+def run_call(kernels: ModuleType, call: Call) -> None:
+    kernels.set_options()
+    getattr(kernels, call.operation)(call.fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 1203), (24, 8142), (200, 100), (3, 40001)], ids=str)
+def test_a_row_is_read_once_and_its_gradient_written_once(
+    kernels: ModuleType, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    problem = row(*shape, dtype, calibrated=False)
+    logits = problem.logits.numel() * problem.logits.element_size()
+    forward, backward = problem.calls()
+    run_call(kernels, forward)
+    read = kernels.traffic("logits")
+    assert read["load_bytes"] == logits
+    # All but the ends of the rows by 16 bytes, at these odd numbers of classes too.
+    assert 16 * read["wide_loads"] >= (0.98 if shape[1] > 1000 else 0.8) * logits
+    run_call(kernels, backward)
+    assert kernels.traffic("logits")["load_bytes"] == logits
+    written = kernels.traffic("grad_logits")
+    assert written["store_bytes"] == logits
+    assert 16 * written["wide_stores"] >= (0.98 if shape[1] > 1000 else 0.8) * logits
+
+
+@pytest.mark.parametrize("shape", [(40, 1203), (24, 8142), (200, 100)], ids=str)
+def test_frozen_logits_are_read_once_in_all(kernels: ModuleType, shape: tuple[int, int]) -> None:
+    problem = row(*shape, torch.bfloat16)
+    forward = problem.calls()[0]
+    run_call(kernels, forward)
+    traffic = kernels.traffic("logits")
+    assert traffic["load_bytes"] == problem.logits.numel() * 2
+    assert traffic["store_bytes"] == 0
+    written = [v for k, v in forward.fields.items() if k.startswith("grad_")]
+    numbers = [v.size for v in written if hasattr(v, "size")]
+    assert sum(numbers) == 2 * shape[1] + shape[0]  # C each for scale and bias, N: the confidence
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_dense_planes_are_read_once_and_written_once(kernels: ModuleType, calibrated: bool) -> None:
+    problem = dense(2, 150, 300, calibrated=calibrated)
+    logits = problem.logits.numel() * 4
+    forward, backward = problem.calls()
+    run_call(kernels, forward)
+    assert kernels.traffic("logits")["load_bytes"] == logits
+    if not calibrated:
+        run_call(kernels, backward)
+        assert kernels.traffic("logits")["load_bytes"] == logits
+        assert kernels.traffic("grad_logits")["store_bytes"] == logits
+        return
+    # Class sums and all: the tile is resident, and the confidence's gradient needs each position's
+    # target once more.
+    run_call(kernels, backward)
+    targets = problem.target.numel() * 4 * 4  # 4 bytes, by each of the 4 slices of the classes
+    assert kernels.traffic("logits")["load_bytes"] == logits + targets
+    assert kernels.traffic("grad_logits")["store_bytes"] == logits
+
+
+def test_upsampling_reads_the_low_resolution_and_nothing_of_the_outputs_size(
+    kernels: ModuleType,
+) -> None:
+    problem = upsample((1, 21, 16, 16), (128, 128), calibrated=False)
+    low = problem.logits.numel() * 4
+    forward, backward = problem.calls()
+    run_call(kernels, forward)
+    # Tiles of 32 x 64 outputs lie between 5 x 9 or 6 x 10 logits: with what neighbours share, up to
+    # twice what there is, of which the output has 64 times as much.
+    assert low < kernels.traffic("logits")["load_bytes"] <= 2 * low
+    run_call(kernels, backward)
+    # 8 x 8 logits with a ring of one around them.
+    assert kernels.traffic("logits")["load_bytes"] == low / 64 * 100
+    assert kernels.traffic("grad_logits")["store_bytes"] == low
+
+
+@pytest.mark.parametrize("stem", ["row", "dense", "upsample"])
+def test_a_target_that_is_no_class_stops_the_kernel(kernels: ModuleType, stem: str) -> None:
+    problem = {
+        "row": row(5, 19), "dense": dense(1, 19, 40), "upsample": upsample((1, 19, 3, 3), (6, 6)),
+    }[stem]  # fmt: skip
+    for call in problem.calls():
+        for wrong in (19, -1, 2**40):
+            call.fields["target"] = call.fields["target"].copy()
+            call.fields["target"].flat[-1] = wrong
+            with pytest.raises(RuntimeError, match="target is no class"):
+                getattr(kernels, call.operation)(call.fields)
+
+
+def test_the_same_launch_gives_the_same_bits(kernels: ModuleType) -> None:
+    problem = row(37, 1203)
+    found = []
+    for seed in (0, 1):
+        kernels.set_options(shuffle=True, seed=seed)
+        call = problem.calls()[0]
+        kernels.row_forward(call.fields)
+        found.append([call.fields[k].tobytes() for k in sorted(call.expected)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("shared", [64, 99, 227])
+@pytest.mark.parametrize("classes", [4000, 4093, 8142, 8192, 9000])
+def test_launches_fit_every_device(kernels: ModuleType, classes: int, shared: int) -> None:
+    # KiB of shared memory of a block: compute capability 7.5; 8.6, 8.9 and 12.0; 9.0 and 10.0.
+    # With every class vector there is: the launcher raises where a launch takes more.
+    kernels.set_options()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        problem = row(2, classes, dtype, options=everything(classes, 2))
+        for call in problem.calls(shared_bytes=shared << 10):
+            check(kernels, call)
+
+
+def test_an_infinite_target_logit_is_no_loss_of_0(kernels: ModuleType) -> None:
+    problem = row(3, 40)
+    problem.logits[1, problem.target[1]] = float("inf")
+    call = problem.calls()[0]
+    run_call(kernels, call)
+    assert call.fields["reduced_loss"] != call.fields["reduced_loss"]  # NaN, as PyTorch's

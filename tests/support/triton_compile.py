@@ -1,0 +1,124 @@
+"""Compiles what the Triton operators launch, for GPUs that are not here.
+
+`launches` collects what an operator would launch, with its arguments; `compile_launch` does what
+Triton's launcher does up to the driver: specialises the arguments, and compiles for a target.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from disalign_ops._ops.triton import launch
+
+TARGETS = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: JITFunction[Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """What is launched meanwhile, instead of launching it."""
+    found: list[Launch] = []
+
+    def note(
+        kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        found.append(Launch(kernel, arguments, options))
+
+    with mock.patch.object(launch, "_call", note):
+        yield found
+
+
+def specialised(found: Launch, architecture: int) -> tuple[Any, str]:
+    """The launch's source for the compiler with its options, and the key of Triton's cache."""
+    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    kernel = found.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given = {**found.options, "debug": kernel.debug}
+    bound, specialization, options = binder(*found.arguments, **given)
+    key = f"{found.name} {specialization} {options}"
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, given, bound, specialization, options
+    )
+    return (ASTSource(kernel, signature, constants, attributes), parsed), key
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    spilled: int  # bytes of local memory
+    shared: int
+    wide_loads: int  # of 16 bytes, from global memory
+    asserts: bool  # whether it has a device_assert
+
+
+def translate(found: Launch, architecture: int) -> Any:
+    """The launch's compiled kernel, as Triton's launcher would hand it to the driver."""
+    (source, options), _ = specialised(found, architecture)
+    target = GPUTarget("cuda", architecture, 32)
+    return triton_compile(source, target=target, options=options.__dict__)
+
+
+def front_end(found: Launch, architecture: int) -> Any:
+    """The launch in Triton's own language, before any machine: what a wrong kernel fails in."""
+    (source, options), _ = specialised(found, architecture)
+    target = GPUTarget("cuda", architecture, 32)
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    return source.make_ir(target, options, functions, backend.get_module_map(), context)
+
+
+def compile_launch(found: Launch, architecture: int) -> Compiled:
+    compiled = translate(found, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = cuobjdump("-res-usage", file.name)
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert used, usage
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        registers=int(used[1]),
+        spilled=int(used[2]) + int(used[4]),
+        shared=int(compiled.metadata.shared),
+        wide_loads=len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
+        asserts="__assertfail" in ptx,
+    )
+
+
+def cuobjdump(*arguments: str) -> str:
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    tools = Path(sys.prefix, "lib", name, "site-packages", "nvidia", "cu13", "bin")
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    tool = shutil.which("cuobjdump", path=path)
+    assert tool, "needs cuobjdump (package nvidia-cuda-cuobjdump)"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
