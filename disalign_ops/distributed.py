@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._call import entry
 from ._call.arguments import (
     check_class_indices,
     check_dtype,
@@ -28,7 +27,7 @@ from ._call.arguments import (
     positions_shape,
     row_vector,
 )
-from ._call.entry import Options
+from ._call.options import Calibration, Options, calibration_vectors, output, validate_options
 from ._call.types import Form, Normalizer, ReductionName
 from ._ops import dispatch, layouts
 from ._ops.reference import accumulate_dtype
@@ -124,10 +123,7 @@ def class_parallel_disalign_cross_entropy(
         margin, focal_gamma, inplace_backward,
     )  # fmt: skip
     shard = _Shard(local_logits, group, shard_offset)
-    calibration = entry.calibration_vectors(
-        shard.checked_against, _local(confidence), _local(scale), _local(bias), form, None,
-        shard.classes,
-    )  # fmt: skip
+    calibration = Calibration(_local(confidence), _local(scale), _local(bias), form, None)
     return _loss(shard, target, calibration, options)
 
 
@@ -211,9 +207,7 @@ def class_parallel_disalign_linear_cross_entropy(
         margin, focal_gamma, False,
     )  # fmt: skip
     head = Linear(features, local_weight, local_bias, cosine_scale, chunk_bytes, no_classes=True)
-    calibration = entry.calibration_vectors(
-        head.logits, confidence, scale, bias, form, None, head.classes
-    )
+    calibration = Calibration(confidence, scale, bias, form, None)
     ranks = Ranks.of(group, _offset(shard_offset), head.classes, features.device)
     sample = head.sample(target, ignore_index, sample_rate, generator, ranks)
     return linear_loss(head, target, calibration, options, sample, ranks)
@@ -256,21 +250,20 @@ class _Shard:
 
 
 def _loss(
-    shard: _Shard, target: Tensor, calibration: tuple[Tensor, ...] | None, options: Options
+    shard: _Shard, target: Tensor, calibration: Calibration | None, options: Options
 ) -> Tensor:
     like, target = shard.checked_against, _local(target)
     shape = positions_shape(like)
     check_class_indices(target)
     check_target(like, target, shape)
-    for name in ("weight", "prior", "margin", "sample_weight"):
-        setattr(options, name, _local(getattr(options, name)))
-    given = entry.checked(like, shard.classes, options)
+    options = Options(*(_local(option) for option in options))
+    given = validate_options(like, shard.classes, options)
     dtype = accumulate_dtype(like.dtype)
     sample_weight = row_vector("sample_weight", options.sample_weight, like, shape, dtype)
     rows = shard.logits.unsqueeze(0) if shard.logits.dim() == 1 else shard.logits
     copied = rows.stride(1) != 1 and rows.shape[1] > 1
     flat = rows.contiguous() if copied else rows
-    in_place = options.inplace_backward and layouts.check_in_place(shard.logits, flat, copied)
+    in_place = given.in_place and layouts.check_in_place(shard.logits, flat, copied)
     if dispatch.needs_logits():
         raise RuntimeError(dispatch.NO_TRANSFORMS)
     ignore_index, smoothing, gamma = given.numbers
@@ -281,12 +274,12 @@ def _loss(
         label_smoothing=smoothing,
         focal_gamma=gamma,
         vectors=Vectors(given.weight, None, None, given.prior, given.margin, smoothing > 0),
-        reduction=Reduction(sample_weight, options.reduction, given.normalizer),
+        reduction=Reduction(sample_weight, given.reduction, given.normalizer),
         ranks=shard.ranks,
     )
-    a, b, c = calibration or (None, None, None)
+    a, b, c = calibration_vectors(like, shard.classes, calibration)
     loss = parallel.loss(call, flat, c, a, b, in_place=in_place)
-    return entry.output(like, loss, shape if options.reduction == "none" else None)
+    return output(like, loss, shape if given.reduction == "none" else None)
 
 
 def _local(value: Any) -> Any:

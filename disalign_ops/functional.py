@@ -1,23 +1,15 @@
-"""The public functions: the one place that validates what a user gives (with _call/arguments.py).
-
-Every input is viewed as rows or as class planes (layouts.py); a backend (see `backend_info`) then
-computes their loss.
-"""
+"""The public functions of logits; _call/entry.py validates what they are given."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ._call import shortcut
-from ._call.arguments import (
-    check_input,
-    positions_shape,
-)
-from ._call.entry import Options, calibration_vectors, given_calibration, loss
+from ._call import entry, tracing
+from ._call.arguments import check_input, positions_shape
+from ._call.options import Calibration, Options, calibration_vectors, validate_calibration
 from ._call.types import Background, Form, Normalizer, ReductionName
-from ._ops import autograd, composed, layouts, reference
-from ._ops.dispatch import composes, operators_of, serving_backend
+from ._ops import autograd, composed, dispatch, layouts, reference
 
 
 @torch.fx.wrap  # in a graph of torch.fx it is one call
@@ -80,21 +72,11 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)  # type: ignore[assignment]
-    if shortcut.has_defaults(
-        reduction, sample_weight, normalizer, prior, margin, focal_gamma, inplace_backward
-    ) and shortcut.is_plain(input, target, weight, ignore_index, label_smoothing):
-        if (backend := serving_backend(input)) == "native":
-            numbers = (ignore_index, label_smoothing, focal_gamma)
-            return shortcut.loss(input, target, weight, numbers)
-        if composes(backend):
-            mean = composed.plain_mean(input, target, weight, ignore_index, label_smoothing)
-            if mean is not None:
-                return mean
     options = Options(
-        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
-        margin, focal_gamma, inplace_backward,
+        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
+        focal_gamma, inplace_backward,
     )  # fmt: skip
-    return loss(input, target, None, options)
+    return entry.loss(input, target, options)
 
 
 @torch.fx.wrap
@@ -137,24 +119,12 @@ def disalign_cross_entropy(
 
     Source: Zhang et al., "Distribution Alignment", CVPR 2021, sections 3.2 and 3.3.
     """
-    if (
-        shortcut.has_defaults(
-            reduction, sample_weight, normalizer, prior, margin, focal_gamma, inplace_backward
-        )
-        and shortcut.is_plain(input, target, weight, ignore_index, label_smoothing)
-        and shortcut.is_plain_calibration(input, confidence, scale, bias, form, background)
-        and serving_backend(input) == "native"
-    ):
-        numbers = (ignore_index, label_smoothing, focal_gamma)
-        extension = layouts.Extension.of(form, background)
-        calibration = (scale, bias, confidence)
-        return shortcut.calibrated_loss(input, target, weight, numbers, calibration, extension)
     options = Options(
-        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
-        margin, focal_gamma, inplace_backward,
+        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
+        focal_gamma, inplace_backward,
     )  # fmt: skip
-    calibration = given_calibration(input, confidence, scale, bias, form, background, None)
-    return loss(input, target, calibration, options, layouts.Extension.of(form, background))
+    calibration = Calibration(confidence, scale, bias, form, background)
+    return entry.loss(input, target, options, calibration)
 
 
 @torch.fx.wrap
@@ -171,15 +141,20 @@ def calibrate(
 
     Arguments, forms, errors and source as in `disalign_cross_entropy`.
     """
+    calibration = Calibration(confidence, scale, bias, form, background)
     if composed.is_tracing():
-        a, b, c = given_calibration(input, confidence, scale, bias, form, background, None)
-        return composed.calibrate(input, c, a, b, form, background)
+        with composed.unrecorded():
+            validate_calibration(input, check_input(input), calibration)
+        return tracing.calibrate(input, calibration)
     classes = check_input(input)
-    a, b, c = calibration_vectors(input, confidence, scale, bias, form, background)
-    stem, flat, _ = layouts.flatten(input)
-    backend = serving_backend(input)
+    a, b, c = calibration_vectors(input, classes, calibration)
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    layout, flat, _ = layouts.flatten(input)
+    backend = dispatch.serving_backend(input)
     if backend != "reference":
-        out = autograd.calibrate(operators_of(stem, backend), flat, a, b, c)
+        out = autograd.calibrate(dispatch.operators_of(layout, backend), flat, a, b, c)
     else:
         out = reference.calibrate(flat, a, b, c).to(input.dtype)
     if input.dim() == 1:

@@ -20,7 +20,7 @@ from ._call.arguments import (
     positions_shape,
     row_vector,
 )
-from ._call.entry import Options
+from ._call.options import Calibration, Options, calibration_vectors, output, validate_options
 from ._call.types import Background, Form, Normalizer, ReductionName
 from ._ops import dispatch
 from ._ops.reference import IGNORED, accumulate_dtype
@@ -133,7 +133,7 @@ def disalign_linear_cross_entropy(
     )  # fmt: skip
     head = Linear(features, linear_weight, linear_bias, cosine_scale, chunk_bytes)
     sample = head.sample(target, ignore_index, sample_rate, generator)
-    calibration = entry.calibration_vectors(head.logits, confidence, scale, bias, form, background)
+    calibration = Calibration(confidence, scale, bias, form, background)
     return linear_loss(head, target, calibration, options, sample, None)
 
 
@@ -233,7 +233,7 @@ def _checked_scale(scale: Any, features: Tensor) -> Tensor | float:
 
 
 def _whole_loss(
-    head: Linear, target: Tensor, calibration: tuple[Tensor, ...] | None, options: Options
+    head: Linear, target: Tensor, calibration: Calibration | None, options: Options
 ) -> Tensor:
     """Through the logits, for torch.func, forward-mode differentiation and exporters."""
     weight = head.weight
@@ -241,13 +241,13 @@ def _whole_loss(
         weight = F.normalize(weight, dim=1, eps=chunks.smallest_norm(weight.dtype))
     logits = F.linear(head.features, weight, head.bias)
     logits = logits.squeeze(0) if head.alone else logits
-    return entry.loss(logits, target, calibration, options)
+    return entry.loss(logits, target, options, calibration)
 
 
 def linear_loss(
     head: Linear,
     target: Tensor,
-    calibration: tuple[Tensor, Tensor, Tensor] | None,
+    calibration: Calibration | None,
     options: Options,
     sample: Sample | None,
     ranks: Ranks | None,
@@ -261,14 +261,16 @@ def linear_loss(
         if sample is not None or ranks is not None:
             raise RuntimeError(dispatch.NO_TRANSFORMS)
         return _whole_loss(head, target, calibration, options)
-    given = entry.checked(logits, head.classes, options)
+    given = validate_options(logits, head.classes, options)
     if ranks is None:
-        entry.check_classes(target, head.classes, given.numbers[0], asserted=False)
+        dispatch.check_classes(target, head.classes, given.ignore_index, asserted=False)
     dtype = accumulate_dtype(logits.dtype)
-    a, b, c = calibration or (None, None, None)
+    a, b, c = calibration_vectors(logits, head.classes, calibration)
     sample_weight = row_vector("sample_weight", options.sample_weight, logits, shape, dtype)
     weight, linear_bias = head.weight, head.bias
-    vectors = Vectors(given.weight, None, None, given.prior, given.margin, given.numbers[1] > 0)
+    vectors = Vectors(
+        given.weight, None, None, given.prior, given.margin, given.label_smoothing > 0
+    )
     flat = target.reshape(-1)
     ignore_index, smoothing, gamma = given.numbers
     if sample is not None:
@@ -285,11 +287,11 @@ def linear_loss(
         label_smoothing=smoothing,
         focal_gamma=gamma,
         vectors=vectors,
-        reduction=Reduction(sample_weight, options.reduction, given.normalizer),
+        reduction=Reduction(sample_weight, given.reduction, given.normalizer),
         plan=chunks.plan(len(head.features), len(weight), logits, head.chunk_bytes, backend),
         cosine=head.cosine,
         ranks=ranks,
         chunk_bytes=head.chunk_bytes,
     )
     loss = chunks.loss(call, head.features, weight, linear_bias, c, a, b)
-    return entry.output(logits, loss, shape if options.reduction == "none" else None)
+    return output(logits, loss, shape if given.reduction == "none" else None)

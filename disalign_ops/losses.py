@@ -28,8 +28,7 @@ from ._call.arguments import (
     positions_shape,
     row_vector,
 )
-from ._call.entry import check_classes
-from ._ops.dispatch import transformed
+from ._ops.dispatch import check_classes, transformed
 from ._ops.reference import accumulate_dtype, class_indices, denominator
 from .class_stats import Counts
 from .errors import ArgumentError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import class_stats
 from ._call.arguments import check_class_indices, check_integer
-from ._call.entry import check_classes
+from ._ops.dispatch import check_classes
 from ._ops.reference import class_indices
 from .class_stats import Counts
 from .errors import ArgumentError

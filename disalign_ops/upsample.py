@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from ._call import entry, tracing
 from ._call.arguments import (
     check_bool,
     check_class_indices,
@@ -21,18 +21,11 @@ from ._call.arguments import (
     row_vector,
     target_hint,
 )
-from ._call.entry import (
-    Options,
-    calibration_vectors,
-    check_classes,
-    checked,
-    loss,
-    output,
-    reference_options,
-)
+from ._call.options import Calibration, Options, calibration_vectors, output, validate_options
 from ._call.types import Background, Form, Normalizer, ReductionName, UpsampleOptions
-from ._ops import autograd, composed, layouts, reference
-from ._ops.dispatch import composes, operators_of, serving_backend, transformed
+from ._ops import composed, dispatch, layouts, reference
+from ._ops.codes import REDUCTIONS
+from ._ops.problem import Inputs, Problem
 from ._ops.schemas import UPSAMPLE
 from .errors import ArgumentError
 
@@ -149,89 +142,83 @@ def upsample_cross_entropy(
     buffer of their size: blocks read what lies around theirs).
     """
     options = Options(
-        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
-        margin, focal_gamma, inplace_backward,
+        weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
+        focal_gamma, inplace_backward,
     )  # fmt: skip
+    calibration = _calibration(confidence, scale, bias, form, background)
     if composed.is_tracing():
-        calibration = (confidence, scale, bias, form, background)
-        return _recorded_loss(input, target, align_corners, calibration, options, return_details)
+        return _recorded_loss(input, target, align_corners, options, calibration, return_details)
+    inputs, problem = _validate(input, target, align_corners, options, calibration, return_details)
+    loss, *details = dispatch.compute(inputs, problem)
+    each = problem.reduction == REDUCTIONS["none"]
+    result = output(input, loss, target.shape if each else None)
+    if not return_details:
+        return result
+    losses = [] if len(details) == 3 else [result.detach()]  # 'none' is these losses itself
+    position_loss, probability, prediction = (t.reshape(target.shape) for t in (*losses, *details))
+    return UpsampleDetails(result, position_loss, probability, prediction)
+
+
+def _validate(
+    input: Tensor,
+    target: Tensor,
+    align_corners: bool,
+    options: Options,
+    calibration: Calibration | None,
+    details: bool,
+) -> tuple[Inputs, Problem]:
+    """As entry.validate."""
     classes = check_image(input)
     check_bool("align_corners", align_corners)
-    check_bool("return_details", return_details)
+    check_bool("return_details", details)
     shape = _target_shape(input, target)
     check_target(input, target, shape)
-    given = checked(input, classes, options)
-    ignore_index = given.numbers[0]
-    if ignore_index == 255 and classes > 255 and not torch.compiler.is_compiling():
+    given = validate_options(input, classes, options)
+    if given.ignore_index == 255 and classes > 255 and not torch.compiler.is_compiling():
         warnings.warn(
             f"ignore_index is 255, and the logits have {classes} classes: class 255 is ignored; "
             "pass the ignore_index of your masks, or a negative one",
-            stacklevel=2,
+            stacklevel=3,
         )
     dtype = reference.accumulate_dtype(input.dtype)
-    v = row_vector("sample_weight", sample_weight, input, shape, dtype)
-    a, b, c = _calibration(input, confidence, scale, bias, form, background)
-    in_place = inplace_backward and layouts.check_in_place(input, input, False)
-
-    if (backend := serving_backend(input)) != "reference":
-        if backend == "triton":
-            check_classes(target, classes, ignore_index)
-        found = autograd.loss(
-            operators_of(UPSAMPLE, backend),
-            (input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v),
-            (*given.numbers, align_corners, return_details),
-            options.reduction,
-            given.normalizer,
-            in_place,
-        )
-        loss, details = found[0], found[1:]
-    else:
-        check_classes(target, classes, ignore_index)
-        u = reference.upsample(
-            input, (shape[1], shape[2]), align_corners,
-            scale=a, bias=b, confidence=c, prior=given.prior,
-        ).flatten(2)  # fmt: skip
-        rest = reference_options(given, options)
-        dense = composed.cross_entropy if composes(backend) else reference.dense_cross_entropy
-        loss = dense(u, target, weight=given.weight, sample_weight=v, **rest)
-        if return_details:
-            rest["reduction"] = "none"
-            each = dense(u, target, weight=given.weight, sample_weight=v, **rest)
-            details = (each.detach(), *reference.details(u.detach(), target, ignore_index))
-    result = output(input, loss, shape if options.reduction == "none" else None)
-    if not return_details:
-        return result
-    position_loss, probability, prediction = (t.reshape(shape) if t.numel() else t for t in details)
-    if options.reduction == "none":
-        position_loss = result.detach()
-    return UpsampleDetails(result, position_loss, probability, prediction)
+    v = row_vector("sample_weight", options.sample_weight, input, shape, dtype)
+    a, b, c = calibration_vectors(input, classes, calibration)
+    in_place = given.in_place and layouts.check_in_place(input, input, False)
+    code, denominator = given.denominator
+    return (
+        Inputs(
+            input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v,
+            denominator,
+        ),
+        Problem(
+            UPSAMPLE, (*given.numbers, align_corners), REDUCTIONS[given.reduction], code,
+            in_place=in_place, details=details,
+        ),
+    )  # fmt: skip
 
 
 def _recorded_loss(
     input: Tensor,
     target: Tensor,
     align_corners: bool,
-    calibration: tuple[Any, ...],
     options: Options,
-    return_details: bool,
-) -> Tensor | UpsampleDetails:
+    calibration: Calibration | None,
+    details: bool,
+) -> Tensor:
     """`upsample_cross_entropy` for torch.jit.trace: through the upsampled logits."""
-    if return_details:
+    if details:
         raise ArgumentError(
             "return_details must be False under torch.jit.trace, got True: take the details from "
             "upsample_predict, or torch.export the model"
         )
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    names = ("confidence", "scale", "bias", "form", "background")
     with composed.unrecorded():
-        upsample_cross_entropy(
-            input, target, align_corners=align_corners,
-            **dict(zip(names, calibration, strict=True)), **given,
-        )  # fmt: skip
-    a, b, c = _calibration(input, *calibration)
+        _validate(input, target, align_corners, options, calibration, False)
+    a = b = c = None
+    if calibration is not None:
+        a, b, c = tracing.calibration_vectors(input, calibration)
     size = (target.shape[1], target.shape[2])
     u = reference.upsample(input, size, align_corners, scale=a, bias=b, confidence=c)
-    return output(input, loss(u, target, None, replace(options, inplace_backward=False)), None)
+    return output(input, entry.loss(u, target, options._replace(inplace_backward=False)), None)
 
 
 def upsample_predict(
@@ -252,19 +239,22 @@ def upsample_predict(
     made a few positions at a time, or an image at a time where no kernel serves the device.
     Arguments as in `upsample_cross_entropy`. No gradient.
     """
+    calibration = _calibration(confidence, scale, bias, form, background)
     with composed.unrecorded() if composed.is_tracing() else nullcontext():
         classes = check_image(input)
         height, width = check_size(size)
         check_bool("align_corners", align_corners)
+        a, b, c = calibration_vectors(input, classes, calibration)
     dtype = reference.accumulate_dtype(input.dtype)
     with torch.no_grad():
-        a, b, c = _calibration(input, confidence, scale, bias, form, background)
+        if composed.is_tracing() and calibration is not None:
+            a, b, c = tracing.calibration_vectors(input, calibration)
         o = class_vector("prior", prior, classes, input, dtype)
-        if (backend := serving_backend(input)) != "reference":
-            operator = operators_of(UPSAMPLE, backend).operator("predict")
+        if (backend := dispatch.serving_backend(input)) != "reference":
+            operator = dispatch.operators_of(UPSAMPLE, backend).operator("predict")
             found: Tensor = operator(input, a, b, c, o, height, width, align_corners)
             return found
-        if transformed():  # which takes the images together, and writes over nothing
+        if dispatch.transformed():  # which takes the images together, and writes over nothing
             size = (height, width)
             return reference.upsample(
                 input, size, align_corners, scale=a, bias=b, confidence=c, prior=o
@@ -299,18 +289,17 @@ def _target_shape(input: Tensor, target: Tensor) -> torch.Size:
 
 
 def _calibration(
-    input: Tensor,
     confidence: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     form: str,
     background: str | None,
-) -> tuple[Tensor | None, ...]:
+) -> Calibration | None:
+    """None where none of it is given."""
     if confidence is None and scale is None and bias is None:
         if background is not None:
             raise ArgumentError(
-                f"background is {background!r}, and no calibration is given: needed are "
-                "confidence, scale and bias"
+                f"background must be None without confidence, scale and bias, got {background!r}"
             )
-        return None, None, None
-    return calibration_vectors(input, confidence, scale, bias, form, background)
+        return None
+    return Calibration(confidence, scale, bias, form, background)

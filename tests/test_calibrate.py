@@ -10,6 +10,7 @@ from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
 import disalign_ops
+from disalign_ops._ops.codes import CALIBRATION, LOGITS
 
 
 def run(r: Rows, upstream: Tensor) -> list[Tensor]:
@@ -131,6 +132,6 @@ def test_opcheck_dense_calibrate() -> None:
     detached = [t.detach() for t in tensors]
     torch.library.opcheck(
         torch.ops.disalign_ops.dense_calibrate_backward.default,
-        (torch.randn(2, 19, 12, dtype=torch.float64), *detached, True, True, True, True),
+        (torch.randn(2, 19, 12, dtype=torch.float64), *detached, LOGITS | CALIBRATION),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )

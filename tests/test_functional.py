@@ -235,7 +235,7 @@ CALIBRATION_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"5\), got 5 entries",
     ),
     ({"scale": torch.ones(4)}, ArgumentError, "scale has 4 entries, the logits have 5 classes"),
-    ({"scale": None}, ArgumentError, "scale is None, needed is a tensor"),
+    ({"scale": None}, ArgumentError, "scale must be a tensor, got None"),
     ({"bias": torch.ones(2, 5)}, ArgumentError, r"bias has shape \(2, 5\), the logits have 5"),
     ({"confidence": torch.ones(2)}, ArgumentError, r"confidence has shape \(2,\), needed is \(3"),
     ({"confidence": 0.5}, ArgumentTypeError, "confidence is a float, needed is a torch.Tensor"),

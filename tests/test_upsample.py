@@ -381,9 +381,9 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"target": torch.zeros(2, 8, 8)}, ArgumentError, "class probabilities"),
     ({"target": torch.zeros(2, 8, 8, dtype=torch.bool)}, ArgumentTypeError, "dtype torch.bool"),
     ({"align_corners": 1}, ArgumentTypeError, "align_corners is a int, needed is a bool"),
-    ({"confidence": torch.zeros(2, 1, 3, 4)}, ArgumentError, "scale is None, needed is a tensor"),
-    ({"scale": torch.zeros(5)}, ArgumentError, "confidence is None|bias is None"),
-    ({"background": "first"}, ArgumentError, "no calibration is given"),
+    ({"confidence": torch.zeros(2, 1, 3, 4)}, ArgumentError, "scale must be a tensor, got None"),
+    ({"scale": torch.zeros(5)}, ArgumentError, "(confidence|bias) must be a tensor, got None"),
+    ({"background": "first"}, ArgumentError, "background must be None without confidence, scale"),
     (
         {"confidence": torch.zeros(2, 1, 8, 8), "scale": torch.zeros(5), "bias": torch.zeros(5)},
         ArgumentError,

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/codes.h"
 #include "common/loss_math.h"
 
 namespace disalign {
@@ -41,14 +42,23 @@ struct LossArgs {
 
   double label_smoothing = 0;
   double focal_gamma = 0;
+  int64_t reduction = kReduceNone;
+  int64_t normalizer = kByWeights;
+
+  // What the summed loss is divided by, in the memory of the logits' device: forward writes it,
+  // from the caller's number where the normalizer says so, and backward reads it.
+  const double* given_denominator = nullptr;
+  double* denominator = nullptr;
+  // What of this the host knows, on the CPU alone: kernels of a GPU read and sum it themselves.
   double weight_sum = 0;           // sum_j w_j; C without weights
-  double inverse_denominator = 1;  // what reduction multiplies the summed loss by
+  double inverse_denominator = 1;  // what the summed loss is multiplied by
 
   // Statistics of A a position: the maximum of the calibrated logits, or what a backend takes off
   // them in its place, and sum_j exp(u_j - row_max). Written by forward, read by backward.
   void* row_max = nullptr;
   void* row_sum = nullptr;
   void* loss = nullptr;  // forward: the position's loss times its sample weight, of A; or null
+  void* reduced_loss = nullptr;  // forward: their sum or mean, one A; or null
 
   // backward: dL/dloss of A, one a position (stride 1) or one for all (stride 0). null: 1.
   const void* upstream = nullptr;
@@ -58,8 +68,10 @@ struct LossArgs {
   void* grad_logits = nullptr;
   int64_t grad_image_stride = 0;
   int64_t grad_class_stride = 1;
+  void* grad_scale = nullptr;       // of A
+  void* grad_bias = nullptr;        // of A
   void* grad_confidence = nullptr;  // of A
-  bool class_gradients = false;     // of scale and bias: sums, that each backend keeps its own way
+  bool class_gradients = false;     // of scale or bias: the kernels sum both
 
   // Of a shard, whose logits are some of the rows' classes: forward writes its sums, backward reads
   // factors made of all shards' sums. Both [kShardValues][positions] of A; null where the logits

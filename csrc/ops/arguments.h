@@ -60,33 +60,16 @@ inline int64_t size_of(ScalarType accumulate) {
   return accumulate == ScalarType::Double ? sizeof(double) : sizeof(float);
 }
 
-inline void check_dense(const Tensor& logits, const char* name) {
-  require(logits.dim() == 3, name, " has ", logits.dim(),
-          " dimensions, 3 (images, classes, positions) are needed");
-  require(is_logits_dtype(logits.scalar_type()), name,
-          " is not float64, float32, bfloat16 or float16");
-  require(logits.size(2) <= 1 || logits.stride(2) == 1 || logits.numel() == 0, name,
-          "'s positions are not next to each other");
-}
-
-inline void check_rows(const Tensor& logits, const char* name) {
-  require(logits.dim() == 2, name, " has ", logits.dim(),
-          " dimensions, 2 (rows, classes) are needed");
-  require(is_logits_dtype(logits.scalar_type()), name,
-          " is not float64, float32, bfloat16 or float16");
-  // PyTorch calls a tensor without elements contiguous, whatever its strides.
-  require(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.numel() == 0, name,
-          "'s classes are not next to each other");
-}
-
-// Whether two elements of a tensor of 4 dimensions may share memory: sorted by stride, every
+// Whether two elements of a tensor of up to 4 dimensions may share memory: sorted by stride, every
 // dimension must step over all that lies below it.
 inline bool overlaps(const Tensor& tensor) {
   std::pair<int64_t, int64_t> dims[4];
-  for (int64_t d = 0; d < 4; ++d) dims[d] = {tensor.stride(d), tensor.size(d)};
-  std::sort(dims, dims + 4);
+  const int64_t count = tensor.dim();
+  for (int64_t d = 0; d < count; ++d) dims[d] = {tensor.stride(d), tensor.size(d)};
+  std::sort(dims, dims + count);
   int64_t reach = 1;
-  for (const auto& [stride, size] : dims) {
+  for (int64_t d = 0; d < count; ++d) {
+    const auto [stride, size] = dims[d];
     if (size <= 1) continue;
     if (stride < reach) return true;
     reach += stride * (size - 1);

@@ -1,328 +1,191 @@
-"""What the public losses share: their options checked, and the way to a backend."""
+"""The one way in: a call of a loss is validated, which makes it a problem, and computed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._ops import autograd, composed, layouts, reference
-from .._ops.dispatch import composes, operators_of, serving_backend
+from .._ops import composed, dispatch, layouts, reference
+from .._ops.codes import NORMALIZERS, REDUCTIONS
+from .._ops.layouts import WHOLE, Extension
+from .._ops.problem import Inputs, Problem
+from .._ops.schemas import ROW
 from ..errors import ArgumentError
-from .arguments import (
-    check_bool,
-    check_choice,
-    check_input,
-    check_integer,
-    check_number,
-    check_target,
-    class_vector,
-    given_denominator,
-    given_reduction,
-    is_probability,
-    positions_shape,
-    row_vector,
+from . import tracing
+from .arguments import check_input, check_target, is_probability, positions_shape, row_vector
+from .options import (
+    Calibration,
+    Options,
+    Validated,
+    calibration_vectors,
+    output,
+    validate_calibration,
+    validate_options,
 )
-from .types import BACKGROUNDS, FORMS, Normalizer
+from .types import BACKGROUNDS, FORMS
 
-
-@dataclass(slots=True)
-class Options:
-    """Keywords that both losses share; see `cross_entropy`."""
-
-    weight: Tensor | None
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    sample_weight: Tensor | None
-    normalizer: Normalizer
-    prior: Tensor | None
-    margin: Tensor | float | None
-    focal_gamma: float
-    inplace_backward: bool
-
-
-def calibration_vectors(
-    input: Tensor,
-    confidence: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    form: str,
-    background: str | None,
-    classes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b (C,) and the confidence (rows,) of u = (1 + c a) z + c b, c = sigmoid(confidence).
-
-    classes: their number, if it is not the input's.
-    """
-    a, b, c = given_calibration(input, confidence, scale, bias, form, background, classes)
-    return (*layouts.Extension.of(form, background).vectors(a, b), c)
-
-
-def given_calibration(
-    input: Tensor,
-    confidence: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    form: str,
-    background: str | None,
-    classes: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scale and bias of the calibrated classes and the confidence (rows,), checked, flat."""
-    if composed.is_tracing():
-        with composed.unrecorded():
-            given_calibration(input, confidence, scale, bias, form, background, None)
-        dtype = reference.accumulate_dtype(input.dtype)
-        foreground = input.shape[min(1, input.dim() - 1)] - int(background is not None)
-        a, b, c = (_recorded(v, input, dtype) for v in (scale, bias, confidence))
-        assert a is not None
-        assert b is not None
-        assert c is not None
-        return a.expand(foreground).contiguous(), b.expand(foreground).contiguous(), c
-    check_choice("form", form, FORMS)
-    check_choice("background", background, BACKGROUNDS)
-    classes = check_input(input) if classes is None else classes
-    dtype = reference.accumulate_dtype(input.dtype)
-    foreground = classes - (background is not None)
-    a, b = (
-        class_vector(name, value, foreground, input, dtype, learned=True, background=background)
-        for name, value in (("scale", scale), ("bias", bias))
-    )
-    c = row_vector("confidence", confidence, input, positions_shape(input), dtype, learned=True)
-    for name, vector in (("scale", a), ("bias", b), ("confidence", c)):
-        if vector is None:
-            raise ArgumentError(f"{name} is None, needed is a tensor")
-    assert a is not None
-    assert b is not None
-    assert c is not None
-    if is_probability(c):
-        raise ArgumentError(
-            "confidence must be what goes into the sigmoid, got the output of a sigmoid: it is "
-            "applied here, to what a layer gives; of a probability p pass torch.logit(p)"
-        )
-    return a, b, c
-
-
-@dataclass(slots=True)
-class Checked:
-    """Options after their checks: class vectors (C,) of the accumulation dtype, and numbers."""
-
-    weight: Tensor | None
-    prior: Tensor | None
-    margin: Tensor | None
-    normalizer: str | Tensor
-    numbers: tuple[int, float, float]  # ignore_index, label_smoothing, focal_gamma
-
-
-def checked(input: Tensor, classes: int, options: Options) -> Checked:
-    """Everything of `options` that does not depend on the positions."""
-    options.reduction = given_reduction(options.reduction)
-    check_bool("inplace_backward", options.inplace_backward)
-    ignore_index = check_integer("ignore_index", options.ignore_index)
-    smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
-    gamma = check_number("focal_gamma", options.focal_gamma, 0.0)
-    dtype = reference.accumulate_dtype(input.dtype)
-    return Checked(
-        class_vector("weight", options.weight, classes, input, dtype, exact=True),
-        class_vector("prior", options.prior, classes, input, dtype),
-        class_vector("margin", options.margin, classes, input, dtype),
-        given_denominator(options.normalizer, input),
-        (ignore_index, smoothing, gamma),
-    )
-
-
-def output(input: Tensor, loss: Tensor, shape: torch.Size | None) -> Tensor:
-    """The loss in the dtype that F.cross_entropy has, of the positions' shape unless None."""
-    wanted = input.dtype
-    if loss.dtype != wanted:  # half logits, whose loss is float32; or a float64 denominator
-        if wanted in (torch.bfloat16, torch.float16):
-            # Under autocast F.cross_entropy yields float32; the half logits are not copied.
-            device = input.device.type
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                wanted = torch.float32
-        loss = loss.to(wanted)
-    return loss if shape is None else loss.reshape(shape)
+_MEAN, _NONE, _WEIGHTS = REDUCTIONS["mean"], REDUCTIONS["none"], NORMALIZERS["weights"]
+# `type(x) in`, not isinstance: a subclass may mean anything by its attributes.
+_TENSORS = (Tensor, torch.nn.Parameter)
+_EXTENSIONS = {(form, where): Extension.of(form, where) for form in FORMS for where in BACKGROUNDS}
 
 
 def loss(
-    input: Tensor,
-    target: Tensor,
-    calibration: tuple[Tensor, ...] | None,
-    options: Options,
-    extension: layouts.Extension = layouts.WHOLE,
+    input: Tensor, target: Tensor, options: Options, calibration: Calibration | None = None
 ) -> Tensor:
-    """Of logits; calibration: as from `calibration_vectors`, or, with their extension, as from
-    `given_calibration`.
+    """The loss of logits, as `cross_entropy` gives it."""
+    call = validate(input, target, options, calibration)
+    if call is None:
+        if composed.is_tracing():
+            return tracing.loss(input, target, options, calibration, loss)
+        return _probability_loss(input, target, options, calibration)
+    found = dispatch.compute(*call)[0]
+    if call[1].reduction == _NONE:
+        return output(input, found, positions_shape(input))
+    return found if found.dtype is input.dtype else output(input, found, None)
+
+
+def validate(
+    input: Tensor, target: Tensor, options: Options, calibration: Calibration | None
+) -> tuple[Inputs, Problem] | None:
+    """A call with class indices as it is computed; None where it has class probabilities, or
+    torch.jit traces it. Raises for what cannot be computed.
     """
-    if composed.is_tracing():
-        return _recorded_loss(input, target, calibration, options, extension)
+    # First the calls that most training loops make: rows that the operators take as they are, and
+    # no options beyond F.cross_entropy's. The checks below would cost a batch of 64 x 1000 logits
+    # a tenth of its step.
+    (
+        weight, ignore_index, reduction, smoothing, sample_weight, normalizer, prior, margin, gamma,
+        inplace_backward,
+    ) = options  # fmt: skip
+    if (
+        type(input) is type(target) is Tensor
+        and reduction == "mean"
+        and sample_weight is prior is margin is None
+        and type(normalizer) is str
+        and normalizer == "weights"
+        and inplace_backward is False
+        and type(gamma) is type(smoothing) is float
+        and not gamma
+        and 0.0 <= smoothing <= 1.0
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and target.dtype is torch.int64
+        and input.dim() == 2
+        and target.dim() == 1
+        and (dtype := _ARITHMETIC.get(input.dtype)) is not None
+    ):
+        rows, classes, device = input.size(0), input.size(1), input.device
+        if (
+            type(classes) is int  # under torch.jit.trace a tensor
+            and classes > 0
+            and input.stride(1) == 1
+            and target.size(0) == rows
+            and ((input.is_cpu and target.is_cpu) or target.device == device)
+            and target.is_contiguous()
+            and (
+                weight is None
+                or (_is_vector(weight, dtype, classes, device) and not weight.requires_grad)
+            )
+        ):
+            numbers = (ignore_index, smoothing, 0.0)
+            if calibration is None:
+                return Inputs(input, target, weight), Problem(ROW, numbers, _MEAN, _WEIGHTS)
+            c, a, b, form, background = calibration
+            extension = None
+            if type(form) is str and (background is None or type(background) is str):
+                extension = _EXTENSIONS.get((form, background))
+            calibrated = classes - (background is not None)
+            if type(c) is Tensor and c.dim() == 2 and c.shape[1] == 1:
+                c = c.reshape(-1)
+            if (
+                extension is not None
+                and _is_vector(a, dtype, calibrated, device)
+                and _is_vector(b, dtype, calibrated, device)
+                and _is_vector(c, dtype, rows, device)
+                and not is_probability(c)
+            ):
+                inputs = Inputs(input, target, weight, a, b, c)
+                return inputs, Problem(ROW, numbers, _MEAN, _WEIGHTS, extension)
+
+    if composed.is_tracing() or (isinstance(target, Tensor) and target.is_floating_point()):
+        return None
     classes = check_input(input)
-    shape = positions_shape(input)
-    check_target(input, target, shape)
-    given = checked(input, classes, options)
+    positions = positions_shape(input)
+    check_target(input, target, positions)
+    given = validate_options(input, classes, options)
     dtype = reference.accumulate_dtype(input.dtype)
-    sample_weight = row_vector("sample_weight", options.sample_weight, input, shape, dtype)
-    a, b, c = calibration or (None, None, None)
-    probabilities = target.is_floating_point()
-    backend = "reference" if probabilities else serving_backend(input)
-    if backend == "reference" and a is not None and b is not None:
-        a, b = extension.vectors(a, b)
-    stem, flat_logits, copied = layouts.flatten(input)
-    in_place = options.inplace_backward and layouts.check_in_place(input, flat_logits, copied)
-    if backend != "reference":
-        if backend == "triton":
-            check_classes(target, classes, given.numbers[0])
-        loss = autograd.loss(
-            operators_of(stem, backend),
-            (
-                flat_logits, target.contiguous(), given.weight, a, b, c, given.prior, given.margin,
-                sample_weight,
-            ),
-            given.numbers,
-            options.reduction,
-            given.normalizer,
-            in_place,
-            extension,
-        )[0]  # fmt: skip
-    else:
-        vectors: dict[str, Any] = {
-            "weight": given.weight, "scale": a, "bias": b, "confidence": c, "prior": given.prior,
-        }  # fmt: skip
-        if probabilities:
-            loss = _soft_loss(layouts.rows(input), target, vectors, given, options)
-        else:
-            check_classes(target, classes, given.numbers[0])
-            vectors |= {"sample_weight": sample_weight, **reference_options(given, options)}
-            if composes(backend):
-                loss = composed.cross_entropy(flat_logits, target, **vectors)
-            else:
-                loss = reference.cross_entropy(layouts.rows(input), target, **vectors)
-    return output(input, loss, shape if options.reduction == "none" else None)
+    v = row_vector("sample_weight", options.sample_weight, input, positions, dtype)
+    a = b = c = None
+    extension = WHOLE
+    if calibration is not None:
+        a, b, c, extension = validate_calibration(input, classes, calibration)
+    layout, flat, copied = layouts.flatten(input)
+    in_place = given.in_place and layouts.check_in_place(input, flat, copied)
+    code, denominator = given.denominator
+    return (
+        Inputs(
+            flat, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v,
+            denominator,
+        ),
+        Problem(layout, given.numbers, REDUCTIONS[given.reduction], code, extension, in_place),
+    )  # fmt: skip
 
 
-def _recorded(value: Any, input: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A vector of classes or positions that was checked, flat, in the graph of torch.jit.trace."""
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.reshape(-1).to(dtype)
-    return torch.full((1,), float(value), dtype=dtype, device=input.device)
+_ARITHMETIC = {
+    dtype: reference.accumulate_dtype(dtype)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
 
 
-def _recorded_loss(
-    input: Tensor,
-    target: Tensor,
-    calibration: tuple[Tensor, ...] | None,
-    options: Options,
-    extension: layouts.Extension,
-) -> Tensor:
-    """`loss` for torch.jit.trace: for any number of positions; the checks are not recorded."""
-    with composed.unrecorded():
-        loss(input, target, calibration, options, extension)
-    dtype = reference.accumulate_dtype(input.dtype)
-    flat = input.flatten(2) if input.dim() > 2 else input.reshape(-1, input.shape[-1])
-    a, b, c = calibration or (None, None, None)
-    if a is not None and b is not None:
-        a, b = composed.extended(a, b, *extension)
-    weight, prior, margin, sample_weight = (
-        _recorded(v, input, dtype)
-        for v in (options.weight, options.prior, options.margin, options.sample_weight)
+def _is_vector(vector: Any, dtype: torch.dtype, entries: int, device: torch.device) -> bool:
+    """Whether an operator takes it as it is."""
+    return (
+        type(vector) in _TENSORS
+        and vector.dtype is dtype
+        and vector.dim() == 1
+        and vector.size(0) == entries
+        and vector.device == device
+        and vector.is_contiguous()
     )
-    normalizer = given_denominator(options.normalizer, input)
-    divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
-    if target.is_floating_point():
-        u = flat.to(dtype)
-        if a is not None and b is not None and c is not None:
-            u = reference.calibrate(flat, a, b, c)
-        if prior is not None:
-            u = u + (prior[:, None] if u.dim() == 3 else prior)
-        found = composed.torch_cross_entropy(
-            u, target.reshape(u.shape).to(dtype), weight, label_smoothing=options.label_smoothing,
-            reduction="sum" if divided else options.reduction,
-        )  # fmt: skip
-        if isinstance(normalizer, Tensor) and divided:
-            found = (found / normalizer).to(dtype)
-    else:
-        if margin is not None:
-            margin = margin.expand(flat.shape[1])
-        found = composed.cross_entropy(
-            flat, target, weight=weight, scale=a, bias=b, confidence=c, prior=prior, margin=margin,
-            sample_weight=sample_weight, ignore_index=options.ignore_index,
-            label_smoothing=options.label_smoothing, focal_gamma=options.focal_gamma,
-            reduction=options.reduction, normalizer=normalizer,
-        )  # fmt: skip
-    found = output(input, found, None)
-    if options.reduction != "none":
-        return found
-    if target.is_floating_point():
-        return found.reshape(input.select(min(1, input.dim() - 1), 0).shape)
-    return found.reshape(target.shape)
 
 
-def reference_options(given: Checked, options: Options) -> dict[str, Any]:
-    """What every loss of _ops/reference.py takes beside vectors of classes and positions."""
-    ignore_index, smoothing, gamma = given.numbers
-    return {
-        "margin": given.margin,
-        "ignore_index": ignore_index,
-        "label_smoothing": smoothing,
-        "focal_gamma": gamma,
-        "reduction": options.reduction,
-        "normalizer": given.normalizer,
-    }
-
-
-def _soft_loss(
-    rows: Tensor,
-    target: Tensor,
-    vectors: dict[str, Any],
-    given: Checked,
-    options: Options,
+def _probability_loss(
+    input: Tensor, target: Tensor, options: Options, calibration: Calibration | None
 ) -> Tensor:
     """Class probabilities: what has no meaning with them is refused; the reference computes."""
+    classes = check_input(input)
+    positions = positions_shape(input)
+    check_target(input, target, positions)
+    given = validate_options(input, classes, options)
+    _check_probability_options(options, given)
+    a, b, c = calibration_vectors(input, classes, calibration)
+    rows = layouts.rows(input)
+    if given.in_place:
+        layouts.check_in_place(input, *layouts.flatten(input)[1:])
+    found = reference.soft_cross_entropy(
+        rows, layouts.rows(target), weight=given.weight, scale=a, bias=b, confidence=c,
+        prior=given.prior, reduction=given.reduction, normalizer=given.normalizer,
+        label_smoothing=given.label_smoothing,
+    )  # fmt: skip
+    return output(input, found, positions if given.reduction == "none" else None)
+
+
+def _check_probability_options(options: Options, given: Validated) -> None:
     for name in ("sample_weight", "margin"):
         if getattr(options, name) is not None:
-            raise ArgumentError(f"{name} is given, and target holds class probabilities: needed "
-                                "are class indices")  # fmt: skip
-    ignore_index, smoothing, gamma = given.numbers
-    if gamma:
-        raise ArgumentError("focal_gamma is given, and target holds class probabilities: needed "
-                            "are class indices")  # fmt: skip
-    if ignore_index >= 0:
+            raise ArgumentError(
+                f"{name} must be None where target holds class probabilities, got a "
+                f"{type(getattr(options, name)).__name__}"
+            )
+    if given.focal_gamma:
         raise ArgumentError(
-            f"ignore_index is {ignore_index}, and target holds class probabilities: no "
-            "position can be ignored"
+            f"focal_gamma must be 0 where target holds class probabilities, got {given.focal_gamma}"
         )
-    return reference.soft_cross_entropy(
-        rows,
-        layouts.rows(target),
-        **vectors,
-        reduction=options.reduction,
-        normalizer=given.normalizer,
-        label_smoothing=smoothing,
-    )
-
-
-def check_classes(
-    target: Tensor, classes: int, ignore_index: int, *, asserted: bool = True
-) -> None:
-    """IndexError for a target that is no class, on the CPU. Other devices assert: in the kernel if
-    it is `asserted` there, or else here.
-    """
-    on_cpu = target.device.type == "cpu"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if not on_cpu and asserted:
-        return
-    flat = target.reshape(-1)
-    bad = reference.no_class(flat, classes, ignore_index)
-    if not on_cpu:
-        torch._assert_async(~bad.any(), f"target is no class of {classes}")
-        return
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0, 0])
-        message = (
-            f"Target {int(flat[at])} is out of bounds: target[{at}], the logits have {classes} "
-            f"classes and ignore_index is {ignore_index}"
+    if given.ignore_index >= 0:
+        raise ArgumentError(
+            "ignore_index must be negative where target holds class probabilities, since no "
+            f"position can be ignored, got {given.ignore_index}"
         )
-        raise IndexError(autograd.name_position(message, target.shape))

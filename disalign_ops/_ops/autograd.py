@@ -1,8 +1,8 @@
 """Autograd of the operators: what forward keeps, what backward makes of it.
 
-A stem's forward reads the logits once. With a scalar reduction it also yields the gradients of
+A layout's forward reads the logits once. With a scalar reduction it also yields the gradients of
 scale, bias and confidence for an upstream gradient of 1. The gradient of the logits is made by the
-stem's backward, or, in eager mode on the CPU for float32 and float64, in forward while the logits
+layout's backward, or, in eager mode on the CPU for float32 and float64, in forward while the logits
 are in the cache (which costs one read of the logits and one exponential less). What forward made,
 backward multiplies by the real upstream gradient, without a second read. The gradient of the logits
 is handed over by the first backward, the very tensor; a second one makes it anew.
@@ -12,74 +12,105 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .layouts import WHOLE, Extension
-from .schemas import (
-    DENOMINATOR,
-    DIFFERENTIABLE,
-    GIVEN_NORMALIZER,
-    NORMALIZERS,
-    OPTIONS,
+from .codes import (
+    BIAS,
+    CALIBRATION,
+    CONFIDENCE,
+    DETAILS,
+    GRADIENTS,
+    LOGITS,
     REDUCTIONS,
-    STEMS,
-    TENSORS,
-    UPSAMPLE,
-    Stem,
-    library,
+    SCALE,
 )
+from .layouts import WHOLE
+from .problem import Inputs, Problem
+from .schemas import LAYOUTS, UPSAMPLE, Layout, library
 
-_RESULTS = 8  # of every forward; a stem's details follow
-_SCALE = DIFFERENTIABLE[1]  # where scale stands among the operators' arguments; bias is next
+_NONE = REDUCTIONS["none"]
+_functorch, _modes = torch._C._functorch, torch._C._len_torch_dispatch_stack
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_is_compiling = torch.compiler.is_compiling
+# Where logits, scale, bias and confidence stand among the operators' arguments.
+_DIFFERENTIABLE = tuple(Inputs._fields.index(n) for n in ("logits", "scale", "bias", "confidence"))
 
 
-def _extended(arguments: tuple[Any, ...], extension: Extension) -> tuple[Any, ...]:
-    """An operator's arguments, scale and bias of all classes in place of those given."""
-    if arguments[_SCALE] is None or extension == WHOLE:
-        return arguments
-    vectors = extension.vectors(arguments[_SCALE], arguments[_SCALE + 1])
-    return (*arguments[:_SCALE], *vectors, *arguments[_SCALE + 2 :])
+def _by_name(results: list[Tensor], wanted: int, first: int = 0) -> list[Tensor | None]:
+    """The gradients of logits, scale, bias and confidence, which begin at `first` among results;
+    None where one was not wanted.
+    """
+    found: list[Tensor | None] = [None] * 4
+    for k, bit in enumerate(GRADIENTS):
+        if wanted & bit:
+            found[k], first = results[first], first + 1
+    return found
+
+
+_FIRST_GRADIENT = 3  # of forward: loss, statistics and denominator are before it
+
+
+def _details(results: list[Tensor], wanted: int) -> list[Tensor]:
+    return results[_FIRST_GRADIENT + (wanted & ~DETAILS).bit_count() :] if wanted & DETAILS else []
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward: the operator's tensors, what it made, and scale and bias as
+    given, where the operator's are their extension.
+    """
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    confidence: Tensor | None
+    prior: Tensor | None
+    margin: Tensor | None
+    sample_weight: Tensor | None
+    denominator_given: Tensor | None
+    statistics: Tensor
+    denominator: Tensor
+    grad_logits: Tensor | None
+    grad_scale: Tensor | None
+    grad_bias: Tensor | None
+    grad_confidence: Tensor | None
+    scale_given: Tensor | None
+    bias_given: Tensor | None
+
+    @property
+    def operator_inputs(self) -> tuple[Tensor | None, ...]:
+        """Of backward, between the upstream gradient and the numbers."""
+        return (*self[:9], self.statistics, self.denominator)
 
 
 def _save(
     ctx: Any,
-    stem: Stem,
-    inputs: tuple[Any, ...],
-    outputs: tuple[Tensor, ...],
-    extension: Extension = WHOLE,
-    given: tuple[Tensor | None, ...] = (),
+    problem: Problem,
+    inputs: Inputs,
+    results: list[Tensor],
+    wanted: int,
+    given: tuple[Tensor | None, ...],
 ) -> None:
-    """Keeps what backward needs: the operator's tensors, its statistics, the gradients it made; and
-    scale and bias as given, of which the operator's are the extension.
-    """
-    ctx.call = stem, extension, inputs[OPTIONS:]
+    ctx.problem = problem
     ctx.untaken = [True]  # emptied when a backward takes the gradient of the logits made here
-    logits, scale, bias, confidence = inputs[-4:]  # wanted of forward
-    ctx.save_for_backward(
-        *inputs[:OPTIONS],
-        *outputs[1:4],
-        outputs[4] if logits else None,
-        outputs[5] if scale else None,
-        outputs[6] if bias else None,
-        outputs[7] if confidence else None,
-        *given,
-    )
+    made = _by_name(results, wanted, _FIRST_GRADIENT)
+    ctx.save_for_backward(*inputs, results[1], results[2], *made, *given)
 
 
 def take(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
     """The gradient of the logits that forward made, for an upstream gradient: itself, and so but
     once; None when it is taken.
     """
-    functorch = torch._C._functorch
     if (
         type(made) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-        or functorch.is_legacy_batchedtensor(grad_loss)
-        or functorch.is_functorch_wrapped_tensor(grad_loss)
+        or _modes()
+        or _functorch.is_legacy_batchedtensor(grad_loss)
+        or _functorch.is_functorch_wrapped_tensor(grad_loss)
     ):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return None if not ctx.untaken else made * grad_loss
@@ -93,127 +124,119 @@ def take(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
     return whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
 
 
-def gradients(
-    ctx: Any,
-    saved: tuple[Any, ...],
-    grad_loss: Tensor,
-    need: tuple[bool, ...],
-    in_place: bool,
-) -> list[Tensor | None]:
-    """The gradients of logits, scale, bias and confidence, None where not needed; saved: what _save
-    keeps.
+def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients of logits, scale, bias and confidence, None where not needed (which the first
+    four of `need` say).
     """
+    saved = Saved(*ctx.saved_tensors)
+    problem: Problem = ctx.problem
+    in_place = problem.in_place
     if torch.is_grad_enabled():
         if in_place:
             raise RuntimeError(
                 "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
                 "logits are overwritten by their gradient"
             )
-        return _differentiable_backward(ctx, grad_loss, saved, need)
+        return _differentiable_backward(problem, grad_loss, saved, need)
 
-    dtype = saved[10].dtype  # of the statistics: the accumulation dtype
+    dtype = saved.statistics.dtype  # the accumulation dtype
     if grad_loss.dtype != dtype:
         grad_loss = grad_loss.to(dtype)
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
-    stem, extension, options = ctx.call
-    grads: list[Tensor | None] = [None] * 4
-    made = saved[13:17]
-    if need[0] and made[0] is not None:
-        grads[0] = take(ctx, made[0], grad_loss)
-    for k in (1, 2, 3):
-        if need[k] and made[k] is not None:
-            grads[k] = (extension.gradient(made[k]) if k < 3 else made[k]) * grad_loss
-    # The gradient of the logits too where an earlier backward gave it away: the caller may have
-    # changed it.
-    missing = [n and g is None for n, g in zip(need, grads, strict=True)]
-    if True in missing:
-        backward = stem.backward(in_place and need[0])
-        fresh = backward(
-            grad_loss, *saved[:TENSORS], *saved[10:13], *options[: stem.options], *missing
-        )
-        for k in range(4):
-            if missing[k]:
-                grads[k] = extension.gradient(fresh[k]) if k in (1, 2) else fresh[k]
-        if in_place and need[0]:
-            grads[0] = saved[0].data
-            torch.autograd.graph.increment_version(saved[0])
+    grads: list[Tensor | None] = [None, None, None, None]
+    missing = 0
+    if need[0]:
+        if saved.grad_logits is not None:
+            grads[0] = take(ctx, saved.grad_logits, grad_loss)
+        # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
+        if grads[0] is None:
+            missing = LOGITS
+    if saved.scale is not None:
+        made = (saved.grad_scale, saved.grad_bias, saved.grad_confidence)
+        for k, (bit, grad) in enumerate(zip(GRADIENTS[1:], made, strict=True), 1):
+            if not need[k]:
+                continue
+            if grad is None:
+                missing |= bit
+            else:
+                grads[k] = (grad if k == 3 else problem.extension.gradient(grad)) * grad_loss
+    if missing and _functorch.is_legacy_batchedtensor(grad_loss):
+        # torch batches operators that return lists not at all, and PyTorch's own.
+        still = tuple(bool(missing & bit) for bit in GRADIENTS)
+        fresh = _differentiable_backward(problem, grad_loss, saved, still)
+        return [made if made is not None else new for made, new in zip(grads, fresh, strict=True)]
+    if missing:
+        over = in_place and need[0]
+        backward = problem.layout.operator("backward_" if over else "backward")
+        results = backward(grad_loss, *saved.operator_inputs, *problem.numbers, missing)
+        fresh = _by_name(results, missing & ~LOGITS if over else missing)
+        if over:
+            fresh[0] = saved.logits.data
+            torch.autograd.graph.increment_version(saved.logits)
+        for k, grad in enumerate(fresh):
+            if grad is not None:
+                grads[k] = problem.extension.gradient(grad) if k in (1, 2) else grad
     return grads
 
 
 def _differentiable_backward(
-    ctx: Any, grad_loss: Tensor, saved: tuple[Any, ...], need: tuple[bool, ...]
+    problem: Problem, grad_loss: Tensor, saved: Saved, need: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The same gradients through the reference, so that they can be differentiated again."""
-    logits, target, weight, scale, bias, confidence, prior, margin, sample_weight = saved[:TENSORS]
-    if saved[17:]:
-        scale, bias = saved[17:]
-    given = saved[DENOMINATOR]
-    stem, extension, options = ctx.call
-    ignore_index, smoothing, gamma, *stem_options = options[: stem.options]
-    reduction, normalizer = options[stem.options : stem.options + 2]
-    names = {code: name for name, code in NORMALIZERS.items()}
+    scale, bias = saved.scale_given, saved.bias_given
+    if scale is None:
+        scale, bias, problem = saved.scale, saved.bias, problem._replace(extension=WHOLE)
+    inputs = Inputs(*saved[:3], scale, bias, *saved[5:10])
     with torch.enable_grad():
-        a, b = (scale, bias) if scale is None else extension.vectors(scale, bias)
-        loss = stem.reference(
-            logits,
-            target,
-            *stem_options,
-            weight=weight,
-            scale=a,
-            bias=b,
-            confidence=confidence,
-            prior=prior,
-            margin=margin,
-            sample_weight=sample_weight,
-            ignore_index=ignore_index,
-            label_smoothing=smoothing,
-            focal_gamma=gamma,
-            reduction={code: name for name, code in REDUCTIONS.items()}[reduction],
-            normalizer=given if given is not None else names[normalizer],
-        )
-    inputs = [t for t, n in zip((logits, scale, bias, confidence), need, strict=True) if n]
-    found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
-    return [next(found) if n else None for n in need]
+        loss = problem.layout.reference(inputs.logits, inputs.target, **problem.keywords(inputs))
+    learned = (inputs.logits, scale, bias, inputs.confidence)
+    wanted = [t for t, n in zip(learned, need, strict=False) if n and t is not None]
+    found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
+    return [next(found) if n else None for n in need[:4]]
 
 
-def _operator_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    need = tuple(ctx.needs_input_grad[i] for i in DIFFERENTIABLE)
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], layout: Layout) -> None:
+    count = len(Inputs._fields)
+    tensors, (*numbers, reduction, normalizer, wanted) = inputs[:count], inputs[count:]
+    problem = Problem(layout, tuple(numbers), reduction, normalizer)
+    _save(ctx, problem, Inputs(*tensors), output, wanted, (None, None))
+
+
+def _operator_backward(ctx: Any, grads_of_results: list[Tensor]) -> tuple[Tensor | None, ...]:
+    need = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    found = gradients(ctx, ctx.saved_tensors, grad_loss, need, in_place=False)
-    for i, grad in zip(DIFFERENTIABLE, found, strict=True):
+    found = _gradients(ctx, grads_of_results[0], need)
+    for i, grad in zip(_DIFFERENTIABLE, found, strict=True):
         grads[i] = grad
     return tuple(grads)
 
 
-def _operator_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], stem: Stem
-) -> None:
-    _save(ctx, stem, inputs, output)
-
-
-def register(stem: Stem, lib: torch.library.Library | None = None) -> None:
-    """Autograd of a stem's loss and calibrated logits under the dispatcher, as torch.compile and
+def register(layout: Layout, lib: torch.library.Library | None = None) -> None:
+    """Autograd of a layout's loss and calibrated logits under the dispatcher, as torch.compile and
     `calibrate` take it.
     """
-    name = f"disalign_ops::{stem.prefix}{stem.name}_"
+    name = f"disalign_ops::{layout.prefix}{layout.name}_"
     torch.library.register_autograd(
         name + "forward",
         _operator_backward,
-        setup_context=functools.partial(_operator_context, stem=stem),
+        setup_context=functools.partial(_save_operator, layout=layout),
         lib=lib,
     )
-    if stem.name != UPSAMPLE.name:
+    if layout.name != UPSAMPLE.name:
         torch.library.register_autograd(
             name + "calibrate",
-            functools.partial(_calibrate_backward, stem=stem),
-            setup_context=_save_calibrate,
+            functools.partial(calibrate_backward, layout=layout),
+            setup_context=save_calibrate,
             lib=lib,
         )
 
 
-class _EagerLoss(torch.autograd.Function):
-    """A stem in eager mode: less overhead than the dispatcher's autograd, and in place."""
+class _Loss(torch.autograd.Function):
+    """A loss in eager mode: less overhead than the dispatcher's autograd, and in place.
+
+    The first four tensors are those of `inputs`, given apart for autograd to see.
+    """
 
     @staticmethod
     def forward(
@@ -222,101 +245,102 @@ class _EagerLoss(torch.autograd.Function):
         scale: Tensor | None,
         bias: Tensor | None,
         confidence: Tensor | None,
-        stem: Stem,
-        arguments: tuple[Any, ...],
-        in_place: bool,
-        extension: Extension,
+        inputs: Inputs,
+        problem: Problem,
+        wanted: int,
     ) -> Any:
-        # The four tensors are those of `arguments`, given apart for autograd to see.
-        with torch._C._AutoDispatchBelowAutograd():
-            extended = _extended(arguments, extension)
-            outputs = stem.forward(*extended)
-        given = () if extended is arguments else (scale, bias)
-        _save(ctx, stem, extended, outputs, extension, given)
-        ctx.in_place = in_place
-        if len(outputs) == _RESULTS:
-            return outputs[0]
-        details = outputs[_RESULTS:]
+        kept: tuple[Tensor | None, ...] = (None, None)
+        with _BelowAutograd():
+            if scale is not None and problem.extension is not WHOLE:
+                inputs, kept = _extended(inputs, problem), (scale, bias)
+            results = _forward(inputs, problem, wanted)
+        _save(ctx, problem, inputs, results, wanted, kept)
+        if not problem.details:
+            return results[0]
+        details = _details(results, wanted)
         ctx.mark_non_differentiable(*details)
-        return (outputs[0], *details)
+        return (results[0], *details)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        need = ctx.needs_input_grad[:4]
-        grads = gradients(ctx, ctx.saved_tensors, grad_loss, need, ctx.in_place)
-        return (*grads, None, None, None, None)
+        return (*_gradients(ctx, grad_loss, ctx.needs_input_grad), None, None, None)
 
 
-def on_cpu(stem: Stem, logits: Tensor) -> bool:
-    """Whether the CPU kernels serve, which make more in forward: the logits are in the cache."""
-    return stem.native and logits.device.type == "cpu"
+def _extended(inputs: Inputs, problem: Problem) -> Inputs:
+    """scale and bias of all classes in place of those given."""
+    if inputs.scale is None or problem.extension is WHOLE:
+        return inputs
+    scale, bias = problem.extension.vectors(inputs.scale, inputs.bias)
+    return inputs._replace(scale=scale, bias=bias)
 
 
-def _gradient_in_forward(stem: Stem, logits: Tensor) -> bool:
-    """Whether forward may make the gradient of the logits; half precision would underflow."""
-    return on_cpu(stem, logits) and logits.dtype in (torch.float32, torch.float64)
+def _forward(inputs: Inputs, problem: Problem, wanted: int) -> list[Tensor]:
+    layout, numbers, reduction, normalizer, *_ = problem
+    operator = layout.operator("forward")
+    results: list[Tensor] = operator(*inputs, *numbers, reduction, normalizer, wanted)
+    return results
 
 
-def _class_sums_in_forward(stem: Stem, logits: Tensor) -> bool:
-    """Whether forward makes the gradients of scale, bias and confidence on the way.
+# Where the native kernels make the gradient of the logits, and that of an upsampled calibration, in
+# forward: on the CPU, the logits are in the cache. (Tests that run other kernels there change it.)
+IN_FORWARD = [True]
 
-    Upsampling on a GPU makes them in backward: there they cost the low-resolution logits once more,
-    in forward every output position.
+
+def _wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
+    """What forward makes of the gradients that are needed.
+
+    That of the logits in eager mode; half precision would underflow. Upsampling on a GPU makes
+    those of the calibration in backward: there they cost the low-resolution logits once more, in
+    forward every output position.
     """
-    return stem.name != UPSAMPLE.name or on_cpu(stem, logits)
+    layout, logits = problem.layout, inputs.logits
+    if problem.reduction == _NONE:
+        return 0
+    here = not layout.prefix and logits.is_cpu and IN_FORWARD[0]
+    wanted = need & CALIBRATION if here or layout.name != UPSAMPLE.name else 0
+    if need & LOGITS and here and not problem.in_place and not compiling:
+        wanted |= LOGITS * (logits.dtype in (torch.float32, torch.float64))
+    return wanted
 
 
-def loss(
-    stem: Stem,
-    tensors: tuple[Tensor | None, ...],
-    options: tuple[Any, ...],
-    reduction: str,
-    normalizer: str | Tensor,
-    in_place: bool,
-    extension: Extension = WHOLE,
-) -> tuple[Tensor, ...]:
-    """The loss through a stem's operators, in the accumulation dtype ('none': flat), and details.
+def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
+    """The loss through a layout's operators, in the accumulation dtype ('none': flat), and details.
 
-    tensors: logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, as the
-    operator takes them, vectors flat, contiguous and of the accumulation dtype; but the operator
-    takes the extension of scale and bias. (In eager mode that is made below autograd, which costs
-    a small batch less than its nodes would.)
+    (scale and bias are extended below autograd in eager mode, which costs a small batch less than
+    its nodes would.)
     """
-    logits, target, _, scale, bias, confidence = tensors[:6]
-    assert logits is not None
-    assert target is not None
-    grad = torch.is_grad_enabled()
-    need = [grad and t is not None and t.requires_grad for t in (logits, scale, bias, confidence)]
-    compiling = torch.compiler.is_compiling()
-    want = [False] * 4  # of need, what forward makes
-    if reduction != "none" and True in need:
-        in_forward = _gradient_in_forward(stem, logits) and not compiling and not in_place
-        want[0] = need[0] and in_forward
-        if scale is not None and _class_sums_in_forward(stem, logits):
-            want[1:] = need[1:]
-    if isinstance(normalizer, Tensor):
-        given, code = normalizer, GIVEN_NORMALIZER
-    else:
-        given, code = None, NORMALIZERS[normalizer]
-    arguments = (*tensors, given, *options, REDUCTIONS[reduction], code, *want)
+    logits, _, _, scale, bias, confidence, *_ = inputs
+    need = 0
+    if torch.is_grad_enabled():
+        need = LOGITS * logits.requires_grad
+        if scale is not None and bias is not None and confidence is not None:
+            need |= (
+                SCALE * scale.requires_grad
+                | BIAS * bias.requires_grad
+                | CONFIDENCE * confidence.requires_grad
+            )
+    compiling = _is_compiling()
+    wanted = _wanted(inputs, problem, need, compiling) if need else 0
+    if problem.details:
+        wanted |= DETAILS
     if compiling:
-        outputs = stem.forward(*_extended(arguments, extension))
-        return (outputs[0], *(t.detach() for t in outputs[_RESULTS:]))
+        results = _forward(_extended(inputs, problem), problem, wanted)
+        return (results[0], *(t.detach() for t in _details(results, wanted)))
     try:
-        if True not in need:
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = stem.forward(*_extended(arguments, extension))
-            return (outputs[0], *outputs[_RESULTS:])
-        found = _EagerLoss.apply(  # type: ignore[no-untyped-call]
-            logits, scale, bias, confidence, stem, arguments, in_place, extension
+        if not need:
+            with _BelowAutograd():
+                results = _forward(_extended(inputs, problem), problem, wanted)
+            return (results[0], *_details(results, wanted))
+        found = _Loss.apply(  # type: ignore[no-untyped-call]
+            logits, scale, bias, confidence, inputs, problem, wanted
         )
     except RuntimeError as error:
-        raise_for_target(error, target)
+        _raise_for_target(error, inputs.target)
         raise
-    return found if isinstance(found, tuple) else (found,)
+    return found if problem.details else (found,)
 
 
-def raise_for_target(error: RuntimeError, target: Tensor) -> None:
+def _raise_for_target(error: RuntimeError, target: Tensor) -> None:
     """An operator's error about a target that is no class, as the IndexError of F.cross_entropy:
     the stable ABI throws nothing but RuntimeError.
     """
@@ -336,30 +360,31 @@ def name_position(message: str, shape: torch.Size) -> str:
     return re.sub(r"target\[(\d+)\]", indices, message, count=1) if len(shape) > 1 else message
 
 
-def _save_calibrate(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def save_calibrate(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _calibrate_backward(ctx: Any, grad_output: Tensor, stem: Stem) -> tuple[Tensor | None, ...]:
+def calibrate_backward(ctx: Any, grad_output: Tensor, layout: Layout) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    need = list(ctx.needs_input_grad)
+    need = ctx.needs_input_grad
     if torch.is_grad_enabled():
         with torch.enable_grad():
             u = reference.calibrate(*tensors).to(tensors[0].dtype)
         inputs = [t for t, n in zip(tensors, need, strict=True) if n]
         found = iter(torch.autograd.grad(u, inputs, grad_output, create_graph=True))
         return tuple(next(found) if n else None for n in need)
-    grads = stem.operator("calibrate_backward")(grad_output.contiguous(), *tensors, *need)
-    return tuple(g if n else None for g, n in zip(grads, need, strict=True))
+    wanted = sum(bit for bit, n in zip(GRADIENTS, need, strict=True) if n)
+    operator = layout.operator("calibrate_backward")
+    return tuple(_by_name(operator(grad_output.contiguous(), *tensors, wanted), wanted))
 
 
-for _stem in STEMS:
-    register(_stem, library)
+for _layout in LAYOUTS:
+    register(_layout, library)
 
 
 def calibrate(
-    stem: Stem, logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor
+    layout: Layout, logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor
 ) -> Tensor:
-    """(1 + c a) z + c b of (N, C) or (N, C, S) logits, in their dtype; vectors as in `loss`."""
-    calibrated: Tensor = stem.operator("calibrate")(logits, scale, bias, confidence)
+    """(1 + c a) z + c b of (N, C) or (N, C, S) logits, in their dtype; vectors as in `Inputs`."""
+    calibrated: Tensor = layout.operator("calibrate")(logits, scale, bias, confidence)
     return calibrated

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
+from .codes import NORMALIZERS, REDUCTIONS
+from .problem import Inputs, Problem
+from .schemas import ROW
 
 torch_cross_entropy = F.cross_entropy  # before `replace_cross_entropy` puts ours there
 
@@ -85,21 +88,31 @@ def _ignored_are_finite(logits: Tensor, ignored: Tensor) -> bool:
     return not ignored.any().item() or bool(logits.movedim(1, -1)[ignored].isfinite().all())
 
 
-def plain_mean(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> Tensor | None:
-    """The mean of what `shortcut.is_plain` passes, by F.cross_entropy alone, or None where
-    `cross_entropy` below is right, or an error.
+def plain_mean(inputs: Inputs, problem: Problem) -> Tensor | None:
+    """The weighted mean of rows on the CPU by F.cross_entropy alone, without a look at the targets'
+    range; None where `cross_entropy` below is right, or an error, or more is asked for.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    logits, target, weight, *others = inputs
+    ignore_index, label_smoothing, focal_gamma = problem.numbers[:3]
+    if (
+        problem.layout is not ROW
+        or problem.reduction != REDUCTIONS["mean"]
+        or problem.normalizer != NORMALIZERS["weights"]
+        or focal_gamma
+        or any(other is not None for other in others)
+        or logits.dtype not in (torch.float32, torch.float64)
+        or target.dim() != 1
+        or target.dtype != torch.int64
+        or not _checkable(logits, target)
+    ):
         return None
     # Without ignored rows one operation says so where ignore_index is negative.
     some = ignore_index >= 0 or not target.shape[0] or target.min().item() < 0
-    if some and not _ignored_are_finite(input, target == ignore_index):
+    if some and not _ignored_are_finite(logits, target == ignore_index):
         return None
     try:
         loss = torch_cross_entropy(
-            input, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing
+            logits, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing
         )
     except IndexError:
         return None

@@ -1,13 +1,51 @@
-"""Which backend an input goes to, and its operators."""
+"""Which backend an input goes to, and a loss by it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
-from .schemas import Stem
+from . import autograd, backends, composed, reference
+from .problem import Inputs, Problem
+from .schemas import UPSAMPLE, Layout
+
+
+def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
+    """The loss in the accumulation dtype ('none': flat), and the details, if there are any."""
+    backend = serving_backend(inputs.logits)
+    if backend == "native":
+        return autograd.loss(inputs, problem)
+    if composes(backend):
+        mean = composed.plain_mean(inputs, problem)
+        if mean is not None:
+            return (mean,)
+    check_classes(inputs.target, inputs.logits.shape[1], problem.numbers[0])
+    if backend == "triton":
+        layout = operators_of(problem.layout, backend)
+        return autograd.loss(inputs, problem._replace(layout=layout))
+    cross_entropy = composed.cross_entropy if composes(backend) else None
+    if problem.layout is UPSAMPLE:
+        return _upsampled(inputs, problem, cross_entropy or reference.dense_cross_entropy)
+    cross_entropy = cross_entropy or problem.layout.reference
+    return (cross_entropy(inputs.logits, inputs.target, **problem.keywords(inputs)),)
+
+
+def _upsampled(inputs: Inputs, problem: Problem, dense: Any) -> tuple[Tensor, ...]:
+    """An upsampled loss through the upsampled logits."""
+    keywords = problem.keywords(inputs)
+    height, width = inputs.target.shape[1:]
+    align_corners = keywords.pop("align_corners")
+    low = {name: keywords.pop(name) for name in ("scale", "bias", "confidence", "prior")}
+    u = reference.upsample(inputs.logits, (height, width), align_corners, **low).flatten(2)
+    loss = dense(u, inputs.target, **keywords)
+    if not problem.details:
+        return (loss,)
+    each = dense(u, inputs.target, **keywords | {"reduction": "none"}).detach()
+    details = reference.details(u.detach(), inputs.target, keywords["ignore_index"])
+    return (loss, each, *details)
 
 
 def serving_backend(input: Tensor) -> str:
@@ -45,10 +83,35 @@ def composes(backend: str) -> bool:
     return backend == "reference" and backends.is_automatic() and not transformed()
 
 
-def operators_of(stem: Stem, backend: str) -> Stem:
-    """The stem's operators of a backend, "native" or "triton"."""
+def operators_of(layout: Layout, backend: str) -> Layout:
+    """The layout's operators of a backend, "native" or "triton"."""
     if backend == "native":
-        return stem
+        return layout
     from .triton import registration  # which imports triton
 
-    return registration.stem_of(stem)
+    return registration.layout_of(layout)
+
+
+def check_classes(
+    target: Tensor, classes: int, ignore_index: int, *, asserted: bool = True
+) -> None:
+    """IndexError for a target that is no class, on the CPU. Other devices assert: in the kernel if
+    it is `asserted` there, or else here.
+    """
+    on_cpu = target.device.type == "cpu"
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if not on_cpu and asserted:
+        return
+    flat = target.reshape(-1)
+    bad = reference.no_class(flat, classes, ignore_index)
+    if not on_cpu:
+        torch._assert_async(~bad.any(), f"target is no class of {classes}")
+        return
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0, 0])
+        message = (
+            f"Target {int(flat[at])} is out of bounds: target[{at}], the logits have {classes} "
+            f"classes and ignore_index is {ignore_index}"
+        )
+        raise IndexError(autograd.name_position(message, target.shape))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .schemas import DENSE, ROW, Stem
+from .schemas import DENSE, ROW, Layout
 
 
 class Extension(NamedTuple):
@@ -31,11 +31,16 @@ class Extension(NamedTuple):
 
     @staticmethod
     def of(form: str, background: str | None) -> Extension:
-        return Extension(
+        found = Extension(
             int(form == "interpolated"), int(background == "first"), int(background == "last")
         )
+        return WHOLE if found == WHOLE else found
 
-    def vectors(self, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def vectors(
+        self, scale: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if scale is None or bias is None:
+            return None, None
         if self.shift:
             scale = scale - self.shift
         if self.before or self.after:
@@ -74,7 +79,7 @@ def rows(input: Tensor) -> Tensor:
     return input if input.dim() == 2 else input.movedim(1, -1).reshape(-1, input.shape[1])
 
 
-def flatten(input: Tensor) -> tuple[Stem, Tensor, bool]:
+def flatten(input: Tensor) -> tuple[Layout, Tensor, bool]:
     """The operators for this input, the input as they take it, and whether that took a copy."""
     if input.dim() > 2:
         moved = input.movedim(1, -1)

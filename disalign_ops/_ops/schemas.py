@@ -1,11 +1,12 @@
 """Schemas, fakes and registration of the native operators; the compiled library has the kernels.
 triton/registration.py registers the same operators as Triton kernels, under names of their own.
 
-One stem a layout of logits, each with `<stem>_forward`, `<stem>_backward` and `<stem>_backward_`:
-row (N, C), dense (N, C, S) and upsample (N, C, h, w) under a target of another size.
-`autograd.py` says what forward and backward leave to each other.
+Each layout of logits has `<layout>_forward`, `<layout>_backward` and `<layout>_backward_`: row
+(N, C), dense (N, C, S) and upsample (N, C, h, w) under a target of another size. `autograd.py` says
+what forward and backward leave to each other.
 
-Below autograd an operator cannot know which gradients are wanted, so it is told by flags.
+Below autograd an operator cannot know which gradients are wanted, so it is told by the bits of
+`wanted` (codes.py). Results are what is wanted, in this order, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,34 +20,20 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-
-NORMALIZERS = {"weights": 0, "valid": 1, "count": 2}
-GIVEN_NORMALIZER = 3
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
-# Where the operators' arguments stand. The first nine are tensors (see _INPUTS), then comes the
-# caller's denominator, then the stem's options, reduction, normalizer and what is wanted.
-TENSORS = 9
-DENOMINATOR = 9
-OPTIONS = 10
-SHARD_VALUES = 5  # of a row's sums and factors
-DIFFERENTIABLE = (0, 3, 4, 5)  # logits, scale, bias, confidence
+from .codes import DETAILS, GRADIENTS, LOGITS, REDUCTIONS, SHARD_VALUES
 
 
 @dataclass(frozen=True)
-class Stem:
-    """A family of operators.
+class Layout:
+    """How logits lie in memory, and the operators that read them there.
 
-    options: how many, the first three of _OPTIONS included. reference: the same loss in PyTorch,
-    called with logits, target, the options after the third, and keywords. prefix: of the operators'
-    names, "" for the native ones.
+    reference: the same loss in PyTorch; it takes the arguments of _INPUTS and _NUMBERS by name.
+    options: more arguments, by name. prefix: of the operators' names, "" for the native ones.
     """
 
     name: str
-    options: int
     reference: Callable[..., Tensor]
-    extra_schema: str = ""
-    extra_results: str = ""
+    options: tuple[str, ...] = ()
     prefix: str = ""
 
     @property
@@ -54,37 +41,21 @@ class Stem:
         return not self.prefix
 
     def operator(self, part: str) -> Any:
-        return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
-
-    @property
-    def forward(self) -> Any:
-        return self.operator("forward")
-
-    def backward(self, in_place: bool) -> Any:
-        return self.operator("backward_" if in_place else "backward")
+        return _OPERATORS[self.prefix + self.name + "_" + part]
 
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
 
-ROW = Stem("row", 3, reference.cross_entropy)
-DENSE = Stem("dense", 3, reference.dense_cross_entropy)
-UPSAMPLE = Stem(
-    "upsample",
-    5,
-    reference.upsample_cross_entropy,
-    ", bool align_corners, bool want_details",
-    ", Tensor position_loss, Tensor probability, Tensor prediction",
-)
-STEMS = (ROW, DENSE, UPSAMPLE)
+ROW = Layout("row", reference.cross_entropy)
+DENSE = Layout("dense", reference.dense_cross_entropy)
+UPSAMPLE = Layout("upsample", reference.upsample_cross_entropy, ("align_corners",))
+LAYOUTS = (ROW, DENSE, UPSAMPLE)
 
-_INPUTS = (
-    "logits, Tensor target, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? confidence, "
-    "Tensor? prior, Tensor? margin, Tensor? sample_weight"
+_CLASS_VECTORS = (
+    "Tensor? weight, Tensor? scale, Tensor? bias, Tensor? confidence, Tensor? prior, Tensor? margin"
 )
-_OPTIONS = "int ignore_index, float label_smoothing, float focal_gamma"
-_WANTED = "bool want_logits, bool want_scale, bool want_bias, bool want_confidence"
-_STATISTICS = "Tensor row_max, Tensor row_sum, Tensor denominator"
-_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+_INPUTS = f"logits, Tensor target, {_CLASS_VECTORS}, Tensor? sample_weight"
+_NUMBERS = "int ignore_index, float label_smoothing, float focal_gamma"
 PREDICT_SCHEMA = (
     "upsample_predict(Tensor logits, Tensor? scale, Tensor? bias, Tensor? confidence, "
     "Tensor? prior, SymInt height, SymInt width, bool align_corners) -> Tensor"
@@ -93,52 +64,54 @@ PREDICT_SCHEMA = (
 library = torch.library.Library("disalign_ops", "DEF")
 
 
-def schemas(stem: Stem) -> tuple[str, ...]:
-    """The schemas of a stem's operators."""
-    name, options = stem.name, _OPTIONS + stem.extra_schema
+def schemas(layout: Layout) -> tuple[str, ...]:
+    """The schemas of a layout's loss.
+
+    forward: loss, statistics (2, positions), denominator, gradients; of an upsampled loss with
+    details the positions' loss (where `loss` is not that), the target's softmax, and prediction.
+    backward: gradients. backward_: that of the logits is written over them, and is no result.
+    """
+    name = layout.name
+    numbers = _NUMBERS + "".join(f", bool {option}" for option in layout.options)
+    statistics = "Tensor statistics, Tensor denominator"
     return (
-        f"{name}_forward(Tensor {_INPUTS}, Tensor? denominator, {options}, int reduction, "
-        f"int normalizer, {_WANTED}) -> (Tensor loss, {_STATISTICS}, Tensor grad_logits, "
-        "Tensor grad_scale, Tensor grad_bias, Tensor grad_confidence" + stem.extra_results + ")",
-        f"{name}_backward(Tensor grad_loss, Tensor {_INPUTS}, {_STATISTICS}, {options}, {_WANTED})"
-        f" -> {_GRADIENTS}",
-        # Writes the gradient over the logits; the first of the four results stays empty.
-        f"{name}_backward_(Tensor grad_loss, Tensor(a!) {_INPUTS}, {_STATISTICS}, {options}, "
-        f"{_WANTED}) -> {_GRADIENTS}",
+        f"{name}_forward(Tensor {_INPUTS}, Tensor? denominator, {numbers}, int reduction, "
+        "int normalizer, int wanted) -> Tensor[]",
+        f"{name}_backward(Tensor grad_loss, Tensor {_INPUTS}, {statistics}, {numbers}, int wanted)"
+        " -> Tensor[]",
+        f"{name}_backward_(Tensor grad_loss, Tensor(a!) {_INPUTS}, {statistics}, {numbers}, "
+        "int wanted) -> Tensor[]",
     )
 
 
-_SHARD = (
-    "logits, Tensor target, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? confidence, "
-    "Tensor? prior, Tensor? margin, bool smoothing"
-)
+_SHARD = f"logits, Tensor target, {_CLASS_VECTORS}, bool smoothing"
 # Rows of which the logits are some of the classes; shards.py combines the sums, reference.py
 # (shard_sums, shard_gradients) says what is computed.
 SHARD_SCHEMAS = (
     f"row_shard_forward(Tensor {_SHARD}) -> Tensor",
-    f"row_shard_backward(Tensor factors, Tensor {_SHARD}, {_WANTED}) -> {_GRADIENTS}",
-    f"row_shard_backward_(Tensor factors, Tensor(a!) {_SHARD}, {_WANTED}) -> {_GRADIENTS}",
+    f"row_shard_backward(Tensor factors, Tensor {_SHARD}, int wanted) -> Tensor[]",
+    f"row_shard_backward_(Tensor factors, Tensor(a!) {_SHARD}, int wanted) -> Tensor[]",
 )
 
 
-def calibrate_schemas(stem: Stem) -> tuple[str, ...]:
+def calibrate_schemas(layout: Layout) -> tuple[str, ...]:
     """The schemas of the calibrated logits, rows and class planes."""
     return (
-        f"{stem.name}_calibrate(Tensor logits, Tensor scale, Tensor bias, Tensor confidence)"
+        f"{layout.name}_calibrate(Tensor logits, Tensor scale, Tensor bias, Tensor confidence)"
         " -> Tensor",
-        f"{stem.name}_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, "
-        f"Tensor bias, Tensor confidence, {_WANTED}) -> {_GRADIENTS}",
+        f"{layout.name}_calibrate_backward(Tensor grad_output, Tensor logits, Tensor scale, "
+        "Tensor bias, Tensor confidence, int wanted) -> Tensor[]",
     )
 
 
 library.define("build_info() -> str")
 library.define("cuda_build_info() -> str")
 library.define("cuda_why_not(int device) -> str")
-for _stem in STEMS:
-    for _schema in schemas(_stem):
+for _layout in LAYOUTS:
+    for _schema in schemas(_layout):
         library.define(_schema)
-for _stem in (ROW, DENSE):
-    for _schema in calibrate_schemas(_stem):
+for _layout in (ROW, DENSE):
+    for _schema in calibrate_schemas(_layout):
         library.define(_schema)
 for _schema in SHARD_SCHEMAS:
     library.define(_schema)
@@ -146,50 +119,42 @@ library.define(PREDICT_SCHEMA)
 backends.load_native()
 
 
-def _gradient_fakes(logits: Tensor, want: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def _gradient_fakes(logits: Tensor, wanted: int) -> list[Tensor]:
     dtype = reference.accumulate_dtype(logits.dtype)
     n, classes, *spatial = logits.shape
-    shapes = (logits.shape, (classes,), (classes,), (n * math.prod(spatial),))
-    dtypes = (logits.dtype, dtype, dtype, dtype)
-    return tuple(
-        logits.new_empty(tuple(shape) if wanted else (0,), dtype=dt)
-        for shape, dt, wanted in zip(shapes, dtypes, want, strict=True)
-    )
+    shapes = (tuple(logits.shape), (classes,), (classes,), (n * math.prod(spatial),))
+    return [
+        logits.new_empty(shape, dtype=logits.dtype if bit == LOGITS else dtype)
+        for shape, bit in zip(shapes, GRADIENTS, strict=True)
+        if wanted & bit
+    ]
 
 
-def _forward_fake(stem: Stem) -> Callable[..., tuple[Tensor, ...]]:
-    def fake(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        after = OPTIONS + stem.options - 2
-        reduction, want = rest[after], rest[after + 2 : after + 6]
-        dtype = reference.accumulate_dtype(logits.dtype)
-        positions = target.numel()
-        each = reduction == REDUCTIONS["none"]
-        loss = logits.new_empty((positions,) if each else (), dtype=dtype)
-        statistics = (
-            logits.new_empty((positions,), dtype=dtype),
-            logits.new_empty((positions,), dtype=dtype),
-            logits.new_empty((), dtype=torch.float64),
-        )
-        results = (loss, *statistics, *_gradient_fakes(logits, want))
-        if stem is not UPSAMPLE:
-            return results
-        details = positions if rest[after - 1] else 0
-        return (
-            *results,
-            logits.new_empty((0 if each else details,), dtype=dtype),
-            logits.new_empty((details,), dtype=dtype),
-            logits.new_empty((details,), dtype=torch.int64),
-        )
-
-    return fake
+def _forward_fake(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
+    reduction, _, wanted = rest[-3:]
+    dtype = reference.accumulate_dtype(logits.dtype)
+    positions = target.numel()
+    each = reduction == REDUCTIONS["none"]
+    results = [
+        logits.new_empty((positions,) if each else (), dtype=dtype),
+        logits.new_empty((2, positions), dtype=dtype),
+        logits.new_empty((), dtype=torch.float64),
+        *_gradient_fakes(logits, wanted),
+    ]
+    if wanted & DETAILS:
+        losses = [] if each else [logits.new_empty((positions,), dtype=dtype)]
+        probability = logits.new_empty((positions,), dtype=dtype)
+        prediction = logits.new_empty((positions,), dtype=torch.int64)
+        results += [*losses, probability, prediction]
+    return results
 
 
-def _backward_fake(grad_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _gradient_fakes(logits, rest[-4:])
+def _backward_fake(upstream: Tensor, logits: Tensor, *rest: Any) -> list[Tensor]:
+    return _gradient_fakes(logits, rest[-1])
 
 
-def _in_place_fake(grad_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _gradient_fakes(logits, (False, *rest[-3:]))
+def _in_place_fake(upstream: Tensor, logits: Tensor, *rest: Any) -> list[Tensor]:
+    return _gradient_fakes(logits, rest[-1] & ~LOGITS)
 
 
 def _predict_fake(
@@ -217,16 +182,16 @@ def _shard_forward_fake(logits: Tensor, *args: Any) -> Tensor:
 def fakes() -> dict[str, Callable[..., Any]]:
     """The fake of every operator, by its name without prefix."""
     found: dict[str, Callable[..., Any]] = {"upsample_predict": _predict_fake}
-    for stem in STEMS:
-        found[f"{stem.name}_forward"] = _forward_fake(stem)
-        found[f"{stem.name}_backward"] = _backward_fake
-        found[f"{stem.name}_backward_"] = _in_place_fake
+    for layout in LAYOUTS:
+        found[f"{layout.name}_forward"] = _forward_fake
+        found[f"{layout.name}_backward"] = _backward_fake
+        found[f"{layout.name}_backward_"] = _in_place_fake
     found["row_shard_forward"] = _shard_forward_fake
     found["row_shard_backward"] = _backward_fake
     found["row_shard_backward_"] = _in_place_fake
-    for stem in (ROW, DENSE):
-        found[f"{stem.name}_calibrate"] = _calibrate_fake
-        found[f"{stem.name}_calibrate_backward"] = _backward_fake
+    for layout in (ROW, DENSE):
+        found[f"{layout.name}_calibrate"] = _calibrate_fake
+        found[f"{layout.name}_calibrate_backward"] = _backward_fake
     return found
 
 

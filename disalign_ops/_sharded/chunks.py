@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from .._ops import reference
-from .._ops.schemas import SHARD_VALUES
+from .._ops.codes import SHARD_VALUES
 from . import shards
 from .parallel import Finished, finished
 from .shards import Vectors

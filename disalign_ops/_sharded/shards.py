@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .._ops import dispatch, reference
+from .._ops.codes import GRADIENTS, LOGITS, SHARD_VALUES
 from .._ops.reference import ELSEWHERE, IGNORED
-from .._ops.schemas import ROW, SHARD_VALUES
+from .._ops.schemas import ROW
 
 if TYPE_CHECKING:
     from .ranks import Ranks
@@ -122,9 +123,12 @@ def gradients_of(
         in_place = in_place and want[0]
         name = "shard_backward_" if in_place else "shard_backward"
         operator = dispatch.operators_of(ROW, backend).operator(name)
-        found = operator(factors, logits, target, *arguments, *want)
-        if in_place:
-            found = (logits, *found[1:])
+        bits = sum(bit for bit, w in zip(GRADIENTS, want, strict=True) if w)
+        results = iter(operator(factors, logits, target, *arguments, bits))
+        return [
+            None if not w else logits if in_place and bit == LOGITS else next(results)
+            for bit, w in zip(GRADIENTS, want, strict=True)
+        ]
     return [t if w else None for t, w in zip(found, want, strict=True)]
 
 

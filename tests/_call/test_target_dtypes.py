@@ -17,7 +17,7 @@ from torch import Tensor
 import disalign_ops as ops
 from disalign_ops import losses, metrics
 from disalign_ops import nn as dnn
-from disalign_ops._call.entry import check_classes
+from disalign_ops._ops.dispatch import check_classes
 from disalign_ops.nn import CrossEntropyLoss
 
 N, D = 6, 2

@@ -45,7 +45,7 @@ def test_contents(content: str, dtype: torch.dtype, reduction: str, calibrated: 
     compare(loss, d, calibrated, upstream_of(d, reduction), factor)
 
 
-STEMS = {
+LAYOUTS = {
     "plain": "dense",
     "sliced": "dense",
     "expanded": "dense",
@@ -54,14 +54,16 @@ STEMS = {
 }
 
 
-@pytest.mark.parametrize("content", STEMS)
+@pytest.mark.parametrize("content", LAYOUTS)
 def test_layouts_go_where_they_are_read_without_a_copy(content: str) -> None:
     d = CONTENTS[content][0](dense((2, 5, 4, 6)))
-    stem, flat, copied = layouts.flatten(d.logits)
-    assert stem.name == STEMS[content]
+    layout, flat, copied = layouts.flatten(d.logits)
+    assert layout.name == LAYOUTS[content]
     assert copied == (content == "cropped")
     assert (flat.data_ptr() != d.logits.data_ptr()) == copied
-    back = flat.reshape(2, 4, 6, 5).movedim(-1, 1) if stem.name == "row" else flat.view(2, 5, 4, 6)
+    back = (
+        flat.reshape(2, 4, 6, 5).movedim(-1, 1) if layout.name == "row" else flat.view(2, 5, 4, 6)
+    )
     assert torch.equal(back, d.logits)
 
 

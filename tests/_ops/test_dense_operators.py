@@ -11,19 +11,20 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import disalign_ops
+from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS
 
 OPS = torch.ops.disalign_ops
 EAGER_ONLY = ("test_schema", "test_faketensor")  # what eager mode alone calls, below autograd
-NONE = {"reduction": 0, "want_scale": False, "want_bias": False, "want_confidence": False}
+NONE = {"reduction": 0, "wanted": 0}
 UNCALIBRATED = {"scale": None, "bias": None, "confidence": None} | NONE | {"reduction": 2}
 CHANGES = {"mean": {}, "none": NONE, "plain": UNCALIBRATED}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward_arguments(
-    stem: str, dtype: torch.dtype = torch.float64, **changes: Any
+    layout: str, dtype: torch.dtype = torch.float64, **changes: Any
 ) -> dict[str, Any]:
-    upsample = stem == "upsample"
+    upsample = layout == "upsample"
     d = dense((2, 19, 3, 4), (7, 9) if upsample else None, torch.float32).to(dtype)
     vectors = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -44,59 +45,57 @@ def forward_arguments(
         "ignore_index": 255,
         "label_smoothing": 0.1,
         "focal_gamma": 0.0,
-        **({"align_corners": False, "want_details": False} if upsample else {}),
+        **({"align_corners": False} if upsample else {}),
         "reduction": 1,
         "normalizer": 0,
-        "want_logits": False,
-        "want_scale": True,
-        "want_bias": True,
-        "want_confidence": True,
+        "wanted": CALIBRATION,
     }
     return arguments | changes
 
 
-def backward_arguments(stem: str, **changes: Any) -> dict[str, Any]:
-    arguments = forward_arguments(stem)
-    outputs = getattr(OPS, f"{stem}_forward")(**arguments)
+def backward_arguments(layout: str, **changes: Any) -> dict[str, Any]:
+    arguments = forward_arguments(layout)
+    outputs = getattr(OPS, f"{layout}_forward")(**arguments)
     for name in ("denominator", "reduction", "normalizer"):
         arguments.pop(name)
-    arguments |= {"grad_loss": torch.ones((), dtype=torch.float64), "want_logits": True}
-    arguments |= dict(zip(("row_max", "row_sum", "denominator"), outputs[1:4], strict=True))
+    arguments |= {"grad_loss": torch.ones((), dtype=torch.float64)}
+    arguments["wanted"] |= LOGITS
+    arguments |= {"statistics": outputs[1], "denominator": outputs[2]}
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     return detached | changes
 
 
-@pytest.mark.parametrize("stem", ["dense", "upsample"])
+@pytest.mark.parametrize("layout", ["dense", "upsample"])
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck_forward(stem: str, dtype: torch.dtype, changes: str) -> None:
-    operator = getattr(OPS, f"{stem}_forward").default
-    arguments = forward_arguments(stem, dtype, **CHANGES[changes])
+def test_opcheck_forward(layout: str, dtype: torch.dtype, changes: str) -> None:
+    operator = getattr(OPS, f"{layout}_forward").default
+    arguments = forward_arguments(layout, dtype, **CHANGES[changes])
     torch.library.opcheck(operator, (), arguments, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("reduction", [0, 1])
 def test_opcheck_details(reduction: int) -> None:
-    changes = NONE | {"reduction": reduction, "want_details": True}
+    changes = NONE | {"reduction": reduction, "wanted": DETAILS}
     arguments = forward_arguments("upsample", **changes)
     torch.library.opcheck(OPS.upsample_forward.default, (), arguments, test_utils=EAGER_ONLY)
 
 
-@pytest.mark.parametrize("stem", ["dense", "upsample"])
-def test_opcheck_forward_with_the_gradient_of_the_logits(stem: str) -> None:
-    arguments = forward_arguments(stem, want_logits=True)
-    operator = getattr(OPS, f"{stem}_forward").default
+@pytest.mark.parametrize("layout", ["dense", "upsample"])
+def test_opcheck_forward_with_the_gradient_of_the_logits(layout: str) -> None:
+    arguments = forward_arguments(layout, wanted=LOGITS | CALIBRATION)
+    operator = getattr(OPS, f"{layout}_forward").default
     torch.library.opcheck(operator, (), arguments, test_utils=EAGER_ONLY)
 
 
-@pytest.mark.parametrize("stem", ["dense", "upsample"])
-def test_opcheck_backward(stem: str) -> None:
+@pytest.mark.parametrize("layout", ["dense", "upsample"])
+def test_opcheck_backward(layout: str) -> None:
     torch.library.opcheck(
-        getattr(OPS, f"{stem}_backward").default, (), backward_arguments(stem),
+        getattr(OPS, f"{layout}_backward").default, (), backward_arguments(layout),
         test_utils=(*EAGER_ONLY, "test_aot_dispatch_dynamic"),
     )  # fmt: skip
     torch.library.opcheck(
-        getattr(OPS, f"{stem}_backward_").default, (), backward_arguments(stem),
+        getattr(OPS, f"{layout}_backward_").default, (), backward_arguments(layout),
         test_utils=EAGER_ONLY,
     )  # fmt: skip
 
@@ -119,7 +118,7 @@ MISUSE: list[tuple[str, dict[str, Any], str]] = [
     ("dense", {"confidence": torch.zeros(23).double()}, "confidence has 23 entries, 24"),
     ("upsample", {"logits": torch.zeros(2, 19, 12).double()}, "logits have 3 dimensions, 4"),
     ("upsample", {"logits": torch.zeros(2, 19, 3, 4)}, "weight has another dtype"),
-    ("upsample", {"logits": torch.zeros(2, 19, 0, 4).double()}, "confidence has 24 entries, 0"),
+    ("upsample", {"logits": torch.zeros(2, 19, 0, 4).double()}, "no positions to interpolate"),
     ("upsample", {"target": torch.zeros(2, 63).long()}, "target is not (images, height, width)"),
     ("upsample", {"target": torch.zeros(3, 7, 9).long()}, "target is not (images, height, width)"),
     ("upsample", {"target": torch.full((2, 7, 9), -1)}, "IndexError: Target -1 is out of bounds"),
@@ -129,23 +128,23 @@ MISUSE: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("stem", "change", "message"), MISUSE)
-def test_direct_misuse_raises(stem: str, change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("layout", "change", "message"), MISUSE)
+def test_direct_misuse_raises(layout: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError) as caught:
-        getattr(OPS, f"{stem}_forward")(**forward_arguments(stem, **change))
+        getattr(OPS, f"{layout}_forward")(**forward_arguments(layout, **change))
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("stem", ["dense", "upsample"])
-def test_backward_refuses_statistics_and_overlap(stem: str) -> None:
-    backward, in_place = (getattr(OPS, f"{stem}_backward{suffix}") for suffix in ("", "_"))
-    with pytest.raises(RuntimeError, match="row_sum has 4 entries"):
-        backward(**backward_arguments(stem, row_sum=torch.zeros(4, dtype=torch.float64)))
+@pytest.mark.parametrize("layout", ["dense", "upsample"])
+def test_backward_refuses_statistics_and_overlap(layout: str) -> None:
+    backward, in_place = (getattr(OPS, f"{layout}_backward{suffix}") for suffix in ("", "_"))
+    with pytest.raises(RuntimeError, match="statistics has 4 entries"):
+        backward(**backward_arguments(layout, statistics=torch.zeros(4, dtype=torch.float64)))
     with pytest.raises(RuntimeError, match="grad_loss has 3 entries"):
-        backward(**backward_arguments(stem, grad_loss=torch.zeros(3, dtype=torch.float64)))
-    logits = backward_arguments(stem)["logits"]
+        backward(**backward_arguments(layout, grad_loss=torch.zeros(3, dtype=torch.float64)))
+    logits = backward_arguments(layout)["logits"]
     with pytest.raises(RuntimeError, match="logits overlap in memory"):
-        in_place(**backward_arguments(stem, logits=logits[:1].expand(logits.shape)))
+        in_place(**backward_arguments(layout, logits=logits[:1].expand(logits.shape)))
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last", "upsample"])

@@ -12,6 +12,7 @@ from support.tolerances import assert_close
 from torch import Tensor
 
 import disalign_ops
+from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE
 
 OPS = torch.ops.disalign_ops
 
@@ -37,10 +38,7 @@ def forward_arguments(
         "focal_gamma": 0.0,
         "reduction": 1,
         "normalizer": 0,
-        "want_logits": False,
-        "want_scale": True,
-        "want_bias": True,
-        "want_confidence": True,
+        "wanted": CALIBRATION,
     }
     return arguments | changes
 
@@ -50,13 +48,14 @@ def backward_arguments(**changes: Any) -> dict[str, Any]:
     outputs = OPS.row_forward(**arguments)
     for name in ("denominator", "reduction", "normalizer"):
         arguments.pop(name)
-    arguments |= {"grad_loss": torch.ones((), dtype=torch.float64), "want_logits": True}
-    arguments |= dict(zip(("row_max", "row_sum", "denominator"), outputs[1:4], strict=True))
+    arguments |= {"grad_loss": torch.ones((), dtype=torch.float64)}
+    arguments["wanted"] |= LOGITS
+    arguments |= {"statistics": outputs[1], "denominator": outputs[2]}
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     return detached | changes
 
 
-NONE = {"reduction": 0, "want_scale": False, "want_bias": False, "want_confidence": False}
+NONE = {"reduction": 0, "wanted": 0}
 UNCALIBRATED = {"scale": None, "bias": None, "confidence": None} | NONE | {"reduction": 2}
 
 
@@ -71,7 +70,7 @@ def test_opcheck_row_forward(dtype: torch.dtype, changes: dict[str, Any]) -> Non
 def test_opcheck_row_forward_with_the_gradient_of_the_logits() -> None:
     # Eager mode alone asks for it, below autograd.
     torch.library.opcheck(
-        OPS.row_forward.default, (), forward_arguments(want_logits=True),
+        OPS.row_forward.default, (), forward_arguments(wanted=LOGITS | CALIBRATION),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -95,7 +94,7 @@ def test_opcheck_calibrate() -> None:
     detached = [t.detach() for t in tensors]
     torch.library.opcheck(
         OPS.row_calibrate_backward.default,
-        (torch.randn(5, 19, dtype=torch.float64), *detached, True, True, True, True),
+        (torch.randn(5, 19, dtype=torch.float64), *detached, LOGITS | CALIBRATION),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -113,8 +112,8 @@ BACKSTOPS: list[tuple[dict[str, Any], str]] = [
     ({"scale": None}, "scale, bias and confidence are given together"),
     ({"confidence": torch.rand(4, dtype=torch.float64)}, "confidence has 4 entries, 5 are needed"),
     ({"reduction": 0}, "reduction 'none' has no gradients before its upstream"),
-    ({"normalizer": 3}, "denominator is not one float64 on the CPU"),
-    (UNCALIBRATED | {"want_scale": True}, "gradients are wanted of a calibration that is not"),
+    ({"normalizer": 3}, "denominator is not given"),
+    (UNCALIBRATED | {"wanted": SCALE}, "gradients are wanted of a calibration that is not"),
 ]
 
 
@@ -129,8 +128,8 @@ def test_direct_misuse_raises_and_reads_nothing_out_of_bounds(
 
 
 def test_backward_refuses_statistics_of_other_rows() -> None:
-    with pytest.raises(RuntimeError, match="row_max has 4 entries, 5 are needed"):
-        OPS.row_backward(**backward_arguments(row_max=torch.zeros(4, dtype=torch.float64)))
+    with pytest.raises(RuntimeError, match="statistics has 4 entries, 10 are needed"):
+        OPS.row_backward(**backward_arguments(statistics=torch.zeros(4, dtype=torch.float64)))
     with pytest.raises(RuntimeError, match="grad_loss has 3 entries, 5 are needed"):
         OPS.row_backward(**backward_arguments(grad_loss=torch.zeros(3, dtype=torch.float64)))
     overlapping = torch.randn(1, 19, dtype=torch.float64).expand(5, 19)

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import disalign_ops
 from disalign_ops._ops import backends, schemas
+from disalign_ops._ops.codes import CALIBRATION
 from disalign_ops._ops.triton import operators, registration, upsample_operators
 
 
@@ -98,6 +99,7 @@ def test_the_same_gradients_from_every_backend_and_a_wrong_target_raises() -> No
 CHECKS = """
 import torch, disalign_ops as d
 from disalign_ops._ops import schemas
+from disalign_ops._ops.codes import CALIBRATION, LOGITS
 from disalign_ops._ops.triton import registration
 for name in schemas.fakes():
     native, ours = schemas._OPERATORS[name]._schema, schemas._OPERATORS["triton_" + name]._schema
@@ -106,14 +108,14 @@ for name in schemas.fakes():
     assert [str(r.type) for r in native.returns] == [str(r.type) for r in ours.returns], name
 z, t, vector = torch.randn(6, 9), torch.arange(6), torch.rand(9)
 given = (z, t, vector, vector, vector, torch.rand(6), None, None, None)
-numbers, flags = (-100, 0.1, 2.0), (True, True, True)
+numbers = (-100, 0.1, 2.0)
 tests = ("test_schema", "test_autograd_registration", "test_faketensor")
 check = torch.library.opcheck
 forward, backward_ = (schemas._OPERATORS["triton_row_" + part] for part in ("forward", "backward_"))
-check(forward, (*given, None, *numbers, 1, 0, False, *flags), test_utils=tests)
-ones = torch.ones(6)
-statistics = (ones, ones, torch.ones((), dtype=torch.float64))
-check(backward_, (torch.ones(()), *given, *statistics, *numbers, True, *flags), test_utils=tests)
+check(forward, (*given, None, *numbers, 1, 0, CALIBRATION), test_utils=tests)
+statistics = (torch.ones(2, 6), torch.ones((), dtype=torch.float64))
+every = (torch.ones(()), *given, *statistics, *numbers, LOGITS | CALIBRATION)
+check(backward_, every, test_utils=tests)
 
 def loss(z, a, b, c):
     return d.disalign_cross_entropy(z, t, c, a, b, label_smoothing=0.1)
@@ -136,8 +138,8 @@ def test_operators_are_well_formed_and_torch_compile_takes_them_whole() -> None:
 def test_tracing_sees_the_kernels() -> None:
     def forward(z: torch.Tensor, t: torch.Tensor, vector: torch.Tensor) -> Any:
         given = (z, t, vector, vector, vector, z[:, 0].contiguous(), None, None, None, None)
-        return registration.stem_of(schemas.ROW).forward(
-            *given, -100, 0.1, 0.0, 1, 0, False, True, True, True
+        return registration.layout_of(schemas.ROW).operator("forward")(
+            *given, -100, 0.1, 0.0, 1, 0, CALIBRATION
         )
 
     traced = make_fx(dispatch_functionalize(forward), tracing_mode="fake")(

@@ -144,14 +144,14 @@ class Problem:
         out = _raw(torch.full(z.shape, nan, dtype=z.dtype))
         sums = {f"grad_{k}": _raw(torch.full(v.shape, nan, dtype=dtype))
                 for k, v in self.vectors.items()}  # fmt: skip
-        forward = self._fields() | {"grad_logits": out}
-        backward = forward | sums | {
+        forward = self._fields() | {"output": out}
+        backward = self._fields() | sums | {
             "grad_logits": out.copy(), "grad_output": _raw(upstream), "class_gradients": True,
         }  # fmt: skip
         expected = {f"grad_{k}": _raw(g) for k, g in zip(learned, grads, strict=True)}
         name = f"{self.stem} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
         return [
-            Call(name, f"{self.stem}_calibrate", forward, {"grad_logits": _raw(u)}),
+            Call(name, f"{self.stem}_calibrate", forward, {"output": _raw(u)}),
             Call(name, f"{self.stem}_calibrate_backward", backward, expected),
         ]
 
@@ -191,7 +191,7 @@ def check(kernels: ModuleType, call: Call) -> None:
     for name, expected in call.expected.items():
         actual = _numbers(call.fields[name], dtype).astype(np.float64).reshape(expected.shape)
         largest = max(float(np.abs(expected).max(initial=0)), 1e-2)
-        table = TOLERANCE if name == "grad_logits" else ARITHMETIC
+        table = TOLERANCE if name in ("grad_logits", "output") else ARITHMETIC
         error = float(np.abs(actual - expected).max(initial=0))  # NaN: never written
         assert error <= table[dtype] * largest, f"{call.name} {call.operation} {name}: {error:.3g}"
 

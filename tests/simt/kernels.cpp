@@ -79,8 +79,8 @@ class Fields {
     const auto found = fields_[name].cast<py::array>();
     to = static_cast<P*>(const_cast<void*>(found.data()));
     const std::string which = name;
-    if (which == "logits" || which == "grad_logits" || which == "grad_output")
-      simt::watch(name, found.data(), found.nbytes(), which == "grad_logits");
+    if (which == "logits" || which == "grad_logits" || which == "grad_output" || which == "output")
+      simt::watch(name, found.data(), found.nbytes(), which == "grad_logits" || which == "output");
   }
   int integer(const char* name) const { return fields_[name].cast<int>(); }
 
@@ -111,7 +111,7 @@ void fill(const Fields& fields, DeviceLoss& args) {
 template <class Args>
 void fill_rows(const Fields& fields, Args& args) {
   fill(fields, static_cast<DeviceLoss&>(args));
-  DISALIGN_ARRAY(grad_output);
+  DISALIGN_ARRAY(grad_output), DISALIGN_ARRAY(output);
 }
 void fill(const Fields& fields, RowArgs& args) { fill_rows(fields, args); }
 void fill(const Fields& fields, DenseArgs& args) { fill_rows(fields, args); }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import operator_swap
 
-from tests.simt import build
+from . import build
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,16 +25,16 @@ def pytest_configure(config: pytest.Config) -> None:
     library = build.build("operators")
     definitions = torch.library.Library("disalign_simt", "DEF")
     config.stash[pytest.StashKey[torch.library.Library]()] = definitions  # they end with the object
-    for stem in schemas.STEMS:
-        for schema in schemas.schemas(stem):
+    for layout in schemas.LAYOUTS:
+        for schema in schemas.schemas(layout):
             definitions.define(schema)
-    for stem in (schemas.ROW, schemas.DENSE):
-        for schema in schemas.calibrate_schemas(stem):
+    for layout in (schemas.ROW, schemas.DENSE):
+        for schema in schemas.calibrate_schemas(layout):
             definitions.define(schema)
         torch.library.register_autograd(
-            f"disalign_simt::{stem.name}_calibrate",
-            functools.partial(autograd._calibrate_backward, stem=stem),
-            setup_context=autograd._save_calibrate,
+            f"disalign_simt::{layout.name}_calibrate",
+            functools.partial(autograd.calibrate_backward, layout=layout),
+            setup_context=autograd.save_calibrate,
             lib=definitions,
         )
     for schema in (*schemas.SHARD_SCHEMAS, schemas.PREDICT_SCHEMA):

@@ -37,7 +37,7 @@ def _remote(name: str) -> Callable[..., Any]:
             arguments[1].data.copy_(moved[1])  # the gradient, over the logits
         if isinstance(results, Tensor):
             return results.cpu()
-        return tuple(r.cpu() for r in results)
+        return [r.cpu() for r in results]
 
     return call
 

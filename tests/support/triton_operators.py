@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from disalign_ops._ops import schemas
     from disalign_ops._ops.triton import registration
 
-    assert registration.stem_of(schemas.ROW).prefix == "triton_"
+    assert registration.layout_of(schemas.ROW).prefix == "triton_"
     operator_swap.swap(lambda name: schemas._OPERATORS[f"triton_{name}"])
 
 

@@ -18,9 +18,13 @@ struct CalibrateArgs {
   const void* confidence = nullptr;
   void* output = nullptr;             // forward; contiguous
   const void* grad_output = nullptr;  // backward; contiguous
-  void* grad_logits = nullptr;        // backward, null where not wanted; contiguous
-  void* grad_confidence = nullptr;    // of A
+  // backward; null where not wanted
+  int64_t grad_image_stride = 0, grad_class_stride = 1;
+  void* grad_logits = nullptr;
+  void *grad_scale = nullptr, *grad_bias = nullptr, *grad_confidence = nullptr;  // of A
   bool class_gradients = false;
+
+  int64_t positions() const { return images * inner; }
 };
 
 constexpr int64_t kCalibrateTile = 512;  // positions that the dense kernels work on together

@@ -17,6 +17,7 @@ struct Axis {
 
 struct UpsampleArgs : LossArgs {
   Axis y, x;
+  bool align_corners = false;
   const int64_t* first_row = nullptr;  // of each low-resolution row: its outputs are
                                        // [first_row[r], first_row[r + 1])
   int64_t y_stride = 0, x_stride = 0;  // of the logits; image_stride and class_stride as ever

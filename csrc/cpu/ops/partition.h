@@ -66,21 +66,20 @@ class Partition {
   }
 
   // out[j] = the chunks' sums, added in their order.
-  void reduce_classes(double* Chunk::* gradient, const Tensor& out) const {
-    if (out.scalar_type() == ScalarType::Double)
-      reduce<double>(gradient, out);
+  void reduce_classes(double* Chunk::* gradient, void* out, ScalarType dtype) const {
+    if (dtype == ScalarType::Double)
+      reduce(gradient, static_cast<double*>(out));
     else
-      reduce<float>(gradient, out);
+      reduce(gradient, static_cast<float*>(out));
   }
 
  private:
   template <class A>
-  void reduce(double* Chunk::* gradient, const Tensor& out) const {
-    A* to = static_cast<A*>(out.mutable_data_ptr());
+  void reduce(double* Chunk::* gradient, A* out) const {
     for (int64_t j = 0; j < classes_; ++j) {
       double sum = 0;
       for (const Chunk& chunk : chunks_) sum += (chunk.*gradient)[j];
-      to[j] = static_cast<A>(sum);
+      out[j] = static_cast<A>(sum);
     }
   }
 

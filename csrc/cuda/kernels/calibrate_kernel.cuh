@@ -1,7 +1,7 @@
 // Calibrated logits u = (1 + c a) z + c b, forward and backward, over rows and class planes.
 //
 // - Maps: row_tile.cuh and dense_tile.cuh.
-// - Forward, into grad_logits: one read, one write. Backward, from the gradient g of the calibrated
+// - Forward: one read, one write. Backward, from the gradient g of the calibrated
 //   logits: one read of g and of the logits, one write of grad_logits = g (1 + c a). Class sums are
 //   in registers for rows; for planes a warp adds its positions by shuffles, class by class, into
 //   sums of its own in global memory.
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(Wide ? kCalibrateThreads : kNarrowThreads,
         tile.load(from, given, tile.aligned(from));
       }
     }
-    T* to = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
+    void* out_memory = Backward ? args.grad_logits : args.output;
+    T* to = static_cast<T*>(out_memory) + i * args.grad_image_stride;
     const bool aligned = tile.aligned(to);
     A slope = 0;
 #pragma unroll
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(Wide ? kCalibrateThreads : kNarrowThreads,
         }
         pack<T>(u, part, out);
       }
-      if (args.grad_logits && inside) tile.store(to, k, aligned, out);
+      if (out_memory && inside) tile.store(to, k, aligned, out);
     }
     if (!Backward || !args.confidence_sums) continue;
     A values[1] = {slope};
@@ -134,10 +135,11 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_calibrate_kernel(const
           }
         }
       }
-      if (args.grad_logits && tile.inside)
-        store_one(static_cast<T*>(args.grad_logits) + tile.grad + tile.position +
-                      j * args.grad_class_stride,
-                  from_accumulate<T>(out));
+      void* out_memory = Backward ? args.grad_logits : args.output;
+      if (out_memory && tile.inside)
+        store_one(
+            static_cast<T*>(out_memory) + tile.grad + tile.position + j * args.grad_class_stride,
+            from_accumulate<T>(out));
     }
     if (!Backward || !args.grad_confidence) continue;
     slope = sum_of_slices(memory, tile, slope);

@@ -20,6 +20,7 @@ struct DenseArgs : DeviceLoss {
   int32_t slices = 1;                 // of the classes: a power of two of warps
   bool resident = false;              // whether a tile's logits stay in shared memory
   int64_t image_tiles = 0;            // tiles of an image
+  void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
   // Workspace.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]

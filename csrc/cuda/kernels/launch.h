@@ -42,20 +42,6 @@ static inline int64_t size_of(Dtype dtype) {
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How the summed loss is reduced, as the operators number it.
-enum ReductionCode : int64_t { kReduceNone = 0, kReduceMean = 1, kReduceSum = 2 };
-enum NormalizerCode : int64_t { kByWeights = 0, kByValid = 1, kByCount = 2, kByGiven = 3 };
-
-// A loss's arguments on a device, where the kernels must not wait for the host: what LossArgs has
-// as numbers of the host (inverse_denominator, weight_sum) is read or summed by the kernels.
-struct DeviceLoss : LossArgs {
-  int64_t reduction = kReduceNone;
-  int64_t normalizer = kByWeights;
-  const double* given_denominator = nullptr;  // forward
-  double* denominator = nullptr;              // forward writes it, backward reads it
-  void* reduced_loss = nullptr;               // of A, one; or null
-  void* grad_scale = nullptr;                 // of A; null where not wanted
-  void* grad_bias = nullptr;
-};
+using DeviceLoss = LossArgs;
 
 }  // namespace disalign::cuda

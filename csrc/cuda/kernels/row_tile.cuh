@@ -51,6 +51,7 @@ struct RowArgs : DeviceLoss {
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
   void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
   void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
+  void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
   void* target_logits = nullptr;      // of A: [rows]; backward that overwrites the logits
 };

@@ -1,5 +1,4 @@
-// What the operators of the calibrated logits launch; as row_launch.h. Forward writes into
-// args.grad_logits.
+// What the operators of the calibrated logits launch; as row_launch.h.
 #pragma once
 
 #include "cuda/kernels/calibrate_kernel.cuh"

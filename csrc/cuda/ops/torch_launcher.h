@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/kernels/launch.h"
@@ -84,6 +85,35 @@ class TorchLauncher : public Workspace {
 
 #else
 
+// Kernels' attributes and occupancy do not change, and the runtime's answers cost as much as a
+// launch: each question is asked once. Ask: a type of its own for every kind of question.
+struct Question {
+  const void* kernel;
+  int device;
+  int threads = 0;
+  size_t shared_bytes = 0;
+  int64_t grid_y = 1;
+
+  bool operator<(const Question& other) const {
+    return std::tie(kernel, device, threads, shared_bytes, grid_y) <
+           std::tie(other.kernel, other.device, other.threads, other.shared_bytes, other.grid_y);
+  }
+};
+
+template <class Ask>
+int answer_of(const Question& question, Ask ask) {
+  static std::mutex mutex;
+  static std::map<Question, int> known;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(question);
+    if (found != known.end()) return found->second;
+  }
+  const int answer = ask();  // two threads may ask at once, and get the same
+  const std::lock_guard<std::mutex> lock(mutex);
+  return known[question] = answer;
+}
+
 inline void require_cuda(cudaError_t status, const char* what) {
   require(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
@@ -109,30 +139,36 @@ class TorchLauncher : public Workspace {
 
   template <class Args>
   int blocks_per_multiprocessor(void (*kernel)(Args), int threads, size_t shared_bytes) {
-    allow_shared(kernel, shared_bytes);
-    int blocks = 0;
-    require_cuda(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
-        "occupancy");
-    return blocks;
+    return answer_of({address_of(kernel), device_, threads, shared_bytes}, [&] {
+      allow_shared(kernel, shared_bytes);
+      int blocks = 0;
+      require_cuda(
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
+          "occupancy");
+      return blocks;
+    });
   }
 
   template <class Args>
   int clusters(void (*kernel)(Args), const Shape& shape) {
-    // Code for an older architecture, compiled anew for this device, has no clusters either.
-    cudaFuncAttributes attributes;
-    require_cuda(cudaFuncGetAttributes(&attributes, kernel), "function attributes");
-    if (!limits_.has_clusters || attributes.ptxVersion < 90) return 0;
-    Configuration configuration(shape, stream_);
-    allow_shared(kernel, shape.shared_bytes);
-    int clusters = 0;
-    const void* function = reinterpret_cast<const void*>(kernel);
-    // An error: a cluster of this size does not fit.
-    if (cudaOccupancyMaxActiveClusters(&clusters, function, &configuration.launch) != cudaSuccess) {
-      cudaGetLastError();
-      return 0;
-    }
-    return clusters;
+    const void* function = address_of(kernel);
+    const Question question{function, device_, shape.threads, shape.shared_bytes, shape.grid_y};
+    return answer_of(question, [&] {
+      // Code for an older architecture, compiled anew for this device, has no clusters either.
+      cudaFuncAttributes attributes;
+      require_cuda(cudaFuncGetAttributes(&attributes, kernel), "function attributes");
+      if (!limits_.has_clusters || attributes.ptxVersion < 90) return 0;
+      Configuration configuration(shape, stream_);
+      allow_shared(kernel, shape.shared_bytes);
+      int clusters = 0;
+      // An error: a cluster of this size does not fit.
+      if (cudaOccupancyMaxActiveClusters(&clusters, function, &configuration.launch) !=
+          cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+      }
+      return clusters;
+    });
   }
 
   template <class Args>
@@ -141,12 +177,16 @@ class TorchLauncher : public Workspace {
     allow_shared(kernel, shape.shared_bytes);
     Configuration configuration(shape, stream_);
     void* arguments[] = {const_cast<Args*>(&args)};
-    require_cuda(cudaLaunchKernelExC(&configuration.launch, reinterpret_cast<const void*>(kernel),
-                                     arguments),
+    require_cuda(cudaLaunchKernelExC(&configuration.launch, address_of(kernel), arguments),
                  "launch");
   }
 
  private:
+  template <class Args>
+  static const void* address_of(void (*kernel)(Args)) {
+    return reinterpret_cast<const void*>(kernel);
+  }
+
   struct Configuration {
     cudaLaunchAttribute attribute = {};
     cudaLaunchConfig_t launch = {};
@@ -165,7 +205,8 @@ class TorchLauncher : public Workspace {
     Configuration(const Configuration&) = delete;
   };
 
-  explicit TorchLauncher(Place place) : Workspace(place), guard_(place.index) {
+  explicit TorchLauncher(Place place)
+      : Workspace(place), guard_(place.index), device_(place.index) {
     require(current_stream() != nullptr, "this build of torch has no CUDA");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(place.index, &stream));
@@ -195,12 +236,16 @@ class TorchLauncher : public Workspace {
   template <class Args>
   void allow_shared(void (*kernel)(Args), size_t bytes) const {
     if (bytes <= 48 << 10) return;
-    require_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(limits_.shared_bytes)),
-                 "shared memory");
+    answer_of({address_of(kernel), device_}, [&] {
+      require_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(limits_.shared_bytes)),
+                   "shared memory");
+      return 0;
+    });
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
+  int device_;
   cudaStream_t stream_ = nullptr;
   Limits limits_;
 };

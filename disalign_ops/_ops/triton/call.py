@@ -1,8 +1,9 @@
-"""What the operators of every stem share: their arguments, memory and sums.
+"""What the operators of every layout share: their arguments, memory and sums.
 
 Operators take their arguments in the order of the schemas, as one tuple: tensors first
 (logits, target, weight, scale, bias, confidence, prior, margin, sample_weight), then the
-denominator, or in backward row_max, row_sum and denominator, then the options.
+denominator, or in backward the statistics and the denominator, then the numbers. They return what
+is wanted, as the schemas say.
 """
 
 from __future__ import annotations
@@ -15,19 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..codes import BIAS, CONFIDENCE, NORMALIZERS, REDUCTIONS, SCALE
 from ..reference import accumulate_dtype
 from . import launch
 from .finish import loss_kernel, sum_kernel
 
 _TENSORS = 9
 _NUMBERS = 3  # ignore_index, label_smoothing, focal_gamma
-_REDUCE_NONE = 0
-_BY_WEIGHTS = 0
+_REDUCE_NONE = REDUCTIONS["none"]
+_BY_WEIGHTS = NORMALIZERS["weights"]
 _BLOCK = 256  # of the kernels that sum up
-
-# Of logits, scale, bias and confidence.
-Wanted = tuple[bool, bool, bool, bool]
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,16 @@ class Given:
 class Forward:
     given: Given
     denominator: Tensor | None
-    stem_options: tuple[Any, ...]
+    options: tuple[Any, ...]  # of the layout
     reduction: int
     normalizer: int
-    wanted: Wanted
+    wanted: int
 
     @staticmethod
     def of(arguments: tuple[Any, ...]) -> Forward:
         tensors, (denominator, *rest) = arguments[:_TENSORS], arguments[_TENSORS:]
-        numbers, options = rest[:_NUMBERS], rest[_NUMBERS:-6]
-        reduction, normalizer, *wanted = rest[-6:]
-        given = Given(tensors, *numbers)
-        return Forward(given, denominator, tuple(options), reduction, normalizer, tuple(wanted))
+        numbers, options, last = rest[:_NUMBERS], rest[_NUMBERS:-3], rest[-3:]
+        return Forward(Given(tensors, *numbers), denominator, tuple(options), *last)
 
     @property
     def each(self) -> bool:
@@ -93,22 +89,19 @@ class Forward:
 class Backward:
     given: Given
     grad_loss: Tensor | None  # None: 1
-    row_max: Tensor
-    row_sum: Tensor
+    statistics: Tensor
     denominator: Tensor | None  # None: 1
-    stem_options: tuple[Any, ...]
-    wanted: Wanted
+    options: tuple[Any, ...]  # of the layout
+    wanted: int
 
     @staticmethod
     def of(arguments: tuple[Any, ...]) -> Backward:
         grad_loss, *rest = arguments
         tensors, rest = rest[:_TENSORS], rest[_TENSORS:]
-        row_max, row_sum, denominator, *rest = rest
-        numbers, options, wanted = rest[:_NUMBERS], rest[_NUMBERS:-4], rest[-4:]
-        given = Given(tuple(tensors), *numbers)
-        return Backward(
-            given, grad_loss, row_max, row_sum, denominator, tuple(options), tuple(wanted)
-        )
+        statistics, denominator, *numbers, wanted = rest
+        given = Given(tuple(tensors), *numbers[:_NUMBERS])
+        options = tuple(numbers[_NUMBERS:])
+        return Backward(given, grad_loss, statistics, denominator, options, wanted)
 
     @property
     def upstream_stride(self) -> int:
@@ -135,14 +128,14 @@ class Loss:
     def __init__(self, call: Forward, positions: int, programs: int) -> None:
         logits = call.given.logits
         self.positions, self.programs, self._call = positions, programs, call
-        self.row_max, self.row_sum = vector(logits, positions), vector(logits, positions)
+        self.statistics = vector(logits, 2 * positions).view(2, positions)
         self.denominator = logits.new_empty((), dtype=torch.float64)
-        self.value = vector(logits, positions) if call.each else self.row_max.new_empty(())
+        self.value = vector(logits, positions) if call.each else self.statistics.new_empty(())
         self.block_sums = None
         if not call.each:
             self.block_sums = partial_sums(positions, logits, programs, 2, doubles=True)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def finish(self) -> list[Tensor]:
         call = self._call
         launch.start(
             loss_kernel, (1,),
@@ -152,7 +145,7 @@ class Loss:
             ),
             BLOCK=_BLOCK,
         )  # fmt: skip
-        return self.value, self.row_max, self.row_sum, self.denominator
+        return [self.value, self.statistics, self.denominator]
 
 
 def sum_of(sums: Tensor, denominator: Tensor | None, entries: int, offset: int = 0) -> Tensor:
@@ -180,26 +173,24 @@ class CalibrationSums:
 
     @staticmethod
     def of(
-        logits: Tensor, wanted: Wanted, positions: int, programs: int, parts: int, confidences: int
+        logits: Tensor, wanted: int, positions: int, programs: int, parts: int, confidences: int
     ) -> CalibrationSums:
         classes = confidence = None
-        if wanted[1] or wanted[2]:
+        if wanted & (SCALE | BIAS):
             classes = partial_sums(positions, logits, programs, 2, logits.shape[1])
-        if wanted[3]:
+        if wanted & CONFIDENCE:
             confidence = partial_sums(positions, logits, parts, confidences)
         return CalibrationSums(classes, confidence)
 
-    def gradients(
-        self, logits: Tensor, denominator: Tensor | None, wanted: Wanted
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of scale, bias and confidence, divided by the denominator; empty where not wanted."""
-        found = [vector(logits, 0) for _ in range(3)]
-        for k in (0, 1):
-            if wanted[1 + k]:
+    def gradients(self, denominator: Tensor | None, wanted: int) -> list[Tensor]:
+        """Of scale, bias and confidence, divided by the denominator; those that are wanted."""
+        found = []
+        for k, bit in enumerate((SCALE, BIAS)):
+            if wanted & bit:
                 assert self.classes is not None
                 classes = self.classes.shape[2]
-                found[k] = sum_of(self.classes, denominator, classes, k * classes)
-        if wanted[3]:
+                found.append(sum_of(self.classes, denominator, classes, k * classes))
+        if wanted & CONFIDENCE:
             assert self.confidence is not None
-            found[2] = sum_of(self.confidence, denominator, self.confidence.shape[1])
-        return found[0], found[1], found[2]
+            found.append(sum_of(self.confidence, denominator, self.confidence.shape[1]))
+        return found

@@ -5,10 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..codes import NORMALIZERS, REDUCTIONS
+
 # As the operators number them: _ops/schemas.py.
-MEAN = tl.constexpr(1)
-BY_WEIGHTS = tl.constexpr(0)
-BY_COUNT = tl.constexpr(2)
+MEAN = tl.constexpr(REDUCTIONS["mean"])
+BY_WEIGHTS = tl.constexpr(NORMALIZERS["weights"])
+BY_COUNT = tl.constexpr(NORMALIZERS["count"])
 
 
 @triton.jit

@@ -13,21 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..codes import BIAS, CALIBRATION, CONFIDENCE, LOGITS, SCALE, SHARD_VALUES
 from ..reference import IGNORED, accumulate_dtype, class_indices
-from ..schemas import SHARD_VALUES
 from . import launch
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
-from .call import (
-    Backward,
-    CalibrationSums,
-    Forward,
-    Given,
-    Gradients,
-    Loss,
-    Wanted,
-    arithmetic,
-    vector,
-)
+from .call import Backward, CalibrationSums, Forward, Given, Loss, arithmetic, vector
 from .loss import backward_kernel, forward_kernel
 
 
@@ -114,38 +104,35 @@ class Layout:
             )  # fmt: skip
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
+def forward(*arguments: Any) -> list[Tensor]:
     """Loss, statistics, denominator, and the gradients of the calibration for an upstream of 1.
 
-    That of the logits is backward's: _ops/autograd.py never asks for it here.
+    That of the logits is backward's: autograd.py never asks for it here.
     """
     call = Forward.of(arguments)
     given, logits = call.given, call.given.logits
     layout = Layout.of(logits)
     tiled, n = layout.tile.tiled, layout.positions
     loss = Loss(call, n, layout.programs(1))
-    _, want_scale, want_bias, want_confidence = call.wanted
+    class_sums = call.wanted & (SCALE | BIAS)
     # A tiled forward has not all classes at a time: their sums are backward's.
-    here = (False, want_scale and not tiled, want_bias and not tiled, want_confidence)
+    here = call.wanted & CONFIDENCE if tiled else call.wanted & CALIBRATION
     sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
     layout.start(
         forward_kernel, (loss.programs,),
         (
-            *given.tensors, given.weights, loss.value if call.each else None, loss.row_max,
-            loss.row_sum, loss.block_sums, sums.classes, sums.confidence, None, *layout.sizes,
-            *given.numbers, call.by_weights,
+            *given.tensors, given.weights, loss.value if call.each else None, *loss.statistics,
+            loss.block_sums, sums.classes, sums.confidence, None, *layout.sizes, *given.numbers,
+            call.by_weights,
         ),
         TILED=tiled,
     )  # fmt: skip
     results = loss.finish()
-    if tiled and (want_scale or want_bias):
+    if tiled and class_sums:
         # For an upstream gradient of 1, not yet divided.
-        classes = (False, want_scale, want_bias, False)
-        again = Backward(given, None, loss.row_max, loss.row_sum, None, (), classes)
+        again = Backward(given, None, loss.statistics, None, (), class_sums)
         sums = CalibrationSums(_gradients(again, None, None).classes, sums.confidence)
-    return (
-        *results, logits.new_empty((0,)), *sums.gradients(logits, loss.denominator, call.wanted),
-    )  # fmt: skip
+    return results + sums.gradients(loss.denominator, call.wanted)
 
 
 def _gradients(
@@ -159,13 +146,18 @@ def _gradients(
     layout.start(
         backward_kernel, (programs, layout.parts),
         (
-            *given.tensors, given.weights, call.grad_loss, call.row_max, call.row_sum,
-            call.denominator, target_logits, None, grad_logits, sums.classes, sums.confidence,
-            *layout.sizes, call.upstream_stride,
+            *given.tensors, given.weights, call.grad_loss, *call.statistics, call.denominator,
+            target_logits, None, grad_logits, sums.classes, sums.confidence, *layout.sizes,
+            call.upstream_stride,
             *(layout.strides if grad_logits is logits else layout.contiguous), *given.numbers,
         ),
     )  # fmt: skip
     return sums
+
+
+def _new_gradient(logits: Tensor, wanted: int) -> list[Tensor]:
+    """That of the logits, if it is wanted."""
+    return [logits.new_empty(logits.shape)] if wanted & LOGITS else []
 
 
 def _target_logits(given: Given) -> Tensor:
@@ -182,24 +174,23 @@ def _target_logits(given: Given) -> Tensor:
     return z.reshape(-1).to(accumulate_dtype(logits.dtype))
 
 
-def backward(*arguments: Any) -> Gradients:
-    """The gradients of logits, scale, bias and confidence; empty where not wanted."""
+def backward(*arguments: Any) -> list[Tensor]:
+    """The gradients that are wanted of logits, scale, bias and confidence."""
     call = Backward.of(arguments)
-    logits = call.given.logits
-    grad_logits = logits.new_empty(logits.shape if call.wanted[0] else (0,))
-    sums = _gradients(call, grad_logits if call.wanted[0] else None, None)
-    return grad_logits, *sums.gradients(logits, None, call.wanted)
+    whole = _new_gradient(call.given.logits, call.wanted)
+    sums = _gradients(call, whole[0] if whole else None, None)
+    return whole + sums.gradients(None, call.wanted)
 
 
-def backward_in_place(*arguments: Any) -> Gradients:
-    """The same, that of the logits written over them; the first result is empty."""
+def backward_in_place(*arguments: Any) -> list[Tensor]:
+    """The same, that of the logits written over them, and no result."""
     call = Backward.of(arguments)
-    given, logits = call.given, call.given.logits
+    given, wanted = call.given, call.wanted
     target_logits = None
-    if call.wanted[0] and (given.focal_gamma > 0 or call.wanted[3]):
+    if wanted & LOGITS and (given.focal_gamma > 0 or wanted & CONFIDENCE):
         target_logits = _target_logits(given)
-    sums = _gradients(call, logits if call.wanted[0] else None, target_logits)
-    return logits.new_empty((0,)), *sums.gradients(logits, None, call.wanted)
+    sums = _gradients(call, given.logits if wanted & LOGITS else None, target_logits)
+    return sums.gradients(None, wanted)
 
 
 def _shard_numbers(smoothing: bool) -> tuple[int, float, float]:
@@ -225,8 +216,8 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
 
 
 def _shard_gradients(
-    arguments: tuple[Any, ...], wanted: Wanted, grad_logits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    arguments: tuple[Any, ...], wanted: int, grad_logits: Tensor | None
+) -> list[Tensor]:
     factors, logits, target, *vectors, smoothing = arguments
     layout = Layout.of(logits)
     programs, n = layout.programs(layout.parts), layout.positions
@@ -241,22 +232,19 @@ def _shard_gradients(
             *_shard_numbers(smoothing),
         ),
     )  # fmt: skip
-    return sums.gradients(logits, None, wanted)
+    return sums.gradients(None, wanted)
 
 
-def shard_backward(*arguments: Any) -> Gradients:
+def shard_backward(*arguments: Any) -> list[Tensor]:
     """A shard's gradients; arguments as in reference.shard_gradients, then what is wanted."""
-    given, wanted = arguments[:-4], arguments[-4:]
-    logits = arguments[1]
-    grad_logits = logits.new_empty(logits.shape if wanted[0] else (0,))
-    sums = _shard_gradients(given, wanted, grad_logits if wanted[0] else None)
-    return grad_logits, *sums
+    *given, wanted = arguments
+    whole = _new_gradient(arguments[1], wanted)
+    return whole + _shard_gradients(tuple(given), wanted, whole[0] if whole else None)
 
 
-def shard_backward_in_place(*arguments: Any) -> Gradients:
-    given, wanted = arguments[:-4], arguments[-4:]
-    logits = arguments[1]
-    return logits.new_empty((0,)), *_shard_gradients(given, wanted, logits if wanted[0] else None)
+def shard_backward_in_place(*arguments: Any) -> list[Tensor]:
+    *given, wanted = arguments
+    return _shard_gradients(tuple(given), wanted, arguments[1] if wanted & LOGITS else None)
 
 
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
@@ -275,18 +263,17 @@ def calibrate_backward(
     scale: Tensor,
     bias: Tensor,
     confidence: Tensor,
-    *wanted: bool,
-) -> Gradients:
+    wanted: int,
+) -> list[Tensor]:
     layout = Layout.of(logits)
     programs, n = layout.programs(layout.parts), layout.positions
-    want: Wanted = (wanted[0], wanted[1], wanted[2], wanted[3])
-    grad_logits = logits.new_empty(logits.shape if want[0] else (0,))
-    sums = CalibrationSums.of(logits, want, n, programs, layout.parts, n)
+    whole = _new_gradient(logits, wanted)
+    sums = CalibrationSums.of(logits, wanted, n, programs, layout.parts, n)
     layout.start(
         calibrate_backward_kernel, (programs, layout.parts),
         (
-            grad_output, logits, scale, bias, confidence, grad_logits if want[0] else None,
+            grad_output, logits, scale, bias, confidence, whole[0] if whole else None,
             sums.classes, sums.confidence, *layout.sizes, *layout.contiguous,
         ),
     )  # fmt: skip
-    return grad_logits, *sums.gradients(logits, None, want)
+    return whole + sums.gradients(None, wanted)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, schemas
-from ..schemas import Stem
+from ..schemas import Layout
 from . import operators, upsample_operators
 
 _PREFIX = "triton_"
@@ -33,15 +33,15 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "row_shard_backward": operators.shard_backward,
     "row_shard_backward_": operators.shard_backward_in_place,
 }
-for _stem, _module in (
+for _layout, _module in (
     (schemas.ROW, operators), (schemas.DENSE, operators), (schemas.UPSAMPLE, upsample_operators),
 ):  # fmt: skip
-    _FUNCTIONS[f"{_stem.name}_forward"] = _module.forward
-    _FUNCTIONS[f"{_stem.name}_backward"] = _module.backward
-    _FUNCTIONS[f"{_stem.name}_backward_"] = _module.backward_in_place
-for _stem in (schemas.ROW, schemas.DENSE):
-    _FUNCTIONS[f"{_stem.name}_calibrate"] = operators.calibrate
-    _FUNCTIONS[f"{_stem.name}_calibrate_backward"] = operators.calibrate_backward
+    _FUNCTIONS[f"{_layout.name}_forward"] = _module.forward
+    _FUNCTIONS[f"{_layout.name}_backward"] = _module.backward
+    _FUNCTIONS[f"{_layout.name}_backward_"] = _module.backward_in_place
+for _layout in (schemas.ROW, schemas.DENSE):
+    _FUNCTIONS[f"{_layout.name}_calibrate"] = operators.calibrate
+    _FUNCTIONS[f"{_layout.name}_calibrate_backward"] = operators.calibrate_backward
 
 
 def _typed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -58,8 +58,7 @@ def _typed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         )
         for argument in schema.arguments
     ]  # fmt: skip
-    results = len(schema.returns)
-    returns = Tensor if results == 1 else tuple[(Tensor,) * results]  # type: ignore[misc]
+    returns = Tensor if str(schema.returns[0].type) == "Tensor" else list[Tensor]
     operator.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     return operator
 
@@ -73,11 +72,11 @@ for _name, _fake in schemas.fakes().items():
     _operator.register_fake(_fake)  # which launches nothing
     schemas._OPERATORS[_PREFIX + _name] = getattr(torch.ops.disalign_ops, _PREFIX + _name).default
 
-_STEMS = {stem.name: dataclasses.replace(stem, prefix=_PREFIX) for stem in schemas.STEMS}
-for _stem in _STEMS.values():
-    autograd.register(_stem)
+_LAYOUTS = {layout.name: dataclasses.replace(layout, prefix=_PREFIX) for layout in schemas.LAYOUTS}
+for _layout in _LAYOUTS.values():
+    autograd.register(_layout)
 
 
-def stem_of(stem: Stem) -> Stem:
-    """The Triton operators of a native stem."""
-    return _STEMS[stem.name]
+def layout_of(layout: Layout) -> Layout:
+    """The Triton operators of a native layout."""
+    return _LAYOUTS[layout.name]

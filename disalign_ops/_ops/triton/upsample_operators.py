@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..codes import CALIBRATION, DETAILS, LOGITS
 from . import launch
-from .call import Backward, CalibrationSums, Forward, Gradients, Loss, arithmetic, vector
+from .call import Backward, CalibrationSums, Forward, Loss, arithmetic, vector
 from .upsample import axis_kernel, forward_kernel
 from .upsample_backward import backward_kernel, factors_kernel
 
@@ -97,48 +98,48 @@ class Grid:
             )  # fmt: skip
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """As operators.forward, and position_loss, probability and prediction, empty unless wanted."""
+def forward(*arguments: Any) -> list[Tensor]:
+    """As operators.forward, and the details."""
     call = Forward.of(arguments)
     given, logits = call.given, call.given.logits
-    align_corners, want_details = call.stem_options
-    grid = Grid.of(logits, given.target.shape[1], given.target.shape[2], align_corners)
+    grid = Grid.of(logits, given.target.shape[1], given.target.shape[2], *call.options)
     loss = Loss(call, grid.positions, grid.forward_programs)
-    details = grid.positions if want_details else 0
-    position_loss = vector(logits, 0 if call.each else details)
-    probability = vector(logits, details)
-    prediction = logits.new_empty((details,), dtype=torch.int64)
-    losses = loss.value if call.each else position_loss if want_details else None
+    details, losses = [], loss.value if call.each else None
+    probability = prediction = None
+    if call.wanted & DETAILS:
+        probability = vector(logits, grid.positions)
+        prediction = logits.new_empty((grid.positions,), dtype=torch.int64)
+        details = [probability, prediction]
+        if losses is None:
+            losses = vector(logits, grid.positions)
+            details.insert(0, losses)
     grid.start_forward((
-        *given.tensors, given.weights, *grid.axes, losses, loss.row_max, loss.row_sum,
-        loss.block_sums, probability if want_details else None,
-        prediction if want_details else None, *grid.sizes, *given.numbers, call.by_weights,
+        *given.tensors, given.weights, *grid.axes, losses, *loss.statistics, loss.block_sums,
+        probability, prediction, *grid.sizes, *given.numbers, call.by_weights,
     ))  # fmt: skip
     results = loss.finish()
-    again = Backward(
-        given, None, loss.row_max, loss.row_sum, loss.denominator, call.stem_options,
-        (False, *call.wanted[1:]),
-    )  # fmt: skip
-    return (*results, *_gradients(again, grid), position_loss, probability, prediction)
+    wanted = call.wanted & CALIBRATION
+    again = Backward(given, None, loss.statistics, loss.denominator, call.options, wanted)
+    return results + _gradients(again, grid) + details
 
 
-def _gradients(call: Backward, grid: Grid) -> Gradients:
-    given, logits = call.given, call.given.logits
+def _gradients(call: Backward, grid: Grid) -> list[Tensor]:
+    given, logits, wanted = call.given, call.given.logits, call.wanted
     n, classes, h, w = logits.shape
-    grad_logits = logits.new_empty(logits.shape if call.wanted[0] else (0,))
+    whole = [logits.new_empty(logits.shape)] if wanted & LOGITS else []
     tile = _tiles(logits.dtype)[1]
     parts = triton.cdiv(classes, tile.classes)
     programs = launch.programs(n * h * triton.cdiv(w, tile.positions), tile, parts, logits.device)
-    sums = CalibrationSums.of(logits, call.wanted, grid.nodes, programs, parts, grid.nodes)
-    if grid.nodes and True in call.wanted:
+    sums = CalibrationSums.of(logits, wanted, grid.nodes, programs, parts, grid.nodes)
+    if grid.nodes and wanted:
         targets = logits.new_empty((grid.positions,), dtype=torch.int32)
         factors = vector(logits, 4 * grid.positions)
         launch.start(
             factors_kernel, (grid.blocks(_FACTORS.positions),),
             (
-                *given.tensors, given.weights, *grid.axes, call.grad_loss, call.row_max,
-                call.row_sum, call.denominator, targets, factors, *grid.sizes,
-                call.upstream_stride, *given.numbers,
+                *given.tensors, given.weights, *grid.axes, call.grad_loss, *call.statistics,
+                call.denominator, targets, factors, *grid.sizes, call.upstream_stride,
+                *given.numbers,
             ),
             _FACTORS, logits.device, POSITIONS=_FACTORS.positions, ACC=arithmetic(logits),
         )  # fmt: skip
@@ -148,29 +149,30 @@ def _gradients(call: Backward, grid: Grid) -> Gradients:
             (
                 logits, weight, scale, bias, confidence, prior, margin, grid.y.weight,
                 grid.y.first, grid.x.weight, grid.x.first, targets, factors,
-                grad_logits if call.wanted[0] else None, sums.classes, sums.confidence,
-                *grid.sizes, given.label_smoothing,
+                whole[0] if whole else None, sums.classes, sums.confidence, *grid.sizes,
+                given.label_smoothing,
             ),
             tile, logits.device,
             NODES=tile.positions, CLASSES=tile.classes, ACC=arithmetic(logits),
         )  # fmt: skip
-    return grad_logits, *sums.gradients(logits, None, call.wanted)
+    return whole + sums.gradients(None, wanted)
 
 
-def backward(*arguments: Any) -> Gradients:
-    """The gradients of logits (contiguous), scale, bias and confidence; empty where not wanted."""
+def backward(*arguments: Any) -> list[Tensor]:
+    """The gradients that are wanted of logits (contiguous), scale, bias and confidence."""
     call = Backward.of(arguments)
     height, width = call.given.target.shape[1:]
-    return _gradients(call, Grid.of(call.given.logits, height, width, call.stem_options[0]))
+    return _gradients(call, Grid.of(call.given.logits, height, width, *call.options))
 
 
-def backward_in_place(*arguments: Any) -> Gradients:
-    """The same, by way of a buffer: programs read the nodes around theirs."""
-    found, *others = backward(*arguments)
-    logits = arguments[1]
-    if found.numel():
-        logits.copy_(found)
-    return logits.new_empty((0,)), others[0], others[1], others[2]
+def backward_in_place(*arguments: Any) -> list[Tensor]:
+    """The same, that of the logits written over them, by way of a buffer: programs read the nodes
+    around theirs.
+    """
+    found = backward(*arguments)
+    if arguments[-1] & LOGITS:
+        arguments[1].copy_(found.pop(0))
+    return found
 
 
 def predict(

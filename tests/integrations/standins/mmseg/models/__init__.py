@@ -1,1 +1,1 @@
-from tests.integrations.standins.mmseg.models import decode_heads as decode_heads
+from . import decode_heads as decode_heads

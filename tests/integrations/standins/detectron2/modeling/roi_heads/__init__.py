@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.integrations.standins.detectron2.modeling.roi_heads import fast_rcnn as fast_rcnn
+from . import fast_rcnn as fast_rcnn
 
 
 class _Registry(dict):  # type: ignore[type-arg]

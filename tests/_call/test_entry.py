@@ -1,5 +1,5 @@
-"""The calls that most training loops make give what the general way gives, and nothing else takes
-their way.
+"""The calls that most training loops make are validated early, and give what they give with every
+check; nothing else is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,28 @@ import pytest
 import torch
 
 import disalign_ops
-from disalign_ops._call import shortcut
+from disalign_ops._call import entry
+from disalign_ops._call.options import Calibration, Options
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every call that the checks behind the early return see."""
+    asked: list[Any] = []
+    check_input = entry.check_input
+    monkeypatch.setattr(entry, "check_input", lambda z: asked.append(z) or check_input(z))
+    return asked
+
+
+def is_early(monkeypatch: pytest.MonkeyPatch, **given: Any) -> bool:
+    """Whether a call is validated early."""
+    asked = watch(monkeypatch)
+    input, target, calibration = (given.pop(n, None) for n in ("input", "target", "calibration"))
+    try:
+        entry.validate(input, target, Options(**given), calibration)
+    except (ValueError, TypeError, IndexError):
+        assert asked
+    return not asked
+
 
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "interpolated": {},
@@ -45,7 +66,6 @@ def test_the_common_call_gives_what_the_general_way_gives(
             learned[2:] = [torch.nn.Parameter(t) for t in learned[2:]]
     for tensor in learned:
         tensor.requires_grad_()
-    taken = []
 
     def call() -> list[torch.Tensor]:
         of = disalign_ops.cross_entropy if calibration is None else (
@@ -67,18 +87,13 @@ def test_the_common_call_gives_what_the_general_way_gives(
             grad(loss, learned)
         return [loss.detach(), *made]
 
-    for name in ("is_plain", "is_plain_calibration"):
-        function = getattr(shortcut, name)
-
-        def watched(*arguments: Any, function: Any = function) -> bool:
-            taken.append(function(*arguments))
-            return bool(taken[-1])
-
-        monkeypatch.setattr(shortcut, name, watched)
-    short = call()
-    assert taken == [True] * (1 if calibration is None else 2)
-    monkeypatch.setattr(shortcut, "is_plain", lambda *_: False)
-    for a, e in zip(short, call(), strict=True):
+    asked = watch(monkeypatch)
+    early = call()
+    assert not asked
+    monkeypatch.setattr(entry, "_ARITHMETIC", {})
+    with_every_check = call()
+    assert asked
+    for a, e in zip(early, with_every_check, strict=True):
         assert torch.equal(a, e)
 
 
@@ -87,7 +102,7 @@ NOT_PLAIN: dict[str, dict[str, Any]] = {
     "int32": {"target": torch.zeros(3, dtype=torch.int32)},
     "a target of another shape": {"target": torch.zeros(4, dtype=torch.int64)},
     "classes that are not neighbours": {"input": torch.randn(5, 3).t()},
-    "half": {"input": torch.randn(3, 5).to(torch.bfloat16)},
+    "integers": {"input": torch.zeros(3, 5, dtype=torch.int64)},
     "planes": {"input": torch.randn(3, 5, 1)},
     "a parameter": {"input": torch.nn.Parameter(torch.randn(3, 5))},
     "a weight that is learned": {"weight": torch.ones(5, requires_grad=True)},
@@ -100,7 +115,9 @@ NOT_PLAIN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", NOT_PLAIN)
-def test_whatever_needs_a_check_or_a_conversion_goes_the_general_way(what: str) -> None:
+def test_whatever_needs_a_check_or_a_conversion_has_it(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain: dict[str, Any] = {
         "input": torch.randn(3, 5),
         "target": torch.zeros(3, dtype=torch.int64),
@@ -108,8 +125,15 @@ def test_whatever_needs_a_check_or_a_conversion_goes_the_general_way(what: str) 
         "ignore_index": -100,
         "label_smoothing": 0.0,
     }
-    assert shortcut.is_plain(**plain)
-    assert not shortcut.is_plain(**(plain | NOT_PLAIN[what]))
+    assert is_early(monkeypatch, **plain)
+    assert not is_early(monkeypatch, **(plain | NOT_PLAIN[what]))
+
+
+def test_half_precision_is_validated_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        z, t = torch.randn(3, 5).to(dtype), torch.zeros(3, dtype=torch.int64)
+        assert is_early(monkeypatch, input=z, target=t, weight=torch.ones(5))
+        assert not is_early(monkeypatch, input=z, target=t, weight=torch.ones(5, dtype=dtype))
 
 
 NO_PLAIN_CALIBRATION: dict[str, dict[str, Any]] = {
@@ -127,28 +151,19 @@ NO_PLAIN_CALIBRATION: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", NO_PLAIN_CALIBRATION)
-def test_a_calibration_that_needs_a_check_goes_the_general_way(what: str) -> None:
-    plain: dict[str, Any] = {
+def test_a_calibration_that_needs_a_check_has_it(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Calibration(torch.zeros(3), torch.ones(5), torch.zeros(5), "residual", None)
+    given: dict[str, Any] = {
         "input": torch.randn(3, 5),
-        "confidence": torch.zeros(3),
-        "scale": torch.ones(5),
-        "bias": torch.zeros(5),
-        "form": "residual",
-        "background": None,
+        "target": torch.zeros(3, dtype=torch.int64),
     }
-    assert shortcut.is_plain_calibration(**plain)
-    assert not shortcut.is_plain_calibration(**(plain | NO_PLAIN_CALIBRATION[what]))
+    assert is_early(monkeypatch, **given, calibration=plain)
+    other = plain._replace(**NO_PLAIN_CALIBRATION[what])
+    assert not is_early(monkeypatch, **given, calibration=other)
 
 
-DEFAULTS: dict[str, Any] = {
-    "reduction": "mean",
-    "sample_weight": None,
-    "normalizer": "weights",
-    "prior": None,
-    "margin": None,
-    "focal_gamma": 0.0,
-    "inplace_backward": False,
-}
 NO_DEFAULTS: dict[str, Any] = {
     "reduction": "sum",
     "sample_weight": torch.ones(3),
@@ -161,6 +176,7 @@ NO_DEFAULTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("option", NO_DEFAULTS)
-def test_an_option_goes_the_general_way(option: str) -> None:
-    assert shortcut.has_defaults(**DEFAULTS)
-    assert not shortcut.has_defaults(**(DEFAULTS | {option: NO_DEFAULTS[option]}))
+def test_an_option_is_checked(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"input": torch.randn(3, 5), "target": torch.zeros(3, dtype=torch.int64)}
+    assert is_early(monkeypatch, **given)
+    assert not is_early(monkeypatch, **given, **{option: NO_DEFAULTS[option]})

@@ -1,0 +1,24 @@
+// The numbers by which operators are told what is wanted of them. disalign_ops/_ops/codes.py has
+// the same; a test compares the two.
+#pragma once
+
+#include <cstdint>
+
+namespace disalign {
+
+// How the positions' losses become one.
+enum ReductionCode : int64_t { kReduceNone = 0, kReduceMean = 1, kReduceSum = 2 };
+
+// What 'mean' divides by.
+enum NormalizerCode : int64_t { kByWeights = 0, kByValid = 1, kByCount = 2, kByGiven = 3 };
+
+// Bits: gradients, and an upsampled loss's details.
+enum WantedCode : int64_t {
+  kWantLogits = 1,
+  kWantScale = 2,
+  kWantBias = 4,
+  kWantConfidence = 8,
+  kWantDetails = 16
+};
+
+}  // namespace disalign

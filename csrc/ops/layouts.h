@@ -1,0 +1,140 @@
+// How logits lie in memory: a check, and what the kernels' arguments say of it. For every device.
+#pragma once
+
+#include "ops/arguments.h"
+
+namespace disalign {
+
+// (N, C), classes next to each other.
+struct RowLayout {
+  template <class Args>
+  static void set(const Tensor& logits, const Tensor&, Args& args) {
+    set(logits, args);
+  }
+
+  template <class Args>
+  static void set(const Tensor& logits, Args& args) {
+    check(logits, "logits");
+    args.logits = logits.const_data_ptr();
+    args.images = logits.size(0);
+    args.classes = logits.size(1);
+    args.image_stride = logits.stride(0);
+    args.grad_image_stride = args.classes;
+  }
+
+  template <class Args>
+  static void set_over_logits(Args& args) {
+    args.grad_image_stride = args.image_stride;
+  }
+
+  template <class Args>
+  static int64_t confidences(const Args& args) {
+    return args.positions();
+  }
+
+  static void check(const Tensor& logits, const char* name) {
+    require(logits.dim() == 2, name, " has ", logits.dim(),
+            " dimensions, 2 (rows, classes) are needed");
+    require(is_logits_dtype(logits.scalar_type()), name,
+            " is not float64, float32, bfloat16 or float16");
+    // PyTorch calls a tensor without elements contiguous, whatever its strides.
+    require(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.numel() == 0, name,
+            "'s classes are not next to each other");
+  }
+};
+
+// (N, C, S), positions next to each other.
+struct DenseLayout {
+  template <class Args>
+  static void set(const Tensor& logits, const Tensor&, Args& args) {
+    set(logits, args);
+  }
+
+  template <class Args>
+  static void set(const Tensor& logits, Args& args) {
+    check(logits, "logits");
+    args.logits = logits.const_data_ptr();
+    args.images = logits.size(0);
+    args.classes = logits.size(1);
+    args.inner = logits.size(2);
+    args.image_stride = logits.stride(0);
+    args.class_stride = logits.stride(1);
+    args.grad_image_stride = args.classes * args.inner;
+    args.grad_class_stride = args.inner;
+  }
+
+  template <class Args>
+  static void set_over_logits(Args& args) {
+    args.grad_image_stride = args.image_stride;
+    args.grad_class_stride = args.class_stride;
+  }
+
+  template <class Args>
+  static int64_t confidences(const Args& args) {
+    return args.positions();
+  }
+
+  static void check(const Tensor& logits, const char* name) {
+    require(logits.dim() == 3, name, " has ", logits.dim(),
+            " dimensions, 3 (images, classes, positions) are needed");
+    require(is_logits_dtype(logits.scalar_type()), name,
+            " is not float64, float32, bfloat16 or float16");
+    require(logits.size(2) <= 1 || logits.stride(2) == 1 || logits.numel() == 0, name,
+            "'s positions are not next to each other");
+  }
+};
+
+// (N, C, h, w) of any strides, under a target (N, H, W).
+struct UpsampleLayout {
+  template <class Args>
+  static void set(const Tensor& logits, const Tensor& target, Args& args, bool align_corners) {
+    require(target.dim() == 3, "target is not (images, height, width)");
+    set_size(logits, target.size(1), target.size(2), args, align_corners);
+    require(target.size(0) == args.images, "target is not (images, height, width)");
+  }
+
+  template <class Args>
+  static void set_size(const Tensor& logits, int64_t height, int64_t width, Args& args,
+                       bool align_corners) {
+    require(logits.dim() == 4, "logits have ", logits.dim(),
+            " dimensions, 4 (images, classes, height, width) are needed");
+    require(is_logits_dtype(logits.scalar_type()),
+            "logits are not float64, float32, bfloat16 or float16");
+    const int64_t most = std::max({height, width, logits.size(2), logits.size(3)});
+    require(height >= 0 && width >= 0 && most < int64_t{1} << 31, "a size that is no image's");
+    args.logits = logits.const_data_ptr();
+    args.images = logits.size(0);
+    args.classes = logits.size(1);
+    args.inner = height * width;
+    args.y.in = logits.size(2);
+    args.x.in = logits.size(3);
+    args.y.out = height;
+    args.x.out = width;
+    require((args.y.in > 0 && args.x.in > 0) || args.positions() == 0,
+            "logits have no positions to interpolate between");
+    args.image_stride = logits.stride(0);
+    args.class_stride = logits.stride(1);
+    args.y_stride = logits.stride(2);
+    args.x_stride = logits.stride(3);
+    args.grad_x_stride = 1;
+    args.grad_y_stride = args.x.in;
+    args.grad_class_stride = int64_t{args.y.in} * args.x.in;
+    args.grad_image_stride = args.classes * args.grad_class_stride;
+    args.align_corners = align_corners;
+  }
+
+  template <class Args>
+  static void set_over_logits(Args& args) {
+    args.grad_image_stride = args.image_stride;
+    args.grad_class_stride = args.class_stride;
+    args.grad_y_stride = args.y_stride;
+    args.grad_x_stride = args.x_stride;
+  }
+
+  template <class Args>
+  static int64_t confidences(const Args& args) {
+    return args.images * args.y.in * args.x.in;
+  }
+};
+
+}  // namespace disalign

@@ -1,0 +1,189 @@
+// The loss operators, once for every layout and device: arguments, results and their order.
+//
+// An Operator is a layout on a device (cpu/ops/row.cpp, cuda/ops/row.cu): it has the Layout
+// (layouts.h), the kernels' Args, the bits of a WantedCode that its forward makes, and a Device
+// whose `forward` and `backward` run the kernels. Schemas: _ops/schemas.py.
+#pragma once
+
+#include <string>
+
+#include "ops/inputs.h"
+#include "ops/layouts.h"
+
+namespace disalign {
+
+// Options: those of the layout, between the loss's and the reduction.
+template <class Operator, class... Options>
+struct LossOperator {
+  using Layout = typename Operator::Layout;
+  using Args = typename Operator::Args;
+  using Device = typename Operator::Device;
+
+  // {loss, statistics (2, positions), denominator, gradients, details}
+  static Results forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                         const OptionalTensor& scale, const OptionalTensor& bias,
+                         const OptionalTensor& confidence, const OptionalTensor& prior,
+                         const OptionalTensor& margin, const OptionalTensor& sample_weight,
+                         const OptionalTensor& denominator, int64_t ignore_index,
+                         double label_smoothing, double focal_gamma, Options... options,
+                         int64_t reduction, int64_t normalizer, int64_t wanted_bits) {
+    Args args;
+    Layout::set(logits, target, args, options...);
+    const int64_t confidences = Layout::confidences(args), positions = args.positions();
+    set_inputs({logits, target, weight, scale, bias, confidence, prior, margin, sample_weight,
+                ignore_index, label_smoothing, focal_gamma},
+               confidences, args);
+    const Wanted wanted(wanted_bits);
+    require((wanted_bits & ~Operator::kWantedOfForward) == 0,
+            "a result is wanted that forward does not make on this device");
+    const bool each = reduction == kReduceNone;
+    require(!each || !wanted.any(),
+            "reduction 'none' has no gradients before its upstream gradient is known");
+    require(normalizer != kByGiven || denominator.has_value(), "denominator is not given");
+    args.reduction = reduction;
+    args.normalizer = normalizer;
+    args.given_denominator = static_cast<const double*>(
+        vector_data(denominator, "denominator", 1, ScalarType::Double, logits));
+
+    Device device(logits);
+    const Place place = place_of(logits);
+    const ScalarType dtype = accumulate_dtype(logits.scalar_type());
+    Results results;
+    results.reserve(8);
+    const auto add = [&](Tensor tensor) {
+      results.push_back(tensor);
+      return tensor.mutable_data_ptr();
+    };
+    void* loss = add(each ? new_tensor({positions}, dtype, place) : new_tensor({}, dtype, place));
+    (each ? args.loss : args.reduced_loss) = loss;
+    set_statistics(add(new_tensor({2, positions}, dtype, place)), dtype, args);
+    args.denominator = static_cast<double*>(add(new_tensor({}, ScalarType::Double, place)));
+    add_gradients(logits, confidences, wanted, false, args, results);
+    if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
+      if (wanted.details) {
+        if (!each) args.loss = add(new_vector(logits, positions));
+        args.probability = add(new_vector(logits, positions));
+        args.prediction =
+            static_cast<int64_t*>(add(new_tensor(&positions, 1, aoti_torch_dtype_int64(), place)));
+      }
+    }
+    device.template forward<Operator>(logits, args);
+    return results;
+  }
+
+  // {gradients}; InPlace: that of the logits is written over them.
+  template <bool InPlace>
+  static Results backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                          const OptionalTensor& weight, const OptionalTensor& scale,
+                          const OptionalTensor& bias, const OptionalTensor& confidence,
+                          const OptionalTensor& prior, const OptionalTensor& margin,
+                          const OptionalTensor& sample_weight, const Tensor& statistics,
+                          const Tensor& denominator, int64_t ignore_index, double label_smoothing,
+                          double focal_gamma, Options... options, int64_t wanted_bits) {
+    Args args;
+    Layout::set(logits, target, args, options...);
+    const int64_t confidences = Layout::confidences(args), positions = args.positions();
+    set_inputs({logits, target, weight, scale, bias, confidence, prior, margin, sample_weight,
+                ignore_index, label_smoothing, focal_gamma},
+               confidences, args);
+    const ScalarType dtype = accumulate_dtype(logits.scalar_type());
+    const bool one_upstream = grad_loss.dim() == 0;
+    args.upstream =
+        vector_data(grad_loss, "grad_loss", one_upstream ? 1 : positions, dtype, logits);
+    args.upstream_stride = one_upstream ? 0 : 1;
+    vector_data(statistics, "statistics", 2 * positions, dtype, logits);
+    set_statistics(statistics.mutable_data_ptr(), dtype, args);
+    vector_data(denominator, "denominator", 1, ScalarType::Double, logits);
+    args.denominator = static_cast<double*>(denominator.mutable_data_ptr());
+    Device device(logits);
+    Results results;
+    set_gradients<InPlace>(logits, Wanted(wanted_bits), args, results);
+    device.template backward<Operator>(logits, args);
+    return results;
+  }
+
+  // Rows of which the logits are some of the classes: {sums}; _sharded/shards.py combines them.
+  static Tensor shard_forward(const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const OptionalTensor& scale,
+                              const OptionalTensor& bias, const OptionalTensor& confidence,
+                              const OptionalTensor& prior, const OptionalTensor& margin,
+                              bool smoothing) {
+    Args args =
+        shard_args(logits, target, weight, scale, bias, confidence, prior, margin, smoothing);
+    Device device(logits);
+    const Tensor sums = new_tensor({kShardValues, args.positions()},
+                                   accumulate_dtype(logits.scalar_type()), place_of(logits));
+    args.shard_sums = sums.mutable_data_ptr();
+    device.template forward<Operator>(logits, args);
+    return sums;
+  }
+
+  // {gradients} from factors made of all shards' sums.
+  template <bool InPlace>
+  static Results shard_backward(const Tensor& factors, const Tensor& logits, const Tensor& target,
+                                const OptionalTensor& weight, const OptionalTensor& scale,
+                                const OptionalTensor& bias, const OptionalTensor& confidence,
+                                const OptionalTensor& prior, const OptionalTensor& margin,
+                                bool smoothing, int64_t wanted_bits) {
+    Args args =
+        shard_args(logits, target, weight, scale, bias, confidence, prior, margin, smoothing);
+    args.shard_factors = vector_data(factors, "factors", kShardValues * args.positions(),
+                                     accumulate_dtype(logits.scalar_type()), logits);
+    args.row_max = factors.mutable_data_ptr();
+    Device device(logits);
+    Results results;
+    set_gradients<InPlace>(logits, Wanted(wanted_bits), args, results);
+    device.template backward<Operator>(logits, args);
+    return results;
+  }
+
+ private:
+  static void set_statistics(void* memory, ScalarType dtype, Args& args) {
+    args.row_max = memory;
+    args.row_sum = static_cast<char*>(memory) + args.positions() * size_of(dtype);
+  }
+
+  template <bool InPlace>
+  static void set_gradients(const Tensor& logits, Wanted wanted, Args& args, Results& results) {
+    results.reserve(4);
+    add_gradients(logits, Layout::confidences(args), wanted, InPlace, args, results);
+    if (!InPlace || !wanted.logits) return;
+    require(!overlaps(logits),
+            "the logits overlap in memory: a gradient cannot be written over them");
+    Layout::set_over_logits(args);
+  }
+
+  static Args shard_args(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                         const OptionalTensor& scale, const OptionalTensor& bias,
+                         const OptionalTensor& confidence, const OptionalTensor& prior,
+                         const OptionalTensor& margin, bool smoothing) {
+    const OptionalTensor none;
+    Args args;
+    Layout::set(logits, args);
+    set_inputs({logits, target, weight, scale, bias, confidence, prior, margin, none, kIgnored,
+                smoothing ? 1.0 : 0.0, 0.0},
+               args.positions(), args);
+    return args;
+  }
+};
+
+// Registers the operators of a layout, "row" and so on.
+template <class Operator, class... Options>
+void register_loss(torch::stable::detail::StableLibrary& library, const std::string& layout) {
+  using Loss = LossOperator<Operator, Options...>;
+  library.impl((layout + "_forward").c_str(), TORCH_BOX(&Loss::forward));
+  library.impl((layout + "_backward").c_str(), TORCH_BOX(&Loss::template backward<false>));
+  library.impl((layout + "_backward_").c_str(), TORCH_BOX(&Loss::template backward<true>));
+}
+
+template <class Operator>
+void register_shard(torch::stable::detail::StableLibrary& library, const std::string& layout) {
+  using Loss = LossOperator<Operator>;
+  library.impl((layout + "_shard_forward").c_str(), TORCH_BOX(&Loss::shard_forward));
+  library.impl((layout + "_shard_backward").c_str(),
+               TORCH_BOX(&Loss::template shard_backward<false>));
+  library.impl((layout + "_shard_backward_").c_str(),
+               TORCH_BOX(&Loss::template shard_backward<true>));
+}
+
+}  // namespace disalign

@@ -1,0 +1,100 @@
+"""The losses in the graphs that torch.jit.trace makes, whose users (ONNX) lack our operators.
+
+The checks run, and are no part of the graph: it serves any number of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import composed, reference
+from .._ops.layouts import Extension
+from .arguments import given_denominator
+from .options import Calibration, Options, output
+
+
+def vector(value: Any, input: Tensor) -> Tensor | None:
+    """A vector of classes or positions that was checked, flat."""
+    dtype = reference.accumulate_dtype(input.dtype)
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.reshape(-1).to(dtype)
+    return torch.full((1,), float(value), dtype=dtype, device=input.device)
+
+
+def _given_vectors(input: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and bias of the calibrated classes, and the confidence."""
+    foreground = input.shape[min(1, input.dim() - 1)] - int(calibration.background is not None)
+    a, b, c = (
+        vector(v, input) for v in (calibration.scale, calibration.bias, calibration.confidence)
+    )
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    return a.expand(foreground).contiguous(), b.expand(foreground).contiguous(), c
+
+
+def calibration_vectors(input: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor, Tensor]:
+    """As options.calibration_vectors."""
+    a, b, c = _given_vectors(input, calibration)
+    extension = Extension.of(calibration.form, calibration.background)
+    return (*composed.extended(a, b, *extension), c)
+
+
+def calibrate(input: Tensor, calibration: Calibration) -> Tensor:
+    """`functional.calibrate` of what was checked."""
+    a, b, c = _given_vectors(input, calibration)
+    return composed.calibrate(input, c, a, b, calibration.form, calibration.background)
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    options: Options,
+    calibration: Calibration | None,
+    checked: Callable[..., Tensor],
+) -> Tensor:
+    """`entry.loss`, which is `checked`."""
+    with composed.unrecorded():
+        checked(input, target, options, calibration)
+    dtype = reference.accumulate_dtype(input.dtype)
+    flat = input.flatten(2) if input.dim() > 2 else input.reshape(-1, input.shape[-1])
+    a = b = c = None
+    if calibration is not None:
+        a, b, c = calibration_vectors(input, calibration)
+    weight, prior, margin, sample_weight = (
+        vector(v, input)
+        for v in (options.weight, options.prior, options.margin, options.sample_weight)
+    )
+    normalizer = given_denominator(options.normalizer, input)
+    divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
+    if target.is_floating_point():
+        u = flat.to(dtype)
+        if a is not None and b is not None and c is not None:
+            u = reference.calibrate(flat, a, b, c)
+        if prior is not None:
+            u = u + (prior[:, None] if u.dim() == 3 else prior)
+        found = composed.torch_cross_entropy(
+            u, target.reshape(u.shape).to(dtype), weight, label_smoothing=options.label_smoothing,
+            reduction="sum" if divided else options.reduction,
+        )  # fmt: skip
+        if isinstance(normalizer, Tensor) and divided:
+            found = (found / normalizer).to(dtype)
+    else:
+        if margin is not None:
+            margin = margin.expand(flat.shape[1])
+        found = composed.cross_entropy(
+            flat, target, weight=weight, scale=a, bias=b, confidence=c, prior=prior, margin=margin,
+            sample_weight=sample_weight, ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing, focal_gamma=options.focal_gamma,
+            reduction=options.reduction, normalizer=normalizer,
+        )  # fmt: skip
+    found = output(input, found, None)
+    if options.reduction != "none":
+        return found
+    if target.is_floating_point():
+        return found.reshape(input.select(min(1, input.dim() - 1), 0).shape)
+    return found.reshape(target.shape)

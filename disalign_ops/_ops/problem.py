@@ -1,0 +1,63 @@
+"""A loss as it is computed: what the validator makes, and every backend takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .codes import NORMALIZERS, REDUCTIONS
+from .layouts import WHOLE, Extension
+from .schemas import Layout
+
+_REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
+_NORMALIZER_OF = {code: name for name, code in NORMALIZERS.items()}
+
+
+class Inputs(NamedTuple):
+    """The tensors of a loss, in the order of the operators.
+
+    logits: as the layout takes them. Class vectors (C,) and position vectors, flat: contiguous and
+    of the accumulation dtype. scale and bias are a and b of u = (1 + c a) z + c b, or what the
+    problem's extension makes those of. denominator: the caller's, a float64 0-d tensor.
+    """
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    confidence: Tensor | None = None
+    prior: Tensor | None = None
+    margin: Tensor | None = None
+    sample_weight: Tensor | None = None
+    denominator: Tensor | None = None
+
+
+class Problem(NamedTuple):
+    """The rest of it, numbers alone.
+
+    numbers: ignore_index, label_smoothing, focal_gamma, and the layout's options. reduction and
+    normalizer: codes.py. details: of an upsampled loss. in_place: backward writes over the logits.
+    """
+
+    layout: Layout
+    numbers: tuple[Any, ...]
+    reduction: int
+    normalizer: int
+    extension: Extension = WHOLE
+    in_place: bool = False
+    details: bool = False
+
+    def keywords(self, inputs: Inputs) -> dict[str, Any]:
+        """All but logits and target, as the losses of reference.py take it."""
+        smoothing_and_gamma = ("ignore_index", "label_smoothing", "focal_gamma")
+        found = inputs._asdict()
+        del found["logits"], found["target"]
+        given = found.pop("denominator")
+        found["scale"], found["bias"] = self.extension.vectors(inputs.scale, inputs.bias)
+        names = (*smoothing_and_gamma, *self.layout.options)
+        found |= dict(zip(names, self.numbers, strict=True))
+        found["reduction"] = _REDUCTION_OF[self.reduction]
+        found["normalizer"] = _NORMALIZER_OF[self.normalizer] if given is None else given
+        return found
