@@ -1,5 +1,5 @@
 // The calibrated logits on CUDA: rows (N, C) and class planes (N, C, S). Schemas: _ops/schemas.py.
-#include "cuda/launch/calibrate_launch.h"
+#include "cuda/launch/launches.h"
 
 #include "cuda/ops/loss_op.h"
 
@@ -46,7 +46,7 @@ Tensor calibrate(const Tensor& logits, const Tensor& scale, const Tensor& bias,
   TorchLauncher launcher(logits);
   const Tensor out = new_like(logits);
   args.grad_logits = out.mutable_data_ptr();
-  launch_calibrate<false>(launcher, dtype_of(logits), args);
+  launch_calibrate_forward(launcher, dtype_of(logits), args);
   return out;
 }
 
@@ -67,7 +67,7 @@ BackwardResult calibrate_backward(const Tensor& grad_output, const Tensor& logit
   const Wanted wanted{want_logits, want_scale, want_bias, want_confidence};
   const Gradients gradients(logits, args.positions(), wanted, wanted.logits);
   gradients.attach(wanted, args);
-  launch_calibrate<true>(launcher, dtype_of(logits), args);
+  launch_calibrate_backward(launcher, dtype_of(logits), args);
   return {gradients.logits, gradients.scale, gradients.bias, gradients.confidence};
 }
 

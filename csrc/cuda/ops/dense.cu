@@ -1,6 +1,6 @@
 // The dense operators on CUDA: logits (N, C, S), positions next to each other. Schemas:
 // _ops/schemas.py.
-#include "cuda/launch/dense_launch.h"
+#include "cuda/launch/launches.h"
 
 #include "cuda/ops/loss_op.h"
 

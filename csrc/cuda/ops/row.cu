@@ -1,7 +1,7 @@
 // The row operators on CUDA: logits (N, C), classes next to each other; and those of a shard, whose
 // logits are some of the classes and whose sums are combined with those of the other shards before
 // the gradients are made. Schemas: _ops/schemas.py.
-#include "cuda/launch/row_launch.h"
+#include "cuda/launch/launches.h"
 
 #include "cuda/ops/loss_op.h"
 

@@ -1,6 +1,6 @@
 // The upsampling operators on CUDA: logits (N, C, h, w) of any strides, target (N, H, W). Schemas:
 // _ops/schemas.py.
-#include "cuda/launch/upsample_launch.h"
+#include "cuda/launch/launches.h"
 
 #include <algorithm>
 #include <utility>
