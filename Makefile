@@ -1,5 +1,5 @@
-# demo, demo-dense, test, bench, lint and docs set up what they need: a virtual environment with pinned versions
-# (requirements.txt) and the library built from this tree.
+# Every target sets up what it needs: a virtual environment with pinned versions and the library built from this
+# tree. The demos need few packages (requirements-demo.txt), the others all of them (requirements.txt).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,21 +9,25 @@ DEVICE ?= cpu
 
 .PHONY: setup demo demo-dense demo-detection test test-triton test-integrations bench bench-full lint docs format clean
 
-setup: $(VENV)/.built
+setup: $(VENV)/.installed $(VENV)/.built
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.demo: requirements-demo.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-demo.txt
+	touch $@
+
+$(VENV)/.installed: requirements.txt $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(NATIVE) pyproject.toml
+$(VENV)/.built: $(VENV)/.demo $(NATIVE) pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-demo: setup
+demo: $(VENV)/.built
 	$(BIN)/python examples/characters.py
 
-demo-dense: setup
+demo-dense: $(VENV)/.built
 	$(BIN)/python examples/pages.py
 
 test: setup

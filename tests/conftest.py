@@ -15,6 +15,20 @@ os.environ["DISALIGN_OPS_POISON"] = "1"
 import disalign_ops
 
 
+def pytest_report_header() -> list[str]:
+    """Which libraries the tests have, and why not the others."""
+    native = disalign_ops.backend_info()["native"]
+    cpu = f"not there: {native['why_not']}"
+    if native["available"]:
+        sets = ", ".join(native["instruction_sets_compiled"])
+        cpu = f"{native['instruction_set']} of {sets}, by {native['compiler']}"
+    cuda = f"for {', '.join(native['cuda_architectures'])}, by {native['cuda_compiler']}"
+    if native["why_not_cuda"]:
+        cuda = f"{cuda}, not used" if native["cuda_architectures"] else "not there"
+        cuda += f": {native['why_not_cuda']}"
+    return [f"CPU library: {cpu}", f"CUDA library: {cuda}"]
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

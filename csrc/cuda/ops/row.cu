@@ -1,7 +1,6 @@
 // The row operators on CUDA, and those of a shard: rows of which the logits are some of the
 // classes.
-#include "cuda/launch/row_launch.h"
-
+#include "cuda/launch/launches.h"
 #include "cuda/ops/device.h"
 
 namespace disalign::cuda {
