@@ -11,9 +11,10 @@ DEVICE ?= cpu
 
 setup: $(VENV)/.installed $(VENV)/.built
 
+# --no-compile: a demo imports a small part of torch, and Python compiles what it imports.
 $(VENV)/.demo: requirements-demo.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements-demo.txt
 	touch $@
 
 $(VENV)/.installed: requirements.txt $(VENV)/.demo

@@ -18,8 +18,9 @@ import disalign_ops
 def pytest_report_header() -> list[str]:
     """Which libraries the tests have, and why not the others."""
     native = disalign_ops.backend_info()["native"]
-    cpu = f"not there: {native['why_not']}"
-    if native["available"]:
+    if "why_not" in native:
+        cpu = f"not there: {native['why_not']}"
+    else:
         sets = ", ".join(native["instruction_sets_compiled"])
         cpu = f"{native['instruction_set']} of {sets}, by {native['compiler']}"
     cuda = f"for {', '.join(native['cuda_architectures'])}, by {native['cuda_compiler']}"
