@@ -33,7 +33,8 @@ def pytest_collectstart() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("once"):
         kept = sets.once(items)
-        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+        left_out = set(items) - set(kept)
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = kept
 
 

@@ -1,7 +1,7 @@
 """Which tests `make test-fast`, `make test` and `make test-slow` run.
 
-A test is slow (`make test-slow` alone runs it) or standard (`make test` runs it, `make test-fast` does
-not) by a mark in its file or by a row below; every other test is in `make test-fast` and `make test`.
+A test is slow (`make test-slow` alone runs it) or standard (`make test` runs it, `make test-fast`
+does not) by a mark in its file or by a row below. Every other test is in `make test-fast`, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 # Start of a test's address, or a part of its name -> what the tests show.
 STANDARD = {
     "tests/cuda/test_cuda_build.py": "what nvcc makes of the CUDA kernels: registers, instructions",
-    "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at every tier and alignment, their traffic",
+    "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
     "tests/cuda/test_simt.py": "the host model of CUDA finds the faults it is there for",
     "tests/_ops/test_triton_targets.py": "each option compiles with Triton for each layout",
     "tests/_ops/test_triton.py::test_every_kernel_compiles": "registers of the Triton kernels",
@@ -95,14 +95,34 @@ def _part(item: pytest.Item) -> Any:
 
 
 def once(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of each test function, the first cases that together hold every value of every parameter."""
-    seen: set[tuple[Any, ...]] = set()
-    kept = []
+    """Of each test function, cases that together hold every value of every parameter.
+
+    The next case is the one with the most values that no case has had yet, and of several the one
+    whose values have been had least often: options are spread over shapes and dtypes.
+    """
+    functions: dict[str, list[pytest.Item]] = {}
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        call = getattr(item, "callspec", None)
-        values = {(function, *index) for index in call.indices.items()} if call else {(function,)}
-        if not values <= seen or call is None:
-            seen |= values
-            kept.append(item)
-    return kept
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept: set[pytest.Item] = set()
+    for cases in functions.values():
+        values = {item: _values(item) for item in cases}
+        uses = dict.fromkeys((value for case in values.values() for value in case), 0)
+        while cases:
+            best = min(cases, key=lambda item: _rank([uses[value] for value in values[item]]))
+            if values[best] and all(uses[value] for value in values[best]):
+                break
+            kept.add(best)
+            cases.remove(best)
+            for value in values[best]:
+                uses[value] += 1
+    return [item for item in items if item in kept]
+
+
+def _rank(uses: list[int]) -> tuple[int, int]:
+    return -uses.count(0), sum(uses)
+
+
+def _values(item: pytest.Item) -> list[tuple[str, int]]:
+    call = getattr(item, "callspec", None)
+    # Cases share the objects of a parameter's list; some of them (tensors) have no hash.
+    return [(name, id(value)) for name, value in call.params.items()] if call else []
