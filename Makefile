@@ -7,7 +7,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense demo-detection test test-triton test-integrations bench bench-full lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations bench bench-full lint docs format clean
 
 setup: $(VENV)/.installed $(VENV)/.built
 
@@ -31,8 +31,19 @@ demo: $(VENV)/.built
 demo-dense: $(VENV)/.built
 	$(BIN)/python examples/pages.py
 
+# Two processes of one thread each. What is in which set, and why: tests/support/sets.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The kernels in every layout and dtype with every option, each value of a parameter at least once.
+test-fast: setup
+	$(PYTEST) -m "not standard and not slow" --once
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# What repeats `make test` at length: see CONTRIBUTING.md.
+test-slow: setup
+	$(PYTEST) -m slow
 
 # The operators' tests with Triton's interpreter in their place, all of them: some hours.
 TRITON_TESTS := row forward_backward shard dense calibrate in_place autograd stage2 operators upsample linear

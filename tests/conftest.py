@@ -13,6 +13,39 @@ import torch
 os.environ["DISALIGN_OPS_POISON"] = "1"
 
 import disalign_ops
+from tests.support import sets
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--once",
+        action="store_true",
+        help="of each test, the cases that together hold every value of every parameter",
+    )
+
+
+def pytest_collectstart() -> None:
+    """Cases may hold random numbers, which are in their names: each process draws the same."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)  # after what -k, -m and plugins leave out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("once"):
+        kept = sets.once(items)
+        left_out = set(items) - set(kept)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = kept
+
+
+class _Marks:
+    @pytest.hookimpl(tryfirst=True)  # before -m chooses
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        sets.mark(items)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Marks())
 
 
 def pytest_report_header() -> list[str]:
