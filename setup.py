@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.resolve()
 def setting(name: str, values: tuple[str, ...], default: str) -> str:
     given = os.environ.get(name) or default
     if given not in values:
-        raise ValueError(f"{name} is {given!r}, needed is {', '.join(values)}")
+        raise ValueError(f"{name} must be one of {', '.join(values)}, got {given!r}")
     return given
 
 
@@ -102,7 +102,10 @@ class CMakeBuild(build_ext):
             reason.write_text("not compiled at installation: DISALIGN_OPS_CUDA was 0\n")
         elif nvcc is None:
             if wanted == "1":
-                raise FileNotFoundError("DISALIGN_OPS_CUDA is 1, and no nvcc was found")
+                raise FileNotFoundError(
+                    "nvcc must be on the PATH or in CUDA_HOME where DISALIGN_OPS_CUDA is 1, got "
+                    "none"
+                )
             reason.write_text("not compiled at installation: no nvcc was found\n")
         elif wanted == "auto" and self.inplace and not driver_is_seen():
             reason.write_text(

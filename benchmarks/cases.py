@@ -183,7 +183,7 @@ def select(patterns: list[str], full: bool) -> list[Case]:
         return [case for case in CASES.values() if full or case.quick]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in CASES):
-            raise ValueError(f"no case is named {pattern!r}; there are {', '.join(CASES)}")
+            raise ValueError(f"a case must be one of {', '.join(CASES)}, got {pattern!r}")
     return [c for c in CASES.values() if any(fnmatchcase(c.name, p) for p in patterns)]
 
 

@@ -100,7 +100,7 @@ def objections(
     """What is wrong with a result, for logits of `dtype`; empty if nothing is."""
     for name, right in expected.items():
         if actual[name].shape != right.shape:
-            return f"{name}: shape {tuple(actual[name].shape)}, needed is {tuple(right.shape)}"
+            return f"{name} must have shape {tuple(right.shape)}, got {tuple(actual[name].shape)}"
     allowed = RELATIVE[dtype]
     return "; ".join(
         f"{name}: relative error {error:.2g}, allowed {allowed:.2g}"

@@ -26,7 +26,7 @@ _WIDTH = 110
 def positive_integer(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is given, needed is at least 1")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
 
 

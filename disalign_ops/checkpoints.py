@@ -64,8 +64,8 @@ def load_released(
     """
     if not isinstance(module, Calibration):
         raise ArgumentError(
-            f"module is a {type(module).__name__}, needed is a DisAlignLinear, "
-            "DisAlignCosineLinear or DisAlignSegHead"
+            "module must be a DisAlignLinear, DisAlignCosineLinear or DisAlignSegHead, got a "
+            f"{type(module).__name__}"
         )
     check_choice("layout", layout, ("auto", *_LAYOUTS))
     for name in ("state_dict", "model"):
@@ -97,13 +97,12 @@ def load_released(
             value = value.reshape(own[name].shape)
         if value.shape != own[name].shape:
             problems.append(
-                f"{about.prefix}{name} has shape {tuple(value.shape)}, needed is "
-                f"{tuple(own[name].shape)}"
+                f"{about.prefix}{name} of shape {tuple(value.shape)}, not {tuple(own[name].shape)}"
             )
         loaded[name] = value
     if problems:
         raise ArgumentError(
-            f"state_dict (layout {layout!r}) does not fit a {type(module).__name__}: "
+            f"state_dict (layout {layout!r}) must fit a {type(module).__name__}, got one with "
             + "; ".join(problems)
         )
     if module.form != about.form:
@@ -118,9 +117,9 @@ def load_released(
 def _layout_of(given: Mapping[str, Any]) -> Any:
     there = [name for name, about in _LAYOUTS.items() if f"{about.prefix}logit_scale" in given]
     if len(there) != 1:
-        which = f"has the layouts {', '.join(there)}" if there else "has no released layout"
-        needed = ", ".join(f"{about.prefix}logit_scale" for about in _LAYOUTS.values())
-        raise ArgumentError(f"state_dict {which}: needed is one of {needed}")
+        found = f"the layouts {', '.join(there)}" if there else "no released layout"
+        allowed = ", ".join(f"{about.prefix}logit_scale" for about in _LAYOUTS.values())
+        raise ArgumentError(f"state_dict must have one of {allowed}, got {found}")
     return there[0]
 
 
@@ -149,15 +148,15 @@ def export_folded(module: nn.Module, confidence: float | None = None) -> nn.Modu
     """
     if not isinstance(module, DisAlignLinear | DisAlignCosineLinear | DisAlignSegHead):
         raise ArgumentError(
-            f"module is a {type(module).__name__}, needed is a DisAlignLinear, "
-            "DisAlignCosineLinear or DisAlignSegHead"
+            "module must be a DisAlignLinear, DisAlignCosineLinear or DisAlignSegHead, got a "
+            f"{type(module).__name__}"
         )
     if confidence is None:
         c = _constant_confidence(module)
     else:
         c = torch.tensor(float(confidence), device="cpu")
     if not 0 <= float(c) <= 1:
-        raise ArgumentError(f"confidence is {float(c)}, needed is a number from 0 to 1")
+        raise ArgumentError(f"confidence must be a number from 0 to 1, got {float(c)}")
     a, beta = (t.detach().flatten().double() for t in (module.logit_scale, module.logit_bias))
     if module.form == "interpolated":
         a = a - 1
@@ -205,8 +204,8 @@ def _constant_confidence(module: Calibration) -> Tensor:
         weight, before = layer.weight, layer.bias
     if bool((weight != 0).any()):
         raise ArgumentError(
-            "module's confidence depends on its input (the confidence layer's weight is not 0): "
-            "needed is a constant one, or the argument confidence"
+            "confidence must be given where the module's depends on its input (its confidence "
+            "layer's weight is not 0), got None"
         )
     return torch.sigmoid(before.detach().double()).reshape(())
 

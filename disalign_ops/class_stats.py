@@ -102,8 +102,8 @@ def grw_weights(
     _check_background(background)
     if background is not None and normalize == "sum_to_one":
         raise ValueError(
-            f"background={background!r} has weight 1, which needs normalize='sum_to_classes'; "
-            "got normalize='sum_to_one'"
+            f"normalize must be 'sum_to_classes' with background={background!r}, whose weight is 1,"
+            " got 'sum_to_one'"
         )
     n = _as_counts(counts, background=background)
     log_weights = -rho * torch.log(_fill_empty(n, empty))  # sum n cancels in the normalisation
@@ -140,7 +140,7 @@ def class_balanced_weights(
     """
     beta = _number("beta", beta)
     if not 0.0 <= beta < 1.0:
-        raise ValueError(f"beta is {beta}, needs 0 <= beta < 1")
+        raise ValueError(f"beta must be at least 0 and below 1, got {beta}")
     _choice("empty", empty, ("error", "zero", "max"))
     _check_background(background)
     n = _as_counts(counts, background=background)
@@ -178,7 +178,7 @@ def log_prior(
     """
     tau = _number("tau", tau)
     if not math.isfinite(tau):
-        raise ValueError(f"tau is {tau}, needs a finite number")
+        raise ValueError(f"tau must be a finite number, got {tau}")
     _choice("empty", empty, ("error", "min"))
     n = _as_counts(counts)
     return _cast(tau * torch.log(_fill_empty(n, empty) / n.sum()), dtype)
@@ -233,29 +233,31 @@ def _as_counts(
             given = _of_targets(given, name, num_classes)
     if isinstance(given, torch.Tensor):
         if given.dtype == torch.bool or given.is_complex():
-            raise TypeError(f"{name} has dtype {given.dtype}, needs integers or real numbers")
+            raise TypeError(
+                f"{name} must have a dtype of integers or real numbers, got {given.dtype}"
+            )
         n = given.detach().cpu().to(torch.float64)
     else:
         try:
             array = np.asarray(given)
         except ValueError as error:  # a ragged list
-            raise ValueError(f"{name} is a ragged list, needs one number per class") from error
+            raise ValueError(f"{name} must have one number per class, got a ragged list") from error
         if array.size and array.dtype.kind not in "iuf":
             raise TypeError(
-                f"{name} is {type(counts).__name__} of {array.dtype}, "
-                "needs a 1-D tensor, array or list of numbers"
+                f"{name} must be a 1-D tensor, array or list of numbers, got "
+                f"{type(counts).__name__} of {array.dtype}"
             )
         n = torch.from_numpy(array.astype(np.float64))
     if n.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(n.shape)}, needs one number per class (1-D)")
+        raise ValueError(f"{name} must have one number per class (1-D), got shape {tuple(n.shape)}")
     if n.numel() == 0:
-        raise ValueError(f"{name} has no entries, needs one number per class")
+        raise ValueError(f"{name} must have one number per class, got no entries")
     for bad, what in ((~torch.isfinite(n), "not finite"), (n < 0, "negative")):
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(
-                f"{name} is {what} for {_classes(bad)} ({name}[{first}] = {n[first].item()}), "
-                "needs finite numbers >= 0"
+                f"{name} must be finite numbers >= 0, got {what} for {_classes(bad)} "
+                f"({name}[{first}] = {n[first].item()})"
             )
     return n
 
@@ -300,8 +302,8 @@ def _of_targets(dataset: Any, name: str, num_classes: int | None) -> list[int]:
     labels = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
         raise TypeError(
-            f"{name} is a {type(dataset).__name__} whose targets are {labels.dtype} of shape "
-            f"{labels.shape}, needs one integer label per sample"
+            f"{name} must have one integer label per sample, got a {type(dataset).__name__} whose "
+            f"targets are {labels.dtype} of shape {labels.shape}"
         )
     found = Counter(labels.tolist())
     if num_classes is None:
@@ -325,14 +327,14 @@ def _fill_empty(n: torch.Tensor, empty: str) -> torch.Tensor:
     missing = n == 0
     if missing.all():
         raise ValueError(
-            f"counts is zero for all {n.numel()} classes, needs a class that has samples"
+            f"counts must have a class with samples, got 0 for all {n.numel()} classes"
         )
     if not missing.any():
         return n
     if empty == "error":
         raise ValueError(
-            f"counts is zero for {_classes(missing)}, needs a sample of every class "
-            "(or another value of the argument empty)"
+            "counts must have a sample of every class (or pass another value of empty), got 0 for "
+            f"{_classes(missing)}"
         )
     return torch.where(missing, n[~missing].min(), n)
 
@@ -350,7 +352,7 @@ def _with_background(weights: torch.Tensor, background: str | None) -> torch.Ten
 
 def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype!r}, needs a floating torch dtype")
+        raise TypeError(f"dtype must be a floating torch dtype, got {dtype!r}")
     return values.to(dtype)
 
 
@@ -370,7 +372,7 @@ def _number(name: str, value: float) -> float:
 def _non_negative(name: str, value: float) -> float:
     number = _number(name, value)
     if not 0.0 <= number < math.inf:
-        raise ValueError(f"{name} is {number}, needs a finite number >= 0")
+        raise ValueError(f"{name} must be a finite number >= 0, got {number}")
     return number
 
 
@@ -381,4 +383,4 @@ def _check_background(background: str | None) -> None:
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, needs one of {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

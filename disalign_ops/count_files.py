@@ -106,13 +106,13 @@ def read_counts(
         FileNotFoundError: there is no such file.
     """
     if count not in ("image", "instance", "pixel"):
-        raise ValueError(f"count is {count!r}, needs one of 'image', 'instance', 'pixel'")
+        raise ValueError(f"count must be one of 'image', 'instance', 'pixel', got {count!r}")
     if format not in (None, "counts", "samples"):
         raise ArgumentError(f"format must be 'counts', 'samples' or None, got {format!r}")
     if num_classes is not None:
         num_classes = check_integer("num_classes", num_classes)
         if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}, needs at least 1")
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == ".npy":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 
 class ArgumentError(ValueError, RuntimeError):
-    """A value or shape that does not fit: names the argument, what was given, what is needed."""
+    """A value or shape that does not fit: "X must be B, got A"."""
 
 
 class ArgumentTypeError(TypeError, RuntimeError):
-    """A type or dtype that does not fit: names the argument, what was given, what is needed."""
+    """A type or dtype that does not fit: "X must be B, got A"."""

@@ -289,7 +289,9 @@ class LabelAwareSmoothingLoss(CrossEntropyLoss):
     ) -> None:  # fmt: skip
         for name in ("label_smoothing", "inplace_backward"):
             if options.get(name):
-                raise ArgumentError(f"{name} is {options[name]}: this loss does not take it")
+                raise ArgumentError(
+                    f"{name} must not be given, which this loss does not take, got {options[name]}"
+                )
         options.setdefault("normalizer", "valid")
         super().__init__(**options)
         check_choice("shape", shape, ("concave", "linear", "convex"))
@@ -369,7 +371,7 @@ class SeesawLoss(CrossEntropyLoss):
         super().__init__(**options)
         classes = check_integer("classes", classes)
         if classes < 1:
-            raise ArgumentError(f"classes is {classes}, needed is 1 or more")
+            raise ArgumentError(f"classes must be 1 or more, got {classes}")
         self.p, self.q = check_number("p", p, 0.0), check_number("q", q, 0.0)
         self.eps = check_number("eps", eps, 0.0, 1.0)
         # Integers stay exact in a model that is cast to half precision. On the CPU also within
@@ -396,7 +398,7 @@ class SeesawLoss(CrossEntropyLoss):
         classes = len(self.cumulative_samples)
         check_input(input)
         if input.dim() != 2 or input.shape[1] != classes:
-            raise ArgumentError(f"input has shape {tuple(input.shape)}, needed is (N, {classes})")
+            raise ArgumentError(f"input must have shape (N, {classes}), got {tuple(input.shape)}")
         check_target(input, target, positions_shape(input))
         check_classes(target, classes, self.ignore_index)
         t, valid = class_indices(target, self.ignore_index)

@@ -50,7 +50,7 @@ def _split(
     n: torch.Tensor, many: float, few: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if not few <= many:
-        raise ValueError(f"few is {few} and many is {many}, needs few <= many")
+        raise ValueError(f"few must be at most many, got few = {few} and many = {many}")
     return n > many, (n >= few) & (n <= many), n < few
 
 
@@ -74,7 +74,9 @@ class _Tally:
         ks = tuple(check_integer("topk", k) for k in several)
         for k in ks:
             if not 1 <= k <= n.numel():
-                raise ValueError(f"topk has {k}, needs 1 to {n.numel()} (the number of classes)")
+                raise ValueError(
+                    f"topk must be from 1 to {n.numel()} (the number of classes), got {k}"
+                )
         masks = dict(zip(("many", "medium", "few"), _split(n, many, few), strict=True))
         ignored = check_integer("ignore_index", ignore_index)
         return cls(n.numel(), tuple(sorted({1, *ks})), masks, ignored)
@@ -127,38 +129,38 @@ class _Tally:
     def _check(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
         for name, value in (("prediction", prediction), ("target", target)):
             if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{name} is {type(value).__name__}, needs a tensor")
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             if value.dtype == torch.bool or value.is_complex():
-                raise TypeError(f"{name} has dtype {value.dtype}, needs class indices")
+                raise TypeError(f"{name} must have class indices, got dtype {value.dtype}")
         if target.is_floating_point():
-            raise TypeError(f"target has dtype {target.dtype}, needs class indices (integers)")
+            raise TypeError(f"target must have class indices (integers), got dtype {target.dtype}")
         if target.dim() != 1:
-            raise ValueError(f"target has shape {tuple(target.shape)}, needs (N,)")
+            raise ValueError(f"target must have shape (N,), got {tuple(target.shape)}")
         if prediction.device != target.device:
             raise ValueError(
-                f"prediction is on {prediction.device} and target on {target.device}, "
-                "needs one device"
+                f"prediction must be on the target's device, {target.device}, got "
+                f"{prediction.device}"
             )
         logits = prediction.is_floating_point()
-        needed = (len(target), self.num_classes) if logits else (len(target),)
-        if prediction.shape != needed:
+        shape = (len(target), self.num_classes) if logits else (len(target),)
+        if prediction.shape != shape:
             raise ValueError(
-                f"prediction has shape {tuple(prediction.shape)} and dtype {prediction.dtype}, "
-                f"needs {needed}: floating logits are (N, C), predicted classes (N,)"
+                f"prediction must have shape {shape} (floating logits are (N, C), predicted "
+                f"classes (N,)), got {tuple(prediction.shape)} and dtype {prediction.dtype}"
             )
         if not logits and len(self.ks) > 1:
             raise ValueError(
-                f"prediction has predicted classes ({prediction.dtype}), "
-                f"topk = {self.ks} needs floating logits (N, C)"
+                f"prediction must be floating logits (N, C) for topk = {self.ks}, got predicted "
+                f"classes ({prediction.dtype})"
             )
 
     def _check_range(self, name: str, classes: torch.Tensor) -> None:
         outside = (classes < 0) | (classes >= self.num_classes)
         if outside.any():
+            ignored = f" or ignore_index = {self.ignore_index}" if name == "target" else ""
             raise ValueError(
-                f"{name} has class {classes[outside][0].item()}, needs 0 to "
-                f"{self.num_classes - 1}"
-                + (f" or ignore_index = {self.ignore_index}" if name == "target" else "")
+                f"{name} must have classes from 0 to {self.num_classes - 1}{ignored}, got "
+                f"{classes[outside][0].item()}"
             )
 
     def scores(self, counts: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def _figure(columns: int = 1) -> tuple[Figure, Any]:
 def _counts(counts: Counts, classes: int, what: str) -> Tensor:
     n = class_stats._as_counts(counts, num_classes=classes)
     if len(n) != classes:
-        raise ArgumentError(f"counts has {len(n)} entries, {what} {classes}")
+        raise ArgumentError(f"counts must have {classes} entries, {what}, got {len(n)}")
     return n
 
 
@@ -65,7 +65,7 @@ def accuracy_by_count(accuracy: Tensor, counts: Counts, label: str | None = None
         label: of the method, for the legend.
     """
     a = accuracy.detach().cpu().double().flatten()
-    n = _counts(counts, len(a), "accuracy has")
+    n = _counts(counts, len(a), "as accuracy has")
     figure, axes = _figure()
     axes.scatter(n.numpy(), a.numpy(), s=8, alpha=0.4, linewidths=0, label=label)
     order = n.argsort()
@@ -88,10 +88,10 @@ def calibration_by_count(layer: nn.Module, counts: Counts) -> Figure:
         counts: training samples of each calibrated class, a background not among them.
     """
     if not isinstance(layer, Calibration):
-        raise ArgumentError(f"layer is a {type(layer).__name__}, needed is a DisAlign layer")
+        raise ArgumentError(f"layer must be a DisAlign layer, got a {type(layer).__name__}")
     learned = (layer.logit_scale, layer.logit_bias)
     scale, bias = (t.detach().cpu().double().flatten() for t in learned)
-    n = _counts(counts, len(scale), "the layer calibrates")
+    n = _counts(counts, len(scale), "the classes that the layer calibrates")
     figure, both = _figure(columns=2)
     for axes, values, name in zip(both, (scale, bias), ("logit_scale", "logit_bias"), strict=True):
         axes.scatter(n.numpy(), values.numpy(), s=8, alpha=0.5, linewidths=0)
@@ -110,7 +110,9 @@ def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
     """
     c = confidence.detach().cpu().double().flatten()
     if not len(c) or not (float(c.min()) >= 0 and float(c.max()) <= 1):  # nor NaN
-        raise ArgumentError("confidence has entries outside 0 to 1, or none: apply the sigmoid")
+        raise ArgumentError(
+            "confidence must be from 0 to 1, got entries outside, or none: apply the sigmoid"
+        )
     figure, axes = _figure()
     axes.hist(c.numpy(), bins=bins, range=(0.0, 1.0))
     axes.set_xlabel("confidence c")
@@ -167,21 +169,25 @@ def _binned(
     """Of every bin: its share of the rows, their mean probability and accuracy; 0 where empty."""
     if probabilities.dim() != 2 or target.shape != probabilities.shape[:1] or not len(target):
         raise ArgumentError(
-            f"probabilities has shape {tuple(probabilities.shape)}, target {tuple(target.shape)}: "
-            "needed are (N, C) and (N,), N above 0"
+            f"probabilities and target must have shapes (N, C) and (N,), N above 0, got "
+            f"{tuple(probabilities.shape)} and {tuple(target.shape)}"
         )
     bins = check_integer("bins", bins)
     if bins < 1:
-        raise ArgumentError(f"bins is {bins}, needed is 1 or more")
+        raise ArgumentError(f"bins must be 1 or more, got {bins}")
     check_class_indices(target)
     check_classes(target.cpu(), probabilities.shape[1], check_integer("ignore_index", ignore_index))
     target, valid = class_indices(target.cpu(), ignore_index)
     if not valid.any():
-        raise ArgumentError(f"target must have a row that counts, got ignore_index {ignore_index}")
+        raise ArgumentError(
+            f"target must have a row that is not ignored, got ignore_index {ignore_index} in all"
+        )
     target = target[valid]
     p, predicted = probabilities.detach().cpu()[valid].double().max(1)
     if not (float(p.min()) >= 0 and float(p.max()) <= 1 + 1e-6):  # nor NaN
-        raise ArgumentError("probabilities has entries outside 0 to 1: apply the softmax")
+        raise ArgumentError(
+            "probabilities must be from 0 to 1, got entries outside: apply the softmax"
+        )
     right = (predicted == target).double()
     # The upper edge belongs to a bin, as in the paper: (m - 1) / M < p <= m / M.
     index = ((p * bins).ceil().long() - 1).clamp(0, bins - 1)

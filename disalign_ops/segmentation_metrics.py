@@ -68,14 +68,13 @@ def split_pixels(
     """
     if not 0 <= _number("tail", tail) <= _number("head", head) <= 1:
         raise ValueError(
-            f"tail is {tail} and head is {head}, needs 0 <= tail <= head <= 1 (shares, not percent)"
+            "head and tail must have 0 <= tail <= head <= 1 (shares, not percent), got "
+            f"tail = {tail} and head = {head}"
         )
     head, tail = float(head), float(tail)
     n = _as_counts(counts, num_classes=num_classes)
     if not n.any():
-        raise ValueError(
-            f"counts is zero for all {n.numel()} classes, needs a class that has pixels"
-        )
+        raise ValueError(f"counts must have a class with pixels, got 0 for all {n.numel()} classes")
     share = n / n.sum()
     return share >= head, (share >= tail) & (share < head), share < tail
 
@@ -118,7 +117,7 @@ class SegmentationIoU:
     ) -> None:
         num_classes = check_integer("num_classes", num_classes)
         if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}, needs 1 or more")
+            raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
         self._num_classes = num_classes
         self._ignore_index = check_integer("ignore_index", ignore_index)
         self._splits = _splits(num_classes, counts, split)
@@ -158,21 +157,21 @@ class SegmentationIoU:
     def _check(self, prediction: torch.Tensor, target: torch.Tensor) -> None:
         for name, value in (("prediction", prediction), ("target", target)):
             if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{name} is {type(value).__name__}, needs a tensor")
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
                 raise TypeError(
-                    f"{name} has dtype {value.dtype}, needs class indices (integers; the argmax "
-                    "over the classes if these are logits)"
+                    f"{name} must have class indices (integers; of logits the argmax over the "
+                    f"classes), got dtype {value.dtype}"
                 )
         if prediction.shape != target.shape:
             raise ValueError(
-                f"prediction has shape {tuple(prediction.shape)} and target "
-                f"{tuple(target.shape)}, needs one shape"
+                f"prediction must have the target's shape {tuple(target.shape)}, got "
+                f"{tuple(prediction.shape)}"
             )
         if prediction.device != target.device:
             raise ValueError(
-                f"prediction is on {prediction.device} and target on {target.device}, "
-                "needs one device"
+                f"prediction must be on the target's device, {target.device}, got "
+                f"{prediction.device}"
             )
 
     def _check_range(
@@ -181,10 +180,10 @@ class SegmentationIoU:
         outside = ((wide < 0) | (wide >= self._num_classes)) & keep
         if outside.any():
             where = tuple(outside.nonzero()[0].tolist())
+            ignored = f" or ignore_index = {self._ignore_index}" if name == "target" else ""
             raise IndexError(
-                f"{name} has class {given[where].item()} at {where}, needs 0 to "
-                f"{self._num_classes - 1}"
-                + (f" or ignore_index = {self._ignore_index}" if name == "target" else "")
+                f"{name} must have classes from 0 to {self._num_classes - 1}{ignored}, got "
+                f"{given[where].item()} at {where}"
             )
 
     def compute(self, *, group: dist.ProcessGroup | None = None) -> dict[str, torch.Tensor]:
@@ -227,71 +226,75 @@ def _splits(
 ) -> dict[str, torch.Tensor]:
     """The masks of the groups by name; none without a split."""
     if counts is not None and split is not None:
-        raise ValueError("counts and split are both given, needs at most one of them")
+        raise ValueError("counts or split must be None, got both")
     if counts is not None:
         masks = split_pixels(counts, num_classes=num_classes)
         if len(masks[0]) != num_classes:
             raise ValueError(
-                f"counts has {len(masks[0])} entries, needs num_classes = {num_classes}"
+                f"counts must have num_classes = {num_classes} entries, got {len(masks[0])}"
             )
         return dict(zip(_GROUPS, masks, strict=True))
     if split is None:
         return {}
-    needed = "three collections of class ids or masks (head, body, tail), or 'ade20k'"
+    allowed = "three collections of class ids or masks (head, body, tail), or 'ade20k'"
     groups: tuple[Group, ...]
     if isinstance(split, str):
         if split != "ade20k":
-            raise ValueError(f"split is {split!r}, needs {needed}")
+            raise ValueError(f"split must be {allowed}, got {split!r}")
         if num_classes != 150:
-            raise ValueError(f"split is 'ade20k' and num_classes is {num_classes}, needs 150")
+            raise ValueError(f"num_classes must be 150 with split 'ade20k', got {num_classes}")
         groups = ADE20K_SPLIT
     else:
         # A set has no order, a dict would lose its values.
         if isinstance(split, (set, frozenset, dict)) or not isinstance(split, Iterable):
-            raise TypeError(f"split is {type(split).__name__}, needs {needed}")
+            raise TypeError(f"split must be {allowed}, got {type(split).__name__}")
         groups = tuple(split)
         if len(groups) != 3:
-            raise ValueError(f"split has {len(groups)} groups, needs {needed}")
+            raise ValueError(f"split must be {allowed}, got {len(groups)} groups")
     named = zip(_GROUPS, groups, strict=True)
     found = {name: _mask(f"split's {name}", group, num_classes) for name, group in named}
     twice = torch.stack(list(found.values())).sum(dim=0) > 1
     if twice.any():
-        raise ValueError(f"split has {_classes(twice)} in more than one group, needs one at most")
+        raise ValueError(
+            f"split must have each class in at most one group, got {_classes(twice)} in more"
+        )
     return found
 
 
 def _mask(name: str, group: Group, num_classes: int) -> torch.Tensor:
     """One group of a split, class ids or a mask, as a mask."""
-    needed = f"class ids or a boolean mask ({num_classes},)"
+    allowed = f"class ids or a boolean mask ({num_classes},)"
     if isinstance(group, torch.Tensor):
         values = group.detach().cpu()
     elif isinstance(group, str) or not isinstance(group, Iterable):
-        raise TypeError(f"{name} is {type(group).__name__}, needs {needed}")
+        raise TypeError(f"{name} must be {allowed}, got {type(group).__name__}")
     else:
         try:
             array = np.asarray(group if isinstance(group, np.ndarray) else list(group))
         except ValueError as error:
-            raise ValueError(f"{name} is a ragged list, needs {needed}") from error
+            raise ValueError(f"{name} must be {allowed}, got a ragged list") from error
         if array.size and array.dtype.kind not in "biu":
-            raise TypeError(f"{name} is {type(group).__name__} of {array.dtype}, needs {needed}")
+            raise TypeError(
+                f"{name} must be {allowed}, got {type(group).__name__} of {array.dtype}"
+            )
         values = torch.from_numpy(array.astype(bool if array.dtype.kind == "b" else np.int64))
     if values.numel() and (values.is_floating_point() or values.is_complex()):
-        raise TypeError(f"{name} has dtype {values.dtype}, needs {needed}")
+        raise TypeError(f"{name} must be {allowed}, got dtype {values.dtype}")
     if values.dim() != 1 or (values.dtype == torch.bool and len(values) != num_classes):
         kind = "a mask of" if values.dtype == torch.bool else "of"
-        raise ValueError(f"{name} is {kind} shape {tuple(values.shape)}, needs {needed}")
+        raise ValueError(f"{name} must be {allowed}, got {kind} shape {tuple(values.shape)}")
     if values.dtype == torch.bool:
         return values.clone()
     ids = values.long()
     outside = (ids < 0) | (ids >= num_classes)
     if outside.any():
         raise ValueError(
-            f"{name} has class {ids[outside][0].item()}, needs 0 to {num_classes - 1} "
-            "(num_classes - 1)"
+            f"{name} must have classes from 0 to {num_classes - 1} (num_classes - 1), got "
+            f"{ids[outside][0].item()}"
         )
     if len(ids.unique()) < len(ids):
         repeated = ids.bincount() > 1
-        raise ValueError(f"{name} repeats {_classes(repeated)}, needs each class once")
+        raise ValueError(f"{name} must have each class once, got {_classes(repeated)} again")
     mask = torch.zeros(num_classes, dtype=torch.bool, device="cpu")
     mask[ids] = True
     return mask

@@ -27,7 +27,7 @@ def _layer_of(model: nn.Module) -> _DisAlign:
     layers = [m for m in model.modules() if isinstance(m, _DisAlign)]
     if len(layers) != 1:
         raise ArgumentError(
-            f"model has {len(layers)} DisAlignLinear or DisAlignCosineLinear layers, needed is one"
+            f"model must have one DisAlignLinear or DisAlignCosineLinear layer, got {len(layers)}"
         )
     return layers[0]
 
@@ -51,13 +51,13 @@ def cache_features(
             targets.append(target.to(layer.weight.device))
             if len(given) != len(targets):
                 raise ArgumentError(
-                    f"the DisAlign layer was called {len(given)} times in {len(targets)} batches, "
-                    "needed is once a batch"
+                    "model must call its DisAlign layer once a batch, got "
+                    f"{len(given)} calls in {len(targets)} batches"
                 )
     finally:
         hook.remove()
     if not given:
-        raise ArgumentError("batches is empty, needed is at least one (inputs, target)")
+        raise ArgumentError("batches must have at least one (inputs, target), got none")
     return torch.cat(given), torch.cat(targets)
 
 
@@ -89,15 +89,19 @@ def sweep_rho(
     epochs, batch_size = check_integer("epochs", epochs), check_integer("batch_size", batch_size)
     lr, momentum = check_number("lr", lr, 0.0), check_number("momentum", momentum, 0.0)
     if epochs < 1 or batch_size < 1:
-        raise ArgumentError(f"epochs is {epochs}, batch_size {batch_size}: needed is 1 or more")
+        raise ArgumentError(
+            f"epochs and batch_size must be 1 or more, got {epochs} and {batch_size}"
+        )
     if not isinstance(rhos, Iterable) or getattr(rhos, "ndim", 1) != 1:
         raise ArgumentTypeError(f"rhos must be a sequence of numbers, got {rhos!r}")
     # A tensor's entries are tensors, of which each would be a key of its own.
     strengths = [check_number("rhos", rho, 0.0) for rho in rhos]
     if not strengths or len(set(strengths)) != len(strengths):
-        raise ArgumentError(f"rhos is {strengths}, needed are numbers, each once")
+        raise ArgumentError(f"rhos must be numbers, each once, got {strengths}")
     if len(features) != len(target):
-        raise ArgumentError(f"features has {len(features)} rows, target {len(target)}")
+        raise ArgumentError(
+            f"target must have as many rows as features ({len(features)}), got {len(target)}"
+        )
     device = layer.weight.device
     background: Any = layer.background
     copies = {rho: copy.deepcopy(layer) for rho in strengths}

@@ -280,11 +280,13 @@ def _target_shape(input: Tensor, target: Tensor) -> torch.Size:
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         hint = target_hint(input, target) if isinstance(target, Tensor) else ""
         raise ArgumentError(
-            f"target is {given}, needed is (N, H, W) with N = {input.shape[0]} for an input of "
-            f"shape {tuple(input.shape)}{hint}"
+            f"target must have shape (N, H, W) with N = {input.shape[0]} for an input of shape "
+            f"{tuple(input.shape)}, got {given}{hint}"
         )
     if 0 in target.shape[1:]:
-        raise ArgumentError(f"target has shape {tuple(target.shape)}: it has no positions")
+        raise ArgumentError(
+            f"target must have at least one position, got shape {tuple(target.shape)}"
+        )
     return target.shape
 
 

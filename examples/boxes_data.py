@@ -118,8 +118,8 @@ class BoxData:
     ) -> None:  # fmt: skip
         if characters < 3 or pages < 1 or test_pages < 1:
             raise ValueError(
-                f"{characters} classes, {pages} training pages, {test_pages} test pages: needed "
-                "are at least 3 classes and one page of both"
+                "there must be at least 3 classes and one page of both, got "
+                f"{characters} classes, {pages} training pages, {test_pages} test pages"
             )
         faces, test_face = training_faces()[:2], held_out_face()
         chosen = frequent_characters(characters, [*faces, test_face])

@@ -86,7 +86,7 @@ def character_counts(path: Path) -> dict[str, int]:
                 continue
             if len(parts) < 2 or not parts[1].isdecimal():
                 raise ValueError(
-                    f"{path}, line {number}: expected 'word frequency [tag]', got {line.rstrip()!r}"
+                    f"{path}, line {number}: must be 'word frequency [tag]', got {line.rstrip()!r}"
                 )
             frequency = int(parts[1])
             for character in parts[0]:
@@ -108,8 +108,8 @@ def choose_classes(
     common = [item for item in ranked[:COMMON_RANKS] if drawable(item[0])]
     if not 2 <= num_classes <= len(common):
         raise ValueError(
-            f"num_classes is {num_classes}, but {len(common)} common characters can be drawn: "
-            f"give a number from 2 to {len(common)}"
+            f"num_classes must be from 2 to {len(common)}, the common characters that can be drawn,"
+            f" got {num_classes}"
         )
     chosen = [common[i * len(common) // num_classes] for i in range(num_classes)]
     per_occurrence = MOST_IMAGES / chosen[0][1]
@@ -225,21 +225,21 @@ def class_files(root: Path) -> dict[str, list[Path]]:
     directories = [e for e in entries if e.is_dir()]
     if len(directories) < 2:
         raise ValueError(
-            f"{root} holds {len(directories)} directories and {len(entries) - len(directories)} "
-            f"files, but at least 2 class directories are needed; {expected}"
+            f"{root} must hold at least 2 class directories, got {len(directories)} directories "
+            f"and {len(entries) - len(directories)} files; {expected}"
         )
     files = {d.name: [f for f in sorted(d.iterdir()) if _is_image(f)] for d in directories}
     for directory in directories:
         images = files[directory.name]
         if not images and (inner := [e.name for e in sorted(directory.iterdir()) if e.is_dir()]):
             raise ValueError(
-                f"{directory} holds no image but {len(inner)} directories ({_listed(inner)}): "
+                f"{directory} must hold images, got {len(inner)} directories ({_listed(inner)}): "
                 f"is that the folder to give? {expected}"
             )
         if len(images) < 2:
             raise ValueError(
-                f"class directory {directory} holds {len(images)} images, but at least 2 are "
-                f"needed (1 to train, 1 to test); {expected}"
+                f"class directory {directory} must hold at least 2 images (1 to train, 1 to test), "
+                f"got {len(images)}; {expected}"
             )
     return files
 

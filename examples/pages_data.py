@@ -171,8 +171,8 @@ class PageData:
     ) -> None:
         if not 2 <= characters <= VOID or pages < 1 or test_pages < 1:
             raise ValueError(
-                f"{characters} classes, {pages} training pages, {test_pages} test pages: needed "
-                f"are 2 to {VOID} classes and at least one page of both"
+                f"there must be 2 to {VOID} classes and at least one page of both, got "
+                f"{characters} classes, {pages} training pages, {test_pages} test pages"
             )
         faces, test_face = training_faces()[:2], held_out_face()
         chosen = frequent_characters(characters, [*faces, test_face])

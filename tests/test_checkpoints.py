@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded() -> None:
         checkpoints.load_released(module, state)
     for part in (
         "missing network.linear.confidence_layer.bias",
-        f"network.linear.weight has shape ({K}, {D + 1}), needed is ({K}, {D})",
+        f"got one with network.linear.weight of shape ({K}, {D + 1}), not ({K}, {D})",
         "unexpected network.linear.scale",
     ):
         assert part in str(error.value)
@@ -159,13 +159,15 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded() -> None:
 
 def test_layouts_that_cannot_be_told() -> None:
     module = dnn.DisAlignLinear(D, K)
-    with pytest.raises(ArgumentError, match="has no released layout"):
+    with pytest.raises(
+        ArgumentError, match=r"state_dict must have one of .*, got no released layout"
+    ):
         checkpoints.load_released(module, {"fc.weight": normal(K, D)})
-    with pytest.raises(ArgumentError, match="has the layouts classification, segmentation"):
+    with pytest.raises(ArgumentError, match="got the layouts classification, segmentation"):
         checkpoints.load_released(module, classification() | segmentation())
-    with pytest.raises(ArgumentError, match="module is a Linear, needed is"):
+    with pytest.raises(ArgumentError, match=r"module must be a DisAlignLinear.*, got a Linear"):
         checkpoints.load_released(nn.Linear(2, 2), classification())
-    with pytest.raises(ArgumentError, match="layout is 'other'"):
+    with pytest.raises(ArgumentError, match=r"layout must be .*, got 'other'"):
         checkpoints.load_released(module, classification(), "other")  # type: ignore[arg-type]
     # A cosine layer has no bias: the one that is there would be lost.
     with pytest.raises(ArgumentError, match=r"missing network\.linear\.scale; unexpected .*bias"):
@@ -184,7 +186,9 @@ def layer_of(name: str, form: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_constant_confidence_folds_into_a_plain_layer(name: str, form: str) -> None:
     module, x = layer_of(name, form)
-    with pytest.raises(ArgumentError, match="confidence depends on its input"):
+    with pytest.raises(
+        ArgumentError, match="confidence must be given where the module's depends on its input"
+    ):
         checkpoints.export_folded(module)
     layer: Any = module.get_submodule("confidence_layer")
     with torch.no_grad():
@@ -201,9 +205,9 @@ def test_a_confidence_that_is_given() -> None:
     folded = checkpoints.export_folded(module, 0.3)
     expected = (1 + 0.3 * raw.logit_scale) * raw.raw_logits(x) + 0.3 * raw.logit_bias
     torch.testing.assert_close(folded(x), expected)
-    with pytest.raises(ArgumentError, match=r"confidence is 1\.5"):
+    with pytest.raises(ArgumentError, match=r"confidence must be a number from 0 to 1, got 1\.5"):
         checkpoints.export_folded(module, 1.5)
-    with pytest.raises(ArgumentError, match="module is a ReLU"):
+    with pytest.raises(ArgumentError, match=r"module must be .*, got a ReLU"):
         checkpoints.export_folded(nn.ReLU(), 0.5)
 
 

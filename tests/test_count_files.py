@@ -465,8 +465,8 @@ def test_a_missing_file_stays_file_not_found(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"count": "images"}, ValueError, "count is 'images', needs one of 'image', 'instance'"),
-        ({"num_classes": 0}, ValueError, "num_classes is 0, needs at least 1"),
+        ({"count": "images"}, ValueError, "count must be one of 'image', .*, got 'images'"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes must be an integer, got 2.0"),
         ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
     ],

@@ -70,12 +70,12 @@ def test_a_background_takes_class_0() -> None:
         ({"cat": 5}, "class indices 0 to C - 1, got 'cat'; pass a list"),
         ({-1: 5}, "class indices 0 to C - 1, got -1"),
         ({True: 5}, "class indices 0 to C - 1, got True"),
-        ({}, "counts has no entries"),
+        ({}, "got no entries"),
         (Series([0, 0], [1, 2]), "got class 0 twice"),
         (Series([0], [[1, 2]]), "one column"),
         (SimpleNamespace(targets=[0, -1]), r"labels from 0 to 0, got -1"),
         (SimpleNamespace(targets=[0, 2], classes=["a", "b"]), "labels from 0 to 1, got 2"),
-        (SimpleNamespace(targets=[0, 2]), "counts is zero for class 1"),
+        (SimpleNamespace(targets=[0, 2]), "counts must have .*, got 0 for class 1"),
     ],
 )
 def test_what_is_refused(counts: Any, message: str) -> None:

@@ -305,8 +305,8 @@ def test_wrong_arguments() -> None:
     wrong(r"linear_weight has shape \(0, 3\): it has no classes", linear_weight=torch.ones(0, 3))
     wrong("linear_weight has dtype torch.float64, needed is that of features", TypeError,
           linear_weight=torch.ones(5, 3, dtype=torch.float64))  # fmt: skip
-    wrong("features is a list, needed is a torch.Tensor", TypeError, features=[1.0])
-    wrong("features has dtype torch.int64, needed is float32", TypeError,
+    wrong("features must be a torch.Tensor, got a list", TypeError, features=[1.0])
+    wrong("features must have dtype float32.*, got torch.int64", TypeError,
           features=torch.ones(4, 3, dtype=torch.int64),
           linear_weight=torch.ones(5, 3, dtype=torch.int64))  # fmt: skip
     wrong(r"linear_bias has shape \(4,\), needed is \(5,\)", linear_bias=torch.ones(4))
@@ -318,13 +318,13 @@ def test_wrong_arguments() -> None:
     wrong("sample_rate is 0, needed", sample_rate=0.0)
     wrong("sample_rate must be a number from 0.0 to 1.0, got 1.5", sample_rate=1.5)
     wrong("generator is given, and no sample_rate", generator=torch.Generator())
-    wrong("target holds class probabilities", target=torch.rand(4, 5))
-    wrong(r"target has shape \(3,\), needed is \(4,\)", target=torch.tensor([0, 1, 2]))
-    wrong("weight has 4 entries, the logits have 5 classes", weight=torch.ones(4))
+    wrong("target must hold class indices", target=torch.rand(4, 5))
+    wrong(r"target must have shape \(4,\) .*, got \(3,\)", target=torch.tensor([0, 1, 2]))
+    wrong(r"weight must have one entry a class \(5\), got 4", weight=torch.ones(4))
     wrong("Target 5 is out of bounds", IndexError, target=torch.tensor([0, 1, 2, 5]))
     wrong("Target -1 is out of bounds", IndexError, target=torch.tensor([0, 1, 2, -1]))
     wrong("label_smoothing must be a number from 0.0 to 1.0, got 2", label_smoothing=2.0)
-    wrong("weight requires a gradient", weight=torch.ones(5, requires_grad=True))
+    wrong("weight must not require a gradient", weight=torch.ones(5, requires_grad=True))
 
 
 @pytest.mark.parametrize("cls", [dnn.DisAlignLinear, dnn.DisAlignCosineLinear])

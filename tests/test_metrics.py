@@ -103,9 +103,11 @@ def test_every_class_is_in_one_split(counts, few, more) -> None:
 
 
 def test_split_classes_errors() -> None:
-    with pytest.raises(ValueError, match="few is 200 and many is 100, needs few <= many"):
+    with pytest.raises(ValueError, match="few must be at most many, got few = 200 and many = 100"):
         split_classes([1, 2], few=200)
-    with pytest.raises(ValueError, match=r"counts has shape \(1, 2\), needs one number per class"):
+    with pytest.raises(
+        ValueError, match=r"counts must have one number per class .*, got shape \(1, 2\)"
+    ):
         split_classes([[1, 2]])
 
 
@@ -236,15 +238,23 @@ def test_memory_does_not_grow_with_samples() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"train_counts": []}, ValueError, "train_counts has no entries, needs one number per"),
-        ({"train_counts": [3, -1]}, ValueError, "train_counts is negative for class 1"),
-        ({"train_counts": "ab"}, TypeError, "train_counts is str of <U2, needs a 1-D tensor"),
-        ({"topk": (0,)}, ValueError, r"topk has 0, needs 1 to 3 \(the number of classes\)"),
-        ({"topk": (1, 4)}, ValueError, "topk has 4, needs 1 to 3"),
+        (
+            {"train_counts": []},
+            ValueError,
+            "train_counts must have one number per class, got no entries",
+        ),
+        (
+            {"train_counts": [3, -1]},
+            ValueError,
+            "train_counts must be .*, got negative for class 1",
+        ),
+        ({"train_counts": "ab"}, TypeError, "train_counts must be a 1-D tensor.*, got str of <U2"),
+        ({"topk": (0,)}, ValueError, r"topk must be from 1 to 3 \(the number of classes\), got 0"),
+        ({"topk": (1, 4)}, ValueError, "topk must be from 1 to 3 .*, got 4"),
         ({"topk": (1.0,)}, TypeError, "topk must be an integer, got 1.0"),
         ({"topk": (True,)}, TypeError, "topk must be an integer, got True"),
-        ({"many": 10}, ValueError, "few is 20 and many is 10, needs few <= many"),
-        ({"few": math.nan}, ValueError, "few is nan and many is 100, needs few <= many"),
+        ({"many": 10}, ValueError, "few must be at most many, got few = 20"),
+        ({"few": math.nan}, ValueError, "few must be at most many, got few = nan"),
     ],
 )
 def test_wrong_arguments(arguments, error, message) -> None:
@@ -258,30 +268,55 @@ T3 = torch.tensor([0, 1, 2])
 @pytest.mark.parametrize(
     ("prediction", "target", "error", "message"),
     [
-        ([0, 1], T3, TypeError, "prediction is list, needs a tensor"),
-        (T3, [0, 1], TypeError, "target is list, needs a tensor"),
-        (torch.eye(3), T3.float(), TypeError, "target has dtype torch.float32, needs class indic"),
-        (torch.eye(3), T3 > 0, TypeError, "target has dtype torch.bool, needs class indices"),
-        (T3 > 0, T3, TypeError, "prediction has dtype torch.bool, needs class indices"),
-        (torch.eye(3), T3[None], ValueError, r"target has shape \(1, 3\), needs \(N,\)"),
+        ([0, 1], T3, TypeError, "prediction must be a tensor, got list"),
+        (T3, [0, 1], TypeError, "target must be a tensor, got list"),
+        (
+            torch.eye(3),
+            T3.float(),
+            TypeError,
+            "target must have class indices .*, got dtype torch.float32",
+        ),
+        (torch.eye(3), T3 > 0, TypeError, "target must have class indices.*, got dtype torch.bool"),
+        (T3 > 0, T3, TypeError, "prediction must have class indices.*, got dtype torch.bool"),
+        (torch.eye(3), T3[None], ValueError, r"target must have shape \(N,\), got \(1, 3\)"),
         (
             torch.zeros(3, 4),
             T3,
             ValueError,
-            r"prediction has shape \(3, 4\) and dtype torch.float32, needs \(3, 3\)",
+            r"prediction must have shape \(3, 3\) .*, got \(3, 4\) and dtype torch.float32",
         ),
-        (torch.zeros(2, 3), T3, ValueError, r"prediction has shape \(2, 3\) .* needs \(3, 3\)"),
-        (T3[:2], T3, ValueError, r"prediction has shape \(2,\) and dtype torch.int64, needs \(3,"),
+        (
+            torch.zeros(2, 3),
+            T3,
+            ValueError,
+            r"prediction must have shape \(3, 3\) .*, got \(2, 3\)",
+        ),
+        (T3[:2], T3, ValueError, r"must have shape \(3,\) .*, got \(2,\) and dtype torch.int64"),
         (
             torch.zeros(3, 3, dtype=torch.int64),
             T3,
             ValueError,
-            r"needs \(3,\): floating logits are \(N, C\), predicted classes \(N,\)",
+            r"shape \(3,\) \(floating logits are \(N, C\), predicted classes \(N,\)\), got",
         ),
-        (torch.eye(3), T3 + 1, ValueError, "target has class 3, needs 0 to 2 or ignore_index"),
-        (torch.eye(3), T3 - 1, ValueError, "target has class -1, needs 0 to 2 or ignore_index ="),
-        (T3 + 1, T3, ValueError, "prediction has class 3, needs 0 to 2$"),
-        (torch.eye(3), T3.to("meta"), ValueError, "prediction is on cpu and target on meta, needs"),
+        (
+            torch.eye(3),
+            T3 + 1,
+            ValueError,
+            "target must have classes from 0 to 2 or ignore_.*, got 3",
+        ),
+        (
+            torch.eye(3),
+            T3 - 1,
+            ValueError,
+            "target must have classes from 0 to 2 or ignore_.*, got -1",
+        ),
+        (T3 + 1, T3, ValueError, "prediction must have classes from 0 to 2, got 3$"),
+        (
+            torch.eye(3),
+            T3.to("meta"),
+            ValueError,
+            "prediction must be on the target's device, meta, got cpu",
+        ),
     ],
 )
 def test_wrong_updates(prediction, target, error, message) -> None:
@@ -292,7 +327,7 @@ def test_wrong_updates(prediction, target, error, message) -> None:
 
 
 def test_topk_needs_logits() -> None:
-    with pytest.raises(ValueError, match=r"topk = \(1, 2\) needs floating logits \(N, C\)"):
+    with pytest.raises(ValueError, match=r"must be floating logits \(N, C\) for topk = \(1, 2\)"):
         LongTailAccuracy([1, 2, 3], topk=(1, 2)).update(T3, T3)
 
 

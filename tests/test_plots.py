@@ -89,15 +89,15 @@ def test_calibrated_predictions_have_no_error() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ArgumentError, match="counts has 6 entries, accuracy has 2"):
+    with pytest.raises(ArgumentError, match="counts must have 2 entries, as accuracy has, got 6"):
         plots.accuracy_by_count(torch.rand(2), COUNTS)
-    with pytest.raises(ArgumentError, match="layer is a Linear"):
+    with pytest.raises(ArgumentError, match="layer must be a DisAlign layer, got a Linear"):
         plots.calibration_by_count(torch.nn.Linear(2, 2), COUNTS)
     with pytest.raises(ArgumentError, match="apply the sigmoid"):
         plots.confidence_histogram(torch.tensor([0.5, 1.5]))
     with pytest.raises(ArgumentError, match="apply the softmax"):
         plots.calibration_error(torch.tensor([[3.0, -1.0]]), torch.tensor([0]))
-    with pytest.raises(ArgumentError, match=r"needed are \(N, C\) and \(N,\)"):
+    with pytest.raises(ArgumentError, match=r"must have shapes \(N, C\) and \(N,\)"):
         plots.reliability(torch.rand(4, 2), torch.tensor([0]))
 
 
@@ -122,7 +122,7 @@ def test_calibration_error_leaves_ignored_rows_out_and_refuses_other_targets() -
         plots.calibration_error(p, torch.tensor([1, -1, 0]))
     with pytest.raises(IndexError, match="Target 2 is out of bounds"):
         plots.reliability(p, torch.tensor([1, 2, 0]))
-    with pytest.raises(ArgumentError, match="target must have a row that counts"):
+    with pytest.raises(ArgumentError, match="target must have a row that is not ignored"):
         plots.calibration_error(p, torch.full((3,), -100))
     with pytest.raises(ArgumentError, match="class probabilities"):
         plots.calibration_error(p, torch.ones(3))

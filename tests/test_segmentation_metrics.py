@@ -110,13 +110,21 @@ def test_every_class_is_in_one_split(counts, tail, more) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"counts": [3, -1]}, ValueError, "counts is negative for class 1"),
-        ({"counts": "ab"}, TypeError, "counts is str of <U2, needs a 1-D tensor"),
-        ({"counts": [0, 0]}, ValueError, "counts is zero for all 2 classes, needs a class that ha"),
-        ({"tail": 0.1}, ValueError, "tail is 0.1 and head is 0.01, needs 0 <= tail <= head <= 1"),
-        ({"head": 2, "tail": 1}, ValueError, r"head is 2, needs .* <= 1 \(shares, not percent\)"),
-        ({"tail": -0.1}, ValueError, "tail is -0.1 and head is 0.01, needs 0 <= tail"),
-        ({"head": math.nan}, ValueError, "tail is 0.001 and head is nan, needs 0 <= tail <= head"),
+        ({"counts": [3, -1]}, ValueError, "counts must be .*, got negative for class 1"),
+        ({"counts": "ab"}, TypeError, "counts must be a 1-D tensor.*, got str of <U2"),
+        (
+            {"counts": [0, 0]},
+            ValueError,
+            "counts must have a class with pixels, got 0 for all 2 classes",
+        ),
+        ({"tail": 0.1}, ValueError, "head and tail must have .*, got tail = 0.1 and head = 0.01"),
+        (
+            {"head": 2, "tail": 1},
+            ValueError,
+            r"must have .* <= 1 \(shares, not percent\), got tail = 1 and head = 2",
+        ),
+        ({"tail": -0.1}, ValueError, "head and tail must have 0 <= tail .*, got tail = -0.1"),
+        ({"head": math.nan}, ValueError, "must have .*, got tail = 0.001 and head = nan"),
     ],
 )
 def test_split_pixels_errors(arguments, error, message) -> None:
@@ -223,7 +231,9 @@ def test_ignore_index_is_compared_as_a_number(dtype) -> None:
     largest = torch.iinfo(dtype).max  # what -1 would wrap to
     target = torch.tensor([0, largest], dtype=dtype)
     metric = SegmentationIoU(3, ignore_index=-1)
-    message = rf"target has class {largest} at \(1,\), needs 0 to 2 or ignore_index = -1"
+    message = (
+        rf"target must have classes from 0 to 2 or ignore_index = -1.*, got {largest} at \(1,\)"
+    )
     with pytest.raises(IndexError, match=message):
         metric.update(torch.zeros(2, dtype=dtype), target)
     if dtype != torch.uint64:
@@ -233,7 +243,9 @@ def test_ignore_index_is_compared_as_a_number(dtype) -> None:
 
 
 def test_a_negative_class_is_not_255() -> None:
-    with pytest.raises(IndexError, match=r"target has class -1 at \(0,\), needs 0 to 2 or ignore_"):
+    with pytest.raises(
+        IndexError, match=r"target must have classes from 0 to 2 or .*, got -1 at \(0,\)"
+    ):
         SegmentationIoU(3).update(torch.zeros(1).long(), torch.tensor([-1], dtype=torch.int8))
 
 
@@ -313,7 +325,9 @@ def test_maps_on_a_gpu(dtype) -> None:
     metric = SegmentationIoU(150, split="ade20k")
     scores = run(metric, [(p.to("cuda", dtype), t.to("cuda", dtype)) for p, t in data])
     assert repr(scores) == repr(run(SegmentationIoU(150, split="ade20k"), data))
-    with pytest.raises(IndexError, match=r"target has class 150 at \(0,\)"):
+    with pytest.raises(
+        IndexError, match=r"target must have classes from 0 to .*, got 150 at \(0,\)"
+    ):
         metric.update(torch.zeros(1).long().cuda(), torch.tensor([150]).cuda())
 
 
@@ -380,42 +394,82 @@ def test_a_mask_given_may_change_later() -> None:
     [
         ({"num_classes": 3.0}, TypeError, "num_classes must be an integer, got 3.0"),
         ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
-        ({"num_classes": 0}, ValueError, "num_classes is 0, needs 1 or more"),
+        ({"num_classes": 0}, ValueError, "num_classes must be 1 or more, got 0"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
         ({"ignore_index": 2**63}, ValueError, "ignore_index must be in the range of int64"),
         (
             {"counts": [1, 2, 3], "split": ([0], [1], [2])},
             ValueError,
-            "counts and split are both given, needs at most one of them",
+            "counts or split must be None, got both",
         ),
-        ({"counts": [1, 2]}, ValueError, "counts has 2 entries, needs num_classes = 3"),
-        ({"counts": [1, -2, 3]}, ValueError, "counts is negative for class 1"),
-        ({"counts": [0, 0, 0]}, ValueError, "counts is zero for all 3 classes, needs a class that"),
-        ({"split": "lvis"}, ValueError, "split is 'lvis', needs three collections .* or 'ade20k'"),
-        ({"split": "ade20k"}, ValueError, "split is 'ade20k' and num_classes is 3, needs 150"),
-        ({"split": 3}, TypeError, "split is int, needs three collections of class ids or masks"),
-        ({"split": {0, 1, 2}}, TypeError, "split is set, needs three collections"),
-        ({"split": {"head": [0]}}, TypeError, "split is dict, needs three collections"),
-        ({"split": ([0], [1])}, ValueError, "split has 2 groups, needs three collections"),
-        ({"split": (0, 1, 2)}, TypeError, "split's head is int, needs class ids or a boolean mask"),
-        ({"split": ([0], "1", [2])}, TypeError, r"split's body is str, needs .* mask \(3,\)"),
-        ({"split": ([0], [1.0], [2])}, TypeError, "split's body is list of float64, needs class i"),
+        ({"counts": [1, 2]}, ValueError, "counts must have num_classes = 3 entries, got 2"),
+        ({"counts": [1, -2, 3]}, ValueError, "counts must be .*, got negative for class 1"),
+        (
+            {"counts": [0, 0, 0]},
+            ValueError,
+            "counts must have a class with pixels, got 0 for all 3 classes",
+        ),
+        (
+            {"split": "lvis"},
+            ValueError,
+            "split must be three collections .* or 'ade20k', got 'lvis'",
+        ),
+        ({"split": "ade20k"}, ValueError, "num_classes must be 150 with split 'ade20k', got 3"),
+        (
+            {"split": 3},
+            TypeError,
+            "split must be three collections of class ids or masks.*, got int",
+        ),
+        ({"split": {0, 1, 2}}, TypeError, "split must be three collections.*, got set"),
+        ({"split": {"head": [0]}}, TypeError, "split must be three collections.*, got dict"),
+        ({"split": ([0], [1])}, ValueError, "split must be three collections .*, got 2 groups"),
+        (
+            {"split": (0, 1, 2)},
+            TypeError,
+            "split's head must be class ids or a boolean mask.*, got int",
+        ),
+        ({"split": ([0], "1", [2])}, TypeError, r"split's body must be .* mask \(3,\), got str"),
+        (
+            {"split": ([0], [1.0], [2])},
+            TypeError,
+            "split's body must be class ids .*, got list of float64",
+        ),
         (
             {"split": ([0], [1], torch.tensor([2.0]))},
             TypeError,
-            "split's tail has dtype torch.float32, needs class ids",
+            "split's tail must be class ids .*, got dtype torch.float32",
         ),
-        ({"split": ([[0], [1, 2]], [], [])}, ValueError, "split's head is a ragged list, needs cl"),
-        ({"split": ([[0]], [1], [2])}, ValueError, r"split's head is of shape \(1, 1\), needs cla"),
+        (
+            {"split": ([[0], [1, 2]], [], [])},
+            ValueError,
+            "split's head must be class ids .*, got a ragged list",
+        ),
+        (
+            {"split": ([[0]], [1], [2])},
+            ValueError,
+            r"head must be class ids .*, got of shape \(1, 1\)",
+        ),
         (
             {"split": ([True, False], [1], [2])},
             ValueError,
-            r"split's head is a mask of shape \(2,\), needs class ids or a boolean mask \(3,\)",
+            r"split's head must be class ids or a boolean mask \(3,\), got a mask of shape \(2,\)",
         ),
-        ({"split": ([0], [1], [3])}, ValueError, "split's tail has class 3, needs 0 to 2"),
-        ({"split": ([0], [-1], [2])}, ValueError, "split's body has class -1, needs 0 to 2"),
-        ({"split": ([0, 1, 0], [], [])}, ValueError, "split's head repeats class 0, needs each"),
-        ({"split": ([0, 1], [1], [2])}, ValueError, "split has class 1 in more than one group, ne"),
+        (
+            {"split": ([0], [1], [3])},
+            ValueError,
+            "split's tail must have classes from 0 to 2.*, got 3",
+        ),
+        (
+            {"split": ([0], [-1], [2])},
+            ValueError,
+            "split's body must have classes from 0 to 2.*, got -1",
+        ),
+        (
+            {"split": ([0, 1, 0], [], [])},
+            ValueError,
+            "split's head must have each class once, got class 0 again",
+        ),
+        ({"split": ([0, 1], [1], [2])}, ValueError, "split must have .*, got class 1 in more"),
     ],
 )
 def test_wrong_arguments(arguments, error, message) -> None:
@@ -429,38 +483,53 @@ M = torch.tensor([[0, 1, 2], [2, 1, 0]])
 @pytest.mark.parametrize(
     ("prediction", "target", "error", "message"),
     [
-        ([0, 1], M, TypeError, "prediction is list, needs a tensor"),
-        (M, M.numpy(), TypeError, "target is ndarray, needs a tensor"),
-        (M, M.float(), TypeError, "target has dtype torch.float32, needs class indices"),
-        (M, M > 0, TypeError, "target has dtype torch.bool, needs class indices"),
-        (M > 0, M, TypeError, "prediction has dtype torch.bool, needs class indices"),
-        (M.half(), M, TypeError, r"prediction has dtype torch.float16, .* argmax over the classes"),
-        (M.cfloat(), M, TypeError, "prediction has dtype torch.complex64, needs class indices"),
+        ([0, 1], M, TypeError, "prediction must be a tensor, got list"),
+        (M, M.numpy(), TypeError, "target must be a tensor, got ndarray"),
+        (M, M.float(), TypeError, "target must have class indices.*, got dtype torch.float32"),
+        (M, M > 0, TypeError, "target must have class indices.*, got dtype torch.bool"),
+        (M > 0, M, TypeError, "prediction must have class indices.*, got dtype torch.bool"),
+        (M.half(), M, TypeError, r"argmax over the classes\), got dtype torch.float16"),
+        (
+            M.cfloat(),
+            M,
+            TypeError,
+            "prediction must have class indices.*, got dtype torch.complex64",
+        ),
         (
             M[None],
             M,
             ValueError,
-            r"prediction has shape \(1, 2, 3\) and target \(2, 3\), needs one",
+            r"prediction must have the target's shape \(2, 3\), got \(1, 2, 3\)",
         ),
-        (M, M[:, :1], ValueError, r"prediction has shape \(2, 3\) and target \(2, 1\), needs one"),
-        (M, M.to("meta"), ValueError, "prediction is on cpu and target on meta, needs one device"),
+        (M, M[:, :1], ValueError, r"must have the target's shape \(2, 1\), got \(2, 3\)"),
+        (M, M.to("meta"), ValueError, "must be on the target's device, meta, got cpu"),
         (
             M,
             M + 1,
             IndexError,
-            r"target has class 3 at \(0, 2\), needs 0 to 2 or ignore_index = 255$",
+            r"target must have classes from 0 to 2 or ignore_index = 255, got 3 at \(0, 2\)$",
         ),
-        (M, M - 1, IndexError, r"target has class -1 at \(0, 0\), needs 0 to 2 or ignore_index"),
-        (M + 1, M, IndexError, r"prediction has class 3 at \(0, 2\), needs 0 to 2$"),
-        (M * 255 // 2, M, IndexError, r"prediction has class 127 at \(0, 1\), needs 0 to 2$"),
-        (M - 5, M, IndexError, r"prediction has class -5 at \(0, 0\), needs 0 to 2$"),
+        (M, M - 1, IndexError, r"target must have classes from 0 to 2 or .*, got -1 at \(0, 0\)"),
+        (M + 1, M, IndexError, r"prediction must have classes from 0 to 2, got 3 at \(0, 2\)$"),
+        (
+            M * 255 // 2,
+            M,
+            IndexError,
+            r"prediction must have classes from 0 to 2, got 127 at \(0, 1\)$",
+        ),
+        (M - 5, M, IndexError, r"prediction must have classes from 0 to 2, got -5 at \(0, 0\)$"),
         (
             torch.full((4,), 255, dtype=torch.uint8),
             torch.tensor([255, 255, 255, 1]),
             IndexError,
-            r"prediction has class 255 at \(3,\), needs 0 to 2$",  # the ignored ones may
+            r"prediction must have classes from 0 to 2, got 255 at \(3,\)$",  # the ignored ones may
         ),
-        (torch.tensor(0), torch.tensor(9), IndexError, r"target has class 9 at \(\), needs 0 to 2"),
+        (
+            torch.tensor(0),
+            torch.tensor(9),
+            IndexError,
+            r"target must have classes from 0 to 2.*, got 9 at \(\)",
+        ),
     ],
 )
 def test_wrong_updates(prediction, target, error, message) -> None:

@@ -1,6 +1,6 @@
 """Checks and conversions of arguments, used by functional.py and the modules around it.
 
-Each check names the argument, what was given and what is needed.
+Each check's message says "X must be B, got A".
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _shape(shape: torch.Size | tuple[int, ...]) -> str:
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        needed = ", ".join(repr(c) for c in choices)
-        raise ArgumentError(f"{name} is {value!r}, needed is one of {needed}")
+        allowed = ", ".join(repr(c) for c in choices)
+        raise ArgumentError(f"{name} must be one of {allowed}, got {value!r}")
 
 
 def python_number(name: str, value: Any, needed: str) -> Any:
@@ -121,7 +121,7 @@ def check_tensor(name: str, value: object) -> Tensor:
             keys = [key for key in ("out", "logits") if isinstance(value.get(key), Tensor)]
             hint = f"; of this output pass [{keys[0]!r}]" if keys else ""
         raise ArgumentTypeError(
-            f"{name} is a {type(value).__name__}, needed is a torch.Tensor{hint}"
+            f"{name} must be a torch.Tensor, got a {type(value).__name__}{hint}"
         )
     if is_dtensor(value):
         raise ArgumentTypeError(
@@ -137,7 +137,7 @@ def check_dtype(name: str, value: Tensor) -> None:
     """One of the dtypes that logits, and what they are made of, can have."""
     if value.dtype not in LOGITS_DTYPES:
         raise ArgumentTypeError(
-            f"{name} has dtype {value.dtype}, needed is float32, float64, bfloat16 or float16"
+            f"{name} must have dtype float32, float64, bfloat16 or float16, got {value.dtype}"
         )
 
 
@@ -147,16 +147,16 @@ def check_input(input: Tensor) -> int:
     check_dtype("input", input)
     shape = input.shape
     if not shape:
-        raise ArgumentError("input has no dimensions, needed is (C,), (N, C) or (N, C, d1, ...)")
+        raise ArgumentError("input must have shape (C,), (N, C) or (N, C, d1, ...), got ()")
     classes = shape[0 if len(shape) == 1 else 1]
     if classes == 0:
-        raise ArgumentError(f"input has shape {_shape(shape)}: it has no classes")
+        raise ArgumentError(f"input must have at least one class, got shape {_shape(shape)}")
     return classes
 
 
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ArgumentTypeError(f"{name} is a {type(value).__name__}, needed is a bool")
+        raise ArgumentTypeError(f"{name} must be a bool, got a {type(value).__name__}")
 
 
 def check_image(input: Tensor) -> int:
@@ -164,7 +164,7 @@ def check_image(input: Tensor) -> int:
     classes = check_input(input)
     if input.dim() != 4 or 0 in input.shape[2:]:
         raise ArgumentError(
-            f"input has shape {_shape(input.shape)}, needed is (N, C, h, w) with h and w above 0"
+            f"input must have shape (N, C, h, w) with h and w above 0, got {_shape(input.shape)}"
         )
     return classes
 
@@ -178,7 +178,7 @@ def check_size(size: object) -> tuple[int, int]:
             height = width = 0
         if height > 0 and width > 0:
             return height, width
-    raise ArgumentError(f"size is {size!r}, needed is (height, width), integers above 0")
+    raise ArgumentError(f"size must be (height, width), integers above 0, got {size!r}")
 
 
 def positions_shape(input: Tensor) -> torch.Size:
@@ -193,7 +193,7 @@ def check_class_indices(target: Tensor) -> None:
     """Class probabilities are refused."""
     if check_tensor("target", target).is_floating_point():
         raise ArgumentError(
-            f"target holds class probabilities ({target.dtype}), needed are class indices"
+            f"target must hold class indices, got class probabilities ({target.dtype})"
         )
 
 
@@ -202,25 +202,25 @@ def check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
     check_tensor("target", target)
     if target.device != input.device:
         raise ArgumentError(
-            f"target is on {target.device}, input on {input.device}: needed is one device"
+            f"target must be on the input's device, {input.device}, got {target.device}"
         )
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ArgumentError(
-                f"target holds class probabilities ({target.dtype}) of shape "
-                f"{_shape(target.shape)}, needed is the input's shape {_shape(input.shape)}; "
-                "class indices have an integer dtype, as target.long() has"
+                f"target must have the input's shape {_shape(input.shape)} where it holds class "
+                f"probabilities ({target.dtype}), got {_shape(target.shape)}; class indices have "
+                "an integer dtype, as target.long() has"
             )
         return
     if target.dtype not in TARGET_DTYPES:
         raise ArgumentTypeError(
-            f"target has dtype {target.dtype}, needed is int64, int32, int16 or uint8 (class "
-            "indices), or a floating dtype (class probabilities)"
+            "target must have dtype int64, int32, int16 or uint8 (class indices), or a floating "
+            f"dtype (class probabilities), got {target.dtype}"
         )
     if target.shape != shape:
         raise ArgumentError(
-            f"target has shape {_shape(target.shape)}, needed is {_shape(shape)} for an input of "
-            f"shape {_shape(input.shape)}{target_hint(input, target)}"
+            f"target must have shape {_shape(shape)} for an input of shape {_shape(input.shape)}, "
+            f"got {_shape(target.shape)}{target_hint(input, target)}"
         )
 
 
@@ -242,15 +242,15 @@ def target_hint(input: Tensor, target: Tensor) -> str:
 def _no_gradient(name: str, value: Tensor) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(
-            f"{name} requires a gradient, and this loss has none for it: pass {name}.detach(); "
-            "what is learned are input, confidence, scale and bias"
+            f"{name} must not require a gradient, which this loss does not compute for it: pass "
+            f"{name}.detach(); what is learned are input, confidence, scale and bias"
         )
 
 
 def _same_device(name: str, value: Tensor, input: Tensor) -> None:
     if value.device != input.device:
         raise ArgumentError(
-            f"{name} is on {value.device}, input on {input.device}: needed is one device"
+            f"{name} must be on the input's device, {input.device}, got {value.device}"
         )
 
 
@@ -289,23 +289,23 @@ def class_vector(
         return torch.full((classes,), number, dtype=dtype, device=input.device)
     vector = check_tensor(name, value)
     if not vector.is_floating_point():
-        raise ArgumentTypeError(f"{name} has dtype {vector.dtype}, needed is a floating dtype")
+        raise ArgumentTypeError(f"{name} must have a floating dtype, got {vector.dtype}")
     _same_device(name, vector, input)
     if not learned:
         _no_gradient(name, vector)
     entries = vector.numel()
     if (exact and vector.dim() != 1) or (entries != classes and (exact or entries != 1)):
-        what = f"{entries} entries" if vector.dim() == 1 else f"shape {_shape(vector.shape)}"
+        what = f"{entries}" if vector.dim() == 1 else f"shape {_shape(vector.shape)}"
         if background is not None:
             raise ArgumentError(
                 f"{name} must have one entry a calibrated class ({classes}: background="
                 f"{background!r} leaves out one of {classes + 1}), got {what}"
             )
-        raise ArgumentError(f"{name} has {what}, the logits have {classes} classes")
+        raise ArgumentError(f"{name} must have one entry a class ({classes}), got {what}")
     if vector.dim() > 1 and max(vector.shape) != entries:
         raise ArgumentError(
-            f"{name} has shape {_shape(vector.shape)}, needed is ({classes},) or a shape with "
-            "ones beside it"
+            f"{name} must have shape ({classes},), or that with dimensions of 1 beside it, got "
+            f"{_shape(vector.shape)}"
         )
     if vector.dim() != 1:
         vector = vector.reshape(-1)
@@ -334,15 +334,15 @@ def row_vector(
         return value  # the common case, before every check that it passes
     vector = check_tensor(name, value)
     if not vector.is_floating_point():
-        raise ArgumentTypeError(f"{name} has dtype {vector.dtype}, needed is a floating dtype")
+        raise ArgumentTypeError(f"{name} must have a floating dtype, got {vector.dtype}")
     _same_device(name, vector, input)
     if not learned:
         _no_gradient(name, vector)
     with_class = (1,) if input.dim() == 1 else (shape[0], 1, *shape[1:])
     if vector.shape != shape and vector.shape != with_class:
         raise ArgumentError(
-            f"{name} has shape {_shape(vector.shape)}, needed is {_shape(shape)} or "
-            f"{_shape(with_class)} for an input of shape {_shape(input.shape)}"
+            f"{name} must have shape {_shape(shape)} or {_shape(with_class)} for an input of shape "
+            f"{_shape(input.shape)}, got {_shape(vector.shape)}"
         )
     return vector.reshape(-1).to(dtype).contiguous()
 
@@ -371,12 +371,13 @@ def given_denominator(normalizer: Normalizer, input: Tensor) -> str | Tensor:
     if isinstance(normalizer, Tensor) and not _is_number(normalizer, input):
         if normalizer.numel() != 1:
             raise ArgumentError(
-                f"normalizer has shape {_shape(normalizer.shape)}, needed is a single number"
+                "normalizer must be a single number, got a tensor of shape "
+                f"{_shape(normalizer.shape)}"
             )
         _same_device("normalizer", normalizer, input)
         _no_gradient("normalizer", normalizer)
         return normalizer.reshape(()).to(torch.float64)
     number = check_number("normalizer", normalizer, 0.0)
     if not 0 < number < math.inf:
-        raise ArgumentError(f"normalizer is {number}, needed is a number > 0 or a name")
+        raise ArgumentError(f"normalizer must be a finite number > 0, or a name, got {number}")
     return torch.full((), number, dtype=torch.float64, device=input.device)

@@ -42,7 +42,7 @@ class _State:
 
 def _checked(name: str, source: str) -> str:
     if name not in NAMES:
-        raise ArgumentError(f"{source} is {name!r}, needed is one of {', '.join(NAMES)}")
+        raise ArgumentError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
     return name
 
 

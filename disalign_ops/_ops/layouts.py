@@ -100,19 +100,18 @@ def flatten(input: Tensor) -> tuple[Layout, Tensor, bool]:
 def check_in_place(input: Tensor, flat: Tensor, copied: bool) -> bool:
     """Whether backward is to write over the logits, which must be possible if it is asked for."""
     if torch.compiler.is_compiling():
-        raise ArgumentError("inplace_backward is True, which torch.compile does not support")
+        raise ArgumentError("inplace_backward must be False under torch.compile, got True")
     if not (input.requires_grad and torch.is_grad_enabled()):
         return False
     if input.is_leaf or (input._is_view() and input._base is not None and input._base.is_leaf):
         raise ArgumentError(
-            "inplace_backward is True and input is a leaf, or a view of one: its values would be "
-            "lost; needed are logits that an operation made"
+            "input must be made by an operation where inplace_backward is True, got a leaf, or a "
+            "view of one: its values would be lost"
         )
     if copied:
         raise ArgumentError(
-            f"inplace_backward is True and input of shape {tuple(input.shape)} and strides "
-            f"{input.stride()} had to be copied; needed are neighbouring classes, or neighbouring "
-            "positions of each class"
+            "input must have neighbouring classes, or neighbouring positions of each class, where "
+            f"inplace_backward is True, got shape {tuple(input.shape)} and strides {input.stride()}"
         )
     # Strides sorted, each dimension must step over all that lies below it.
     reach = 1
@@ -120,8 +119,8 @@ def check_in_place(input: Tensor, flat: Tensor, copied: bool) -> bool:
         if size > 1:
             if stride < reach:
                 raise ArgumentError(
-                    f"inplace_backward is True and rows of input overlap (strides "
-                    f"{input.stride()}); needed is memory of its own for each row"
+                    "input must have memory of its own for each row where inplace_backward is "
+                    f"True, got strides {input.stride()}"
                 )
             reach = stride * (size - 1) + reach
     return True

@@ -42,10 +42,11 @@ class Ranks:
         """Finds the first class by an exchange of sizes, unless it is given."""
         if not dist.is_available() or not dist.is_initialized():
             raise ArgumentError(
-                "group has no processes: needed is torch.distributed.init_process_group before"
+                "group must have processes, got none: call torch.distributed.init_process_group "
+                "before"
             )
         if dist.get_rank(group) < 0:
-            raise ArgumentError("group does not contain this process, needed is one that does")
+            raise ArgumentError("group must contain this process, got one that does not")
         if shard_offset is not None:
             return Ranks(group, shard_offset)
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
@@ -100,9 +101,8 @@ class Ranks:
 def _check_owners(owners: Tensor, valid: Tensor) -> None:
     """Every target that counts must be exactly one rank's class."""
     message = (
-        "targets are out of bounds: of the rows that count some have a target that no rank, or "
-        "more than one, has among its classes; needed are global class ids, and shards that "
-        "follow each other"
+        "target must be global class ids, each the class of exactly one rank (shards follow each "
+        "other), got targets out of bounds, which no rank, or more than one, has among its classes"
     )
     right = owners == valid.sum()
     if right.device.type != "cpu":

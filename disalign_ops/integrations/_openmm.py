@@ -60,7 +60,7 @@ class GRWCrossEntropyLoss(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if counts is not None and class_weight is not None:
-            raise ArgumentError("counts and class_weight are given, needed is one of them")
+            raise ArgumentError("counts or class_weight must be None, got both")
         weight = None
         if counts is not None:
             given = read_counts(counts) if isinstance(counts, str | os.PathLike) else counts
@@ -77,10 +77,12 @@ class GRWCrossEntropyLoss(nn.Module):
     ) -> dict[str, Any]:  # fmt: skip
         """The keywords of `cross_entropy`, and of `upsample_cross_entropy`, for one call."""
         if classes == 1:
-            raise ArgumentError("cls_score has one channel, needed is one a class: it is a softmax")
+            raise ArgumentError(
+                "cls_score must have a channel a class, since this is a softmax, got one channel"
+            )
         reduction = reduction_override or self.reduction
         if avg_factor is not None and reduction == "sum":
-            raise ArgumentError("avg_factor is given, needed is reduction 'mean', not 'sum'")
+            raise ArgumentError("reduction must be 'mean' where avg_factor is given, got 'sum'")
         ignore_index = -100 if ignore_index is None else ignore_index
         normalizer: str | float | Tensor = self.normalizer
         if avg_factor is not None:

@@ -55,7 +55,9 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
     ) -> None:  # fmt: skip
         super().__init__(input_shape, **options)
         if getattr(self, "use_sigmoid_ce", False) or getattr(self, "use_fed_loss", False):
-            raise ArgumentError("use_sigmoid_ce or use_fed_loss is set, needed is a softmax")
+            raise ArgumentError(
+                "use_sigmoid_ce and use_fed_loss must be False, since this is a softmax, got True"
+            )
         linear = self.cls_score
         calibrated = dnn.DisAlignLinear(
             linear.in_features, linear.out_features, form=form, background="last"

@@ -49,8 +49,8 @@ class DisAlignStage2(Callback):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         if not isinstance(outputs, dict) or not {"logits", "target"} <= set(outputs):
             raise ArgumentError(
-                f"validation_step returned {type(outputs).__name__}, needed is a dictionary with "
-                "'logits' and 'target'"
+                "validation_step must return a dictionary with 'logits' and 'target', got "
+                f"{type(outputs).__name__}"
             )
         self._metric.update(outputs["logits"].detach(), outputs["target"])
 

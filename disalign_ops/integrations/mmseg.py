@@ -107,7 +107,7 @@ def disalign_head(head: type[nn.Module]) -> type[nn.Module]:
     Raises ArgumentError: no class with cls_seg.
     """
     if not isinstance(head, type) or not hasattr(head, "cls_seg"):
-        raise ArgumentError(f"head is {head!r}, needed is a class with cls_seg")
+        raise ArgumentError(f"head must be a class with cls_seg, got {head!r}")
     name = f"DisAlign{head.__name__}"
     metaclass: Any = type(head)  # mmengine's modules have one of their own
     made: type[nn.Module] = metaclass(name, (_DisAlignHead, head), {"__doc__": head.__doc__})

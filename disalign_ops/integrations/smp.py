@@ -35,21 +35,23 @@ def without_upsampling(
     """
     head: Any = getattr(model, "segmentation_head", None)
     if not isinstance(head, nn.Sequential) or len(head) < 2:
-        raise ArgumentError(f"model is a {type(model).__name__}, needed is a model of smp")
+        raise ArgumentError(f"model must be a model of smp, got a {type(model).__name__}")
     upsampling = head[1]
     if not isinstance(upsampling, nn.Upsample | nn.Identity):
         raise ArgumentError(
-            f"the segmentation head has a {type(upsampling).__name__} for upsampling, needed is an "
-            "nn.Upsample"
+            "the segmentation head must have an nn.Upsample for upsampling, got "
+            f"{type(upsampling).__name__}"
         )
     activation = getattr(head[2], "activation", head[2]) if len(head) > 2 else nn.Identity()
     if not isinstance(activation, nn.Identity):
         raise ArgumentError(
-            f"the segmentation head has the activation {type(activation).__name__}, needed are "
-            "logits: activation=None"
+            "the segmentation head must give logits (activation=None), got the activation "
+            f"{type(activation).__name__}"
         )
     if isinstance(upsampling, nn.Upsample) and upsampling.mode != "bilinear":
-        raise ArgumentError(f"the upsampling is {upsampling.mode}, needed is bilinear")
+        raise ArgumentError(
+            f"the segmentation head's upsampling must be bilinear, got {upsampling.mode}"
+        )
     head[1] = nn.Identity()
     corners = bool(getattr(upsampling, "align_corners", True))
     return model, SegmentationLoss(weight, align_corners=corners, **options)

@@ -27,13 +27,13 @@ def disalign_timm_model(
     """
     find: Any = getattr(model, "get_classifier", None)
     if find is None:
-        raise ArgumentError(f"model is a {type(model).__name__}, needed is one of timm's")
+        raise ArgumentError(f"model must be one of timm's, got a {type(model).__name__}")
     classifier = find()
     names = [name for name, module in model.named_modules() if module is classifier]
     if type(classifier) is not nn.Linear or len(names) != 1:
         raise ArgumentError(
-            f"model has the classifier {type(classifier).__name__}, needed is one nn.Linear "
-            "(num_classes above 0)"
+            "model's classifier must be one nn.Linear (num_classes above 0), got "
+            f"{type(classifier).__name__}"
         )
     return dnn.convert_to_disalign(
         model, form=form, name=names[0], background=background, start=start

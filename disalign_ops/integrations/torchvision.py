@@ -42,7 +42,7 @@ class DisAlignFastRCNNPredictor(nn.Module):
         score, boxes = getattr(predictor, "cls_score", None), getattr(predictor, "bbox_pred", None)
         if not isinstance(score, nn.Linear) or not isinstance(boxes, nn.Linear):
             raise ArgumentError(
-                f"predictor is a {type(predictor).__name__}, needed is a FastRCNNPredictor"
+                f"predictor must be a FastRCNNPredictor, got a {type(predictor).__name__}"
             )
         new = cls(score.in_features, score.out_features, form=form)
         new.cls_score = dnn.convert_to_disalign(score, form=form, background="first")
@@ -95,7 +95,7 @@ def low_resolution_logits(model: nn.Module, images: Tensor) -> dict[str, Tensor]
     parts: Any = model
     if not hasattr(model, "backbone") or not hasattr(model, "classifier"):
         raise ArgumentError(
-            f"model is a {type(model).__name__}, needed is a segmentation model of torchvision"
+            f"model must be a segmentation model of torchvision, got a {type(model).__name__}"
         )
     features = parts.backbone(images)
     found = {"out": parts.classifier(features["out"])}

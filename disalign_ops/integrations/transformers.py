@@ -55,7 +55,7 @@ def keep_low_resolution(model: nn.Module) -> nn.Module:
     parts: Any = model
     if not hasattr(model, "decode_head") or not hasattr(model, "backbone"):
         raise ArgumentError(
-            f"model is a {type(model).__name__}, needed is a UperNetForSemanticSegmentation"
+            f"model must be a UperNetForSemanticSegmentation, got a {type(model).__name__}"
         )
 
     def forward(pixel_values: Tensor, **_: Any) -> Any:

@@ -39,8 +39,9 @@ class _DisAlign(Calibration):
         foreground = out_features - (background is not None)
         if in_features < 1 or foreground < 1:
             raise ArgumentError(
-                f"in_features is {in_features}, out_features {out_features}, background "
-                f"{background!r}: needed is at least one feature and one calibrated class"
+                "in_features must be at least 1, and out_features one more than the background's "
+                f"columns, got in_features {in_features}, out_features {out_features}, background "
+                f"{background!r}"
             )
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
@@ -78,8 +79,9 @@ class _DisAlign(Calibration):
 
     def _checked_raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not is_recorded(x) and (x.dim() < 1 or x.shape[-1] != self.in_features):
-            needed = f"(..., {self.in_features})"
-            raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
+            raise ArgumentError(
+                f"x must have shape (..., {self.in_features}), got {tuple(x.shape)}"
+            )
         self._check_gathered(x)
         return self._raw(x)
 
@@ -116,8 +118,10 @@ class _DisAlign(Calibration):
         """
         recorded = is_recorded(x)
         if not recorded and (x.dim() < 1 or x.dim() > 2 or x.shape[-1] != self.in_features):
-            needed = f"(N, {self.in_features}): flatten x and target to rows"
-            raise ArgumentError(f"x has shape {tuple(x.shape)}, needed is {needed}")
+            raise ArgumentError(
+                f"x must have shape (N, {self.in_features}), got {tuple(x.shape)}: flatten x and "
+                "target to rows"
+            )
         self._check_gathered(x)
         chunk_bytes = check_integer("chunk_bytes", chunk_bytes)
         if not (recorded or torch.compiler.is_compiling() or target.is_floating_point()):
@@ -211,7 +215,7 @@ class DisAlignCosineLinear(_DisAlign):
         super().__init__(in_features, out_features, False, form, background, start, factory)
         self.scale_init = check_number("scale_init", scale_init, 0.0)
         if not 0 < self.scale_init < math.inf:
-            raise ArgumentError(f"scale_init is {scale_init}, needed is a finite number > 0")
+            raise ArgumentError(f"scale_init must be a finite number > 0, got {scale_init}")
         if normalize_confidence is None:
             normalize_confidence = form == "residual"
         self.normalize_confidence = normalize_confidence

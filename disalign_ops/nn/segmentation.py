@@ -76,7 +76,8 @@ class DisAlignSegHead(Calibration):
         num_classes = check_integer("num_classes", num_classes)
         if in_channels < 1 or num_classes < 1:
             raise ArgumentError(
-                f"in_channels is {in_channels}, num_classes {num_classes}: needed is at least 1"
+                f"in_channels and num_classes must be at least 1, got {in_channels} and "
+                f"{num_classes}"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_channels, self.num_classes = in_channels, num_classes
@@ -96,8 +97,8 @@ class DisAlignSegHead(Calibration):
             features.dim() != 4 or features.shape[1] != self.in_channels
         ):
             raise ArgumentError(
-                f"features have shape {tuple(features.shape)}, needed is "
-                f"(N, {self.in_channels}, h, w)"
+                f"features must have shape (N, {self.in_channels}, h, w), got "
+                f"{tuple(features.shape)}"
             )
         if type(features) is Tensor:
             check_tensor("logit_scale", self.logit_scale)

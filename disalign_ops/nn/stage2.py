@@ -34,8 +34,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def _layers(model: nn.Module) -> list[Calibration]:
     layers = [m for m in model.modules() if isinstance(m, Calibration)]
     if not layers:
-        given = f"model is a {type(model).__name__} without a DisAlign layer"
-        raise ArgumentError(f"{given}, needed is one: see convert_to_disalign")
+        kind = type(model).__name__
+        raise ArgumentError(
+            f"model must have a DisAlign layer (see convert_to_disalign), got a {kind} without one"
+        )
     return layers
 
 
@@ -137,19 +139,23 @@ def convert_to_disalign(
     """
     modules = list(model.named_modules(remove_duplicate=False))
     linears = {n: m for n, m in modules if isinstance(m, nn.Linear)}
-    what = f"model is a {type(model).__name__}"
+    kind = type(model).__name__
     if name is None and any(isinstance(m, Calibration) for _, m in modules):
-        raise ArgumentError(f"{what} with a DisAlign layer already: needed is a name")
+        raise ArgumentError(
+            f"name must be given where model has a DisAlign layer already, got None and a {kind}"
+        )
     if not linears:
-        raise ArgumentError(f"{what} without an nn.Linear, needed is one")
+        raise ArgumentError(f"model must have an nn.Linear, got a {kind} without one")
     if name is None:
         name = next(reversed(linears))
     if name not in linears:
-        raise ArgumentError(f"name is {name!r}, needed is an nn.Linear's: {', '.join(linears)}")
+        raise ArgumentError(f"name must be an nn.Linear's ({', '.join(linears)}), got {name!r}")
     old = linears[name]
     names = [n for n, m in linears.items() if m is old]
     if len(names) > 1:
-        raise ArgumentError(f"the layer {name!r} is shared ({', '.join(names)}), needed is its own")
+        raise ArgumentError(
+            f"the layer {name!r} must have one name, got {', '.join(names)}: it is shared"
+        )
     if (
         nn.parameter.is_lazy(old.weight)
         or not {n for n, _ in old.named_parameters()} <= {"weight", "bias"}
@@ -157,7 +163,7 @@ def convert_to_disalign(
         or type(old).forward is not nn.Linear.forward
     ):  # fmt: skip
         what = "is lazy, parametrized, or has hooks or a forward of its own"
-        raise ArgumentError(f"the layer {name!r} {what}, needed is a plain nn.Linear")
+        raise ArgumentError(f"the layer {name!r} must be a plain nn.Linear, got one that {what}")
     new = DisAlignLinear(
         old.in_features, old.out_features, old.bias is not None, form=form, background=background,
         start=start, device=old.weight.device, dtype=old.weight.dtype,

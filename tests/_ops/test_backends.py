@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,16 +62,16 @@ def test_set_backend_as_call_and_as_context_manager() -> None:
     def node() -> str:
         return type(disalign_ops.cross_entropy(z, t).grad_fn).__name__
 
-    assert "PlainLoss" in node()
+    assert "_LossBackward" in node()
     with disalign_ops.set_backend("reference"):
-        assert "PlainLoss" not in node()
-    assert "PlainLoss" in node()
+        assert "_LossBackward" not in node()
+    assert "_LossBackward" in node()
     disalign_ops.set_backend("reference")
     try:
-        assert "PlainLoss" not in node()
+        assert "_LossBackward" not in node()
     finally:
         disalign_ops.set_backend("auto")
-    with pytest.raises(ArgumentError, match="name is 'fast', needed is one of auto, native"):
+    with pytest.raises(ArgumentError, match=r"name must be one of auto, native.*, got 'fast'"):
         disalign_ops.set_backend("fast")
 
 
@@ -92,7 +93,7 @@ def test_the_environment_chooses_the_backend() -> None:
     program = "import disalign_ops; print(disalign_ops.backend_info()['backend'])"
     assert python("-c", program, DISALIGN_OPS_BACKEND="reference").stdout.strip() == "reference"
     wrong = python("-c", program, DISALIGN_OPS_BACKEND="fast")
-    assert "DISALIGN_OPS_BACKEND is 'fast', needed is one of auto, native" in wrong.stderr
+    assert re.search("DISALIGN_OPS_BACKEND must be one of auto, native.*, got 'fast'", wrong.stderr)
 
 
 def supported(instruction_set: str) -> bool:

@@ -120,7 +120,7 @@ def test_double_backward_raises() -> None:
 
 def test_a_leaf_is_refused() -> None:
     z = torch.randn(9, 67, requires_grad=True)
-    with pytest.raises(ArgumentError, match="input is a leaf"):
+    with pytest.raises(ArgumentError, match="got a leaf"):
         disalign_ops.cross_entropy(z, TARGET, inplace_backward=True)
 
 
@@ -128,26 +128,26 @@ def test_a_view_of_a_leaf_is_refused() -> None:
     parameter = torch.randn(3, 3, 67, requires_grad=True)
     for view in (parameter.view(9, 67), parameter[:, 0], parameter.flatten()[67:].view(8, 67)):
         target = torch.arange(len(view))
-        with pytest.raises(ArgumentError, match="input is a leaf, or a view of one"):
+        with pytest.raises(ArgumentError, match="got a leaf, or a view of one"):
             disalign_ops.cross_entropy(view, target, inplace_backward=True)
 
 
 def test_overlapping_rows_are_refused() -> None:
     x = torch.randn(1, 67, requires_grad=True)
     z = (x * 1.0).expand(9, 67)
-    with pytest.raises(ArgumentError, match="rows of input overlap"):
+    with pytest.raises(ArgumentError, match="input must have memory of its own for each row"):
         disalign_ops.cross_entropy(z, TARGET, inplace_backward=True)
     windows = (torch.randn(80, requires_grad=True) * 1.0).as_strided((9, 67), (1, 1))
-    with pytest.raises(ArgumentError, match="rows of input overlap"):
+    with pytest.raises(ArgumentError, match="input must have memory of its own for each row"):
         disalign_ops.cross_entropy(windows, TARGET, inplace_backward=True)
 
 
 def test_logits_that_had_to_be_copied_are_refused() -> None:
     x = torch.randn(67, 9, requires_grad=True)
-    with pytest.raises(ArgumentError, match="had to be copied"):
+    with pytest.raises(ArgumentError, match="input must have neighbouring classes"):
         disalign_ops.cross_entropy((x * 1.0).t(), TARGET, inplace_backward=True)
     dense = (torch.randn(2, 5, 3, 8, requires_grad=True) * 1.0)[..., ::2]
-    with pytest.raises(ArgumentError, match="had to be copied"):
+    with pytest.raises(ArgumentError, match="input must have neighbouring classes"):
         disalign_ops.cross_entropy(dense, torch.zeros(2, 3, 4).long(), inplace_backward=True)
 
 
@@ -156,7 +156,7 @@ def test_torch_compile_refuses() -> None:
     def loss(x: Tensor) -> Tensor:
         return disalign_ops.cross_entropy(x * 1.0, TARGET, inplace_backward=True)
 
-    with pytest.raises(Exception, match=r"torch\.compile does not support"):
+    with pytest.raises(Exception, match=r"must be False under torch\.compile"):
         loss(torch.randn(9, 67, requires_grad=True))
 
 

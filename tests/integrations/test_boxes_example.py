@@ -74,7 +74,7 @@ def test_a_shifted_page_keeps_its_boxes_on_their_masks(few: data.BoxData) -> Non
 
 
 def test_too_few_classes_say_what_is_needed() -> None:
-    with pytest.raises(ValueError, match="2 classes, 4 training pages, 1 test pages: needed are"):
+    with pytest.raises(ValueError, match="got 2 classes, 4 training pages, 1 test pages"):
         data.BoxData(2, 4, 1, seed=0)
 
 

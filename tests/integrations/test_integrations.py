@@ -75,7 +75,7 @@ def test_a_timm_model_keeps_its_logits() -> None:
     close(model(x), before)
     with pytest.raises(ArgumentError, match="model has the classifier DisAlignLinear"):
         disalign_timm_model(model)
-    with pytest.raises(ArgumentError, match="needed is one of timm's"):
+    with pytest.raises(ArgumentError, match="must be one of timm's"):
         disalign_timm_model(nn.Linear(2, 2))
     with pytest.raises(ArgumentError, match="model has the classifier Identity"):
         disalign_timm_model(timm.create_model("resnet10t", num_classes=0))
@@ -103,7 +103,7 @@ def test_a_predictor_takes_over_a_trained_one() -> None:
     with torch.no_grad():
         new.cls_score.logit_bias.add_(3.0)
     assert torch.equal(new(x)[0][:, 0], old(x)[0][:, 0])  # the background is not calibrated
-    with pytest.raises(ArgumentError, match="needed is a FastRCNNPredictor"):
+    with pytest.raises(ArgumentError, match="must be a FastRCNNPredictor"):
         DisAlignFastRCNNPredictor.from_predictor(nn.Linear(2, 2))
 
 
@@ -141,7 +141,7 @@ def test_a_segmentation_loss_is_that_of_the_models_output(aux: bool) -> None:
     if aux:
         expected = expected + 0.5 * F.cross_entropy(out["aux"], masks, ignore_index=255)
     close(segmentation_loss(model, images, masks), expected)
-    with pytest.raises(ArgumentError, match="needed is a segmentation model"):
+    with pytest.raises(ArgumentError, match="must be a segmentation model"):
         low_resolution_logits(nn.Linear(2, 2), images)
 
 
@@ -223,7 +223,7 @@ def test_upernet_keeps_its_low_resolution() -> None:
     outputs = model(x)
     assert outputs.logits.shape[2:] == (16, 16)
     close(semantic_segmentation_loss()(outputs, labels), expected)
-    with pytest.raises(ArgumentError, match="needed is a UperNet"):
+    with pytest.raises(ArgumentError, match="must be a UperNet"):
         keep_low_resolution(nn.Linear(2, 2))
 
 
@@ -249,7 +249,7 @@ def test_what_smp_cannot_have() -> None:
     smp = pytest.importorskip("segmentation_models_pytorch", reason=WHY)
     from disalign_ops.integrations.smp import without_upsampling
 
-    with pytest.raises(ArgumentError, match="needed is a model of smp"):
+    with pytest.raises(ArgumentError, match="must be a model of smp"):
         without_upsampling(nn.Linear(2, 2))
     model = smp.FPN("resnet18", encoder_weights=None, classes=3, activation="softmax2d")
     with pytest.raises(ArgumentError, match="activation=None"):
@@ -304,5 +304,5 @@ def test_the_callback_freezes_and_logs() -> None:
     assert 0 < float(found["confidence"]) < 1
     close(found["val/overall"], right.mean())
     close(found["val/few"], right[target == 2].mean())
-    with pytest.raises(ArgumentError, match="needed is a dictionary"):
+    with pytest.raises(ArgumentError, match="must return a dictionary"):
         fit(Module(lambda z, t: z))

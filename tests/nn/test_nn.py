@@ -459,7 +459,7 @@ def test_cross_entropy_loss_in_place() -> None:
     CrossEntropyLoss(inplace_backward=True)(logits, target).backward()
     expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0]
     torch.testing.assert_close(leaf.grad, expected)
-    with pytest.raises(ArgumentError, match="input is a leaf"):
+    with pytest.raises(ArgumentError, match="got a leaf"):
         CrossEntropyLoss(inplace_backward=True)(leaf, target)
 
 
@@ -499,9 +499,11 @@ def test_grw_cross_entropy_loss(backend: str) -> None:
 
 
 def test_grw_cross_entropy_loss_errors() -> None:
-    with pytest.raises(ValueError, match="counts is zero for class 1"):
+    with pytest.raises(
+        ValueError, match=r"counts must have a sample of every class .*, got 0 for class 1"
+    ):
         GRWCrossEntropyLoss([3, 0, 1])
-    with pytest.raises(ValueError, match=r"rho is -1\.0"):
+    with pytest.raises(ValueError, match=r"rho must be .*, got -1\.0"):
         GRWCrossEntropyLoss(COUNTS, -1)
     with pytest.raises(TypeError, match="weight"):
         GRWCrossEntropyLoss(COUNTS, weight=torch.ones(C))

@@ -122,11 +122,15 @@ def test_converting_the_form_keeps_the_logits_and_a_state_dict_remembers_it() ->
 
 
 def test_errors() -> None:
-    with pytest.raises(ArgumentError, match="form is 'sum'"):
+    with pytest.raises(ArgumentError, match=r"form must be .*, got 'sum'"):
         dnn.DisAlignSegHead(8, 5, form="sum")
-    with pytest.raises(ArgumentError, match="in_channels is 0, num_classes 5"):
+    with pytest.raises(
+        ArgumentError, match="in_channels and num_classes must be at least 1, got 0 and 5"
+    ):
         dnn.DisAlignSegHead(0, 5)
-    with pytest.raises(ArgumentError, match=r"features have shape \(2, 7, 4, 4\), needed is"):
+    with pytest.raises(
+        ArgumentError, match=r"features must have shape \(N, 8, h, w\), got \(2, 7, 4, 4\)"
+    ):
         dnn.DisAlignSegHead(8, 5)(torch.zeros(2, 7, 4, 4))
 
 

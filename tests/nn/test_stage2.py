@@ -313,30 +313,33 @@ def convert(model: nn.Module, **options: Any) -> Callable[[], object]:
     return lambda: convert_to_disalign(model, **options)
 
 
-PLAIN = "is lazy, parametrized, or has hooks or a forward of its own, needed is a plain nn.Linear"
+PLAIN = (
+    "must be a plain nn.Linear, got one that is lazy, parametrized, or has hooks or a forward of "
+    "its own"
+)
 TWO = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, C))
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "form": (
         lambda: DisAlignLinear(D, C, form="paper"),
-        "form is 'paper', needed is one of 'interpolated', 'residual'",
+        "form must be one of 'interpolated', 'residual', got 'paper'",
     ),
     "background": (
         lambda: DisAlignCosineLinear(D, C, background="middle"),
-        "background is 'middle', needed is one of None, 'first', 'last'",
+        "background must be one of None, 'first', 'last', got 'middle'",
     ),
     "no class": (
         lambda: DisAlignLinear(D, 1, background="last"),
-        "in_features is 5, out_features 1, background 'last': needed is at least one feature and "
-        "one calibrated class",
+        "in_features must be at least 1, and out_features one more than the background's columns, "
+        "got in_features 5, out_features 1, background 'last'",
     ),
-    "no feature": (lambda: DisAlignLinear(0, C), "in_features is 0, out_features 9"),
+    "no feature": (lambda: DisAlignLinear(0, C), "got in_features 0, out_features 9"),
     "scale_init": (
         lambda: DisAlignCosineLinear(D, C, scale_init=0.0),
-        "scale_init is 0.0, needed is a finite number > 0",
+        "scale_init must be a finite number > 0, got 0.0",
     ),
     "infinite": (
         lambda: DisAlignCosineLinear(D, C, scale_init=float("inf")),
-        "scale_init is inf, needed is a finite number > 0",
+        "scale_init must be a finite number > 0, got inf",
     ),
     "negative": (
         lambda: DisAlignCosineLinear(D, C, scale_init=-1.0),
@@ -344,47 +347,47 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "features": (
         lambda: DisAlignLinear(D, C)(torch.randn(N, D + 1)),
-        "x has shape (7, 6), needed is (..., 5)",
+        "x must have shape (..., 5), got (7, 6)",
     ),
     "features of raw_logits": (
         lambda: DisAlignCosineLinear(D, C).raw_logits(torch.tensor(1.0)),
-        "x has shape (), needed is (..., 5)",
+        "x must have shape (..., 5), got ()",
     ),
     "loss of three dimensions": (
         lambda: DisAlignLinear(D, C).loss(torch.randn(2, 3, D), torch.zeros(2, 3).long()),
-        "x has shape (2, 3, 5), needed is (N, 5): flatten x and target to rows",
+        "x must have shape (N, 5), got (2, 3, 5): flatten x and target to rows",
     ),
     "loss's own": (
         lambda: DisAlignLinear(D, C).loss(torch.randn(N, D), torch.zeros(3).long()),
-        "target has shape (3,), needed is (7,)",
+        "target must have shape (7,) for an input of shape (7, 9), got (3,)",
     ),
     "reduction": (
         lambda: CrossEntropyLoss(reduction="avg")(torch.randn(N, C), torch.zeros(N).long()),
-        "reduction is 'avg', needed is one of 'mean', 'sum', 'none'",
+        "reduction must be one of 'mean', 'sum', 'none', got 'avg'",
     ),
     "bn": (
         lambda: freeze_for_stage2(DisAlignLinear(D, C), "frozen"),
-        "bn is 'frozen', needed is one of 'eval', 'train'",
+        "bn must be one of 'eval', 'train', got 'frozen'",
     ),
     "stage 2 without a layer": (
         lambda: freeze_for_stage2(TWO),
-        "model is a Sequential without a DisAlign layer, needed is one: see convert_to_disalign",
+        "model must have a DisAlign layer (see convert_to_disalign), got a Sequential without one",
     ),
     "form to convert": (
         lambda: convert_form(DisAlignLinear(D, C), "paper"),
-        "form is 'paper', needed is one of 'interpolated', 'residual'",
+        "form must be one of 'interpolated', 'residual', got 'paper'",
     ),
     "convert form without a layer": (
         lambda: convert_form(nn.ReLU(), "residual"),
-        "model is a ReLU without a DisAlign layer, needed is one: see convert_to_disalign",
+        "model must have a DisAlign layer (see convert_to_disalign), got a ReLU without one",
     ),
     "no linear": (
         convert(nn.Sequential(nn.ReLU())),
-        "model is a Sequential without an nn.Linear, needed is one",
+        "model must have an nn.Linear, got a Sequential without one",
     ),
-    "name": (convert(TWO, name="1"), "name is '1', needed is an nn.Linear's: 0, 2"),
-    "no such name": (convert(TWO, name="x"), "name is 'x', needed is an nn.Linear's: 0, 2"),
-    "shared": (convert(shared()), "the layer '2' is shared (0, 2), needed is its own"),
+    "name": (convert(TWO, name="1"), "name must be an nn.Linear's (0, 2), got '1'"),
+    "no such name": (convert(TWO, name="x"), "name must be an nn.Linear's (0, 2), got 'x'"),
+    "shared": (convert(shared()), "the layer '2' must have one name, got 0, 2: it is shared"),
     "lazy": (convert(nn.Sequential(nn.LazyLinear(C))), f"the layer '0' {PLAIN}"),
     "parametrized": (
         convert(nn.utils.parametrizations.weight_norm(nn.Linear(D, C))),
@@ -394,9 +397,12 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a forward of its own": (convert(nn.Sequential(Odd(D, C))), f"the layer '0' {PLAIN}"),
     "converted already": (
         convert(nn.Sequential(nn.Linear(D, D), DisAlignLinear(D, C))),
-        "model is a Sequential with a DisAlign layer already: needed is a name",
+        "name must be given where model has a DisAlign layer already, got None and a Sequential",
     ),
-    "form of convert": (convert(TWO, form="paper"), "form is 'paper', needed is one of"),
+    "form of convert": (
+        convert(TWO, form="paper"),
+        "form must be one of 'interpolated', 'residual', got 'paper'",
+    ),
 }
 
 

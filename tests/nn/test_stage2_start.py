@@ -95,7 +95,7 @@ def test_the_released_start_is_there_when_asked_for(width: int) -> None:
     assert torch.equal(interpolated(x), interpolated.raw_logits(x))
     head = dnn.DisAlignSegHead(4, C, form="residual", start="released")
     assert torch.equal(head.logit_scale, torch.ones(1, C, 1, 1))
-    with pytest.raises(ArgumentError, match="start is 'paper'"):
+    with pytest.raises(ArgumentError, match=r"start must be .*, got 'paper'"):
         dnn.DisAlignLinear(D, C, start="paper")  # type: ignore[arg-type]
 
 

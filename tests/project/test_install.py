@@ -103,4 +103,4 @@ def test_a_wrong_setting_is_an_error(tmp_path: Path) -> None:
         env={**os.environ, "DISALIGN_OPS_PURE": "yes"}, check=False,
     )  # fmt: skip
     assert run.returncode != 0
-    assert "DISALIGN_OPS_PURE is 'yes', needed is 0, 1" in run.stderr
+    assert "DISALIGN_OPS_PURE must be one of 0, 1, got 'yes'" in run.stderr
