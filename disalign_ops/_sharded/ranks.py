@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ArgumentError
 from . import shards
 
 
@@ -38,16 +37,8 @@ class Ranks:
     first: int
 
     @staticmethod
-    def of(group: Any, shard_offset: int | None, classes: int, device: torch.device) -> Ranks:
-        """Finds the first class by an exchange of sizes, unless it is given."""
-        if not dist.is_available() or not dist.is_initialized():
-            raise ArgumentError(
-                "group has no processes: needed is torch.distributed.init_process_group before"
-            )
-        if dist.get_rank(group) < 0:
-            raise ArgumentError("group does not contain this process, needed is one that does")
-        if shard_offset is not None:
-            return Ranks(group, shard_offset)
+    def exchange(group: Any, classes: int, device: torch.device) -> Ranks:
+        """Finds this rank's first class by an exchange of the shards' sizes."""
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
         sizes[dist.get_rank(group)] = classes
         ranks = Ranks(group, 0)
