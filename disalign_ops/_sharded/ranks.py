@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ArgumentError
 from . import shards
 
 
@@ -38,17 +37,8 @@ class Ranks:
     first: int
 
     @staticmethod
-    def of(group: Any, shard_offset: int | None, classes: int, device: torch.device) -> Ranks:
-        """Finds the first class by an exchange of sizes, unless it is given."""
-        if not dist.is_available() or not dist.is_initialized():
-            raise ArgumentError(
-                "group must have processes, got none: call torch.distributed.init_process_group "
-                "before"
-            )
-        if dist.get_rank(group) < 0:
-            raise ArgumentError("group must contain this process, got one that does not")
-        if shard_offset is not None:
-            return Ranks(group, shard_offset)
+    def exchange(group: Any, classes: int, device: torch.device) -> Ranks:
+        """Finds this rank's first class by an exchange of the shards' sizes."""
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
         sizes[dist.get_rank(group)] = classes
         ranks = Ranks(group, 0)

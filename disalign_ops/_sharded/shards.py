@@ -1,5 +1,5 @@
-"""The loss of rows whose classes are divided into shards: over memory (linear.py), over processes
-(distributed.py).
+"""The loss of rows whose classes are divided into shards: over memory (chunks.py), over processes
+(parallel.py, ranks.py).
 
     sums of each shard -> combined -> losses, terms -> factors -> gradients of each shard
 
