@@ -95,6 +95,16 @@ def test_in_place_over_a_dtensor(group: None) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_a_wrong_argument_raises_before_the_exchange(name: str) -> None:
+    """On the rank that has it, which else would wait for the others."""
+    for wrong in ("weight", "prior", "sample_weight"):
+        with refused(rf"{wrong} "):
+            LOSSES[name](shard=ops.Shard(), **{wrong: torch.ones(7)})
+    with refused("shard must have a process group, got none: call"):
+        LOSSES[name](shard=ops.Shard())
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_transforms(name: str) -> None:
     def loss(sample_weight: Tensor) -> Tensor:
         return LOSSES[name](sample_weight=sample_weight, shard=ops.Shard())
