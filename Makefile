@@ -1,5 +1,5 @@
-# demo, demo-dense, test, bench, lint and docs set up what they need: a virtual environment with pinned versions
-# (requirements.txt) and the library built from this tree.
+# Every target sets up what it needs: a virtual environment with pinned versions and the library built from this
+# tree. The demos need few packages (requirements-demo.txt), the others all of them (requirements.txt).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,27 +7,43 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense demo-detection test test-triton test-integrations bench bench-full lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations bench bench-full lint docs format clean
 
-setup: $(VENV)/.built
+setup: $(VENV)/.installed $(VENV)/.built
 
-$(VENV)/.installed: requirements.txt
+# --no-compile: a demo imports a small part of torch, and Python compiles what it imports.
+$(VENV)/.demo: requirements-demo.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements-demo.txt
+	touch $@
+
+$(VENV)/.installed: requirements.txt $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(NATIVE) pyproject.toml
+$(VENV)/.built: $(VENV)/.demo $(NATIVE) pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-demo: setup
+demo: $(VENV)/.built
 	$(BIN)/python examples/characters.py
 
-demo-dense: setup
+demo-dense: $(VENV)/.built
 	$(BIN)/python examples/pages.py
 
+# Two processes of one thread each. What is in which set, and why: tests/support/sets.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The kernels in every layout and dtype with every option, each value of a parameter at least once.
+test-fast: setup
+	$(PYTEST) -m "not standard and not slow" --once
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+# What repeats `make test` at length: see CONTRIBUTING.md.
+test-slow: setup
+	$(PYTEST) -m slow
 
 # The operators' tests with Triton's interpreter in their place, all of them: some hours.
 TRITON_TESTS := row forward_backward shard dense calibrate in_place autograd stage2 operators upsample linear

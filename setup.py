@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -45,12 +46,33 @@ def find_nvcc() -> Path | None:
     return Path(found)
 
 
+DRIVER_LIBRARY = "libcuda.so.1"
+# Where the driver's library is not on the loader's path: its device and its version, WSL's copy.
+DRIVER_FILES = (
+    "/dev/nvidiactl",
+    "/proc/driver/nvidia/version",
+    "/usr/lib/wsl/lib/libcuda.so.1",
+)
+
+
+def driver_is_seen() -> bool:
+    """Whether this machine has an NVIDIA driver. No device is asked: it may be hidden or busy."""
+    if any(Path(file).exists() for file in DRIVER_FILES):
+        return True
+    try:
+        ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
 class CMakeBuild(build_ext):
     """Without a compiler the package installs all the same, and backend_info() says why.
 
     DISALIGN_OPS_CUDA: "auto" (the default) builds the CUDA library where nvcc is found, and goes on
-    without it if it fails; "1" insists on it; "0" leaves it out. TORCH_CUDA_ARCH_LIST chooses its
-    architectures.
+    without it if it fails; "1" insists on it; "0" leaves it out. A checkout (pip install -e,
+    build_ext --inplace) is for the machine that it is on: there "auto" asks for an NVIDIA driver
+    too. TORCH_CUDA_ARCH_LIST chooses the architectures.
     """
 
     def run(self) -> None:
@@ -85,6 +107,11 @@ class CMakeBuild(build_ext):
                     "none"
                 )
             reason.write_text("not compiled at installation: no nvcc was found\n")
+        elif wanted == "auto" and self.inplace and not driver_is_seen():
+            reason.write_text(
+                "not compiled at installation: a checkout compiles it where an NVIDIA driver is, "
+                "and none was found (DISALIGN_OPS_CUDA=1 compiles it all the same)\n"
+            )
         else:
             try:
                 self.configure(lib, nvcc)

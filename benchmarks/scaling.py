@@ -23,7 +23,7 @@ START_S, DOUBLING_S = 20e-6, 5e-6
 @dataclass(frozen=True)
 class Step:
     """A training step, forward and backward, of
-    `class_parallel_disalign_linear_cross_entropy(features, local_weight, ...)` in float32, with
+    `disalign_linear_cross_entropy(features, local_weight, ..., shard=Shard())` in float32, with
     class weights, all gradients and SGD with momentum.
 
     rows: of the whole batch, the same on every GPU. sampled: share of the classes (sample_rate).

@@ -9,20 +9,14 @@ from torch import fx as _fx
 from . import (
     checkpoints,
     class_stats,
-    distributed,
     losses,
     metrics,
     nn,
     segmentation_metrics,
     sweep,
 )
+from ._call.shard import Shard
 from ._ops.backends import backend_info, set_backend
-from .distributed import (
-    class_parallel_cross_entropy,
-    class_parallel_disalign_cross_entropy,
-    class_parallel_disalign_linear_cross_entropy,
-    class_parallel_linear_cross_entropy,
-)
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
 from .linear import disalign_linear_cross_entropy, linear_cross_entropy
 from .replace import replace_cross_entropy
@@ -36,19 +30,15 @@ for _name in (
     _fx.wrap(_name)
 
 __all__ = [
+    "Shard",
     "UpsampleDetails",
     "backend_info",
     "calibrate",
     "checkpoints",
-    "class_parallel_cross_entropy",
-    "class_parallel_disalign_cross_entropy",
-    "class_parallel_disalign_linear_cross_entropy",
-    "class_parallel_linear_cross_entropy",
     "class_stats",
     "cross_entropy",
     "disalign_cross_entropy",
     "disalign_linear_cross_entropy",
-    "distributed",
     "linear_cross_entropy",
     "losses",
     "metrics",

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._call import entry, tracing
 from ._call.arguments import check_input, positions_shape
 from ._call.options import Calibration, Options, calibration_vectors, validate_calibration
+from ._call.shard import Shard
 from ._call.types import Background, Form, Normalizer, ReductionName
 from ._ops import autograd, composed, dispatch, layouts, reference
 
@@ -29,6 +30,7 @@ def cross_entropy(
     margin: Tensor | float | None = None,
     focal_gamma: float = 0.0,
     inplace_backward: bool = False,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Class-weighted softmax cross-entropy; takes the place of `torch.nn.functional.cross_entropy`.
 
@@ -55,6 +57,8 @@ def cross_entropy(
         inplace_backward: backward writes the gradient over the logits' memory. The logits must not
             be used afterwards: a second backward, a second loss on them, or a layer that needs its
             own output raises. Not under torch.compile.
+        shard: of `Shard`: input, weight, prior and margin are one process's classes; the loss is
+            that over all processes of the group.
 
     Numbers, here and in the other functions, may be Python's, numpy's or 0-d tensors on the CPU.
 
@@ -76,7 +80,7 @@ def cross_entropy(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
         focal_gamma, inplace_backward,
     )  # fmt: skip
-    return entry.loss(input, target, options)
+    return entry.loss(input, target, options, None, shard)
 
 
 @torch.fx.wrap
@@ -99,6 +103,7 @@ def disalign_cross_entropy(
     margin: Tensor | float | None = None,
     focal_gamma: float = 0.0,
     inplace_backward: bool = False,
+    shard: Shard | None = None,
 ) -> Tensor:
     """The loss of DisAlign's calibrated logits, without building them.
 
@@ -113,6 +118,7 @@ def disalign_cross_entropy(
             released classification layer.
         background: None, "first" or "last": that column is not calibrated; scale and bias then
             have C - 1 entries.
+        shard: as in `cross_entropy`; scale and bias are divided like the input.
 
     Gradients go to input, confidence, scale and bias, each only if it requires one. With frozen
     logits and a scalar reduction, backward reads nothing of size N x C.
@@ -124,7 +130,7 @@ def disalign_cross_entropy(
         focal_gamma, inplace_backward,
     )  # fmt: skip
     calibration = Calibration(confidence, scale, bias, form, background)
-    return entry.loss(input, target, options, calibration)
+    return entry.loss(input, target, options, calibration, shard)
 
 
 @torch.fx.wrap

@@ -22,6 +22,7 @@ from ._call.arguments import (
     target_hint,
 )
 from ._call.options import Calibration, Options, calibration_vectors, output, validate_options
+from ._call.shard import refuse_shard
 from ._call.types import Background, Form, Normalizer, ReductionName, UpsampleOptions
 from ._ops import composed, dispatch, layouts, reference
 from ._ops.codes import REDUCTIONS
@@ -107,6 +108,7 @@ def upsample_cross_entropy(
     focal_gamma: float = 0.0,
     inplace_backward: bool = False,
     return_details: bool = False,
+    shard: None = None,
 ) -> Tensor | UpsampleDetails:
     """Loss of logits at 1/8 or 1/4 of the label's size, or any other, without upsampled logits.
 
@@ -126,6 +128,7 @@ def upsample_cross_entropy(
         return_details: also return what OHEM and accuracy need; see `UpsampleDetails`.
         ignore_index: 255 as segmentation masks have it: with more than 255 classes that is a class
             too, and you are warned.
+        shard: None; another value raises, see `Shard`.
 
     The other arguments are those of `cross_entropy`.
 
@@ -141,6 +144,7 @@ def upsample_cross_entropy(
     inplace_backward the gradient is written over the low-resolution logits (on a GPU by way of a
     buffer of their size: blocks read what lies around theirs).
     """
+    refuse_shard(shard, "upsample_cross_entropy", "which needs all classes of a position")
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
         focal_gamma, inplace_backward,

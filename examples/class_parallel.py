@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from disalign_ops import class_parallel_disalign_linear_cross_entropy, disalign_linear_cross_entropy
+from disalign_ops import Shard, disalign_linear_cross_entropy
 
 _DRAW = 1000  # classes whose weight is drawn at a time, so that no division changes them
 
@@ -95,12 +95,9 @@ def step(
     x, target = batch(options.rows, options.features, options.classes, device)
     calibration = (head.confidence(x.detach()), head.scale, head.bias)
     with CarriedBytes() as carried:
-        if world == 1:
-            loss = disalign_linear_cross_entropy(x, head.weight, target, *calibration)
-        else:
-            loss = class_parallel_disalign_linear_cross_entropy(
-                x, head.weight, target, *calibration, shard_offset=first
-            )
+        loss = disalign_linear_cross_entropy(
+            x, head.weight, target, *calibration, shard=None if world == 1 else Shard(offset=first)
+        )
         loss.backward()
     optimizer.step()
     return {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import disalign_ops
-from disalign_ops import distributed
+from disalign_ops import Shard
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -37,9 +37,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def compare(
     whole: Whole, rank: int, sizes: tuple[int, ...], what: str, *, calibrated: bool, linear: bool,
-    **more: Any,
+    offset: int | None = None, **more: Any,
 ) -> None:  # fmt: skip
     """Loss and gradients on this rank, and in one process."""
+    more["shard"] = Shard(offset=offset)
     options, local = whole.options, options_of(whole, rank, sizes)
     a, b = (shard_of(t, rank, sizes) for t in (whole.scale, whole.bias))
     c = whole.confidence.detach().clone().requires_grad_()
@@ -49,15 +50,13 @@ def compare(
         w = shard_of(whole.weight, rank, sizes)
         head = [w] if cosine else [w, shard_of(whole.linear_bias, rank, sizes)]
         learned, sharded = [x, *head], [0, *(1 for _ in head)]
-        given: dict[str, Any] = {} if cosine else {"local_bias": head[1]}
+        given: dict[str, Any] = {} if cosine else {"linear_bias": head[1]}
         if calibrated:
-            loss = distributed.class_parallel_disalign_linear_cross_entropy(
+            loss = disalign_ops.disalign_linear_cross_entropy(
                 x, w, whole.target, c, a, b, **given, **local, **more
             )
         else:
-            loss = distributed.class_parallel_linear_cross_entropy(
-                x, w, whole.target, **given, **local, **more
-            )
+            loss = disalign_ops.linear_cross_entropy(x, w, whole.target, **given, **local, **more)
         whole_learned = [whole.features, whole.weight]
         if cosine:
             scale = more["cosine_scale"]
@@ -69,11 +68,9 @@ def compare(
         z = shard_of(whole.logits, rank, sizes, 1)
         learned, sharded = [z], [1]
         if calibrated:
-            loss = distributed.class_parallel_disalign_cross_entropy(
-                z, whole.target, c, a, b, **local, **more
-            )
+            loss = disalign_ops.disalign_cross_entropy(z, whole.target, c, a, b, **local, **more)
         else:
-            loss = distributed.class_parallel_cross_entropy(z, whole.target, **local, **more)
+            loss = disalign_ops.cross_entropy(z, whole.target, **local, **more)
         logits, whole_learned = whole.logits, [whole.logits]
     if calibrated:
         learned, sharded = [*learned, c, a, b], [*sharded, 0, 1, 1]
@@ -117,8 +114,8 @@ def _contents(rank: int, world: int) -> None:
 
     # The first class given: no exchange of sizes.
     whole = Whole(torch.float64, {"weight": "class"})
-    compare(whole, rank, sizes, "offset", calibrated=True, linear=False, shard_offset=offset)
-    compare(whole, rank, sizes, "offset", calibrated=False, linear=True, shard_offset=offset)
+    compare(whole, rank, sizes, "offset", calibrated=True, linear=False, offset=offset)
+    compare(whole, rank, sizes, "offset", calibrated=False, linear=True, offset=offset)
 
     # A cosine head, in chunks of a few rows and classes.
     whole = Whole(torch.float64)
@@ -216,9 +213,9 @@ class _Head(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         x = self.model.body(x)
-        return distributed.class_parallel_disalign_linear_cross_entropy(
+        return disalign_ops.disalign_linear_cross_entropy(
             x, self.weight, target, self.model.confidence(x), self.scale, self.bias,
-            group=self.group, weight=self.class_weight,
+            weight=self.class_weight, shard=Shard(self.group),
         )  # fmt: skip
 
 

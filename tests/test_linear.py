@@ -300,24 +300,35 @@ def wrong(match: str, error: type[Exception] = ValueError, **changed: Any) -> No
 
 
 def test_wrong_arguments() -> None:
-    wrong(r"features has shape \(4, 3, 1\), needed is", features=torch.randn(4, 3, 1))
-    wrong(r"linear_weight has shape \(5, 4\), needed is \(C, 3\)", linear_weight=torch.ones(5, 4))
-    wrong(r"linear_weight has shape \(0, 3\): it has no classes", linear_weight=torch.ones(0, 3))
-    wrong("linear_weight has dtype torch.float64, needed is that of features", TypeError,
+    wrong(
+        r"features must have shape \(N, D\) or \(D,\), got \(4, 3, 1\)",
+        features=torch.randn(4, 3, 1),
+    )
+    wrong(r"linear_weight must have shape \(C, 3\) for .*\(4, 3\), got \(5, 4\)",
+          linear_weight=torch.ones(5, 4))  # fmt: skip
+    wrong(r"linear_weight must have at least one class, got shape \(0, 3\)",
+          linear_weight=torch.ones(0, 3))  # fmt: skip
+    wrong("linear_weight must have the dtype of features, torch.float32, got torch.f", TypeError,
           linear_weight=torch.ones(5, 3, dtype=torch.float64))  # fmt: skip
     wrong("features must be a torch.Tensor, got a list", TypeError, features=[1.0])
     wrong("features must have dtype float32.*, got torch.int64", TypeError,
           features=torch.ones(4, 3, dtype=torch.int64),
           linear_weight=torch.ones(5, 3, dtype=torch.int64))  # fmt: skip
-    wrong(r"linear_bias has shape \(4,\), needed is \(5,\)", linear_bias=torch.ones(4))
-    wrong("linear_bias is given, and cosine_scale", linear_bias=torch.ones(5), cosine_scale=1.0)
-    wrong(r"cosine_scale has shape \(2,\)", cosine_scale=torch.ones(2))
+    wrong(r"linear_bias must have shape \(5,\), got \(4,\)", linear_bias=torch.ones(4))
+    wrong("linear_bias must be None where cosine_scale is given, got a bias",
+          linear_bias=torch.ones(5), cosine_scale=1.0)  # fmt: skip
+    wrong(
+        r"cosine_scale must be a number or a tensor of one entry, got shape \(2,\)",
+        cosine_scale=torch.ones(2),
+    )
     wrong("cosine_scale must be a number >= 0.0, got -1", cosine_scale=-1.0)
-    wrong("chunk_bytes is 0, needed is an integer above 0", chunk_bytes=0)
+    wrong("chunk_bytes must be an integer above 0, got 0", chunk_bytes=0)
     wrong("chunk_bytes must be an integer, got 1000000.0", TypeError, chunk_bytes=1e6)
-    wrong("sample_rate is 0, needed", sample_rate=0.0)
+    wrong("sample_rate must be a number above 0, up to 1, got 0", sample_rate=0.0)
     wrong("sample_rate must be a number from 0.0 to 1.0, got 1.5", sample_rate=1.5)
-    wrong("generator is given, and no sample_rate", generator=torch.Generator())
+    wrong(
+        "generator must be None without a sample_rate, got a Generator", generator=torch.Generator()
+    )
     wrong("target must hold class indices", target=torch.rand(4, 5))
     wrong(r"target must have shape \(4,\) .*, got \(3,\)", target=torch.tensor([0, 1, 2]))
     wrong(r"weight must have one entry a class \(5\), got 4", weight=torch.ones(4))

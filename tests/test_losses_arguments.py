@@ -289,7 +289,9 @@ def test_probabilities_as_target_where_they_have_a_meaning(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "CrossEntropyLoss", "GRWCrossEntropyLoss"])
-@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "number", [np.float32, np.float64, torch.tensor], ids=lambda number: number.__name__
+)
 def test_numbers_of_numpy_and_tensors(name: str, number: Any) -> None:
     z, t = problem()
     t[0] = 255
@@ -307,7 +309,9 @@ def test_numbers_of_numpy_and_tensors(name: str, number: Any) -> None:
     torch.testing.assert_close(found(z, t), expected(z, t))
 
 
-@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "number", [np.float32, np.float64, np.int64, torch.tensor], ids=lambda number: number.__name__
+)
 def test_arguments_as_numbers_of_numpy_and_tensors(number: Any) -> None:
     z, t = problem()
     for make, argument in (

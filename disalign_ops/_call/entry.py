@@ -13,7 +13,7 @@ from .._ops.layouts import WHOLE, Extension
 from .._ops.problem import Inputs, Problem
 from .._ops.schemas import ROW
 from ..errors import ArgumentError
-from . import tracing
+from . import sharded, tracing
 from .arguments import check_input, check_target, is_probability, positions_shape, row_vector
 from .options import (
     Calibration,
@@ -24,6 +24,7 @@ from .options import (
     validate_calibration,
     validate_options,
 )
+from .shard import Shard
 from .types import BACKGROUNDS, FORMS
 
 _MEAN, _NONE, _WEIGHTS = REDUCTIONS["mean"], REDUCTIONS["none"], NORMALIZERS["weights"]
@@ -33,9 +34,15 @@ _EXTENSIONS = {(form, where): Extension.of(form, where) for form in FORMS for wh
 
 
 def loss(
-    input: Tensor, target: Tensor, options: Options, calibration: Calibration | None = None
+    input: Tensor,
+    target: Tensor,
+    options: Options,
+    calibration: Calibration | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """The loss of logits, as `cross_entropy` gives it."""
+    if shard is not None:
+        return sharded.loss(input, target, options, calibration, shard)
     call = validate(input, target, options, calibration)
     if call is None:
         if composed.is_tracing():

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ArgumentError
 from . import shards
 
 
 @dataclass(frozen=True)
-class Everyone:
+class GlobalSums:
     """Sums (5, N) and weights of the rows' targets (N,) over all ranks; sum_j w_j and the number of
     classes, 0-d.
     """
@@ -38,36 +37,27 @@ class Ranks:
     first: int
 
     @staticmethod
-    def of(group: Any, shard_offset: int | None, classes: int, device: torch.device) -> Ranks:
-        """Finds the first class by an exchange of sizes, unless it is given."""
-        if not dist.is_available() or not dist.is_initialized():
-            raise ArgumentError(
-                "group must have processes, got none: call torch.distributed.init_process_group "
-                "before"
-            )
-        if dist.get_rank(group) < 0:
-            raise ArgumentError("group must contain this process, got one that does not")
-        if shard_offset is not None:
-            return Ranks(group, shard_offset)
+    def exchange(group: Any, classes: int, device: torch.device) -> Ranks:
+        """Finds this rank's first class by an exchange of the shards' sizes."""
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
         sizes[dist.get_rank(group)] = classes
         ranks = Ranks(group, 0)
         ranks.add(sizes, "sizes of the shards")
         return Ranks(group, int(sizes[: dist.get_rank(group)].sum()))
 
-    def combined(
+    def all_reduce_sums(
         self, sums: Tensor, target_weight: Tensor, weight_sum: Tensor, classes: int,
-        target: Tensor, valid: Tensor, *, slopes: bool, weighted: bool, smoothing: bool,
-    ) -> Everyone:  # fmt: skip
+        target: Tensor, valid: Tensor, *, du_dc: bool, weighted: bool, smoothing: bool,
+    ) -> GlobalSums:  # fmt: skip
         """Of this rank's sums. target: as of this rank's shard; see shards.local_target.
 
         Raises IndexError where a row has no rank, or several, whose class its target is.
         """
         maximum = sums[0].clone()
         self._all_reduce(maximum, dist.ReduceOp.MAX, "maxima of the rows")
-        relative = shards.rebased(sums, weight_sum, maximum)
+        relative = shards.rescale_sums(sums, weight_sum, maximum)
         # What is not sent is 0 on every rank, and a weight of 1.
-        sent = [1, 2, *([3] if slopes else []), *([4] if smoothing else [])]
+        sent = [1, 2, *([3] if du_dc else []), *([4] if smoothing else [])]
         values = [relative[k] for k in sent] + ([target_weight] if weighted else [])
         # Besides: three numbers for all rows.
         named = (target >= 0).sum()
@@ -80,7 +70,7 @@ class Ranks:
         for k, value in zip(sent, values, strict=False):
             relative[k] = value
         target_weight = values[-1] if weighted else valid.to(sums.dtype)
-        return Everyone(relative, target_weight, weight_sum, everyone)
+        return GlobalSums(relative, target_weight, weight_sum, everyone)
 
     def add(self, tensor: Tensor, what: str) -> None:
         """Makes a tensor the sum of every rank's."""

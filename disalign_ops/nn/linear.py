@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import functional
 from .._call.arguments import check_integer, check_number, check_tensor
+from .._call.shard import refuse_shard
 from .._call.types import Background, Form, Start, WeightedLossOptions
 from .._sharded.chunks import smallest_norm
 from ..errors import ArgumentError
@@ -113,9 +114,14 @@ class _DisAlign(Calibration):
         Args:
             x, target: features (N, in_features) or (in_features,); target as in `cross_entropy`.
             options: weight and every other keyword of `disalign_ops.disalign_cross_entropy` but
-                form and background. inplace_backward is safe: only this loss has the raw logits.
+                form, background and shard. inplace_backward is safe: only this loss has the raw
+                logits.
         Raises ArgumentError for x of another shape, and what `disalign_cross_entropy` raises.
         """
+        refuse_shard(
+            {**options}.get("shard"), f"{type(self).__name__}.loss",
+            "which does not sum the gradient of x over the ranks",
+        )  # fmt: skip
         recorded = is_recorded(x)
         if not recorded and (x.dim() < 1 or x.dim() > 2 or x.shape[-1] != self.in_features):
             raise ArgumentError(

@@ -89,28 +89,28 @@ def disalign_linear(z: Tensor, t: Tensor, **options: Any) -> Tensor:
 
 @loss
 def class_parallel(z: Tensor, t: Tensor, **options: Any) -> Tensor:
-    return ops.class_parallel_cross_entropy(z, t, **options)
+    return ops.cross_entropy(z, t, shard=ops.Shard(), **options)
 
 
 @loss
 def class_parallel_disalign(z: Tensor, t: Tensor, **options: Any) -> Tensor:
-    return ops.class_parallel_disalign_cross_entropy(z, t, *_calibration(z), **options)
+    return ops.disalign_cross_entropy(z, t, *_calibration(z), shard=ops.Shard(), **options)
 
 
 @loss
 def class_parallel_linear(z: Tensor, t: Tensor, **options: Any) -> Tensor:
-    return ops.class_parallel_linear_cross_entropy(*_head(z), t, **options)
+    return ops.linear_cross_entropy(*_head(z), t, shard=ops.Shard(), **options)
 
 
 @loss
 def class_parallel_sampled(z: Tensor, t: Tensor, **options: Any) -> Tensor:
-    return ops.class_parallel_linear_cross_entropy(*_head(z), t, sample_rate=1.0, **options)
+    return ops.linear_cross_entropy(*_head(z), t, sample_rate=1.0, shard=ops.Shard(), **options)
 
 
 @loss
 def class_parallel_disalign_linear(z: Tensor, t: Tensor, **options: Any) -> Tensor:
-    return ops.class_parallel_disalign_linear_cross_entropy(
-        *_head(z), t, *_calibration(z), **options
+    return ops.disalign_linear_cross_entropy(
+        *_head(z), t, *_calibration(z), shard=ops.Shard(), **options
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import sets
 from support.places import test_files
 
 import disalign_ops
@@ -101,14 +102,17 @@ def supported(instruction_set: str) -> bool:
     return run.stdout.strip() == "True"
 
 
+@pytest.mark.parametrize("part", sets.PARTS)
 @pytest.mark.parametrize("instruction_set", OTHERS)
-def test_every_other_instruction_set_passes_the_tests_of_the_kernels(instruction_set: str) -> None:
+def test_every_other_instruction_set_passes_the_tests_of_the_kernels(
+    instruction_set: str, part: str
+) -> None:
     if not supported(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}; its code cannot run here")
     names = ["row", "calibrate", "in_place", "dense", "upsample"]
     tests = test_files(*names)
     run = python(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests,
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *sets.arguments(part), *tests,
         DISALIGN_OPS_CPU_CAPABILITY=instruction_set,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]

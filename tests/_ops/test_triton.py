@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import triton_compile
+from support import sets, triton_compile
 from support.places import TESTS, test_files
 from support.triton_compile import Launch
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -33,6 +33,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 # The interpreter takes milliseconds a program, so that all of it would take hours: `make
 # test-triton` runs it. Here: the rows, without the many of them that try the CPU kernels' own ways,
 # and parts of the others, chosen by name.
+@pytest.mark.parametrize("part", sets.PARTS)
 @pytest.mark.parametrize(
     ("files", "only"),
     [
@@ -46,11 +47,13 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     ],
     ids=["row", "dense", "upsample"],
 )
-def test_the_operators_pass_the_tests_of_the_cpu_kernels(files: list[str], only: str) -> None:
+def test_the_operators_pass_the_tests_of_the_cpu_kernels(
+    files: list[str], only: str, part: str
+) -> None:
     tests = test_files(*files)
     run = python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "support.triton_operators",
-        "-W", "ignore", "-k", only, *tests,
+        "-W", "ignore", *sets.arguments(part, only), *tests,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     called = dict(re.findall(r"(\w+) called (\d+) times", run.stdout))

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import disalign_ops
-from disalign_ops import distributed
+from disalign_ops import Shard
 
 
 def _small_loss(rank: int, world: int) -> None:
     """p_t next to 1 on one rank: what the others have is not lost."""
     logits = torch.tensor([[30.0, 1.0, 0.0, -2.0]])
     z = logits.chunk(2, 1)[rank].clone().requires_grad_()
-    loss = distributed.class_parallel_cross_entropy(z, torch.tensor([0]))
+    loss = disalign_ops.cross_entropy(z, torch.tensor([0]), shard=Shard())
     exact = (logits.double()[0, 1:] - 30).exp().sum().log1p()
     assert 0 < float(exact) < torch.finfo(torch.float32).eps  # log(1 + loss) would be 0
     assert abs(float(loss) / float(exact) - 1) < 1e-5
@@ -33,7 +33,7 @@ def _small_loss(rank: int, world: int) -> None:
 def _one_row_alone(rank: int, world: int) -> None:
     z = torch.linspace(-1, 2, 5, dtype=torch.float64)
     for target in (0, 7):
-        loss = distributed.class_parallel_cross_entropy(z, torch.tensor(target))
+        loss = disalign_ops.cross_entropy(z, torch.tensor(target), shard=Shard())
         assert_close(
             loss, F.cross_entropy(torch.cat([z, z]), torch.tensor(target)), z.dtype, "loss"
         )
@@ -46,8 +46,9 @@ def _in_place(rank: int, world: int) -> None:
     for in_place in (False, True):
         z = shard_of(whole.logits, rank, sizes, 1)
         made = z * 1
-        loss = distributed.class_parallel_cross_entropy(made, whole.target,
-                                                        inplace_backward=in_place)  # fmt: skip
+        loss = disalign_ops.cross_entropy(
+            made, whole.target, inplace_backward=in_place, shard=Shard()
+        )
         loss.backward()
         assert z.grad is not None
         grads.append(z.grad)
@@ -57,13 +58,18 @@ def _in_place(rank: int, world: int) -> None:
 
 
 def _dtensor(rank: int, world: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed import tensor as dtensors
 
+    by_rows, by_columns, replicated = dtensors.Shard(0), dtensors.Shard(1), dtensors.Replicate()
     whole = Whole(torch.float64, {"label_smoothing": 0.1})
-    mesh = init_device_mesh("cpu", (world,))
-    z = distribute_tensor(whole.logits.detach(), mesh, [Shard(1)]).requires_grad_()
-    loss = distributed.class_parallel_cross_entropy(z, whole.target, label_smoothing=0.1)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+
+    def over_ranks(tensor: Tensor, placement: Any) -> Any:
+        placed = dtensors.distribute_tensor(tensor.detach(), mesh, [placement])
+        return placed.requires_grad_(tensor.requires_grad)
+
+    z = over_ranks(whole.logits, by_columns)
+    loss = disalign_ops.cross_entropy(z, whole.target, label_smoothing=0.1, shard=Shard.of(z))
     expected = disalign_ops.cross_entropy(whole.logits, whole.target, label_smoothing=0.1)
     close(loss, expected, "loss")
     loss.backward()
@@ -71,20 +77,74 @@ def _dtensor(rank: int, world: int) -> None:
     assert z.grad is not None
     assert whole.logits.grad is not None
     close(z.grad.full_tensor(), whole.logits.grad, "gradient")
-    assert z.grad.placements == (Shard(1),)
+    assert z.grad.placements == (by_columns,)
 
-    a, b = (distribute_tensor(t.detach(), mesh, [Shard(0)]) for t in (whole.scale, whole.bias))
-    loss = distributed.class_parallel_disalign_cross_entropy(
-        z, distribute_tensor(whole.target, mesh, [Replicate()]), whole.confidence, a, b
-    )
+    a, b = (over_ranks(t, by_rows) for t in (whole.scale, whole.bias))
+    target, confidence = (over_ranks(t, replicated) for t in (whole.target, whole.confidence))
+    loss = disalign_ops.disalign_cross_entropy(z, target, whole.confidence, a, b, shard=Shard.of(z))
     expected = disalign_ops.disalign_cross_entropy(
         whole.logits, whole.target, whole.confidence, whole.scale, whole.bias
     )
     close(loss, expected, "calibrated loss")
-    for placements in ([Shard(0)], [Replicate()]):
-        other = distribute_tensor(whole.logits.detach(), mesh, placements)
-        with pytest.raises(ValueError, match=r"needed is Shard\(1\) once"):
-            distributed.class_parallel_cross_entropy(other, whole.target)
+
+    x, w, bias = (
+        over_ranks(whole.features, replicated), over_ranks(whole.weight, by_rows),
+        over_ranks(whole.linear_bias, by_rows),
+    )  # fmt: skip
+    loss = disalign_ops.disalign_linear_cross_entropy(
+        x, w, target, confidence, a, b, bias, shard=Shard.of(w, offset=15 * rank)
+    )
+    expected = disalign_ops.disalign_cross_entropy(
+        F.linear(whole.features, whole.weight, whole.linear_bias), whole.target, whole.confidence,
+        whole.scale, whole.bias,
+    )  # fmt: skip
+    close(loss, expected, "loss of a head")
+    learned = (x, w, confidence, a, b, bias)
+    exact = torch.autograd.grad(
+        expected,
+        (whole.features, whole.weight, whole.confidence, whole.scale, whole.bias,
+         whole.linear_bias),
+    )  # fmt: skip
+    for k, (grad, e) in enumerate(zip(torch.autograd.grad(loss, learned), exact, strict=True)):
+        assert grad.placements == learned[k].placements
+        close(grad.full_tensor(), e, f"gradient {k} of a head")
+
+
+def _wrong_dtensors(rank: int, world: int) -> None:
+    from torch.distributed import tensor as dtensors
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    z, t, vector = torch.randn(4, 6), torch.arange(4), torch.rand(6)
+
+    def over_ranks(tensor: Tensor, placement: Any) -> Any:
+        return dtensors.distribute_tensor(tensor, mesh, [placement])
+
+    by_rows, by_columns, replicated = dtensors.Shard(0), dtensors.Shard(1), dtensors.Replicate()
+    for placement in (by_rows, replicated):
+        with pytest.raises(ValueError, match=r"^input must be a DTensor with Shard\(1\) over its"):
+            disalign_ops.cross_entropy(over_ranks(z, placement), t, shard=Shard())
+    with pytest.raises(ValueError, match=r"^linear_weight must be a DTensor with Shard\(0\)"):
+        disalign_ops.linear_cross_entropy(z, over_ranks(z, by_columns), t, shard=Shard())
+    with pytest.raises(ValueError, match="dtensor must be a DTensor with a Shard placement over"):
+        Shard.of(over_ranks(z, replicated))
+    with pytest.raises(TypeError, match="dtensor must be a DTensor, got a Tensor"):
+        Shard.of(z)  # type: ignore[arg-type]
+    local = z.chunk(world, 1)[rank]
+    with pytest.raises(ValueError, match="weight must be a DTensor with a Shard placement over"):
+        disalign_ops.cross_entropy(local, t, over_ranks(vector, replicated), shard=Shard())
+    for name, value in (("target", t), ("sample_weight", torch.rand(4))):
+        given = {"target": t, name: over_ranks(value, by_rows)}
+        with pytest.raises(ValueError, match=f"^{name} must be replicated where shard is given"):
+            disalign_ops.cross_entropy(local, shard=Shard(), **given)
+    # new_group is a call of all ranks; each group has one.
+    alone = [dist.new_group([k]) for k in range(world)]
+    with pytest.raises(
+        ValueError,
+        match=r"^input must be sharded over the group of shard, ranks \[\d\], got .*0, 1",
+    ):
+        disalign_ops.cross_entropy(over_ranks(z, by_columns), t, shard=Shard(alone[rank]))
+    with pytest.raises(ValueError, match="group must contain this process, got a group of other"):
+        disalign_ops.cross_entropy(local, t, shard=Shard(alone[1 - rank]))
 
 
 def _is_deterministic(rank: int, world: int) -> None:
@@ -93,8 +153,8 @@ def _is_deterministic(rank: int, world: int) -> None:
     found = []
     for _ in range(2):
         z = shard_of(whole.logits, rank, sizes, 1)
-        loss = distributed.class_parallel_cross_entropy(
-            z, whole.target, **options_of(whole, rank, sizes)
+        loss = disalign_ops.cross_entropy(
+            z, whole.target, **options_of(whole, rank, sizes), shard=Shard()
         )
         found.append((loss.detach(), *torch.autograd.grad(loss, z)))
     for first, second in zip(*found, strict=True):
@@ -105,17 +165,13 @@ def _wrong_arguments(rank: int, world: int) -> None:
     z = torch.randn(4, 5)
     outside = torch.tensor([0, 3, 10, 1])
     with pytest.raises(IndexError, match="targets are out of bounds"):
-        distributed.class_parallel_cross_entropy(z, outside)
+        disalign_ops.cross_entropy(z, outside, shard=Shard())
     with pytest.raises(IndexError, match="more than one"):  # shards that overlap
-        distributed.class_parallel_cross_entropy(z, torch.tensor([0, 1, 2, 3]), shard_offset=0)
-    with pytest.raises(ValueError, match="shard_offset is -1"):
-        distributed.class_parallel_cross_entropy(z, outside, shard_offset=-1)
-    with pytest.raises(ValueError, match="class probabilities"):
-        distributed.class_parallel_cross_entropy(z, torch.rand(4, 5))
-    loss = distributed.class_parallel_cross_entropy(z.requires_grad_(), torch.arange(4))
+        disalign_ops.cross_entropy(z, torch.tensor([0, 1, 2, 3]), shard=Shard(offset=0))
+    loss = disalign_ops.cross_entropy(z.requires_grad_(), torch.arange(4), shard=Shard())
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, z, create_graph=True)
-    loss = distributed.class_parallel_cross_entropy(z, torch.arange(4), reduction="none")
+    loss = disalign_ops.cross_entropy(z, torch.arange(4), reduction="none", shard=Shard())
     with pytest.raises(RuntimeError, match="nor for a batch"):
         torch.autograd.grad(loss, z, torch.ones(2, 4), is_grads_batched=True)
 
@@ -130,9 +186,10 @@ def _sampled(rank: int, world: int) -> None:
         w, b, a, beta = (shard_of(t, rank, sizes) for t in (
             whole.weight, whole.linear_bias, whole.scale, whole.bias))  # fmt: skip
         c = whole.confidence.detach().clone().requires_grad_()
-        loss = distributed.class_parallel_disalign_linear_cross_entropy(
+        loss = disalign_ops.disalign_linear_cross_entropy(
             x, w, whole.target, c, a, beta, b, sample_rate=wanted,
             generator=torch.Generator().manual_seed(rank), **options_of(whole, rank, sizes),
+            shard=Shard(),
         )  # fmt: skip
         grads = torch.autograd.grad(loss, (x, w, c, a))
         taken: list[Any] = [None] * world
@@ -155,7 +212,8 @@ def _sampled(rank: int, world: int) -> None:
 
 
 SMALL: tuple[Callable[[int, int], None], ...] = (
-    _small_loss, _one_row_alone, _in_place, _dtensor, _is_deterministic, _sampled, _wrong_arguments,
+    _small_loss, _one_row_alone, _in_place, _dtensor, _wrong_dtensors, _is_deterministic, _sampled,
+    _wrong_arguments,
 )  # fmt: skip
 
 
@@ -205,16 +263,16 @@ def _traffic(rank: int, world: int) -> None:
         ({"weight": weight, "label_smoothing": 0.1}, 5),
     ):
         with Carried() as forward:
-            loss = distributed.class_parallel_linear_cross_entropy(
-                x, w, target, shard_offset=offset, **options
+            loss = disalign_ops.linear_cross_entropy(
+                x, w, target, shard=Shard(offset=offset), **options
             )
         assert forward.bytes == [4 * rows, (values - 1) * 4 * rows + numbers]
         with Carried() as backward:
             loss.backward()
         assert backward.bytes == [4 * rows * width]
     with Carried() as forward:
-        loss = distributed.class_parallel_disalign_linear_cross_entropy(
-            x, w, target, c, a, b, weight=weight, label_smoothing=0.1, shard_offset=offset
+        loss = disalign_ops.disalign_linear_cross_entropy(
+            x, w, target, c, a, b, weight=weight, label_smoothing=0.1, shard=Shard(offset=offset)
         )
     assert sum(forward.bytes) == 24 * rows + numbers  # 6 values a row
     with Carried() as backward:
@@ -242,9 +300,9 @@ def _one_is_late(rank: int, world: int) -> None:
 def _one_raises(rank: int, world: int) -> None:
     weight = torch.ones(5 if rank == 0 else 4)  # wrong on rank 1
     if rank == 1:
-        with pytest.raises(ValueError, match="weight has 4 entries"):
-            distributed.class_parallel_cross_entropy(
-                torch.randn(4, 5), torch.arange(4), weight=weight, shard_offset=5
+        with pytest.raises(ValueError, match=r"^weight .*\b4\b"):
+            disalign_ops.cross_entropy(
+                torch.randn(4, 5), torch.arange(4), weight=weight, shard=Shard(offset=5)
             )
         return
     _expect_failure(weight=weight)
@@ -253,8 +311,8 @@ def _one_raises(rank: int, world: int) -> None:
 def _expect_failure(**options: Any) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="failed on rank 0 of 2: another rank has raised"):
-        distributed.class_parallel_cross_entropy(
-            torch.randn(4, 5), torch.arange(4), shard_offset=0, **options
+        disalign_ops.cross_entropy(
+            torch.randn(4, 5), torch.arange(4), shard=Shard(offset=0), **options
         )
     assert time.monotonic() - start < 30  # the timeout is 3 seconds
 
@@ -265,5 +323,8 @@ def test_a_rank_that_fails_is_an_error_on_the_others(work: Callable[[int, int], 
 
 
 def test_without_processes() -> None:
-    with pytest.raises(ValueError, match=r"call torch\.distributed\.init"):
-        distributed.class_parallel_cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]))
+    z, t = torch.randn(2, 3), torch.tensor([0, 1])
+    with pytest.raises(
+        ValueError, match=r"^shard must have a process group, got none: call torch\."
+    ):
+        disalign_ops.cross_entropy(z, t, shard=Shard())

@@ -14,7 +14,7 @@ from support.places import ROOT
 from test_ranks import Carried
 
 from benchmarks import scaling
-from disalign_ops import class_parallel_disalign_linear_cross_entropy
+from disalign_ops import Shard, disalign_linear_cross_entropy
 
 STEP = scaling.Step(classes=20_000, features=64, rows=256, gpus=2)
 
@@ -31,8 +31,9 @@ def _a_step(rank: int, world: int) -> None:
         weight = torch.rand(step.local_classes)
 
         def run() -> object:
-            loss = class_parallel_disalign_linear_cross_entropy(
-                x, w, target, c, a, b, weight=weight, shard_offset=rank * step.local_classes,  # noqa: B023
+            loss = disalign_linear_cross_entropy(
+                x, w, target, c, a, b, weight=weight,  # noqa: B023
+                shard=Shard(offset=rank * step.local_classes),  # noqa: B023
                 sample_rate=None if step.sampled == 1 else step.sampled,  # noqa: B023
             )  # fmt: skip
             return torch.autograd.grad(loss, (x, w, c, a, b))  # noqa: B023

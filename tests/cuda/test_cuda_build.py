@@ -143,30 +143,93 @@ def test_a_device_is_judged_without_a_context(tmp_path: Path) -> None:
     assert run.stdout.splitlines() == list(DEVICES.values())
 
 
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [("0", "DISALIGN_OPS_CUDA was 0"), ("auto", "no nvcc was found")],
-)
-def test_the_choice_stands_in_backend_info(tmp_path: Path, setting: str, expected: str) -> None:
-    # setup.py as pip calls it, but for the C++ library, which takes minutes.
-    program = f"""
-import sys, os
-sys.argv = ["setup.py", "--quiet", "--name"]
-os.chdir({str(ROOT)!r})
-import runpy
-build = runpy.run_path("setup.py")["CMakeBuild"]
-from setuptools import Distribution
+# setup.py as pip calls it, but for the compilers: instead of calling them it prints what it would
+# build. Arguments: the folder for the libraries, the driver's library, whether it is a checkout.
+SETUP = """
+import runpy, sys
 from pathlib import Path
-command = build(Distribution())
-command.build_cuda(Path({str(tmp_path)!r}))
+from setuptools import Distribution
+lib, driver, checkout = sys.argv[1:]
+sys.argv = ["setup.py", "--quiet", "--name"]
+command = runpy.run_path("setup.py")["CMakeBuild"](Distribution())
+command.inplace = checkout == "True"
+command.configure = lambda lib, nvcc: None
+command.build = lambda target, lib: print("builds", target)
+names = command.build_cuda.__func__.__globals__
+names["DRIVER_LIBRARY"], names["DRIVER_FILES"] = driver, ()
+command.build_cuda(Path(lib))
 """
-    environment = {**os.environ, "DISALIGN_OPS_CUDA": setting, "PATH": str(tmp_path)}
+
+
+def _choose(
+    folder: Path, *, setting: str, nvcc: bool = True, driver: bool = False, checkout: bool = False
+) -> str:
+    """What setup.py builds, or the reason that backend_info() gives."""
+    home, lib = folder / "cuda", folder / "lib"
+    lib.mkdir()
+    environment = {**os.environ, "DISALIGN_OPS_CUDA": setting, "PATH": str(folder)}
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         environment.pop(variable, None)
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True,
-                   capture_output=True)  # fmt: skip
-    reason = backends._why_missing(tmp_path / "libdisalign_ops_cuda.so", "cuda_not_built.txt")
-    assert expected in reason
+    if nvcc:
+        (home / "bin").mkdir(parents=True)
+        (home / "bin" / "nvcc").touch()
+        environment["CUDA_HOME"] = str(home)
+    library = folder / "libplanted_driver.so.1"
+    if driver:
+        subprocess.run(
+            [build.compiler(), "-shared", "-x", "c++", os.devnull, "-o", str(library)], check=True
+        )
+    run = subprocess.run(
+        [sys.executable, "-c", SETUP, str(lib), str(library), str(checkout)],
+        env=environment, cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    if "builds" in run.stdout:
+        assert not (lib / "cuda_not_built.txt").exists()
+        return run.stdout.splitlines()[-1]
+    return backends._why_missing(lib / "libdisalign_ops_cuda.so", "cuda_not_built.txt")
+
+
+BUILDS = "builds disalign_ops_cuda"
+
+
+def test_an_installation_has_the_cuda_library_where_nvcc_is(tmp_path: Path) -> None:
+    # A wheel is for other machines too: all architectures, driver or not.
+    assert _choose(tmp_path, setting="auto") == BUILDS
+
+
+@pytest.mark.parametrize("checkout", [False, True])
+def test_without_nvcc_there_is_no_cuda_library(tmp_path: Path, checkout: bool) -> None:
+    reason = _choose(tmp_path, setting="auto", nvcc=False, driver=True, checkout=checkout)
+    assert "no nvcc was found" in reason
+
+
+@pytest.mark.parametrize(
+    ("setting", "driver", "expected"),
+    [
+        ("auto", True, BUILDS),
+        ("auto", False, "an NVIDIA driver is, and none was found (DISALIGN_OPS_CUDA=1 compiles it"),
+        ("1", False, BUILDS),
+        ("0", True, "DISALIGN_OPS_CUDA was 0"),
+    ],
+)
+def test_a_checkout_has_the_cuda_library_where_a_driver_is(
+    tmp_path: Path, setting: str, driver: bool, expected: str
+) -> None:
+    assert expected in _choose(tmp_path, setting=setting, driver=driver, checkout=True)
+
+
+def test_the_driver_is_seen_by_its_library_or_its_files(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys; seen = runpy.run_path('setup.py')['driver_is_seen'];"
+        "seen.__globals__.update(DRIVER_LIBRARY='libno_driver.so.1', DRIVER_FILES=sys.argv[3:]);"
+        "print(seen())"
+    )
+    for file, expected in ((tmp_path, "True"), (tmp_path / "none", "False")):
+        run = subprocess.run(
+            [sys.executable, "-c", program, "--quiet", "--name", str(file)],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.stdout.splitlines()[-1] == expected
 
 
 # ---- What the compiler says of the kernels ----

@@ -93,9 +93,10 @@ def test_tensors_and_dtensors_in_one_call(mesh: Any) -> None:
             call()
 
 
-def test_class_parallel_losses_take_dtensors(mesh: Any) -> None:
+def test_losses_with_a_shard_take_dtensors(mesh: Any) -> None:
     z, t = torch.randn(4, 5), torch.tensor([0, 4, 2, 1])
-    found = disalign_ops.class_parallel_cross_entropy(
-        distribute_tensor(z, mesh, [Shard(1)]), distribute_tensor(t, mesh, [Replicate()])
+    sharded = distribute_tensor(z, mesh, [Shard(1)])
+    found = disalign_ops.cross_entropy(
+        sharded, distribute_tensor(t, mesh, [Replicate()]), shard=disalign_ops.Shard.of(sharded)
     )
     torch.testing.assert_close(found, disalign_ops.cross_entropy(z, t))

@@ -14,7 +14,7 @@ import disalign_ops
 REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
 DIRECTIVES = set(re.findall(r"^::: disalign_ops\.(\S+)$", REFERENCE, re.MULTILINE))
 MODULES = (
-    "checkpoints", "class_stats", "distributed", "errors", "losses", "metrics", "nn", "plots",
+    "checkpoints", "class_stats", "errors", "losses", "metrics", "nn", "plots",
     "segmentation_metrics", "sweep",
 )  # fmt: skip
 FRAMEWORKS = {path.stem for path in (ROOT / "disalign_ops/integrations").glob("[a-z]*.py")}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from support.dense_cases import Dense
-from support.tolerances import assert_close
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import disalign_ops
+from support.dense_cases import Dense
+from support.tolerances import assert_close
 
 NAMES = ("input", "confidence", "scale", "bias")
 Loss = Callable[[Dense, bool], Tensor]

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from support.tolerances import assert_close
 from torch import Tensor
+
+from support.tolerances import assert_close
 
 N, D, C = 13, 6, 29
 # (processes, shards): uneven, a rank without classes, one with a single class.

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import assert_type
 
 import disalign_ops as ops
@@ -13,13 +15,18 @@ from disalign_ops import class_stats, metrics
 from disalign_ops import nn as dnn
 
 
-def losses(z: Tensor, t: Tensor, w: Tensor, c: Tensor) -> None:
+def losses(
+    z: Tensor, t: Tensor, w: Tensor, c: Tensor, split: DTensor, group: dist.ProcessGroup
+) -> None:  # fmt: skip
     ops.cross_entropy(z, t, w, reduction="none", normalizer="valid").mean().backward()
     ops.cross_entropy(z, t, margin=w, prior=w, normalizer=4).backward()
     ops.cross_entropy(z, t, margin=0.5, normalizer=z.new_tensor(4.0), sample_weight=c).backward()
     ops.disalign_cross_entropy(z, t, c, w, w, form="residual", background="last").backward()
     ops.linear_cross_entropy(z, w, t, sample_rate=0.1, cosine_scale=64, reduction="sum").backward()
-    ops.class_parallel_cross_entropy(z, t, None, w, reduction="sum").backward()
+    ops.cross_entropy(z, t, w, reduction="sum", shard=ops.Shard()).backward()
+    ops.disalign_cross_entropy(z, t, c, w, w, shard=ops.Shard(offset=3)).backward()
+    ops.linear_cross_entropy(z, w, t, shard=ops.Shard(group, 3)).backward()
+    ops.disalign_linear_cross_entropy(z, w, t, c, w, w, shard=ops.Shard.of(split)).backward()
     for reduction in ("mean", "sum"):
         assert_type(ops.cross_entropy(z, t, reduction=reduction), Tensor)
     dnn.CrossEntropyLoss(w, reduction="sum", normalizer=2.0, margin=w)

@@ -18,7 +18,10 @@ def losses(z: Tensor, t: Tensor, w: Tensor, c: Tensor) -> None:
     ops.disalign_cross_entropy(z, t, c, w, w, background="middle")  # wrong
     ops.calibrate(z, c, w, w, form="both")  # wrong
     ops.linear_cross_entropy(z, w, t, reduction="avg")  # wrong
-    ops.class_parallel_cross_entropy(z, t, reduction="avg")  # wrong
+    ops.cross_entropy(z, t, shard=3)  # wrong
+    ops.linear_cross_entropy(z, w, t, shard="nccl")  # wrong
+    ops.Shard(offset="3")  # wrong
+    ops.Shard.of(z)  # wrong
     dnn.CrossEntropyLoss(reduction="avg")  # wrong
     dnn.CrossEntropyLoss(normalizer="all")  # wrong
     dnn.GRWCrossEntropyLoss([5, 3, 1], background="middle")  # wrong
@@ -35,6 +38,7 @@ def dense(z: Tensor, masks: Tensor, asked: bool) -> None:
     ops.upsample_cross_entropy(z, masks, reduction="avg")  # wrong
     ops.upsample_cross_entropy(z, masks, form="both")  # wrong
     ops.upsample_cross_entropy(z, masks, size=(6, 7))  # wrong
+    ops.upsample_cross_entropy(z, masks, shard=ops.Shard())  # wrong
     ops.upsample_predict(z, 6)  # wrong
     ops.upsample_predict(z, "67")  # wrong
 
@@ -43,6 +47,7 @@ def layers(x: Tensor, t: Tensor, net: nn.Sequential) -> None:
     layer = dnn.DisAlignLinear(8, 5, form="both")  # wrong
     layer.loss(x, t, reduction="avg")  # wrong
     layer.loss(x, t, smoothing=0.1)  # wrong
+    layer.loss(x, t, shard=ops.Shard())  # wrong
     head = dnn.DisAlignSegHead(8, 5)
     head.loss(x, t, normalizer="all")  # wrong
     head.loss(x, t, return_details=True).backward()  # wrong

@@ -61,7 +61,7 @@ struct ClassEntry {
 // positions become u = 0: whatever they hold, NaN or not, it goes no further. Known: the maximum is
 // known, and e is exp(u - maximum) at once.
 template <class T, bool Calibrated, bool AllValid, bool Known>
-DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
+DISALIGN_NOINLINE void load(const LossArgs& args, const Tile<T>& tile) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   constexpr int N = Lanes<A>::N;
@@ -106,8 +106,8 @@ DISALIGN_INLINE void load(const LossArgs& args, const Tile<T>& tile) {
 // e becomes exp(u - maximum); sums over the classes [begin, end). Slope: those for the confidence's
 // gradient, as in row_passes.h; where d is not finite, z is masked and adds nothing.
 template <class T, bool Slope, bool Smooth>
-DISALIGN_INLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, int64_t begin,
-                                  int64_t end) {
+DISALIGN_NOINLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, int64_t begin,
+                                    int64_t end) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   constexpr int N = Lanes<A>::N;

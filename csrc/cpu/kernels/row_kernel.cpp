@@ -21,7 +21,8 @@ namespace disalign::DISALIGN_CAPABILITY {
 namespace {
 
 template <class T, int R>
-Rows<T, R> gather(const LossArgs& args, const int64_t* index, const Chunk& chunk) {
+DISALIGN_NOINLINE Rows<T, R> gather(const LossArgs& args, const int64_t* index,
+                                    const Chunk& chunk) {
   using A = Accumulate<T>;
   Rows<T, R> rows;
   rows.classes = args.classes;
@@ -56,8 +57,8 @@ void write_shard_sums(const LossArgs& args, int64_t i,
 
 // The sums of a block of rows, whose exponentials are in scratch.
 template <class T, int R>
-void write_shard_sums(const LossArgs& args, const Rows<T, R>& rows,
-                      const Sums<Accumulate<T>, R>& sums) {
+DISALIGN_NOINLINE void write_shard_sums(const LossArgs& args, const Rows<T, R>& rows,
+                                        const Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   for (int r = 0; r < R; ++r) {
     const int64_t t = rows.target[r];
@@ -88,54 +89,14 @@ void take_shard_factors(const LossArgs& args, const Rows<T, R>& rows,
                                   static_cast<double>(factor<T>(args, kFactorTarget, i)) / softmax);
 }
 
-// Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
-// if a masked class was met and Masked is not set.
-template <class T, int R, Kind K, bool Stored, bool Smooth, bool Masked>
-bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
+// The rows' scalars, once their sums are known: losses, statistics, the confidence's gradient, and
+// what emit needs. Compiled once for all kinds of u: without a calibration there is no gradient of
+// the confidence, and the slopes are 0.
+template <class T, int R>
+DISALIGN_NOINLINE void finish_rows(const LossArgs& args, bool backward, const Rows<T, R>& rows,
+                                   const Sums<Accumulate<T>, R>& sums, Emission<T, R>& out,
+                                   Chunk& chunk) {
   using A = Accumulate<T>;
-  constexpr bool Calibrated = K == Kind::kCalibrated;
-  const ClassVectors<A> classes(args);
-  const bool slope = Calibrated && (args.grad_confidence || args.class_gradients);
-  Sums<A, R> sums;
-  if constexpr (Stored) {
-    maximise<T, R, K>(classes, rows, sums);
-    if (classes.margin) apply_margin(classes, rows, sums);
-  }
-  for (int r = 0; r < R; ++r) {
-    sums.target_logit[r] = Stored && rows.target[r] >= 0
-                               ? rows.e[r][rows.target[r]]
-                               : target_logit<T, R, K, Masked>(classes, rows, r);
-    if constexpr (Calibrated)
-      sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
-                                                : target_slope(classes, rows, r);
-    if (backward) sums.shift[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
-  }
-  if (!Stored && !backward) guess<T, R, K, Masked>(classes, rows, sums);
-  if constexpr (Stored && !Smooth) {
-    // Kept out of the sum, the target does not round off what else is in it. (With smoothing no
-    // loss is so small, and w u would be infinite.)
-    for (int r = 0; r < R; ++r)
-      if (args.shard_sums && rows.target[r] >= 0) rows.e[r][rows.target[r]] = -kInfinity<A>;
-  }
-  do {
-    sums.clear();
-    for_segments(args.classes, [&](int64_t begin, int64_t end) {
-      if (Calibrated && slope)
-        exponentiate<T, R, K, Stored, Calibrated, Smooth, Masked>(classes, rows, begin, end, sums);
-      else
-        exponentiate<T, R, K, Stored, false, Smooth, Masked>(classes, rows, begin, end, sums);
-    });
-  } while (!Stored && !backward && correct_guess(sums));
-  if (Calibrated && !Masked) {
-    for (int r = 0; r < R; ++r)
-      if (!sums.finite(r)) return false;
-  }
-
-  if (args.shard_sums) {
-    write_shard_sums(args, rows, sums);
-    return true;
-  }
-  Emission<T, R> out;
   for (int r = 0; r < R; ++r) {
     const int64_t i = rows.index[r];
     if (args.shard_factors) {
@@ -163,66 +124,149 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chun
                                rows.sample_weight[r] * args.inverse_denominator;
     out.softmax[r] = static_cast<A>(g * terms.softmax / sum);
     out.smooth[r] = static_cast<A>(g * terms.smooth);
-    if constexpr (Calibrated) {
-      if (args.grad_confidence) {
-        const double c = rows.c[r];
-        const double slope_sum =
-            terms.softmax * sums.softmax_slope[r] / sum - terms.smooth * sums.smooth_slope[r];
-        static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(g * c * (1 - c) * slope_sum);
-      }
+    if (args.grad_confidence) {
+      const double c = rows.c[r];
+      const double slope_sum =
+          terms.softmax * sums.softmax_slope[r] / sum - terms.smooth * sums.smooth_slope[r];
+      static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(g * c * (1 - c) * slope_sum);
     }
     if (terms.softmax != 0) {
       A& e = rows.e[r][rows.target[r]];
       e = static_cast<A>(static_cast<double>(e) - sum * terms.target / terms.softmax);
     }
   }
+}
 
-  const ClassSums<A> class_sums(chunk);
-  if constexpr (Calibrated) {
-    if (args.class_gradients && args.grad_logits)
-      emit<T, R, true, Smooth, Masked, true, true>(classes, rows, out, class_sums);
-    else if (args.class_gradients)
-      emit<T, R, true, Smooth, Masked, false, true>(classes, rows, out, class_sums);
-    else if (args.grad_logits)
-      emit<T, R, true, Smooth, Masked, true, false>(classes, rows, out, class_sums);
-  } else if (args.grad_logits) {
-    emit<T, R, false, Smooth, Masked, true, false>(classes, rows, out, class_sums);
+// The passes over a block for one form of u. Each is compiled once for all forms that share it.
+template <class T, int R>
+struct Passes {
+  using A = Accumulate<T>;
+  using Pass = void (*)(ClassVectors<A>, const Rows<T, R>&, Sums<A, R>&);
+  using Exponentiate = void (*)(ClassVectors<A>, const Rows<T, R>&, int64_t, int64_t, Sums<A, R>&);
+  using Emit = void (*)(ClassVectors<A>, const Rows<T, R>&, const Emission<T, R>&,
+                        const ClassSums<A>&);
+
+  bool calibrated, stored, masked;  // of Kind::kCalibrated; u is stored; masked classes may be met
+  Pass maximise, guess;             // where u is stored; where it is not
+  A (*target_logit)(const ClassVectors<A>&, const Rows<T, R>&, int);
+  Exponentiate exponentiate, exponentiate_slope;
+  Emit emit_logits, emit_classes, emit_both;  // the last two: where calibrated
+};
+
+template <class T, int R, Kind K, bool Stored, bool Smooth, bool Masked>
+constexpr Passes<T, R> passes_of() {
+  constexpr bool kCalibrated = K == Kind::kCalibrated;
+  Passes<T, R> passes{};
+  passes.calibrated = kCalibrated;
+  passes.stored = Stored;
+  passes.masked = Masked;
+  passes.target_logit = target_logit<T, R, K, Masked>;
+  if constexpr (Stored) {
+    passes.maximise = maximise<T, R, K>;
+    // exp(u - shift) of what is stored, however it was made.
+    passes.exponentiate = exponentiate<T, R, Kind::kPlain, true, false, Smooth, false>;
+  } else {
+    passes.guess = guess<T, R, K, Masked>;
+    passes.exponentiate = exponentiate<T, R, K, false, false, Smooth, Masked>;
   }
+  passes.emit_logits = emit<T, R, kCalibrated, Smooth, false, true, false>;
+  if constexpr (kCalibrated) {
+    passes.exponentiate_slope = exponentiate<T, R, K, Stored, true, Smooth, Masked>;
+    passes.emit_classes = emit<T, R, true, Smooth, Masked, false, true>;
+    passes.emit_both = emit<T, R, true, Smooth, Masked, true, true>;
+  }
+  return passes;
+}
+
+// Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
+// if a masked class was met and the passes are not for these.
+template <class T, int R>
+bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
+               const Passes<T, R>& passes, Chunk& chunk) {
+  using A = Accumulate<T>;
+  const ClassVectors<A> classes(args);
+  Sums<A, R> sums;
+  if (passes.stored) {
+    passes.maximise(classes, rows, sums);
+    if (classes.margin) apply_margin(classes, rows, sums);
+  }
+  for (int r = 0; r < R; ++r) {
+    sums.target_logit[r] = passes.stored && rows.target[r] >= 0
+                               ? rows.e[r][rows.target[r]]
+                               : passes.target_logit(classes, rows, r);
+    if (passes.calibrated)
+      sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
+                                                : target_slope(classes, rows, r);
+    if (backward) sums.shift[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
+    // Kept out of a shard's sum, the target does not round off what else is in it. (With smoothing
+    // no loss is so small, and w u would be infinite.)
+    if (args.shard_sums && !(args.label_smoothing > 0) && rows.target[r] >= 0)
+      rows.e[r][rows.target[r]] = -kInfinity<A>;
+  }
+  const bool guessed = !passes.stored && !backward;
+  if (guessed) passes.guess(classes, rows, sums);
+  const bool slope = passes.calibrated && (args.grad_confidence || args.class_gradients);
+  const auto exponentiate = slope ? passes.exponentiate_slope : passes.exponentiate;
+  do {
+    sums.clear();
+    for_segments(args.classes, [&](int64_t begin, int64_t end) {
+      exponentiate(classes, rows, begin, end, sums);
+    });
+  } while (guessed && correct_guess(sums));
+  if (passes.calibrated && !passes.masked) {
+    for (int r = 0; r < R; ++r)
+      if (!sums.finite(r)) return false;
+  }
+
+  if (args.shard_sums) {
+    write_shard_sums(args, rows, sums);
+    return true;
+  }
+  Emission<T, R> out;
+  finish_rows(args, backward, rows, sums, out, chunk);
+  const auto emit = !args.class_gradients ? passes.emit_logits
+                    : args.grad_logits    ? passes.emit_both
+                                          : passes.emit_classes;
+  if (args.grad_logits || args.class_gradients) emit(classes, rows, out, ClassSums<A>(chunk));
   return true;
 }
 
-template <class T, int R, Kind K, bool Stored, bool Smooth>
-void run_kind(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
-  constexpr bool Calibrated = K == Kind::kCalibrated;
-  if (!Calibrated || !(args.prior || chunk.masked)) {
-    if (run_block<T, R, K, Stored, Smooth, false>(args, backward, rows, chunk)) return;
-    chunk.masked = true;  // where one block masks classes, the next one most likely does
-  }
-  run_block<T, R, K, Stored, Smooth, Calibrated>(args, backward, rows, chunk);
-}
-
-template <class T, int R, Kind K, bool Stored>
-void run_smooth(const LossArgs& args, bool backward, const Rows<T, R>& rows, Chunk& chunk) {
-  if (args.label_smoothing > 0)
-    run_kind<T, R, K, Stored, true>(args, backward, rows, chunk);
-  else
-    run_kind<T, R, K, Stored, false>(args, backward, rows, chunk);
+template <class T, int R, Kind K, bool Stored, bool Masked>
+const Passes<T, R>& passes_for(const LossArgs& args) {
+  static constexpr Passes<T, R> kPasses = passes_of<T, R, K, Stored, false, Masked>();
+  static constexpr Passes<T, R> kSmooth = passes_of<T, R, K, Stored, true, Masked>();
+  return args.label_smoothing > 0 ? kSmooth : kPasses;
 }
 
 template <class T, int R>
 void run_rows(const LossArgs& args, bool backward, const int64_t* index, Chunk& chunk) {
   const Rows<T, R> rows = gather<T, R>(args, index, chunk);
+  const auto run = [&](const Passes<T, R>& passes) {
+    return run_block<T, R>(args, backward, rows, passes, chunk);
+  };
   // A margin changes u_t between two passes, and a shard's maximum is no guess.
-  if (args.confidence && (args.margin || args.shard_sums))
-    run_smooth<T, R, Kind::kCalibrated, true>(args, backward, rows, chunk);
-  else if (args.confidence)
-    run_smooth<T, R, Kind::kCalibrated, false>(args, backward, rows, chunk);
-  else if (args.margin || args.shard_sums)
-    run_smooth<T, R, Kind::kShifted, true>(args, backward, rows, chunk);
-  else if (args.prior)
-    run_smooth<T, R, Kind::kShifted, false>(args, backward, rows, chunk);
-  else
-    run_smooth<T, R, Kind::kPlain, false>(args, backward, rows, chunk);
+  const bool stored = args.margin || args.shard_sums;
+  if (!args.confidence) {
+    if (stored)
+      run(passes_for<T, R, Kind::kShifted, true, false>(args));
+    else if (args.prior)
+      run(passes_for<T, R, Kind::kShifted, false, false>(args));
+    else
+      run(passes_for<T, R, Kind::kPlain, false, false>(args));
+    return;
+  }
+  if (stored) {
+    run(passes_for<T, R, Kind::kCalibrated, true, true>(args));
+    return;
+  }
+  // Of single rows, which are few, there is the general form alone.
+  if constexpr (R > 1) {
+    if (!args.prior && !chunk.masked) {
+      if (run(passes_for<T, R, Kind::kCalibrated, false, false>(args))) return;
+      chunk.masked = true;  // where one block masks classes, the next one most likely does
+    }
+  }
+  run(passes_for<T, R, Kind::kCalibrated, false, true>(args));
 }
 
 // An ignored row: loss and gradients 0 without looking at its logits, NaN or not.

@@ -1,5 +1,9 @@
 // The passes of the row kernels over the classes of a block of rows (row_kernel.cpp has the plan):
 // maximise, exponentiate, emit, and the target's margin between the first two.
+//
+// A pass is a function of its own, compiled once for all forms of a block that share it: inlined
+// into each form, the passes took twice as long to compile. They take the class vectors by value:
+// these pointers then stay in registers, which a store might else have changed.
 #pragma once
 
 #include <initializer_list>
@@ -111,8 +115,8 @@ Accumulate<T> target_logit(const ClassVectors<Accumulate<T>>& classes, const Row
 
 // The maximum of u over the classes, u to scratch: for a margin, and for exponentiate.
 template <class T, int R, Kind K>
-DISALIGN_INLINE void maximise(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                              Sums<Accumulate<T>, R>& sums) {
+DISALIGN_NOINLINE void maximise(ClassVectors<Accumulate<T>> classes, const Rows<T, R>& rows,
+                                Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   V maximum[R];
@@ -145,8 +149,8 @@ template <class A>
 constexpr A kHeadroom = A(16);  // exp loses 2e-8 of itself with every unit
 
 template <class T, int R, Kind K, bool Masked>
-DISALIGN_INLINE void guess(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                           Sums<Accumulate<T>, R>& sums) {
+DISALIGN_NOINLINE void guess(ClassVectors<Accumulate<T>> classes, const Rows<T, R>& rows,
+                             Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   constexpr int N = Lanes<A>::N;
@@ -201,6 +205,26 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
   }
 }
 
+// A block's sums of a segment of classes, in lanes; which of them there are beside exponential.
+template <class A, int R>
+struct LaneSums {
+  Vec<A> maximum[R], exponential[R], smooth[R], softmax_slope[R], smooth_slope[R];
+};
+struct WhichSums {
+  bool maximum, smooth, softmax_slope, smooth_slope;
+};
+
+template <class A, int R>
+DISALIGN_NOINLINE void add_lanes(const LaneSums<A, R>& lanes, WhichSums which, Sums<A, R>& sums) {
+  for (int r = 0; r < R; ++r) {
+    sums.exponential[r] += reduce_add<A>(lanes.exponential[r]);
+    if (which.maximum) sums.maximum[r] = reduce_max<A>(lanes.maximum[r]);
+    if (which.smooth) sums.smooth[r] += reduce_add<A>(lanes.smooth[r]);
+    if (which.softmax_slope) sums.softmax_slope[r] += reduce_add<A>(lanes.softmax_slope[r]);
+    if (which.smooth_slope) sums.smooth_slope[r] += reduce_add<A>(lanes.smooth_slope[r]);
+  }
+}
+
 // Scratch becomes exp(u - shift), u from scratch where Stored, which then has the shift's maximum.
 // Slope: also the sums for the confidence's gradient, which is sum_j q_j d_j = sum_j q_j (d_j -
 // d_t), for sum_j q_j = 0: so the target's own term, which would cancel only up to rounding where
@@ -209,9 +233,8 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
 // caller sees: where nobody needs that sum, it is the sum of d, for this alone. A logit that is NaN
 // or +inf shows in sum_j e_j all the same.
 template <class T, int R, Kind K, bool Stored, bool Slope, bool Smooth, bool Masked>
-DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
-                                  const Rows<T, R>& rows, int64_t begin, int64_t end,
-                                  Sums<Accumulate<T>, R>& sums) {
+DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const Rows<T, R>& rows,
+                                    int64_t begin, int64_t end, Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const Local<A, R> shift(sums.shift);
@@ -270,13 +293,16 @@ DISALIGN_INLINE void exponentiate(const ClassVectors<Accumulate<T>>& classes,
       }
     }
   });
+  LaneSums<A, R> lanes;
+  constexpr bool kSlopes = Slope || (K == Kind::kCalibrated && !Stored && !Masked);
   for (int r = 0; r < R; ++r) {
-    sums.exponential[r] += reduce_add<A>(exponential[r]);
-    if constexpr (!Stored) sums.maximum[r] = reduce_max<A>(maximum[r]);
-    if constexpr (Smooth) sums.smooth[r] += reduce_add<A>(smooth[r]);
-    if constexpr (K == Kind::kCalibrated) sums.softmax_slope[r] += reduce_add<A>(softmax_slope[r]);
-    if constexpr (Slope && Smooth) sums.smooth_slope[r] += reduce_add<A>(smooth_slope[r]);
+    lanes.exponential[r] = exponential[r];
+    if constexpr (!Stored) lanes.maximum[r] = maximum[r];
+    if constexpr (Smooth) lanes.smooth[r] = smooth[r];
+    if constexpr (kSlopes) lanes.softmax_slope[r] = softmax_slope[r];
+    if constexpr (Slope && Smooth) lanes.smooth_slope[r] = smooth_slope[r];
   }
+  add_lanes<A, R>(lanes, {!Stored, Smooth, kSlopes, Slope && Smooth}, sums);
 }
 
 // The chunk's class gradients while they are added up, in the memory of its sums in double. An
@@ -343,8 +369,8 @@ struct Emission {
 
 // From e in scratch: grad_logits, and the block's share of the class gradients.
 template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
-DISALIGN_INLINE void emit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                          const Emission<T, R>& out, const ClassSums<Accumulate<T>>& sums) {
+DISALIGN_NOINLINE void emit(ClassVectors<Accumulate<T>> classes, const Rows<T, R>& rows,
+                            const Emission<T, R>& out, const ClassSums<Accumulate<T>>& sums) {
   using A = Accumulate<T>;
   using V = Vec<A>;
   const Local<T*, R> grad_logits(rows.grad);

@@ -22,7 +22,8 @@
 namespace disalign::DISALIGN_CAPABILITY {
 namespace {
 
-// Neighbouring positions of an output row.
+// Neighbouring positions of an output row. T: the arithmetic type, for a strip and all that works on
+// it knows nothing of the logits' storage.
 template <class T>
 struct Strip {
   using A = Accumulate<T>;
@@ -305,11 +306,11 @@ void run_chunk(const UpsampleArgs& args, bool backward, Chunk& chunk) {
         const int64_t row = (image * args.y.out + y) * args.x.out;
         for (int64_t x = 0; x < args.x.out; x += kStrip) {
           const int64_t count = args.x.out - x < kStrip ? args.x.out - x : kStrip;
-          const Strip<T> strip{blend, x, count, positions, scratch.strip};
+          const Strip<A> strip{blend, x, count, positions, scratch.strip};
           if (args.label_smoothing > 0)
-            run_strip<T, true>(args, backward, strip, row + x, scratch.grad_blend, chunk);
+            run_strip<A, true>(args, backward, strip, row + x, scratch.grad_blend, chunk);
           else
-            run_strip<T, false>(args, backward, strip, row + x, scratch.grad_blend, chunk);
+            run_strip<A, false>(args, backward, strip, row + x, scratch.grad_blend, chunk);
         }
         if (args.gradients)
           spread_gradient(args, weight, scratch.grad_blend, scratch.grad_upper, scratch.grad_lower);
@@ -353,7 +354,7 @@ void predict(const UpsampleArgs& args, Chunk& chunk) {
         const int64_t row = (image * args.y.out + y) * args.x.out;
         for (int64_t x = 0; x < args.x.out; x += kStrip) {
           const int64_t count = args.x.out - x < kStrip ? args.x.out - x : kStrip;
-          const Strip<T> strip{blend, x, count, positions, scratch.strip};
+          const Strip<A> strip{blend, x, count, positions, scratch.strip};
           interpolate_strip(args, strip, true);
           predict_strip(args, strip, row + x);
         }

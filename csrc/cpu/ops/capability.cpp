@@ -6,10 +6,22 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(DISALIGN_HAVE_X86_KERNELS)
+#include <cpuid.h>
+#endif
+
 namespace disalign {
 namespace {
 
 constexpr Capability kAll[] = {Capability::kBaseline, Capability::kAvx2, Capability::kAvx512};
+
+#if defined(DISALIGN_HAVE_X86_KERNELS)
+// __builtin_cpu_supports does not know this one in clang 14.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 bool supported(Capability capability) {
 #if defined(DISALIGN_HAVE_X86_KERNELS)
@@ -19,8 +31,7 @@ bool supported(Capability capability) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              supported(Capability::kAvx2);
     case Capability::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case Capability::kBaseline:
       return true;
   }

@@ -109,7 +109,7 @@ DISALIGN_INLINE Vec<double> log_positive(Vec<double> x) {
   const Vec<double> log = k * 6.93147180369123816490e-01 -
                           ((half - (s * (half + r) + k * 1.90821492927058770002e-10)) - f);
   const Vec<double> special = x == 0.0 ? splat<double>(-kInfinity<double>) : x;  // inf, NaN
-  return (x > 0.0) & (x < kInfinity<double>) ? log : special;
+  return ((x > 0.0) & (x < kInfinity<double>)) ? log : special;
 }
 
 }  // namespace disalign::DISALIGN_CAPABILITY

@@ -22,6 +22,7 @@
 
 #define DISALIGN_INLINE inline __attribute__((always_inline))
 #define DISALIGN_ALWAYS_INLINE __attribute__((always_inline))  // for lambdas
+#define DISALIGN_NOINLINE __attribute__((noinline))            // compiled once, for all its callers
 
 namespace disalign::DISALIGN_CAPABILITY {
 

@@ -8,6 +8,7 @@
 //   shared memory, if they fit, so that they are read from global memory once.
 #pragma once
 
+#include "cuda/kernels/arguments.h"
 #include "cuda/kernels/block_sums.cuh"
 #include "cuda/kernels/position.cuh"
 
@@ -15,17 +16,6 @@ namespace disalign::cuda {
 
 constexpr int kDenseThreads = 256;
 constexpr int kDenseUnroll = 4;  // classes whose loads are on their way together
-
-struct DenseArgs : DeviceLoss {
-  int32_t slices = 1;                 // of the classes: a power of two of warps
-  bool resident = false;              // whether a tile's logits stay in shared memory
-  int64_t image_tiles = 0;            // tiles of an image
-  void* output = nullptr;             // calibrate, forward; contiguous
-  const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
-  // Workspace.
-  void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
-  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
-};
 
 constexpr int dense_positions(int slices) { return kDenseThreads / slices; }  // of a tile
 

@@ -8,27 +8,14 @@
 #pragma once
 
 #include "common/mean.h"
+#include "cuda/kernels/arguments.h"
 #include "cuda/kernels/device.cuh"
-#include "cuda/kernels/launch.h"
 
 namespace disalign::cuda {
 
 constexpr int kFinishClasses = 32;
 constexpr int kFinishSlices = 8;
 constexpr int kFinishThreads = kFinishClasses * kFinishSlices;
-
-struct FinishArgs : DeviceLoss {
-  bool forward = false;                // loss and denominator are wanted
-  const double* block_sums = nullptr;  // [blocks][2: loss, denominator]; null for 'none'
-  int64_t blocks = 0;
-  const void* class_sums = nullptr;  // of A: [class_blocks][2: scale, bias][classes]
-  int64_t class_blocks = 0;
-  int64_t class_grid = 0;                 // blocks of this launch that go over classes
-  const void* confidence_sums = nullptr;  // of A: [tiles][confidences]; null: grad_confidence holds
-                                          // the one tile, to be divided
-  int64_t tiles = 0;
-  int64_t confidences = 0;
-};
 
 // `what` (0: loss, 1: denominator) of all blocks; every thread gets it.
 __device__ __forceinline__ double total_of(const FinishArgs& args, int what, double* scratch) {

@@ -100,6 +100,12 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
                                   : Wide    ? kWideThreads<T>
                                             : kNarrowThreads,
                                   1) row_forward_kernel(const RowArgs args) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (Clustered) {  // not launched: these devices have no clusters
+    __trap();
+    return;
+  }
+#endif
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>;
   DISALIGN_SHARED_MEMORY(memory);

@@ -10,9 +10,9 @@
 //   block, or one tile of a row, if it has more vectors than a block has registers for.
 #pragma once
 
+#include "cuda/kernels/arguments.h"
 #include "cuda/kernels/block_sums.cuh"
 #include "cuda/kernels/device.cuh"
-#include "cuda/kernels/launch.h"
 
 namespace disalign::cuda {
 
@@ -40,21 +40,6 @@ constexpr int kRowScratchBytes =
     BlockSums::entries(Wide ? 32 : kNarrowThreads) * static_cast<int>(sizeof(double)) +
     (Wide ? kClusterSumsEntries : 0) * static_cast<int>(sizeof(A)) +
     Group<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
-
-struct RowArgs : DeviceLoss {
-  int32_t lanes = 0;         // threads of a group
-  int32_t period = 1;        // rows this far apart are aligned alike
-  int32_t tiles = 1;         // of a row
-  int32_t tile_vectors = 0;  // of a tile
-  // Workspace; blocks are those along grid_x.
-  void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
-  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
-  void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
-  void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
-  void* output = nullptr;             // calibrate, forward; contiguous
-  const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
-  void* target_logits = nullptr;      // of A: [rows]; backward that overwrites the logits
-};
 
 template <class T, bool Wide>
 struct Tile {

@@ -5,6 +5,7 @@
 // [first[s], first[s + 1]). Both are F.interpolate's (bilinear), computed in double, once a launch.
 #pragma once
 
+#include "cuda/kernels/arguments.h"
 #include "cuda/kernels/position.cuh"
 
 namespace disalign::cuda {
@@ -17,33 +18,6 @@ template <class A>
 constexpr A kMasked = kLowest<A> / 4;
 template <class A>
 constexpr A kNothing = kMasked<A> / 16;
-
-struct Axis {
-  int32_t in = 0, out = 0;
-  int32_t* source = nullptr;  // [out]
-  void* weight = nullptr;     // of A: [out]
-  int32_t* first = nullptr;   // [in + 1]
-};
-
-struct UpsampleArgs : DeviceLoss {
-  Axis y, x;
-  bool align_corners = false;
-  int64_t y_stride = 0, x_stride = 0;  // of the logits
-  int64_t grad_y_stride = 0, grad_x_stride = 0;
-  void* probability = nullptr;    // of A, one an output position: softmax of the target; or null
-  int64_t* prediction = nullptr;  // the most probable class; or null
-  // Forward: output positions of a tile, and whether the logits around it lie in shared memory.
-  int32_t tile_height = 0, tile_width = 0;
-  bool staged = false;
-  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
-  // Backward.
-  void* factors = nullptr;          // of A: [positions][4], see UpsampleFactors
-  int32_t* targets = nullptr;       // [positions]
-  void* class_sums = nullptr;       // of A: [blocks][2: scale, bias][classes]
-  void* confidence_sums = nullptr;  // of A: [chunks of classes][low-resolution positions]
-
-  __host__ __device__ int64_t low_positions() const { return images * y.in * x.in; }
-};
 
 // The position of output i, in units of the low resolution.
 __device__ __forceinline__ double axis_position(const Axis& axis, bool align_corners, int i) {

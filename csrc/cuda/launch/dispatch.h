@@ -11,18 +11,29 @@ struct Type {
   using type = T;
 };
 
-// Calls body(Type<T>{}) with the storage type of `dtype`.
+template <Dtype dtype>
+struct StorageOf;
+template <>
+struct StorageOf<Dtype::kFloat64> : Type<double> {};
+template <>
+struct StorageOf<Dtype::kFloat32> : Type<float> {};
+template <>
+struct StorageOf<Dtype::kBFloat16> : Type<__nv_bfloat16> {};
+template <>
+struct StorageOf<Dtype::kFloat16> : Type<__half> {};
+
+// Calls body with a Type of the storage type of `dtype`.
 template <class Body>
 void for_dtype(Dtype dtype, Body body) {
   switch (dtype) {
     case Dtype::kFloat64:
-      return body(Type<double>{});
+      return body(StorageOf<Dtype::kFloat64>{});
     case Dtype::kFloat32:
-      return body(Type<float>{});
+      return body(StorageOf<Dtype::kFloat32>{});
     case Dtype::kBFloat16:
-      return body(Type<__nv_bfloat16>{});
+      return body(StorageOf<Dtype::kBFloat16>{});
     case Dtype::kFloat16:
-      return body(Type<__half>{});
+      return body(StorageOf<Dtype::kFloat16>{});
   }
 }
 

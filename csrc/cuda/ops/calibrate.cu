@@ -1,6 +1,5 @@
 // The calibrated logits on CUDA.
-#include "cuda/launch/calibrate_launch.h"
-
+#include "cuda/launch/launches.h"
 #include "cuda/ops/device.h"
 #include "ops/calibrate_op.h"
 
@@ -14,10 +13,10 @@ struct Calibrate {
   using Device = Cuda;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const Args& args) {
-    launch_calibrate<false>(launcher, dtype, args);
+    launch_calibrate_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const Args& args) {
-    launch_calibrate<true>(launcher, dtype, args);
+    launch_calibrate_backward(launcher, dtype, args);
   }
 };
 

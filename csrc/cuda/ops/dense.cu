@@ -1,6 +1,5 @@
 // The dense operators on CUDA.
-#include "cuda/launch/dense_launch.h"
-
+#include "cuda/launch/launches.h"
 #include "cuda/ops/device.h"
 
 namespace disalign::cuda {

@@ -1,7 +1,6 @@
 // The row operators on CUDA, and those of a shard: rows of which the logits are some of the
 // classes.
-#include "cuda/launch/row_launch.h"
-
+#include "cuda/launch/launches.h"
 #include "cuda/ops/device.h"
 
 namespace disalign::cuda {
@@ -14,6 +13,7 @@ struct Row {
   static constexpr int64_t kWantedOfForward = kWantScale | kWantBias | kWantConfidence;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
+    if (args.denominator == nullptr && args.images == 0) return;  // a shard's sums of no rows
     launch_row_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {

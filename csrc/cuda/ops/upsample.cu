@@ -1,6 +1,5 @@
 // The upsampling operators on CUDA.
-#include "cuda/launch/upsample_launch.h"
-
+#include "cuda/launch/launches.h"
 #include "cuda/ops/device.h"
 #include "ops/predict_op.h"
 

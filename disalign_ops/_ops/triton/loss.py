@@ -120,7 +120,7 @@ def forward_kernel(
     shard_sums: [5][positions], the only result of a shard (_ops/reference.py, shard_sums), or None.
     """
     SHARD: tl.constexpr = shard_sums is not None
-    SLOPES: tl.constexpr = scale is not None and (SHARD or grad_confidence is not None)
+    DU_DC: tl.constexpr = scale is not None and (SHARD or grad_confidence is not None)
     inner, classes = bounds(inner, classes, PLANES, UNIT)
     outer_stride, stride = outer_stride * UNIT, stride * UNIT
     e = tl.full((), smoothing, ACC)
@@ -169,7 +169,7 @@ def forward_kernel(
             du_dc_here, smooth_here, weight_here = nothing, nothing, nothing
             target_logit += tl.sum(tl.where(is_target, u, 0.0), 1)
             d = tl.zeros([POSITIONS, CLASSES], ACC)
-            if SLOPES:
+            if DU_DC:
                 d = du_dc(z, columns, own, scale, bias, ACC)
                 du_dc_here = tl.sum(x * d, 1)
                 target_du_dc += tl.sum(tl.where(is_target, d, 0.0), 1)

@@ -1,0 +1,79 @@
+// The kernels' arguments: those of the operators, the division of the work, the workspace. Plain
+// C++, so that what fills them in needs no CUDA compiler.
+#pragma once
+
+#include "cuda/kernels/launch.h"
+
+namespace disalign::cuda {
+
+// row_tile.cuh
+struct RowArgs : DeviceLoss {
+  int32_t lanes = 0;         // threads of a group
+  int32_t period = 1;        // rows this far apart are aligned alike
+  int32_t tiles = 1;         // of a row
+  int32_t tile_vectors = 0;  // of a tile
+  // Workspace; blocks are those along grid_x.
+  void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
+  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+  void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
+  void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
+  void* output = nullptr;             // calibrate, forward; contiguous
+  const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
+  void* target_logits = nullptr;      // of A: [rows]; backward that overwrites the logits
+};
+
+// dense_tile.cuh
+struct DenseArgs : DeviceLoss {
+  int32_t slices = 1;                 // of the classes: a power of two of warps
+  bool resident = false;              // whether a tile's logits stay in shared memory
+  int64_t image_tiles = 0;            // tiles of an image
+  void* output = nullptr;             // calibrate, forward; contiguous
+  const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
+  // Workspace.
+  void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
+  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+};
+
+// upsample_grid.cuh has the meaning of these.
+struct Axis {
+  int32_t in = 0, out = 0;
+  int32_t* source = nullptr;  // [out]
+  void* weight = nullptr;     // of A: [out]
+  int32_t* first = nullptr;   // [in + 1]
+};
+
+struct UpsampleArgs : DeviceLoss {
+  Axis y, x;
+  bool align_corners = false;
+  int64_t y_stride = 0, x_stride = 0;  // of the logits
+  int64_t grad_y_stride = 0, grad_x_stride = 0;
+  void* probability = nullptr;    // of A, one an output position: softmax of the target; or null
+  int64_t* prediction = nullptr;  // the most probable class; or null
+  // Forward: output positions of a tile, and whether the logits around it lie in shared memory.
+  int32_t tile_height = 0, tile_width = 0;
+  bool staged = false;
+  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+  // Backward.
+  void* factors = nullptr;          // of A: [positions][4], see UpsampleFactors
+  int32_t* targets = nullptr;       // [positions]
+  void* class_sums = nullptr;       // of A: [blocks][2: scale, bias][classes]
+  void* confidence_sums = nullptr;  // of A: [chunks of classes][low-resolution positions]
+
+  DISALIGN_METHOD int64_t low_positions() const { return images * y.in * x.in; }
+};
+
+// finish_kernel.cuh
+struct FinishArgs : DeviceLoss {
+  bool forward = false;                // loss and denominator are wanted
+  const double* block_sums = nullptr;  // [blocks][2: loss, denominator]; null for 'none'
+  int64_t blocks = 0;
+  const void* class_sums = nullptr;  // of A: [class_blocks][2: scale, bias][classes]
+  int64_t class_blocks = 0;
+  int64_t class_grid = 0;                 // blocks of this launch that go over classes
+  const void* confidence_sums = nullptr;  // of A: [tiles][confidences]; null: grad_confidence holds
+                                          // the one tile, to be divided
+  int64_t tiles = 0;
+  int64_t confidences = 0;
+};
+
+}  // namespace disalign::cuda

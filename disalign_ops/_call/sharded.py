@@ -1,0 +1,115 @@
+"""Validates losses of rows whose classes are divided, over processes or over chunks of a head."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._ops import dispatch, layouts
+from .._ops.reference import accumulate_dtype
+from .._sharded import parallel
+from .._sharded.shards import Call, Reduction, Vectors
+from ..errors import ArgumentError
+from .arguments import (
+    check_class_indices,
+    check_dtype,
+    check_target,
+    check_tensor,
+    is_dtensor,
+    positions_shape,
+    row_vector,
+)
+from .options import Calibration, Options, calibration_vectors, output, validate_options
+from .shard import (
+    Shard,
+    check_shard,
+    local_calibration,
+    local_classes,
+    local_options,
+    local_rows,
+    ranks_of,
+)
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    options: Options,
+    calibration: Calibration | None,
+    shard: Shard,
+) -> Tensor:
+    """The loss over all ranks' classes of logits (N, C_rank) or (C_rank,)."""
+    check_shard(shard, target, calibration)
+    if is_dtensor(input) and options.inplace_backward is True:
+        raise ArgumentError("inplace_backward must be False where input is a DTensor, got True")
+    dim = input.dim() - 1 if isinstance(input, Tensor) else 0
+    input = check_tensor("input", local_classes("input", input, shard, dim))
+    target = local_rows("target", target)
+    options, calibration = local_options(options, shard), local_calibration(calibration, shard)
+    if input.dim() not in (1, 2):
+        raise ArgumentError(
+            "input must have shape (N, C_rank) or (C_rank,) where shard is given, got "
+            f"{tuple(input.shape)}"
+        )
+    check_dtype("input", input)
+    classes, like = input.shape[-1], logits_like(input, input.shape[-1])
+    check_rows(like, target)
+    rows = input.unsqueeze(0) if input.dim() == 1 else input
+    copied = rows.stride(1) != 1 and classes > 1
+    flat = rows.contiguous() if copied else rows
+    in_place = options.inplace_backward is True and layouts.check_in_place(input, flat, copied)
+    if dispatch.needs_logits():
+        raise RuntimeError(dispatch.NO_TRANSFORMS)
+    call, a, b, c = validate(like, classes, target, options, calibration, shard)
+    return finish(like, call, parallel.loss(call, flat, c, a, b, in_place=in_place))
+
+
+def logits_like(rows: Tensor, classes: int) -> Tensor:
+    """Stands for logits where other arguments are checked against them: their shape, dtype and
+    device, no memory. A shard without classes has one here. rows: (N, K) or (K,) for any K.
+    """
+    stand_in = rows.detach().new_empty((1,) * rows.dim())
+    return stand_in.expand(*rows.shape[:-1], max(classes, 1))
+
+
+def check_rows(like: Tensor, target: Tensor) -> None:
+    check_class_indices(target)
+    check_target(like, target, positions_shape(like))
+
+
+def validate(
+    like: Tensor,
+    classes: int,
+    target: Tensor,
+    options: Options,
+    calibration: Calibration | None,
+    shard: Shard | None,
+) -> tuple[Call, Tensor | None, Tensor | None, Tensor | None]:
+    """A call with a target that `check_rows` has passed, and scale, bias (C,) and confidence (N,)
+    in u = (1 + c scale) z + c bias. The exchange between processes, if there is one, comes last: a
+    wrong argument raises before it.
+    """
+    given = validate_options(like, classes, options)
+    a, b, c = calibration_vectors(like, classes, calibration)
+    ignore_index, smoothing, gamma = given.numbers
+    sample_weight = row_vector(
+        "sample_weight", options.sample_weight, like, positions_shape(like),
+        accumulate_dtype(like.dtype),
+    )  # fmt: skip
+    if shard is None:
+        dispatch.check_classes(target, classes, ignore_index, asserted=False)
+    call = Call(
+        backend=dispatch.serving_backend(like),
+        target=target.reshape(-1),
+        ignore_index=ignore_index,
+        label_smoothing=smoothing,
+        focal_gamma=gamma,
+        vectors=Vectors(given.weight, None, None, given.prior, given.margin, smoothing > 0),
+        reduction=Reduction(sample_weight, given.reduction, given.normalizer),
+        ranks=None if shard is None else ranks_of(shard, classes, like.device),
+    )
+    return call, a, b, c
+
+
+def finish(like: Tensor, call: Call, loss: Tensor) -> Tensor:
+    """The loss in the dtype and shape that F.cross_entropy has."""
+    return output(like, loss, positions_shape(like) if call.reduction.reduction == "none" else None)

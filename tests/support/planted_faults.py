@@ -1,0 +1,90 @@
+"""Plants one fault at a time in a copy of this tree; the tests of make test-fast must fail there.
+
+    python tests/support/planted_faults.py [backend ...]
+
+Prints the table fault x backend -> the test that fails first. Exits with 1 where a fault passes.
+CUDA kernels run under simt, whose module is built for each fault: minutes each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE, TRITON = "disalign_ops/_ops/reference.py", "disalign_ops/_ops/triton/loss.py"
+COMMON = "csrc/common/loss_math.h"
+# The backend's tests in make test-fast.
+TESTS = {
+    "reference": ["tests/_ops/test_reference.py", "tests/_ops/test_row.py"],
+    "triton": ["tests/_ops/test_triton.py", "-k", "few and row"],
+    "cuda": ["tests/cuda/test_cuda_simt.py", "-k", "few and order"],
+}
+# (backend, fault, file, text, text in its place)
+FAULTS = [
+    ("reference", "ignore_index missed", REFERENCE,
+     "return target, target != ignore_index", "return target, target == target"),
+    ("reference", "wrong sign of the bias", REFERENCE, "c * bias\n    # A", "-c * bias\n    # A"),
+    ("triton", "ignore_index missed", TRITON,
+     "counts = inside & (t != ignore_index)", "counts = inside & (t == t)"),
+    ("triton", "class weight of the target lost", TRITON,
+     "w_t = entries(weight, t, named, 1.0, ACC)", "w_t = entries(None, t, named, 1.0, ACC)"),
+    ("triton", "sample weight lost in forward", TRITON,
+     "v = entries(sample_weight, i, counts, 1.0, ACC)",
+     "v = entries(None, i, counts, 1.0, ACC)"),
+    ("triton", "sample weight lost in backward", TRITON,
+     "factor = entries(sample_weight, i, counts, 1.0, ACC)",
+     "factor = entries(None, i, counts, 1.0, ACC)"),
+    ("triton", "wrong sign of smoothing's gradient", TRITON,
+     "q -= smooth[:, None] * w", "q += smooth[:, None] * w"),
+    ("cuda", "smoothing term lost", COMMON,
+     "out.loss += share * (weight_sum * log_sum - smooth_sum);", ""),
+    ("cuda", "class weight lost in the gradient", COMMON,
+     "out.target = (1 - smoothing) * target_weight * focal.slope;",
+     "out.target = (1 - smoothing) * focal.slope;"),
+]  # fmt: skip
+
+
+def caught_by(backend: str, file: str, text: str, fault: str) -> str | None:
+    """The first test that fails with the fault, None where all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        ignore = shutil.ignore_patterns(".git", ".venv*", "build", "out", "*_cache", "__pycache__")
+        shutil.copytree(ROOT, tree, ignore=ignore)
+        source = (tree / file).read_text()
+        if text not in source:
+            raise RuntimeError(f"{file} has no {text!r}: plant the fault elsewhere")
+        (tree / file).write_text(source.replace(text, fault))
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--once",
+             "-m", "not standard and not slow", *TESTS[backend]],
+            cwd=tree, env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if run.returncode == 0:
+        return None
+    # Under another test's pytest, the test there that fails says more.
+    failed = re.findall(r"^(?:E\s+)?FAILED (\S+)", run.stdout, re.MULTILINE)
+    if run.returncode != 1 or not failed:
+        raise RuntimeError(f"the tests did not run:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
+    return str(failed[0])
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or list(TESTS)
+    passed = 0
+    for backend, what, file, text, fault in FAULTS:
+        if backend in chosen:
+            test = caught_by(backend, file, text, fault)
+            passed += test is None
+            print(f"{backend:10} {what:36} {test or 'NOT CAUGHT'}", flush=True)
+    return int(passed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Which tests `make test-fast`, `make test` and `make test-slow` run.
+
+A test is slow (`make test-slow` alone runs it) or standard (`make test` runs it, `make test-fast`
+does not) by a mark in its file or by a row below. Every other test is in `make test-fast`, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+# Start of a test's address, or a part of its name -> what the tests show.
+STANDARD = {
+    "tests/cuda/test_cuda_build.py": "what nvcc makes of the CUDA kernels: registers, instructions",
+    "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
+    "tests/cuda/test_simt.py": "the host model of CUDA finds the faults it is there for",
+    "tests/_ops/test_triton_targets.py": "each option compiles with Triton for each layout",
+    "tests/_ops/test_triton.py::test_every_kernel_compiles": "registers of the Triton kernels",
+    "tests/_ops/test_triton.py::test_aligned_rows": "16-byte reads of the Triton kernels",
+    "tests/_ops/test_triton.py::test_new_sizes": "sizes and options that compile nothing again",
+    "tests/_sharded/test_linear_memory.py": "peak memory of the losses without logits",
+    "tests/_sharded/test_ranks.py": "sums over processes",
+    "tests/test_class_parallel.py": "classes divided over two and four processes",
+    "tests/test_distributed.py": "data parallelism",
+    "tests/test_plots.py": "matplotlib",
+    "tests/project/": "benchmarks, examples, exporters, wheels, types",
+    "tests/integrations/": "other frameworks, by stand-ins",
+    "accumulates_over_two_ranks": "metrics over two processes",
+    "beyond_the_cache": "stores that go around the cache, 2 GB of gradients",
+    "compile": "torch.compile",
+    "demo": "training runs",
+    "gradcheck": "gradients against finite differences",
+    "imported_only_when_asked": "imports, each in a new process",
+    "importing_needs_no": "imports, each in a new process",
+    "onnxruntime": "exports, run by onnxruntime",
+    "opcheck": "torch.library.opcheck",
+}
+SLOW = {
+    "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
+    "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
+    "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",
+}
+# Tests of one group run in one process of pytest-xdist: they share what a fixture or a cache made.
+GROUPS = {
+    "tests/cuda/test_cuda_build.py": "nvcc",
+    "tests/_ops/test_triton_targets.py": "triton",
+    "tests/_ops/test_triton.py::test_every_kernel_compiles": "triton registers",
+    "tests/_ops/test_triton.py::test_aligned_rows": "triton registers",
+    "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier": "simt",
+    "tests/cuda/test_cuda_simt.py::test_row": "simt",
+}
+
+# How much of the tests of the CPU kernels runs with other operators or another instruction set.
+PARTS = [
+    "few",
+    pytest.param("once", marks=pytest.mark.standard),
+    pytest.param("all", marks=pytest.mark.slow),
+]
+
+
+def arguments(part: str, only: str = "") -> list[str]:
+    """pytest's options for a part; only: the expression that chooses among all."""
+    if part == "few":
+        return ["--once", "-k", "every_combination_of_options or every_integer_type"]
+    return [*(["--once"] if part == "once" else []), "-k", only]
+
+
+def _matches(item: pytest.Item, key: str) -> bool:
+    return item.nodeid.startswith(key) if "/" in key else key in item.name
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Marks, and puts first what takes long: workers then end at about the same time."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("standard", "slow")):
+            if any(_matches(item, key) for key in SLOW):
+                item.add_marker("slow")
+            elif _part(item) != "few" and any(_matches(item, key) for key in STANDARD):
+                item.add_marker("standard")
+        for key, group in GROUPS.items():
+            if _matches(item, key):
+                item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: 0 if _long(item) else 1)
+
+
+def _long(item: pytest.Item) -> bool:
+    return item.get_closest_marker("xdist_group") is not None or _part(item) is not None
+
+
+def _part(item: pytest.Item) -> Any:
+    """Which of PARTS the test runs, None where it is no such test."""
+    call = getattr(item, "callspec", None)
+    return call.params.get("part") if call else None
+
+
+def once(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test function, cases that together hold every value of every parameter.
+
+    The next case is the one with the most values that no case has had yet, and of several the one
+    whose values have been had least often: options are spread over shapes and dtypes.
+    """
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept: set[pytest.Item] = set()
+    for cases in functions.values():
+        values = {item: _values(item) for item in cases}
+        uses = dict.fromkeys((value for case in values.values() for value in case), 0)
+        while cases:
+            best = min(cases, key=lambda item: _rank([uses[value] for value in values[item]]))
+            if values[best] and all(uses[value] for value in values[best]):
+                break
+            kept.add(best)
+            cases.remove(best)
+            for value in values[best]:
+                uses[value] += 1
+    return [item for item in items if item in kept]
+
+
+def _rank(uses: list[int]) -> tuple[int, int]:
+    return -uses.count(0), sum(uses)
+
+
+def _values(item: pytest.Item) -> list[tuple[str, int]]:
+    call = getattr(item, "callspec", None)
+    # Cases share the objects of a parameter's list; some of them (tensors) have no hash.
+    return [(name, id(value)) for name, value in call.params.items()] if call else []
