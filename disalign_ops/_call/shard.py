@@ -67,7 +67,7 @@ class Shard:
     | `upsample_cross_entropy`, so return_details | its kernels need all classes of a position |
     | `loss` of the layers in `disalign_ops.nn` | nothing sums the gradient of their x over ranks |
     | create_graph, is_grads_batched | the exchange has no second derivative (RuntimeError) |
-    | torch.func, forward mode, torch.export, torch.jit.trace | none has the exchange (RuntimeError) |
+    | torch.func, forward mode, torch.export, jit.trace | none has the exchange (RuntimeError) |
 
     A background column takes part as a class that is not calibrated: its rank passes a scale of 1
     (in the residual form 0) and a bias of 0 for it, which no optimizer changes. Of a layer, pass

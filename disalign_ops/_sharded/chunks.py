@@ -275,9 +275,7 @@ class _Chunks:
             out.features[rows] = 0
 
     def finish(self, made: _Gradients | None) -> Finished:
-        """Of all rows, whose classes are all here. made: where their gradients are added, for an
-        upstream gradient of 1.
-        """
+        """The losses of all rows. made: also adds their gradients there, for grad_loss = 1."""
         call, rows = self.call, len(self.features)
         like = self.features.new_empty((0,), dtype=reference.accumulate_dtype(self.features.dtype))
         local = call.local_target(slice(None), 0, self.classes)

@@ -35,8 +35,8 @@ def finish(call: Call, sums: Tensor, classes: int, *, du_dc: bool) -> Finished:
         du_dc=du_dc, weighted=weight is not None, smoothing=call.label_smoothing > 0,
     )  # fmt: skip
     losses, terms = shards.terms_of(
-        global_sums.sums, global_sums.target_weight, global_sums.weight_sum, global_sums.classes, valid,
-        call.label_smoothing, call.focal_gamma,
+        global_sums.sums, global_sums.target_weight, global_sums.weight_sum, global_sums.classes,
+        valid, call.label_smoothing, call.focal_gamma,
     )  # fmt: skip
     divisor = call.reduction.divisor(global_sums.target_weight, valid)
     return Finished(losses, terms, global_sums.sums[3], divisor)
