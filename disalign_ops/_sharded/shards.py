@@ -222,7 +222,7 @@ def factors_of(terms: Tensor, target_du_dc: Tensor, upstream: Tensor) -> Tensor:
     """(5, N), for `gradients_of`. upstream: (N,) or 0-d, everything included."""
     maximum, softmax, smooth, target = terms
     g = upstream.expand(maximum.shape)
-    # Where nothing is left to divide by every gradient is 0, whatever stands above.
+    # Denominator 0 (no valid position): gradients are 0, whatever the numerator.
     scaled = (torch.where(g == 0, 0.0, g * t) for t in (softmax, smooth, target))
     return torch.stack((maximum, *scaled, target_du_dc))
 

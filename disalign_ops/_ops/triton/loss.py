@@ -332,7 +332,7 @@ def backward_kernel(
             factor = entries(sample_weight, i, valid, 1.0, ACC)
             if upstream is not None:
                 factor *= tl.load(upstream + i * upstream_stride, mask=valid, other=0.0)
-            # Where nothing is left to divide by every gradient is 0, whatever stands above.
+            # Denominator 0 (no valid position): gradients are 0, whatever the numerator.
             factor = tl.where(inverse == 0.0, 0.0, factor * inverse)
             softmax *= factor / total
             smooth = factor * share
