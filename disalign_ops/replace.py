@@ -15,7 +15,7 @@ from ._ops.dispatch import serving_backend
 from .functional import cross_entropy
 
 
-def _covered(input: Any, target: Any, weight: Any, numbers: Iterable[Any]) -> bool:
+def _is_covered(input: Any, target: Any, weight: Any, numbers: Iterable[Any]) -> bool:
     """Whether our kernels take the call: else it is torch's own, errors included."""
     tensors = [t for t in (input, target, weight) if t is not None]
     if not all(isinstance(t, Tensor) for t in tensors):
@@ -48,7 +48,7 @@ _active = 0  # how many replacements hold; the first one puts ours there, the la
 def _replacement(
     input: Any, target: Any, weight: Any = None, *arguments: Any, **options: Any
 ) -> Tensor:
-    ours = _covered(input, target, weight, (*arguments, *options.values()))
+    ours = _is_covered(input, target, weight, (*arguments, *options.values()))
     function: Callable[..., Tensor] = cross_entropy if ours else _torch_cross_entropy
     return function(input, target, weight, *arguments, **options)
 

@@ -93,7 +93,7 @@ def check_integer(name: str, value: object) -> int:
     return number
 
 
-def given_reduction(value: object) -> ReductionName:
+def check_reduction(value: object) -> ReductionName:
     """The reduction's name; a deprecated one of PyTorch's becomes today's."""
     if isinstance(value, str) and value == "elementwise_mean":
         torch.nn._reduction.get_enum(value)  # which warns
@@ -363,7 +363,7 @@ def is_probability(confidence: Tensor) -> bool:
     return type(made_by).__name__ == "SigmoidBackward0"
 
 
-def given_denominator(normalizer: Normalizer, input: Tensor) -> str | Tensor:
+def check_normalizer(normalizer: Normalizer, input: Tensor) -> str | Tensor:
     """The name of a denominator, or the caller's number as a float64 0-d tensor."""
     if isinstance(normalizer, str):
         check_choice("normalizer", normalizer, ("weights", "valid", "count"))

@@ -15,10 +15,10 @@ from .arguments import (
     check_bool,
     check_choice,
     check_integer,
+    check_normalizer,
     check_number,
+    check_reduction,
     class_vector,
-    given_denominator,
-    given_reduction,
     is_probability,
     positions_shape,
     row_vector,
@@ -78,7 +78,7 @@ class Validated(NamedTuple):
 
 def validate_options(input: Tensor, classes: int, options: Options) -> Validated:
     """Everything of `options` but sample_weight."""
-    reduction = given_reduction(options.reduction)
+    reduction = check_reduction(options.reduction)
     check_bool("inplace_backward", options.inplace_backward)
     ignore_index = check_integer("ignore_index", options.ignore_index)
     smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
@@ -89,7 +89,7 @@ def validate_options(input: Tensor, classes: int, options: Options) -> Validated
         class_vector("prior", options.prior, classes, input, dtype),
         class_vector("margin", options.margin, classes, input, dtype),
         reduction,
-        given_denominator(options.normalizer, input),
+        check_normalizer(options.normalizer, input),
         ignore_index,
         smoothing,
         gamma,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._ops import composed, reference
 from .._ops.layouts import Extension
-from .arguments import given_denominator
+from .arguments import check_normalizer
 from .options import Calibration, Options, output
 
 
@@ -69,7 +69,7 @@ def loss(
         vector(v, input)
         for v in (options.weight, options.prior, options.margin, options.sample_weight)
     )
-    normalizer = given_denominator(options.normalizer, input)
+    normalizer = check_normalizer(options.normalizer, input)
     divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
     if target.is_floating_point():
         u = flat.to(dtype)

@@ -97,14 +97,16 @@ def _save(
     given: tuple[Tensor | None, ...],
 ) -> None:
     ctx.problem = problem
-    ctx.untaken = [True]  # emptied when a backward takes the gradient of the logits made here
+    # Emptied when a backward consumes the gradient of the logits that forward made.
+    ctx.precomputed_available = [True]
     made = _by_name(results, wanted, _FIRST_GRADIENT)
     ctx.save_for_backward(*inputs, results[1], results[2], *made, *given)
 
 
-def take(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
-    """The gradient of the logits that forward made, for an upstream gradient: itself, and so but
-    once; None when it is taken.
+def consume_precomputed_grad(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
+    """The gradient of the logits that forward made, scaled by grad_loss.
+
+    The stored tensor itself is returned, so only the first call gets it; later calls return None.
     """
     if (
         type(made) is not Tensor
@@ -113,9 +115,9 @@ def take(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
         or _functorch.is_functorch_wrapped_tensor(grad_loss)
     ):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
-        return None if not ctx.untaken else made * grad_loss
+        return None if not ctx.precomputed_available else made * grad_loss
     try:
-        ctx.untaken.pop()  # atomic: of several threads' backwards, one has it
+        ctx.precomputed_available.pop()  # atomic: of several threads' backwards, one has it
     except IndexError:
         return None
     # .data: a tensor of its own over the same memory, so that autograd may keep it as the leaf's
@@ -148,7 +150,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
     missing = 0
     if need[0]:
         if saved.grad_logits is not None:
-            grads[0] = take(ctx, saved.grad_logits, grad_loss)
+            grads[0] = consume_precomputed_grad(ctx, saved.grad_logits, grad_loss)
         # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
         if grads[0] is None:
             missing = LOGITS
@@ -252,7 +254,7 @@ class _Loss(torch.autograd.Function):
         kept: tuple[Tensor | None, ...] = (None, None)
         with _BelowAutograd():
             if scale is not None and problem.extension is not WHOLE:
-                inputs, kept = _extended(inputs, problem), (scale, bias)
+                inputs, kept = _extend(inputs, problem), (scale, bias)
             results = _forward(inputs, problem, wanted)
         _save(ctx, problem, inputs, results, wanted, kept)
         if not problem.details:
@@ -266,7 +268,7 @@ class _Loss(torch.autograd.Function):
         return (*_gradients(ctx, grad_loss, ctx.needs_input_grad), None, None, None)
 
 
-def _extended(inputs: Inputs, problem: Problem) -> Inputs:
+def _extend(inputs: Inputs, problem: Problem) -> Inputs:
     """scale and bias of all classes in place of those given."""
     if inputs.scale is None or problem.extension is WHOLE:
         return inputs
@@ -324,12 +326,12 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     if problem.details:
         wanted |= DETAILS
     if compiling:
-        results = _forward(_extended(inputs, problem), problem, wanted)
+        results = _forward(_extend(inputs, problem), problem, wanted)
         return (results[0], *(t.detach() for t in _details(results, wanted)))
     try:
         if not need:
             with _BelowAutograd():
-                results = _forward(_extended(inputs, problem), problem, wanted)
+                results = _forward(_extend(inputs, problem), problem, wanted)
             return (results[0], *_details(results, wanted))
         found = _Loss.apply(  # type: ignore[no-untyped-call]
             logits, scale, bias, confidence, inputs, problem, wanted

@@ -40,13 +40,13 @@ class _State:
     warned: bool = False  # that no kernel serves
 
 
-def _checked(name: str, source: str) -> str:
+def _check_name(name: str, source: str) -> str:
     if name not in NAMES:
         raise ArgumentError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
     return name
 
 
-_state = _State(_checked(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT))
+_state = _State(_check_name(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT))
 
 
 def _why_missing(library: Path, note: str) -> str:
@@ -225,7 +225,7 @@ class set_backend:  # noqa: N801 - a function to its users, and a context manage
 
     def __init__(self, name: str) -> None:
         self._previous = _state.backend
-        _state.backend = _checked(name, "name")
+        _state.backend = _check_name(name, "name")
 
     def __enter__(self) -> set_backend:
         return self

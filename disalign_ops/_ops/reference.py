@@ -107,7 +107,7 @@ def shard_gradients(
     q_j = F exp(u_j - M) - G w_j - T [j = t], everything included; d_t.
     """
     u, d, here = _shard_logits(logits, target, scale, bias, confidence, prior, margin)
-    maximum, softmax, smooth, at_target, target_slope = factors[:, :, None]
+    maximum, softmax, smooth, at_target, target_du_dc = factors[:, :, None]
     q = softmax * (u - maximum).exp()
     if smoothing:
         q = q - smooth * (torch.ones_like(u) if weight is None else weight)
@@ -120,9 +120,9 @@ def shard_gradients(
     z = logits.to(u.dtype)
     z = torch.where(z == float("-inf"), 0.0, z)
     z = torch.where((target == IGNORED)[:, None], 0.0, z)  # which may be NaN
-    slopes = (c * (1 - c))[:, 0] * (q * (d - target_slope)).sum(1)
+    grad_confidence = (c * (1 - c))[:, 0] * (q * (d - target_du_dc)).sum(1)
     grad_logits = (q * (1 + c * scale)).to(logits.dtype)
-    return grad_logits, (q * c * z).sum(0), (q * c).sum(0), slopes
+    return grad_logits, (q * c * z).sum(0), (q * c).sum(0), grad_confidence
 
 
 def _shard_logits(

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .._ops import reference
 from .._ops.codes import SHARD_VALUES
 from . import shards
-from .parallel import Finished, finished
+from .parallel import Finished, finish
 from .shards import Vectors
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -240,7 +240,7 @@ class _Chunks:
             if total is None or weight_sum is None:
                 total, weight_sum = sums, weight
             else:
-                total = shards.added(total, weight_sum, sums, weight)
+                total = shards.merge_sums(total, weight_sum, sums, weight)
                 weight_sum = weight_sum + weight
         assert total is not None
         return total, logits if len(self.parts) <= 1 else None
@@ -275,9 +275,7 @@ class _Chunks:
             out.features[rows] = 0
 
     def finish(self, made: _Gradients | None) -> Finished:
-        """Of all rows, whose classes are all here. made: where their gradients are added, for an
-        upstream gradient of 1.
-        """
+        """The losses of all rows. made: also adds their gradients there, for grad_loss = 1."""
         call, rows = self.call, len(self.features)
         like = self.features.new_empty((0,), dtype=reference.accumulate_dtype(self.features.dtype))
         local = call.local_target(slice(None), 0, self.classes)
@@ -286,18 +284,20 @@ class _Chunks:
         valid = call.valid
         divisor = call.reduction.divisor(w_t, valid)
         upstream = call.reduction.upstream(None, divisor, like).expand(rows)
-        terms, losses, slopes = (like.new_empty(shape) for shape in ((4, rows), (rows,), (rows,)))
+        terms, losses, target_du_dc = (
+            like.new_empty(shape) for shape in ((4, rows), (rows,), (rows,))
+        )
         for part in call.plan.row_parts(rows):
             sums, logits = self.sums(part)
             losses[part], terms[:, part] = shards.terms_of(
                 sums, w_t[part], weight_sum, self.classes, valid[part], call.label_smoothing,
                 call.focal_gamma,
             )  # fmt: skip
-            slopes[part] = sums[3]
+            target_du_dc[part] = sums[3]
             if made is not None:
                 factors = shards.factors_of(terms[:, part], sums[3], upstream[part])
                 self.gradients(part, factors, logits, made)
-        return Finished(losses, terms, slopes, divisor)
+        return Finished(losses, terms, target_du_dc, divisor)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -321,11 +321,11 @@ class _LinearLoss(torch.autograd.Function):
             sums = features.new_empty((SHARD_VALUES, rows), dtype=dtype)
             for part in call.plan.row_parts(rows):
                 sums[:, part], _ = chunks.sums(part)
-            done = finished(call, sums, chunks.classes, slopes=tensors[4] is not None)
+            done = finish(call, sums, chunks.classes, du_dc=tensors[4] is not None)
         ctx.call = call
         ctx.made = None if made is None else made.finish(chunks.head, call.chunk_bytes)
         if any(need):
-            ctx.save_for_backward(*tensors, done.terms, done.target_slope, done.divisor)
+            ctx.save_for_backward(*tensors, done.terms, done.target_du_dc, done.divisor)
         reduced: Tensor = call.reduction.loss(done.losses, done.divisor)
         return reduced
 
@@ -333,7 +333,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         call: Call = ctx.call
         need = tuple(ctx.needs_input_grad[:6])
-        *tensors, terms, target_slope, divisor = ctx.saved_tensors
+        *tensors, terms, target_du_dc, divisor = ctx.saved_tensors
         batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched
         if torch.is_grad_enabled() or (batched and ctx.made is None):
             return (*_through_logits(call, tensors, need, grad_loss), None)
@@ -346,9 +346,9 @@ class _LinearLoss(torch.autograd.Function):
             return (*(t if one or t is None else t.mul_(grad_loss) for t in made), None)
         chunks = _Chunks(call, tuple(tensors))
         out = _Gradients(tuple(tensors), need, call)
-        upstream = call.reduction.upstream(grad_loss, divisor, terms).expand(target_slope.shape)
+        upstream = call.reduction.upstream(grad_loss, divisor, terms).expand(target_du_dc.shape)
         for part in call.plan.row_parts(len(tensors[0])):
-            factors = shards.factors_of(terms[:, part], target_slope[part], upstream[part])
+            factors = shards.factors_of(terms[:, part], target_du_dc[part], upstream[part])
             chunks.gradients(part, factors, None, out)
         if call.ranks is not None:
             for replicated in (out.features, out.confidence):
@@ -364,7 +364,7 @@ def _through_logits(
     for a batch of upstream gradients.
     """
     if call.ranks is not None:
-        raise RuntimeError(shards.NOT_THERE)
+        raise RuntimeError(shards.NO_DOUBLE_BACKWARD)
     features, weight, bias, confidence, scale, calibration_bias = tensors
     again = torch.is_grad_enabled()
     with torch.enable_grad():

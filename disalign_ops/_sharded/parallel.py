@@ -19,27 +19,27 @@ class Finished:
 
     losses: Tensor
     terms: Tensor
-    target_slope: Tensor
+    target_du_dc: Tensor
     divisor: Tensor
 
 
-def finished(call: Call, sums: Tensor, classes: int, *, slopes: bool) -> Finished:
-    """From this rank's sums (5, N), by an exchange with the others. slopes: d_t is wanted."""
+def finish(call: Call, sums: Tensor, classes: int, *, du_dc: bool) -> Finished:
+    """From this rank's sums (5, N), by an exchange with the others. du_dc: d_t is wanted."""
     assert call.ranks is not None
     local = call.local_target(slice(None), call.ranks.first, classes)
     weight = call.vectors.weight
     valid = call.valid
-    everyone = call.ranks.combined(
+    global_sums = call.ranks.all_reduce_sums(
         sums, shards.target_weight(weight, local, sums), call.vectors.weight_sum(classes, sums),
         classes, local, valid,
-        slopes=slopes, weighted=weight is not None, smoothing=call.label_smoothing > 0,
+        du_dc=du_dc, weighted=weight is not None, smoothing=call.label_smoothing > 0,
     )  # fmt: skip
     losses, terms = shards.terms_of(
-        everyone.sums, everyone.target_weight, everyone.weight_sum, everyone.classes, valid,
-        call.label_smoothing, call.focal_gamma,
+        global_sums.sums, global_sums.target_weight, global_sums.weight_sum, global_sums.classes,
+        valid, call.label_smoothing, call.focal_gamma,
     )  # fmt: skip
-    divisor = call.reduction.divisor(everyone.target_weight, valid)
-    return Finished(losses, terms, everyone.sums[3], divisor)
+    divisor = call.reduction.divisor(global_sums.target_weight, valid)
+    return Finished(losses, terms, global_sums.sums[3], divisor)
 
 
 class _ParallelLoss(torch.autograd.Function):
@@ -52,11 +52,11 @@ class _ParallelLoss(torch.autograd.Function):
         classes = logits.shape[1]
         local = call.local_target(slice(None), call.ranks.first, classes)
         sums = shards.sums_of(call.backend, logits, local, vectors, confidence)
-        done = finished(call, sums, classes, slopes=scale is not None)
+        done = finish(call, sums, classes, du_dc=scale is not None)
         ctx.call, ctx.in_place = call, in_place
         if any(ctx.needs_input_grad[:4]):
             ctx.save_for_backward(
-                logits, confidence, scale, bias, local, done.terms, done.target_slope, done.divisor
+                logits, confidence, scale, bias, local, done.terms, done.target_du_dc, done.divisor
             )
         loss: Tensor = call.reduction.loss(done.losses, done.divisor)
         return loss
@@ -64,12 +64,12 @@ class _ParallelLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_loss):
-            raise RuntimeError(shards.NOT_THERE)
+            raise RuntimeError(shards.NO_DOUBLE_BACKWARD)
         call: Call = ctx.call
-        logits, confidence, scale, bias, local, terms, target_slope, divisor = ctx.saved_tensors
+        logits, confidence, scale, bias, local, terms, target_du_dc, divisor = ctx.saved_tensors
         of_logits, of_confidence, of_scale, of_bias = ctx.needs_input_grad[:4]
         factors = shards.factors_of(
-            terms, target_slope, call.reduction.upstream(grad_loss, divisor, terms)
+            terms, target_du_dc, call.reduction.upstream(grad_loss, divisor, terms)
         )
         vectors = replace(call.vectors, scale=scale, bias=bias)
         want = (of_logits, of_scale, of_bias, of_confidence)

@@ -18,7 +18,7 @@ from . import shards
 
 
 @dataclass(frozen=True)
-class Everyone:
+class GlobalSums:
     """Sums (5, N) and weights of the rows' targets (N,) over all ranks; sum_j w_j and the number of
     classes, 0-d.
     """
@@ -45,19 +45,19 @@ class Ranks:
         ranks.add(sizes, "sizes of the shards")
         return Ranks(group, int(sizes[: dist.get_rank(group)].sum()))
 
-    def combined(
+    def all_reduce_sums(
         self, sums: Tensor, target_weight: Tensor, weight_sum: Tensor, classes: int,
-        target: Tensor, valid: Tensor, *, slopes: bool, weighted: bool, smoothing: bool,
-    ) -> Everyone:  # fmt: skip
+        target: Tensor, valid: Tensor, *, du_dc: bool, weighted: bool, smoothing: bool,
+    ) -> GlobalSums:  # fmt: skip
         """Of this rank's sums. target: as of this rank's shard; see shards.local_target.
 
         Raises IndexError where a row has no rank, or several, whose class its target is.
         """
         maximum = sums[0].clone()
         self._all_reduce(maximum, dist.ReduceOp.MAX, "maxima of the rows")
-        relative = shards.rebased(sums, weight_sum, maximum)
+        relative = shards.rescale_sums(sums, weight_sum, maximum)
         # What is not sent is 0 on every rank, and a weight of 1.
-        sent = [1, 2, *([3] if slopes else []), *([4] if smoothing else [])]
+        sent = [1, 2, *([3] if du_dc else []), *([4] if smoothing else [])]
         values = [relative[k] for k in sent] + ([target_weight] if weighted else [])
         # Besides: three numbers for all rows.
         named = (target >= 0).sum()
@@ -70,7 +70,7 @@ class Ranks:
         for k, value in zip(sent, values, strict=False):
             relative[k] = value
         target_weight = values[-1] if weighted else valid.to(sums.dtype)
-        return Everyone(relative, target_weight, weight_sum, everyone)
+        return GlobalSums(relative, target_weight, weight_sum, everyone)
 
     def add(self, tensor: Tensor, what: str) -> None:
         """Makes a tensor the sum of every rank's."""

@@ -30,10 +30,10 @@ class Sample:
         target: Tensor, first: int, classes: int, ignore_index: int, rate: float,
         generator: torch.Generator | None,
     ) -> Sample:  # fmt: skip
-        """Of the shard's classes, targets (N,) being global class ids.
+        """Draws max(ceil(rate C), N) of the shard's C classes, at most all, targets included.
 
-        So many that all targets have room, whether they are among them or not: how many are is
-        known to the device alone.
+        target: (N,), global class ids. N classes, so that every target fits: counting the distinct
+        ones would wait for the device.
         """
         device = target.device
         count = min(classes, max(math.ceil(rate * classes), target.numel()))

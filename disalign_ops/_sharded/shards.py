@@ -25,7 +25,7 @@ from .._ops.schemas import ROW
 if TYPE_CHECKING:
     from .ranks import Ranks
 
-NOT_THERE = (
+NO_DOUBLE_BACKWARD = (
     "a loss over several processes cannot be differentiated twice (create_graph=True), nor for a "
     "batch of upstream gradients (is_grads_batched=True)"
 )
@@ -132,19 +132,19 @@ def gradients_of(
     return [t if w else None for t, w in zip(found, want, strict=True)]
 
 
-def rebased(sums: Tensor, weight_sum: Tensor, maximum: Tensor) -> Tensor:
+def rescale_sums(sums: Tensor, weight_sum: Tensor, maximum: Tensor) -> Tensor:
     """The sums relative to a maximum not below their own. weight_sum: sum_j w_j of the shard."""
-    own, rest, target_logit, target_slope, smooth = sums
+    own, rest, target_logit, target_du_dc, smooth = sums
     # Without classes, or without smoothing's weights, 0 and not 0 * infinity.
     lost = torch.where(weight_sum == 0, 0.0, weight_sum * (own - maximum))
     ratio = (own - maximum).exp()
-    return torch.stack((maximum, rest * ratio, target_logit, target_slope, smooth + lost))
+    return torch.stack((maximum, rest * ratio, target_logit, target_du_dc, smooth + lost))
 
 
-def added(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> Tensor:
+def merge_sums(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> Tensor:
     """The sums of two shards; those of both, with a_weight + b_weight."""
     maximum = torch.maximum(a[0], b[0])
-    both = rebased(a, a_weight, maximum) + rebased(b, b_weight, maximum)
+    both = rescale_sums(a, a_weight, maximum) + rescale_sums(b, b_weight, maximum)
     both[0] = maximum
     return both
 
@@ -165,9 +165,9 @@ def terms_of(
     # logit is infinite.
     at_maximum = target_logit == maximum
     nll = (maximum - target_logit) + torch.where(at_maximum, rest.log1p(), log_sum)
-    value, slope = _focal(nll, gamma)
+    value, focal_grad_factor = _focal(nll, gamma)
     losses = (1 - smoothing) * target_weight * value
-    target = (1 - smoothing) * target_weight * slope
+    target = (1 - smoothing) * target_weight * focal_grad_factor
     softmax, share = target, torch.zeros_like(target)
     if smoothing > 0:
         share = share + smoothing / classes
@@ -185,8 +185,8 @@ def _focal(nll: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     positive = torch.where(sure, 1.0, nll)
     p, rest = (-positive).exp(), -torch.expm1(-positive)
     p_nll = torch.where(p == 0, 0.0, p * positive)  # p log p -> 0, not 0 * inf
-    slope = rest**gamma + gamma * rest ** (gamma - 1) * p_nll
-    return torch.where(sure, 0.0, rest**gamma * positive), torch.where(sure, 0.0, slope)
+    focal_grad_factor = rest**gamma + gamma * rest ** (gamma - 1) * p_nll
+    return torch.where(sure, 0.0, rest**gamma * positive), torch.where(sure, 0.0, focal_grad_factor)
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,13 @@ class Reduction:
         return upstream if self.sample_weight is None else upstream * self.sample_weight
 
 
-def factors_of(terms: Tensor, target_slope: Tensor, upstream: Tensor) -> Tensor:
+def factors_of(terms: Tensor, target_du_dc: Tensor, upstream: Tensor) -> Tensor:
     """(5, N), for `gradients_of`. upstream: (N,) or 0-d, everything included."""
     maximum, softmax, smooth, target = terms
     g = upstream.expand(maximum.shape)
-    # Where nothing is left to divide by every gradient is 0, whatever stands above.
+    # Denominator 0 (no valid position): gradients are 0, whatever the numerator.
     scaled = (torch.where(g == 0, 0.0, g * t) for t in (softmax, smooth, target))
-    return torch.stack((maximum, *scaled, target_slope))
+    return torch.stack((maximum, *scaled, target_du_dc))
 
 
 @dataclass(frozen=True)

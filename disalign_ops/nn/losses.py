@@ -14,10 +14,10 @@ from .._call.arguments import (
     check_class_indices,
     check_input,
     check_integer,
+    check_normalizer,
     check_number,
+    check_reduction,
     check_tensor,
-    given_denominator,
-    given_reduction,
 )
 from .._call.types import (
     Background,
@@ -76,7 +76,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         if weight is not None:
             check_tensor("weight", weight)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.reduction = given_reduction(self.reduction)
+        self.reduction = check_reduction(self.reduction)
         self.ignore_index = check_integer("ignore_index", ignore_index)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
         self.focal_gamma = check_number("focal_gamma", focal_gamma, 0.0)
@@ -228,7 +228,7 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
 
 def _normalizer(value: Normalizer) -> Normalizer:
     """A checked normalizer; a number is Python's."""
-    given_denominator(value, value if isinstance(value, Tensor) else torch.empty(0, device="cpu"))
+    check_normalizer(value, value if isinstance(value, Tensor) else torch.empty(0, device="cpu"))
     return value if isinstance(value, str | Tensor) else check_number("normalizer", value, 0.0)
 
 

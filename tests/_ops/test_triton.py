@@ -268,7 +268,7 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
     ((2, 1203, 100), (0, 0)),
     ((1, 150, 16, 16), (128, 128)),
 ]
-# Registers a thread, at most, over all targets: (kernel, stem, warps) -> (float32 and bfloat16,
+# Registers a thread, at most, over all targets: (kernel, layout, warps) -> (float32 and bfloat16,
 # float64). 255 is all that a thread can have, 128 of 16 warps.
 REGISTERS = {
     ("axis_kernel", "upsample", 4): (48, 48),
@@ -298,7 +298,7 @@ REGISTERS = {
     ("loss_kernel", "any", 4): (40, 40),
     ("sum_kernel", "any", 4): (40, 40),
 }
-_SUMS = ("loss_kernel", "sum_kernel")  # the same for every stem
+_SUMS = ("loss_kernel", "sum_kernel")  # the same for every layout
 _compiled: dict[tuple[str, int], triton_compile.Compiled] = {}
 
 
@@ -314,10 +314,10 @@ def compiled(launch: Launch, architecture: int) -> triton_compile.Compiled:
 def test_every_kernel_compiles_spills_nothing_and_keeps_its_budget(
     shape: tuple[int, ...], size: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    stem = "upsample" if size[0] else "planes" if len(shape) == 3 else "rows"
+    layout = "upsample" if size[0] else "planes" if len(shape) == 3 else "rows"
     for calibrated in (True, False):
         for launch in launches(shape, dtype, calibrated, size, gamma=1.0):
-            kind = "any" if launch.name in _SUMS else stem
+            kind = "any" if launch.name in _SUMS else layout
             budgets = REGISTERS[launch.name, kind, launch.options["num_warps"]]
             for architecture in triton_compile.TARGETS:
                 found = compiled(launch, architecture)

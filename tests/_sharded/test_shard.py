@@ -1,6 +1,6 @@
 """The operators of a shard, rows of which the logits are some of the classes, against reference.py.
 
-`combined` in test_linear.py and test_class_parallel.py is what they are for.
+`all_reduce_sums` in test_linear.py and test_class_parallel.py is what they are for.
 """
 
 from __future__ import annotations

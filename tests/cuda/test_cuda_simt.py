@@ -59,12 +59,12 @@ def test_the_operators_pass_the_tests_of_the_cpu_kernels(
     assert run.returncode == 0, run.stdout[-3000:]
     # Each was called, and in its forward and both of its backwards.
     called = dict(re.findall(r"(\w+) called (\d+) times", run.stdout))
-    stems = ("row", "dense", "upsample")
-    wanted = {f"{stem}_{end}" for stem in stems for end in ("forward", "backward")}
+    layouts = ("row", "dense", "upsample")
+    wanted = {f"{layout}_{end}" for layout in layouts for end in ("forward", "backward")}
     if part != "few":
         wanted |= {f"{s}_calibrate{end}" for s in ("row", "dense") for end in ("", "_backward")}
     if part != "few" and seed is None:
-        wanted |= {f"{stem}_backward_" for stem in stems} | {"upsample_predict"}
+        wanted |= {f"{layout}_backward_" for layout in layouts} | {"upsample_predict"}
     assert wanted <= set(called), called
 
 
@@ -289,11 +289,11 @@ def test_upsampling_reads_the_low_resolution_and_nothing_of_the_outputs_size(
     assert kernels.traffic("grad_logits")["store_bytes"] == low
 
 
-@pytest.mark.parametrize("stem", ["row", "dense", "upsample"])
-def test_a_target_that_is_no_class_stops_the_kernel(kernels: ModuleType, stem: str) -> None:
+@pytest.mark.parametrize("layout", ["row", "dense", "upsample"])
+def test_a_target_that_is_no_class_stops_the_kernel(kernels: ModuleType, layout: str) -> None:
     problem = {
         "row": row(5, 19), "dense": dense(1, 19, 40), "upsample": upsample((1, 19, 3, 3), (6, 6)),
-    }[stem]  # fmt: skip
+    }[layout]  # fmt: skip
     for call in problem.calls():
         for wrong in (19, -1, 2**40):
             call.fields["target"] = call.fields["target"].copy()

@@ -53,3 +53,40 @@ def test_an_adapter(name: str) -> None:
 
 def test_what_is_made_when_it_is_asked_for() -> None:
     assert "`metrics.LongTailAccuracyMetric`" in REFERENCE
+
+
+DESIGN = (ROOT / "docs" / "design.md").read_text()
+MAP = DESIGN[DESIGN.index("\n## Map\n") : DESIGN.index("\n### Where is ...\n")]
+ANSWERS = DESIGN[DESIGN.index("\n### Where is ...\n") :].split("\n## ")[0]
+
+
+def mapped_files() -> list[str]:
+    """The paths that the map of docs/design.md names, in its order: a heading's folder, a file."""
+    folder, found = "", []
+    for line in MAP.splitlines():
+        if line.startswith("### "):
+            folder = line.removeprefix("### ")
+        elif entry := re.match(r"- `([^`]+)`: \S", line):
+            found.append(entry[1] if folder == "tests" else f"{folder}/{entry[1]}")
+    return found
+
+
+def test_the_map_names_every_file_and_nothing_else() -> None:
+    mapped = mapped_files()
+    assert len(mapped) == len(set(mapped))
+    there = {path for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    there |= set((ROOT / "disalign_ops").rglob("*.py"))
+    folders = {path.parent for path in (ROOT / "tests").rglob("*.py")}
+    # Stand-ins are packages of frameworks, which their own README lists.
+    folders = {path for path in folders if "standins" not in path.parts}
+    folders |= {ROOT / "tests/data"}
+    expected = {str(path.relative_to(ROOT)) for path in there}
+    expected |= {f"{path.relative_to(ROOT)}/" for path in folders}
+    assert set(mapped) - expected == set()
+    assert expected - set(mapped) == set()
+
+
+def test_the_answers_name_files_that_are_there() -> None:
+    named = re.findall(r"`([\w./]+/[\w.]+)`", ANSWERS)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []

@@ -72,7 +72,7 @@ class Problem:
             }
 
     @property
-    def stem(self) -> str:
+    def layout(self) -> str:
         return "upsample" if self.size else "row" if self.logits.dim() == 2 else "dense"
 
     def _loss(self, learned: dict[str, Tensor], reduction: str) -> Tensor:
@@ -88,7 +88,7 @@ class Problem:
         return reference.cross_entropy(z, self.target, **vectors, **options)
 
     def calls(self, **limits: int) -> list[Call]:
-        """Forward with the class sums, where the stem makes them there, and backward with all.
+        """Forward with the class sums, where the layout makes them there, and backward with all.
 
         To be run in this order: backward reads what forward writes.
         """
@@ -123,11 +123,11 @@ class Problem:
             **{k: v.copy() for k, v in sums.items()},
         }  # fmt: skip
         loss_expected = {"reduced_loss": _raw(loss.reshape(1))}
-        name = f"{self.stem} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
+        name = f"{self.layout} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
         return [
-            Call(name, f"{self.stem}_forward", forward,
+            Call(name, f"{self.layout}_forward", forward,
                  loss_expected | (wanted if in_forward else {})),
-            Call(name, f"{self.stem}_backward", backward,
+            Call(name, f"{self.layout}_backward", backward,
                  wanted | {"grad_logits": _raw(grads["logits"])}),
         ]  # fmt: skip
 
@@ -149,10 +149,10 @@ class Problem:
             "grad_logits": out.copy(), "grad_output": _raw(upstream), "class_gradients": True,
         }  # fmt: skip
         expected = {f"grad_{k}": _raw(g) for k, g in zip(learned, grads, strict=True)}
-        name = f"{self.stem} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
+        name = f"{self.layout} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
         return [
-            Call(name, f"{self.stem}_calibrate", forward, {"output": _raw(u)}),
-            Call(name, f"{self.stem}_calibrate_backward", backward, expected),
+            Call(name, f"{self.layout}_calibrate", forward, {"output": _raw(u)}),
+            Call(name, f"{self.layout}_calibrate_backward", backward, expected),
         ]
 
     def _fields(self) -> dict[str, Any]:

@@ -18,24 +18,24 @@ from .loss import (
 from .position import finite_or_zero, sigmoid
 
 
-@triton.jit(do_not_specialize=[*RUN_TIME, "out_image_stride", "out_stride"])
+@triton.jit(do_not_specialize=[*RUN_TIME, "out_outer_stride", "out_stride"])
 def calibrate_kernel(
     logits, scale, bias, confidence, out,
-    images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
-    out_image_stride: tl.int64, out_stride: tl.int64,
+    outer: tl.int64, inner: tl.int64, classes: tl.int32, outer_stride: tl.int64, stride: tl.int64,
+    out_outer_stride: tl.int64, out_stride: tl.int64,
     PLANES: tl.constexpr, UNIT: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """One read of the logits, one write of u."""
     inner, classes = bounds(inner, classes, PLANES, UNIT)
-    image_stride, stride = image_stride * UNIT, stride * UNIT
-    out_image_stride, out_stride = out_image_stride * UNIT, out_stride * UNIT
+    outer_stride, stride = outer_stride * UNIT, stride * UNIT
+    out_outer_stride, out_stride = out_outer_stride * UNIT, out_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
     own = columns < classes
-    blocks = images * tl.cdiv(inner, POSITIONS)
+    blocks = outer * tl.cdiv(inner, POSITIONS)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        i, inside, base = positions_of(block, inner, image_stride, stride, PLANES, POSITIONS)
-        i, inside, to = positions_of(block, inner, out_image_stride, out_stride, PLANES, POSITIONS)
+        i, inside, base = positions_of(block, inner, outer_stride, stride, PLANES, POSITIONS)
+        i, inside, to = positions_of(block, inner, out_outer_stride, out_stride, PLANES, POSITIONS)
         mask = inside[:, None] & own[None, :]
         c = sigmoid(tl.load(confidence + i, mask=inside, other=0.0))
         z = tl.load(logits + elements(base, columns, stride, PLANES), mask=mask, other=0.0)
@@ -44,11 +44,11 @@ def calibrate_kernel(
                  mask=mask)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*RUN_TIME, "given_image_stride", "given_stride"])
+@triton.jit(do_not_specialize=[*RUN_TIME, "given_outer_stride", "given_stride"])
 def calibrate_backward_kernel(
     grad_output, logits, scale, bias, confidence, grad_logits, class_sums, confidence_sums,
-    images: tl.int64, inner: tl.int64, classes: tl.int32, image_stride: tl.int64, stride: tl.int64,
-    given_image_stride: tl.int64, given_stride: tl.int64,
+    outer: tl.int64, inner: tl.int64, classes: tl.int32, outer_stride: tl.int64, stride: tl.int64,
+    given_outer_stride: tl.int64, given_stride: tl.int64,
     PLANES: tl.constexpr, UNIT: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -57,17 +57,17 @@ def calibrate_backward_kernel(
     given_*: strides of grad_output and of grad_logits, both contiguous.
     """
     inner, classes = bounds(inner, classes, PLANES, UNIT)
-    image_stride, stride = image_stride * UNIT, stride * UNIT
-    given_image_stride, given_stride = given_image_stride * UNIT, given_stride * UNIT
+    outer_stride, stride = outer_stride * UNIT, stride * UNIT
+    given_outer_stride, given_stride = given_outer_stride * UNIT, given_stride * UNIT
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
     own = columns < classes
     grad_scale = tl.zeros([POSITIONS, CLASSES], ACC)
     grad_bias = tl.zeros([POSITIONS, CLASSES], ACC)
-    blocks = images * tl.cdiv(inner, POSITIONS)
+    blocks = outer * tl.cdiv(inner, POSITIONS)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        i, inside, base = positions_of(block, inner, image_stride, stride, PLANES, POSITIONS)
+        i, inside, base = positions_of(block, inner, outer_stride, stride, PLANES, POSITIONS)
         i, inside, to = positions_of(
-            block, inner, given_image_stride, given_stride, PLANES, POSITIONS
+            block, inner, given_outer_stride, given_stride, PLANES, POSITIONS
         )
         mask = inside[:, None] & own[None, :]
         c = sigmoid(tl.load(confidence + i, mask=inside, other=0.0))
@@ -80,7 +80,7 @@ def calibrate_backward_kernel(
             b = entries(bias, columns, own, 0.0, ACC)[None, :]
             g_d = tl.where(masked, 0.0, g * finite_or_zero(a * z + b))
             sums = c * (1.0 - c) * tl.sum(g_d, 1)
-            tl.store(confidence_sums + tl.program_id(1) * images * inner + i, sums, mask=inside)
+            tl.store(confidence_sums + tl.program_id(1) * outer * inner + i, sums, mask=inside)
         if class_sums is not None:
             g_c = g * c[:, None]
             grad_scale += tl.where(masked, 0.0, g_c * z)

@@ -67,7 +67,7 @@ def tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
-        return 2  # under TRITON_INTERPRET: few, so that they go round
+        return 2  # under TRITON_INTERPRET: few programs, so each loops
     properties = torch.get_device_module(device).get_device_properties(device)
     for name in ("multi_processor_count", "gpu_subslice_count"):
         if hasattr(properties, name):

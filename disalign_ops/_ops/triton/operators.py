@@ -1,7 +1,7 @@
 """The operators of rows and class planes: what is launched for them, with what memory.
 
 Arguments: call.py. `row_*` and `dense_*` are the same functions: they differ in how a logit is
-found (Layout).
+found (LogitsView).
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from .loss import backward_kernel, forward_kernel
 
 
 @dataclass(frozen=True)
-class Layout:
+class LogitsView:
     """Logits (N, C) with neighbouring classes, or (N, C, S) with neighbouring positions, and how
     they are divided over programs.
     """
 
     logits: Tensor
-    images: int
+    outer: int
     inner: int
     classes: int
-    image_stride: int
+    outer_stride: int
     stride: int
     planes: bool
 
     @staticmethod
-    def of(logits: Tensor) -> Layout:
+    def of(logits: Tensor) -> LogitsView:
         if logits.dim() == 2:
             n, classes = logits.shape
-            return Layout(logits, 1, n, classes, 0, logits.stride(0), False)
+            return LogitsView(logits, 1, n, classes, 0, logits.stride(0), False)
         n, classes, inner = logits.shape
-        return Layout(logits, n, inner, classes, logits.stride(0), logits.stride(1), True)
+        return LogitsView(logits, n, inner, classes, logits.stride(0), logits.stride(1), True)
 
     @property
     def positions(self) -> int:
-        return self.images * self.inner
+        return self.outer * self.inner
 
     @property
     def tile(self) -> launch.Tile:
@@ -58,36 +58,36 @@ class Layout:
 
     def programs(self, parts: int) -> int:
         """Along the positions, beside `parts` along the classes."""
-        blocks = self.images * triton.cdiv(self.inner, self.tile.positions)
+        blocks = self.outer * triton.cdiv(self.inner, self.tile.positions)
         return launch.programs(blocks, self.tile, parts, self.logits.device)
 
     @property
     def unit(self) -> int:
         """See loss.py."""
         last = self.inner if self.planes else self.classes
-        steps = (self.stride, self.image_stride, *self._contiguous, last)
+        steps = (self.stride, self.outer_stride, *self._contiguous, last)
         return 16 if all(s % 16 == 0 for s in steps) else 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """As kernels take them: images, inner, classes, image_stride, stride."""
+        """As kernels take them: outer, inner, classes, outer_stride, stride."""
         inner, classes = self.inner, self.classes
         if self.planes:
             inner //= self.unit
         else:
             classes //= self.unit
-        return self.images, inner, classes, *self.strides
+        return self.outer, inner, classes, *self.strides
 
     @property
     def strides(self) -> tuple[int, int]:
         """As kernels take them."""
-        return self.image_stride // self.unit, self.stride // self.unit
+        return self.outer_stride // self.unit, self.stride // self.unit
 
     @property
     def contiguous(self) -> tuple[int, int]:
         """Strides, as kernels take them, of a contiguous tensor of this shape."""
-        image_stride, stride = self._contiguous
-        return image_stride // self.unit, stride // self.unit
+        outer_stride, stride = self._contiguous
+        return outer_stride // self.unit, stride // self.unit
 
     @property
     def _contiguous(self) -> tuple[int, int]:
@@ -111,18 +111,18 @@ def forward(*arguments: Any) -> list[Tensor]:
     """
     call = Forward.of(arguments)
     given, logits = call.given, call.given.logits
-    layout = Layout.of(logits)
-    tiled, n = layout.tile.tiled, layout.positions
-    loss = Loss(call, n, layout.programs(1))
+    view = LogitsView.of(logits)
+    tiled, n = view.tile.tiled, view.positions
+    loss = Loss(call, n, view.programs(1))
     class_sums = call.wanted & (SCALE | BIAS)
     # A tiled forward has not all classes at a time: their sums are backward's.
     here = call.wanted & CONFIDENCE if tiled else call.wanted & CALIBRATION
     sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
-    layout.start(
+    view.start(
         forward_kernel, (loss.programs,),
         (
             *given.tensors, given.weights, loss.value if call.each else None, *loss.statistics,
-            loss.block_sums, sums.classes, sums.confidence, None, *layout.sizes, *given.numbers,
+            loss.block_sums, sums.classes, sums.confidence, None, *view.sizes, *given.numbers,
             call.by_weights,
         ),
         TILED=tiled,
@@ -140,16 +140,16 @@ def _gradients(
 ) -> CalibrationSums:
     """Fills in grad_logits, unless None, and returns what sums there are over programs."""
     given, logits = call.given, call.given.logits
-    layout = Layout.of(logits)
-    programs, n = layout.programs(layout.parts), layout.positions
-    sums = CalibrationSums.of(logits, call.wanted, n, programs, layout.parts, n)
-    layout.start(
-        backward_kernel, (programs, layout.parts),
+    view = LogitsView.of(logits)
+    programs, n = view.programs(view.parts), view.positions
+    sums = CalibrationSums.of(logits, call.wanted, n, programs, view.parts, n)
+    view.start(
+        backward_kernel, (programs, view.parts),
         (
             *given.tensors, given.weights, call.grad_loss, *call.statistics, call.denominator,
-            target_logits, None, grad_logits, sums.classes, sums.confidence, *layout.sizes,
+            target_logits, None, grad_logits, sums.classes, sums.confidence, *view.sizes,
             call.upstream_stride,
-            *(layout.strides if grad_logits is logits else layout.contiguous), *given.numbers,
+            *(view.strides if grad_logits is logits else view.contiguous), *given.numbers,
         ),
     )  # fmt: skip
     return sums
@@ -201,16 +201,16 @@ def _shard_numbers(smoothing: bool) -> tuple[int, float, float]:
 def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """The sums of a shard's rows; arguments as in reference.shard_sums."""
     *vectors, smoothing = rest
-    layout = Layout.of(logits)
-    sums = vector(logits, SHARD_VALUES * layout.positions).view(SHARD_VALUES, -1)
+    view = LogitsView.of(logits)
+    sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
     nothing = (None,) * 6
-    layout.start(
-        forward_kernel, (layout.programs(1),),
+    view.start(
+        forward_kernel, (view.programs(1),),
         (
-            logits, target, *vectors, None, None, *nothing, sums, *layout.sizes,
+            logits, target, *vectors, None, None, *nothing, sums, *view.sizes,
             *_shard_numbers(smoothing), 0,
         ),
-        TILED=layout.tile.tiled,
+        TILED=view.tile.tiled,
     )  # fmt: skip
     return sums
 
@@ -219,16 +219,16 @@ def _shard_gradients(
     arguments: tuple[Any, ...], wanted: int, grad_logits: Tensor | None
 ) -> list[Tensor]:
     factors, logits, target, *vectors, smoothing = arguments
-    layout = Layout.of(logits)
-    programs, n = layout.programs(layout.parts), layout.positions
-    sums = CalibrationSums.of(logits, wanted, n, programs, layout.parts, n)
+    view = LogitsView.of(logits)
+    programs, n = view.programs(view.parts), view.positions
+    sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)
     nothing = (None,) * 5
-    layout.start(
-        backward_kernel, (programs, layout.parts),
+    view.start(
+        backward_kernel, (programs, view.parts),
         (
             logits, target, *vectors, None, None, *nothing, factors, grad_logits, sums.classes,
-            sums.confidence, *layout.sizes, 0,
-            *(layout.strides if grad_logits is logits else layout.contiguous),
+            sums.confidence, *view.sizes, 0,
+            *(view.strides if grad_logits is logits else view.contiguous),
             *_shard_numbers(smoothing),
         ),
     )  # fmt: skip
@@ -249,10 +249,10 @@ def shard_backward_in_place(*arguments: Any) -> list[Tensor]:
 
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
     out = logits.new_empty(logits.shape)
-    layout = Layout.of(logits)
-    layout.start(
-        calibrate_kernel, (layout.programs(layout.parts), layout.parts),
-        (logits, scale, bias, confidence, out, *layout.sizes, *layout.contiguous),
+    view = LogitsView.of(logits)
+    view.start(
+        calibrate_kernel, (view.programs(view.parts), view.parts),
+        (logits, scale, bias, confidence, out, *view.sizes, *view.contiguous),
     )  # fmt: skip
     return out
 
@@ -265,15 +265,15 @@ def calibrate_backward(
     confidence: Tensor,
     wanted: int,
 ) -> list[Tensor]:
-    layout = Layout.of(logits)
-    programs, n = layout.programs(layout.parts), layout.positions
+    view = LogitsView.of(logits)
+    programs, n = view.programs(view.parts), view.positions
     whole = _new_gradient(logits, wanted)
-    sums = CalibrationSums.of(logits, wanted, n, programs, layout.parts, n)
-    layout.start(
-        calibrate_backward_kernel, (programs, layout.parts),
+    sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)
+    view.start(
+        calibrate_backward_kernel, (programs, view.parts),
         (
             grad_output, logits, scale, bias, confidence, whole[0] if whole else None,
-            sums.classes, sums.confidence, *layout.sizes, *layout.contiguous,
+            sums.classes, sums.confidence, *view.sizes, *view.contiguous,
         ),
     )  # fmt: skip
     return whole + sums.gradients(None, wanted)

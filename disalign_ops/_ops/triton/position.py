@@ -1,7 +1,7 @@
 """The loss and the gradient's factors of positions, from sums over their classes.
 
 csrc/cuda/kernels/position.cuh and common/loss_math.h in Triton; docs/math.md has the formulas. The
-target's term is kept out of the sums `rest` and `rest_slope`: the loss of a position with p_t next
+target's term is kept out of the sums `rest` and `rest_du_dc`: the loss of a position with p_t next
 to 1 is log1p of what is left.
 """
 
@@ -73,8 +73,8 @@ def focal_terms(nll, gamma):
     rest = one_less_exp(positive)
     p_nll = tl.where(p == 0.0, 0.0, p * positive)  # p log p -> 0, not 0 * inf
     value = power(rest, gamma) * positive
-    slope = power(rest, gamma) + gamma * power(rest, gamma - 1.0) * p_nll
-    return tl.where(sure, 0.0, value), tl.where(sure, 0.0, slope)
+    focal_grad_factor = power(rest, gamma) + gamma * power(rest, gamma - 1.0) * p_nll
+    return tl.where(sure, 0.0, value), tl.where(sure, 0.0, focal_grad_factor)
 
 
 @triton.jit
@@ -85,16 +85,16 @@ def row_terms(nll, target_weight, weights, smoothing, classes, gamma):
     weights: sum_j w_j.
     """
     value = nll
-    slope = tl.full(nll.shape, 1.0, nll.dtype)  # not of nll, which may be infinite
+    focal_grad_factor = tl.full(nll.shape, 1.0, nll.dtype)  # not of nll, which may be infinite
     if gamma > 0:
-        value, slope = focal_terms(nll, gamma)
-    target = (1.0 - smoothing) * target_weight * slope
+        value, focal_grad_factor = focal_terms(nll, gamma)
+    target = (1.0 - smoothing) * target_weight * focal_grad_factor
     share = smoothing / classes
     return target + share * weights, target, share, value
 
 
 @triton.jit
-def add_sums(m, rest, rest_slope, smooth, weights, m2, rest2, rest_slope2, smooth2, weights2):
+def add_sums(m, rest, rest_du_dc, smooth, weights, m2, rest2, rest_du_dc2, smooth2, weights2):
     """Sums over two parts of the classes, relative to the greater maximum."""
     maximum = tl.maximum(m, m2)
     ratio, ratio2 = tl.exp(m - maximum), tl.exp(m2 - maximum)
@@ -104,7 +104,7 @@ def add_sums(m, rest, rest_slope, smooth, weights, m2, rest2, rest_slope2, smoot
     return (
         maximum,
         rest * ratio + rest2 * ratio2,
-        rest_slope * ratio + rest_slope2 * ratio2,
+        rest_du_dc * ratio + rest_du_dc2 * ratio2,
         smooth + smooth2 + lost + lost2,
         weights + weights2,
     )

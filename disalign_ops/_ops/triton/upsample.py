@@ -153,12 +153,12 @@ def forward_kernel(
             t = targets_of(target, i, inside, ignore_index, classes, False)
         else:
             t = tl.full([POSITIONS], -1, tl.int32)
-        counts = t >= 0
-        valid = inside if prediction is not None else counts
+        valid = t >= 0
+        computed = inside if prediction is not None else valid
         top, left = tl.load(y_source + y), tl.load(x_source + x)
         bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
         down, across = tl.load(y_weight + y), tl.load(x_weight + x)
-        margin_t = entries(margin, t, counts, 0.0, ACC)
+        margin_t = entries(margin, t, valid, 0.0, ACC)
 
         nothing = tl.zeros([POSITIONS], ACC)
         maximum, greatest = lowest(nothing), lowest(nothing)
@@ -168,7 +168,9 @@ def forward_kernel(
             columns = class_indices(first, CLASSES)
             own = columns < classes
             is_target = columns[None, :] == t[:, None]
-            ul, ur, ll, lr = corners(low, columns, valid, own, image, top, bottom, left, right, ACC)
+            ul, ur, ll, lr = corners(
+                low, columns, computed, own, image, top, bottom, left, right, ACC
+            )
             u = between(ul, ur, ll, lr, down[:, None], across[:, None])
             u = tl.where(own[None, :], u, -float("inf"))
             highest, at = tl.max(u, 1, return_indices=True)
@@ -184,7 +186,7 @@ def forward_kernel(
                 w = entries(weight, columns, own, 1.0, ACC)[None, :]
                 smooth_here = tl.sum(tl.where(own[None, :], w * (u - m[:, None]), 0.0), 1)
                 weight_here = nothing + tl.sum(tl.where(own[None, :], w, 0.0), 1)
-            maximum, rest, _slope, smooth, seen = add_sums(
+            maximum, rest, _du_dc, smooth, seen = add_sums(
                 maximum, rest, nothing, smooth, seen,
                 m, rest_here, nothing, smooth_here, weight_here,
             )  # fmt: skip
@@ -194,25 +196,25 @@ def forward_kernel(
         if prediction is not None:
             tl.store(prediction + i, best.to(tl.int64), mask=inside)
         if target is not None:
-            w_t = entries(weight, t, counts, 1.0, ACC)
-            v = tl.where(counts, entries(sample_weight, i, counts, 1.0, ACC), 0.0)
+            w_t = entries(weight, t, valid, 1.0, ACC)
+            v = tl.where(valid, entries(sample_weight, i, valid, 1.0, ACC), 0.0)
             value, total, _softmax, _share, _q = position_loss(
                 maximum, rest, target_logit, smooth, w_t, all_weights, e, count, g
             )
-            value = tl.where(counts, value * v, 0.0)
+            value = tl.where(valid, value * v, 0.0)
             if loss is not None:
                 tl.store(loss + i, value, mask=inside)
-            tl.store(row_max + i, tl.where(counts, maximum, 0.0), mask=inside)
-            tl.store(row_sum + i, tl.where(counts, total, 1.0), mask=inside)
+            tl.store(row_max + i, tl.where(valid, maximum, 0.0), mask=inside)
+            tl.store(row_sum + i, tl.where(valid, total, 1.0), mask=inside)
             if probability is not None:
                 # Without the margin, which only training knows.
                 z_t = target_logit + margin_t
                 m = tl.where(z_t > maximum, z_t, maximum)
                 own_part = tl.exp(z_t - m)
                 p = own_part / (rest * tl.exp(maximum - m) + own_part)
-                tl.store(probability + i, tl.where(counts, p, 0.0), mask=inside)
+                tl.store(probability + i, tl.where(valid, p, 0.0), mask=inside)
             loss_sum += value.to(tl.float64)
-            share_sum += divisor_share(counts, w_t, v, by_weights)
+            share_sum += divisor_share(valid, w_t, v, by_weights)
 
     if block_sums is not None:
         write_block_sums(block_sums, loss_sum, share_sum)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import class_indices, entries, inverse_of, slope, targets_of, write_class_sums
+from .loss import class_indices, du_dc, entries, inverse_of, targets_of, write_class_sums
 from .position import log1p, row_terms, sigmoid
 from .upsample import OPTIONS, SIZES, STRIDES, between, corners, masked, node, outputs_of
 
@@ -57,7 +57,7 @@ def factors_kernel(
     ignore_index: tl.int64, smoothing: tl.float64, gamma: tl.float64,
     POSITIONS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """targets[positions], -1 where nothing counts, and factors[4][positions]: maximum, softmax,
+    """targets[positions], -1 of an ignored one, and factors[4][positions]: maximum, softmax,
     smooth and at_target of q_j = softmax exp(u_j - maximum) - smooth w_j - at_target [j = t].
     """
     e = tl.full((), smoothing, ACC)
@@ -69,29 +69,29 @@ def factors_kernel(
            image_stride, class_stride, y_stride, x_stride)  # fmt: skip
     image, y, x, i, inside = outputs_of(tl.program_id(0), out_height, out_width, POSITIONS)
     t = targets_of(target, i, inside, ignore_index, classes, False)
-    counts = t >= 0
-    maximum = tl.load(row_max + i, mask=counts, other=0.0)
-    total = tl.load(row_sum + i, mask=counts, other=1.0)
+    valid = t >= 0
+    maximum = tl.load(row_max + i, mask=valid, other=0.0)
+    total = tl.load(row_sum + i, mask=valid, other=1.0)
     nll = tl.zeros([POSITIONS], ACC)
     if gamma > 0:
         top, left = tl.load(y_source + y), tl.load(x_source + x)
         down, across = tl.load(y_weight + y), tl.load(x_weight + x)
         bottom, right = tl.minimum(top + 1, height - 1), tl.minimum(left + 1, width - 1)
         u_t = between(
-            target_node(low, t, counts, image, top, left, ACC),
-            target_node(low, t, counts, image, top, right, ACC),
-            target_node(low, t, counts, image, bottom, left, ACC),
-            target_node(low, t, counts, image, bottom, right, ACC),
+            target_node(low, t, valid, image, top, left, ACC),
+            target_node(low, t, valid, image, top, right, ACC),
+            target_node(low, t, valid, image, bottom, left, ACC),
+            target_node(low, t, valid, image, bottom, right, ACC),
             down, across,
         )  # fmt: skip
-        u_t -= entries(margin, t, counts, 0.0, ACC)
+        u_t -= entries(margin, t, valid, 0.0, ACC)
         nll = (maximum - u_t) + tl.where(u_t == maximum, log1p(total - 1.0), tl.log(total))
-    w_t = entries(weight, t, counts, 1.0, ACC)
+    w_t = entries(weight, t, valid, 1.0, ACC)
     softmax, at_target, share, _value = row_terms(nll, w_t, all_weights, e, count, g)
-    factor = entries(sample_weight, i, counts, 1.0, ACC)
+    factor = entries(sample_weight, i, valid, 1.0, ACC)
     if upstream is not None:
-        factor *= tl.load(upstream + i * upstream_stride, mask=counts, other=0.0)
-    # Where nothing is left to divide by every gradient is 0, whatever stands above.
+        factor *= tl.load(upstream + i * upstream_stride, mask=valid, other=0.0)
+    # Denominator 0 (no valid position): gradients are 0, whatever the numerator.
     factor = tl.where(inverse == 0.0, 0.0, factor * inverse)
     positions = images * out_height * out_width
     tl.store(targets + i, t, mask=inside)
@@ -141,15 +141,15 @@ def backward_kernel(
             rows = tl.zeros([NODES], tl.int32)
             for side_x in tl.static_range(2):
                 left = x - 1 + side_x
-                valid = inside & (left >= 0)
-                left = tl.where(valid, left, 0)
+                has_node = inside & (left >= 0)
+                left = tl.where(has_node, left, 0)
                 right = tl.minimum(left + 1, width - 1)
-                begin_x = tl.load(x_first + left, mask=valid, other=0)
-                end_x = tl.load(x_first + left + 1, mask=valid, other=0)
+                begin_x = tl.load(x_first + left, mask=has_node, other=0)
+                end_x = tl.load(x_first + left + 1, mask=has_node, other=0)
                 longest = tl.max(end_x - begin_x, 0)
                 up = tl.maximum(top, 0)
                 ul, ur, ll, lr = corners(
-                    low, columns, valid, own, image, rows + up, rows + bottom, left, right, ACC
+                    low, columns, has_node, own, image, rows + up, rows + bottom, left, right, ACC
                 )
                 for out_y in range(begin_y, end_y):
                     down = tl.load(y_weight + out_y)
@@ -159,30 +159,30 @@ def backward_kernel(
                         there = out_x < end_x
                         i = (image * out_height + out_y) * out_width + out_x
                         t = tl.load(targets + i, mask=there, other=-1)
-                        counts = t >= 0
-                        maximum = tl.load(factors + i, mask=counts, other=0.0)
-                        softmax = tl.load(factors + positions + i, mask=counts, other=0.0)
-                        at_target = tl.load(factors + 3 * positions + i, mask=counts, other=0.0)
+                        valid = t >= 0
+                        maximum = tl.load(factors + i, mask=valid, other=0.0)
+                        softmax = tl.load(factors + positions + i, mask=valid, other=0.0)
+                        at_target = tl.load(factors + 3 * positions + i, mask=valid, other=0.0)
                         across = tl.load(x_weight + out_x, mask=there, other=0.0)
                         is_target = columns[None, :] == t[:, None]
                         u = between(ul, ur, ll, lr, down, across[:, None])
                         u = tl.where(is_target, u - margins, u)
                         q = softmax[:, None] * tl.exp(u - maximum[:, None])
                         if smoothing > 0:
-                            share = tl.load(factors + 2 * positions + i, mask=counts, other=0.0)
+                            share = tl.load(factors + 2 * positions + i, mask=valid, other=0.0)
                             w = entries(weight, columns, own, 1.0, ACC)[None, :]
                             q -= share[:, None] * w
                         q -= tl.where(is_target, at_target[:, None], 0.0)
                         share_x = 1.0 - across if side_x == 1 else across
                         q = q * (share_y * share_x)[:, None]
-                        sum_u += tl.where(counts[:, None], q, 0.0)
+                        sum_u += tl.where(valid[:, None], q, 0.0)
 
         mask = inside[:, None] & own[None, :]
         sum_u = tl.where(mask, sum_u, 0.0)
         y_of_all = tl.zeros([NODES], tl.int32) + y
         z, _u, c = node(low, columns, inside, own, image, y_of_all, tl.where(inside, x, 0), ACC)
         if confidence_sums is not None:
-            d = slope(z, columns, own, scale, bias, ACC)
+            d = du_dc(z, columns, own, scale, bias, ACC)
             sums = c * (1.0 - c) * tl.sum(sum_u * d, 1)
             nodes = images * height * width
             at = tl.program_id(1) * nodes + (image * height + y) * width + x
