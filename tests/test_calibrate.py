@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import dense_cases
-from support.cases import CONTENTS, SHAPES, Rows, rows
-from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
+from support import dense_cases
+from support.cases import CONTENTS, SHAPES, Rows, rows
+from support.tolerances import assert_close, assert_no_worse
 
 
 def run(r: Rows, upstream: Tensor) -> list[Tensor]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import ranks
-from support.sharded_cases import SHARDS, D, Whole, close, options_of, shard_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import disalign_ops
 from disalign_ops import Shard
+from support import ranks
+from support.sharded_cases import SHARDS, D, Whole, close, options_of, shard_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from support import ranks
-from support.tolerances import assert_close
 from torch import Tensor, nn
 
 import disalign_ops
+from support import ranks
+from support.tolerances import assert_close
 
 
 def _model() -> tuple[nn.Linear, nn.Linear, Tensor, Tensor]:

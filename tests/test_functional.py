@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tolerances import assert_close
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops.errors import ArgumentError, ArgumentTypeError
+from support.tolerances import assert_close
 
 SHAPES = [(5,), (3, 5), (2, 5, 4), (2, 5, 3, 4), (2, 5, 2, 3, 2), (0, 5), (2, 5, 0)]
 

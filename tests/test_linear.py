@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.linear_cases import CALIBRATION, LINEAR, C, D, N, Problem
-from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import disalign_ops
 from disalign_ops import nn as dnn
 from disalign_ops._sharded import chunks as linear_chunks
+from support.linear_cases import CALIBRATION, LINEAR, C, D, N, Problem
+from support.tolerances import assert_close, assert_no_worse
 
 # One row or class at a time, parts of both with a rest, all rows, everything at once.
 PLANS = [(1, C), (1, 1), (5, 4), (N, 3), (8, C), (N, C)]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
 from disalign_ops import losses
+from support.tolerances import assert_close
 
 COUNTS = [500, 3, 120, 41, 3, 77, 1000]
 N, C = 12, len(COUNTS)

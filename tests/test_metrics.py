@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ranks
 
 from disalign_ops import metrics
 from disalign_ops.metrics import LongTailAccuracy, split_classes
+from support import ranks
 
 IGNORED = -100
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.tolerances import assert_close
 from torch import nn
 
 import disalign_ops
+from support.tolerances import assert_close
 
 TORCHS = F.cross_entropy
 

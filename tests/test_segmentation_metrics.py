@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ranks
 
 from disalign_ops import segmentation_metrics
 from disalign_ops.segmentation_metrics import ADE20K_SPLIT, SegmentationIoU, split_pixels
+from support import ranks
 
 IGNORED = 255
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]

@@ -8,14 +8,14 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from support.comparison import NAMES, compare, memory_held, run, upstream_of
-from support.dense_cases import CONTENTS, EXTRAS, Dense, combinations, dense
-from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops import upsample_cross_entropy, upsample_predict
 from disalign_ops.errors import ArgumentError, ArgumentTypeError
+from support.comparison import NAMES, compare, memory_held, run, upstream_of
+from support.dense_cases import CONTENTS, EXTRAS, Dense, combinations, dense
+from support.tolerances import assert_close, assert_no_worse
 
 # (h, w) -> (H, W), and why.
 SIZES = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import Rows, rows
-from support.tolerances import assert_close
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import disalign_ops
+from support.cases import Rows, rows
+from support.tolerances import assert_close
 
 
 def loss_of(z: Tensor, *calibration: Tensor, reduction: str = "mean", **options: object) -> Tensor:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import sets
-from support.places import test_files
 
 import disalign_ops
 from disalign_ops._ops import backends
 from disalign_ops.errors import ArgumentError
+from support import sets
+from support.places import test_files
 
 PACKAGE = Path(disalign_ops.__file__).parent
 NATIVE = disalign_ops.backend_info()["native"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from support.places import ROOT
-
 from disalign_ops._ops import codes
+from support.places import ROOT
 
 HEADER = (ROOT / "csrc" / "common" / "codes.h").read_text()
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import CONTENTS, SHAPES, Rows, rows
-from support.comparison import memory_allocated
-from support.dense_cases import Dense, dense
-from support.tolerances import assert_close, assert_no_worse
 from test_row import EXTRAS, NORMALIZERS, run
 from torch import Tensor
 from torch.nn import functional as F
 
 import disalign_ops
 from disalign_ops._ops import backends, composed, dispatch, reference
+from support.cases import CONTENTS, SHAPES, Rows, rows
+from support.comparison import memory_allocated
+from support.dense_cases import Dense, dense
+from support.tolerances import assert_close, assert_no_worse
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, why: str, warned: bool = False) -> None:

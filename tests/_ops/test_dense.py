@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.comparison import NAMES, compare, memory_allocated, run, upstream_of
-from support.dense_cases import CONTENTS, EXTRAS, SHAPES, Dense, combinations, dense
-from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops._ops import layouts
+from support.comparison import NAMES, compare, memory_allocated, run, upstream_of
+from support.dense_cases import CONTENTS, EXTRAS, SHAPES, Dense, combinations, dense
+from support.tolerances import assert_close, assert_no_worse
 
 
 def loss(d: Dense, calibrated: bool) -> Tensor:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.dense_cases import dense
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import disalign_ops
 from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS
+from support.dense_cases import dense
 
 OPS = torch.ops.disalign_ops
 EAGER_ONLY = ("test_schema", "test_faketensor")  # what eager mode alone calls, below autograd

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.linear_cases import Problem
-from support.tolerances import ROUNDING, assert_close
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops._ops import reference
+from support.linear_cases import Problem
+from support.tolerances import ROUNDING, assert_close
 
 N, C, MASKED = 7, 83, 5
 OFFSETS = (0.0, 1e4, 1e6, -1e6, -1e9)

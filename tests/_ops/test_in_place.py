@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cases import rows
-from support.tolerances import assert_close
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops.errors import ArgumentError
+from support.cases import rows
+from support.tolerances import assert_close
 
 
 def logits(n: int = 9, c: int = 67, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

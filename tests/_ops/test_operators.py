@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import rows
-from support.tolerances import assert_close
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE
+from support.cases import rows
+from support.tolerances import assert_close
 
 OPS = torch.ops.disalign_ops
 

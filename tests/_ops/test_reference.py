@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import Rows, rows
-from support.tolerances import assert_close
 from torch import Tensor
 
 from disalign_ops._ops import reference
+from support.cases import Rows, rows
+from support.tolerances import assert_close
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

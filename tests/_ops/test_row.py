@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import CONTENTS, SHAPES, Rows, rows
-from support.tolerances import assert_close, assert_no_worse
 from torch import Tensor
 
 import disalign_ops
+from support.cases import CONTENTS, SHAPES, Rows, rows
+from support.tolerances import assert_close, assert_no_worse
 
 NAMES = ("input", "confidence", "scale", "bias")
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import sets, triton_compile
-from support.places import TESTS, test_files
-from support.triton_compile import Launch
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,6 +17,9 @@ import disalign_ops
 from disalign_ops._ops import backends, schemas
 from disalign_ops._ops.codes import CALIBRATION
 from disalign_ops._ops.triton import operators, registration, upsample_operators
+from support import sets, triton_compile
+from support.places import TESTS, test_files
+from support.triton_compile import Launch
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import triton_compile
-from support.triton_compile import Launch
 from torch import Tensor
 
 import disalign_ops
 from disalign_ops._ops import backends
+from support import triton_compile
+from support.triton_compile import Launch
 
 ALL = os.environ.get("DISALIGN_OPS_TRITON_COMPILE") == "all"
 TARGETS = (80, 90, 120)

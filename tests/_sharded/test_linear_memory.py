@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from support.comparison import memory_allocated, memory_held
-from support.linear_cases import CALIBRATION, LINEAR, Problem
 
 import disalign_ops
 from disalign_ops._sharded import chunks
+from support.comparison import memory_allocated, memory_held
+from support.linear_cases import CALIBRATION, LINEAR, Problem
 
 
 def _problem_of_size(n: int, d: int, c: int, **requires: bool) -> Problem:

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support import ranks
-from support.sharded_cases import SHARDS, C, N, Whole, close, options_of, shard_of
-from support.tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
 import disalign_ops
 from disalign_ops import Shard
+from support import ranks
+from support.sharded_cases import SHARDS, C, N, Whole, close, options_of, shard_of
+from support.tolerances import assert_close
 
 
 def _small_loss(rank: int, world: int) -> None:

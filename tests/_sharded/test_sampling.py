@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from support.linear_cases import CALIBRATION, LINEAR, D, Problem
-from support.tolerances import assert_close
 from torch.nn import functional as F
 
 import disalign_ops
 from disalign_ops._sharded.sampling import Sample
+from support.linear_cases import CALIBRATION, LINEAR, D, Problem
+from support.tolerances import assert_close
 
 
 def test_every_target_is_kept_and_the_rest_has_no_gradient() -> None:

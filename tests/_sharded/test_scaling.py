@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from support import ranks
-from support.comparison import memory_held
-from support.places import ROOT
 from test_ranks import Carried
 
 from benchmarks import scaling
 from disalign_ops import Shard, disalign_linear_cross_entropy
+from support import ranks
+from support.comparison import memory_held
+from support.places import ROOT
 
 STEP = scaling.Step(classes=20_000, features=64, rows=256, gpus=2)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import SHAPES
-from support.tolerances import ROUNDING, assert_close
 from torch import Tensor
 
 from disalign_ops._ops import reference, schemas
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
+from support.cases import SHAPES
+from support.tolerances import ROUNDING, assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("logits", "scale", "bias", "confidence")

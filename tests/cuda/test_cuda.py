@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
+import disalign_ops
 from support.cases import Rows, rows
 from support.dense_cases import dense
 from support.places import TESTS, test_files
 from support.tolerances import assert_close
-from torch import Tensor
-
-import disalign_ops
 
 FILES = ["row", "dense", "upsample", "in_place", "autograd", "stage2"]
 

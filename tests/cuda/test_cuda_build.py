@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt import build
-from support.places import ROOT, TESTS
 
 import disalign_ops
 from disalign_ops._ops import backends, schemas
+from simt import build
+from support.places import ROOT, TESTS
 
 NATIVE = disalign_ops.backend_info()["native"]
 ARCHITECTURES = ("80", "90")

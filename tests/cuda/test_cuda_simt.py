@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from simt import build
 from simt.calls import DTYPES, Call, Problem, check, save
 from support import sets

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.nn_cases import COUNTS, F64, FORMS, LAYERS, C, D, N, equal_states, trained
-from support.places import TESTS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +23,8 @@ from disalign_ops.nn import (
     DisAlignSegHead,
     GRWCrossEntropyLoss,
 )
+from support.nn_cases import COUNTS, F64, FORMS, LAYERS, C, D, N, equal_states, trained
+from support.places import TESTS
 
 # --- the released formulas, transcribed
 

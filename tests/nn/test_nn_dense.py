@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tolerances import assert_close
 from torch import Tensor, nn
 
 import disalign_ops
 from disalign_ops import nn as dnn
 from disalign_ops.errors import ArgumentError
+from support.tolerances import assert_close
 
 SHAPES = {  # of the released checkpoints' decode_head, for 8 features and 5 classes
     "conv_seg.weight": (5, 8, 1, 1),

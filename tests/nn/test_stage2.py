@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.nn_cases import COUNTS, F64, FORMS, LAYERS, C, D, N, equal_states, trained
 from torch import Tensor, nn
 
 from disalign_ops.class_stats import log_prior
@@ -24,6 +23,7 @@ from disalign_ops.nn import (
     convert_to_disalign,
     freeze_for_stage2,
 )
+from support.nn_cases import COUNTS, F64, FORMS, LAYERS, C, D, N, equal_states, trained
 
 # --- stage 2
 

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import torch
 from rich.progress import Progress
-from support.nn_cases import FORMS, LAYERS, C, D, N, trained
-from support.places import EXAMPLES, ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +22,8 @@ import disalign_ops
 from disalign_ops import metrics, sweep
 from disalign_ops import nn as dnn
 from disalign_ops.errors import ArgumentError
+from support.nn_cases import FORMS, LAYERS, C, D, N, trained
+from support.places import EXAMPLES, ROOT
 
 sys.path.append(str(EXAMPLES))
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from support.places import ROOT
 from torch import Tensor
 
 from benchmarks import cases, gate, measure, peers, report, run
 from benchmarks.cases import CASES, Case, Inputs, Mode, make_inputs, select
 from benchmarks.peers import Contestant, eager_loss, our_loss
 from benchmarks.results import run_case
+from support.places import ROOT
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from simt.build import _which
 from support.places import ROOT
 

@@ -7,9 +7,9 @@ import inspect
 import re
 
 import pytest
-from support.places import ROOT
 
 import disalign_ops
+from support.places import ROOT
 
 REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
 DIRECTIVES = set(re.findall(r"^::: disalign_ops\.(\S+)$", REFERENCE, re.MULTILINE))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from support.places import EXAMPLES
 
 sys.path.append(str(EXAMPLES))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from support.places import ROOT, TESTS
 
 TYPED = TESTS / "typed"

@@ -14,6 +14,7 @@ import os
 
 import pytest
 import torch
+
 from support import operator_swap
 
 from . import build
