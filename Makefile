@@ -79,6 +79,7 @@ demo-detection: $(INTEGRATIONS)/.built
 
 bench: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE)
+	$(if $(filter cpu,$(DEVICE)),$(BIN)/python -m benchmarks.overhead)
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m benchmarks.bandwidth --device cuda)
 
 bench-full: setup
