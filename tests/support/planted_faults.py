@@ -3,7 +3,8 @@
     python tests/support/planted_faults.py [backend ...]
 
 Prints the table fault x backend -> the test that fails first. Exits with 1 where a fault passes.
-CUDA kernels run under simt, whose module is built for each fault: minutes each.
+CUDA kernels run under simt, whose module is built for each fault, and so is the CPU library for a
+native one: minutes each.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE, TRITON = "disalign_ops/_ops/reference.py", "disalign_ops/_ops/triton/loss.py"
-COMMON = "csrc/common/loss_math.h"
+COMPOSED, COMMON = "disalign_ops/_ops/composed.py", "csrc/common/loss_math.h"
 # The backend's tests in make test-fast.
 TESTS = {
     "reference": ["tests/_ops/test_reference.py", "tests/_ops/test_row.py"],
     "triton": ["tests/_ops/test_triton.py", "-k", "few and row"],
     "cuda": ["tests/cuda/test_cuda_simt.py", "-k", "few and order"],
+    "composed": ["tests/_ops/test_composed.py"],
+    "native": ["tests/_ops/test_row.py"],
 }
 # (backend, fault, file, text, text in its place)
 FAULTS = [
@@ -31,15 +34,15 @@ FAULTS = [
      "return target, target != ignore_index", "return target, target == target"),
     ("reference", "wrong sign of the bias", REFERENCE, "c * bias\n    # A", "-c * bias\n    # A"),
     ("triton", "ignore_index missed", TRITON,
-     "counts = inside & (t != ignore_index)", "counts = inside & (t == t)"),
+     "valid = inside & (t != ignore_index)", "valid = inside & (t == t)"),
     ("triton", "class weight of the target lost", TRITON,
      "w_t = entries(weight, t, named, 1.0, ACC)", "w_t = entries(None, t, named, 1.0, ACC)"),
     ("triton", "sample weight lost in forward", TRITON,
-     "v = entries(sample_weight, i, counts, 1.0, ACC)",
-     "v = entries(None, i, counts, 1.0, ACC)"),
+     "v = entries(sample_weight, i, valid, 1.0, ACC)",
+     "v = entries(None, i, valid, 1.0, ACC)"),
     ("triton", "sample weight lost in backward", TRITON,
-     "factor = entries(sample_weight, i, counts, 1.0, ACC)",
-     "factor = entries(None, i, counts, 1.0, ACC)"),
+     "factor = entries(sample_weight, i, valid, 1.0, ACC)",
+     "factor = entries(None, i, valid, 1.0, ACC)"),
     ("triton", "wrong sign of smoothing's gradient", TRITON,
      "q -= smooth[:, None] * w", "q += smooth[:, None] * w"),
     ("cuda", "smoothing term lost", COMMON,
@@ -47,6 +50,21 @@ FAULTS = [
     ("cuda", "class weight lost in the gradient", COMMON,
      "out.target = (1 - smoothing) * target_weight * focal.slope;",
      "out.target = (1 - smoothing) * focal.slope;"),
+    ("composed", "sample weight lost", COMPOSED,
+     "losses = losses * sample_weight", "losses = losses * 1"),
+    ("composed", "wrong sign of the prior", COMPOSED,
+     "u = u + (prior[:, None] if planes else prior)",
+     "u = u - (prior[:, None] if planes else prior)"),
+    ("composed", "class weight lost with focal", COMPOSED,
+     "losses = losses * weight[torch.where(valid, t, 0)]", "losses = losses * 1"),
+    ("native", "smoothing term lost", COMMON,
+     "out.loss += share * (weight_sum * log_sum - smooth_sum);", ""),
+    ("native", "class weight lost in the gradient", COMMON,
+     "out.target = (1 - smoothing) * target_weight * focal.slope;",
+     "out.target = (1 - smoothing) * focal.slope;"),
+    ("native", "ignored rows in the denominator", "csrc/cpu/ops/device.h",
+     "if (t == args.ignore_index) continue;\n      if (args.normalizer == kByValid)",
+     "if (args.normalizer == kByValid)"),
 ]  # fmt: skip
 
 
@@ -60,6 +78,11 @@ def caught_by(backend: str, file: str, text: str, fault: str) -> str | None:
         if text not in source:
             raise RuntimeError(f"{file} has no {text!r}: plant the fault elsewhere")
         (tree / file).write_text(source.replace(text, fault))
+        if backend == "native":
+            subprocess.run(
+                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True,
+                env={**os.environ, "DISALIGN_OPS_CUDA": "0"},
+            )  # fmt: skip
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--once",
              "-m", "not standard and not slow", *TESTS[backend]],
