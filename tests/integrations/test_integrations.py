@@ -73,7 +73,7 @@ def test_a_timm_model_keeps_its_logits() -> None:
     assert disalign_timm_model(model, form="interpolated") is model
     assert isinstance(model.get_classifier(), dnn.DisAlignLinear)
     close(model(x), before)
-    with pytest.raises(ArgumentError, match="must be one nn.Linear .* got DisAlignLinear"):
+    with pytest.raises(ArgumentError, match=r"must be one nn.Linear .* got DisAlignLinear"):
         disalign_timm_model(model)
     with pytest.raises(ArgumentError, match="must be one of timm's"):
         disalign_timm_model(nn.Linear(2, 2))
