@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace disalign {
 
@@ -60,16 +61,14 @@ inline int64_t size_of(ScalarType accumulate) {
   return accumulate == ScalarType::Double ? sizeof(double) : sizeof(float);
 }
 
-// Whether two elements of a tensor of up to 4 dimensions may share memory: sorted by stride, every
-// dimension must step over all that lies below it.
+// Whether two elements of a tensor may share memory: sorted by stride, every dimension must step over
+// all that lies below it.
 inline bool overlaps(const Tensor& tensor) {
-  std::pair<int64_t, int64_t> dims[4];
-  const int64_t count = tensor.dim();
-  for (int64_t d = 0; d < count; ++d) dims[d] = {tensor.stride(d), tensor.size(d)};
-  std::sort(dims, dims + count);
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < tensor.dim(); ++d) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dims.begin(), dims.end());
   int64_t reach = 1;
-  for (int64_t d = 0; d < count; ++d) {
-    const auto [stride, size] = dims[d];
+  for (const auto& [stride, size] : dims) {
     if (size <= 1) continue;
     if (stride < reach) return true;
     reach += stride * (size - 1);
