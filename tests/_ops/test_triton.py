@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import disalign_ops
 from disalign_ops._ops import backends, schemas
-from disalign_ops._ops.codes import CALIBRATION
+from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS
 from disalign_ops._ops.triton import operators, registration, upsample_operators
 from support import sets, triton_compile
 from support.places import TESTS, test_files
@@ -235,25 +235,25 @@ def launches(
     target = torch.zeros(shape[0], *size) if size[0] else torch.zeros(n)
     given = (z, target.long(), vector(classes), a, b, c, vector(classes), vector(classes),
              vector(n))  # fmt: skip
-    statistics = (vector(n), vector(n), torch.ones((), dtype=torch.float64))
-    up, want = torch.ones((), dtype=acc), (calibrated,) * 3
+    statistics = (vector(2 * n).view(2, n), torch.ones((), dtype=torch.float64))
+    up, want = torch.ones((), dtype=acc), CALIBRATION if calibrated else 0
     options = (ignore_index, smoothing, gamma)
     with triton_compile.launches() as found:
         if size[0]:
-            upsample_operators.forward(*given, None, *options, False, True, 1, 0, *(False,) * 4)
-            upsample_operators.backward(up, *given, *statistics, *options, False, True, True, *want)
+            upsample_operators.forward(*given, None, *options, False, 1, 0, DETAILS)
+            upsample_operators.backward(up, *given, *statistics, *options, False, LOGITS | want)
         else:
-            operators.forward(*given, None, *options, 1, 0, False, *want)
-            operators.backward(up, *given, *statistics, *options, True, *want)
+            operators.forward(*given, None, *options, 1, 0, want)
+            operators.backward(up, *given, *statistics, *options, LOGITS | want)
             if calibrated:
                 operators.calibrate(z, a, b, c)
-                operators.calibrate_backward(z, z, a, b, c, True, True, True, True)
+                operators.calibrate_backward(z, z, a, b, c, LOGITS | CALIBRATION)
             if z.dim() == 2:
                 shard = (z, target.long(), vector(classes), a, b, c, vector(classes),
                          vector(classes), smoothing > 0)  # fmt: skip
                 operators.shard_forward(*shard)
                 factors = vector(5 * n).view(5, n)
-                operators.shard_backward(factors, *shard, True, *want)
+                operators.shard_backward(factors, *shard, LOGITS | want)
     return found
 
 
