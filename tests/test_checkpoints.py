@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded() -> None:
         checkpoints.load_released(module, state)
     for part in (
         "missing network.linear.confidence_layer.bias",
-        f"got one with network.linear.weight of shape ({K}, {D + 1}), not ({K}, {D})",
+        f"network.linear.weight of shape ({K}, {D + 1}), not ({K}, {D})",
         "unexpected network.linear.scale",
     ):
         assert part in str(error.value)
