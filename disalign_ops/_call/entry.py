@@ -57,8 +57,10 @@ def loss(
 def validate(
     input: Tensor, target: Tensor, options: Options, calibration: Calibration | None
 ) -> tuple[Inputs, Problem] | None:
-    """A call with class indices as it is computed; None where it has class probabilities, or
-    torch.jit traces it. Raises for what cannot be computed.
+    """Checks the arguments and returns what `dispatch.compute` takes.
+
+    Returns None where the target holds class probabilities and where torch.jit traces the call:
+    these have ways of their own. Raises ArgumentError or ArgumentTypeError for a wrong argument.
     """
     # First the calls that most training loops make: rows that the operators take as they are, and
     # no options beyond F.cross_entropy's. The checks below would cost a batch of 64 x 1000 logits
@@ -148,7 +150,7 @@ _ARITHMETIC = {
 
 
 def _is_vector(vector: Any, dtype: torch.dtype, entries: int, device: torch.device) -> bool:
-    """Whether an operator takes it as it is."""
+    """Whether this is a contiguous vector of that dtype and length on that device."""
     return (
         type(vector) in _TENSORS
         and vector.dtype is dtype

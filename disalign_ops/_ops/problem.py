@@ -1,4 +1,4 @@
-"""A loss as it is computed: what the validator makes, and every backend takes."""
+"""The arguments of a loss after validation, in the form that every backend takes."""
 
 from __future__ import annotations
 
