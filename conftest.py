@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
@@ -161,3 +162,11 @@ pytest_collect_file = Sybil(
     setup=start,
     teardown=end,
 ).pytest()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The blocks of a page are one session: pytest-xdist gives them to one process."""
+    for item in items:
+        if item.path.suffix == ".md":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -103,17 +103,20 @@ def _save(
     ctx.save_for_backward(*inputs, results[1], results[2], *made, *given)
 
 
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Whether it stands for many upstream gradients: is_grads_batched=True or torch.vmap."""
+    return bool(
+        _functorch.is_legacy_batchedtensor(grad_loss)
+        or _functorch.is_functorch_wrapped_tensor(grad_loss)
+    )
+
+
 def consume_precomputed_grad(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
     """The gradient of the logits that forward made, scaled by grad_loss.
 
     The stored tensor itself is returned, so only the first call gets it; later calls return None.
     """
-    if (
-        type(made) is not Tensor
-        or _modes()
-        or _functorch.is_legacy_batchedtensor(grad_loss)
-        or _functorch.is_functorch_wrapped_tensor(grad_loss)
-    ):
+    if type(made) is not Tensor or _modes() or _is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return None if not ctx.precomputed_available else made * grad_loss
     try:
@@ -130,7 +133,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
     """The gradients of logits, scale, bias and confidence, None where not needed (which the first
     four of `need` say).
     """
-    saved = Saved(*ctx.saved_tensors)
+    saved = Saved._make(ctx.saved_tensors)
     problem: Problem = ctx.problem
     in_place = problem.in_place
     if torch.is_grad_enabled():
@@ -163,8 +166,8 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
                 missing |= bit
             else:
                 grads[k] = (grad if k == 3 else problem.extension.gradient(grad)) * grad_loss
-    if missing and _functorch.is_legacy_batchedtensor(grad_loss):
-        # torch batches operators that return lists not at all, and PyTorch's own.
+    if missing and _is_batched(grad_loss):
+        # torch cannot batch operators that return lists; it batches its own.
         still = tuple(bool(missing & bit) for bit in GRADIENTS)
         fresh = _differentiable_backward(problem, grad_loss, saved, still)
         return [made if made is not None else new for made, new in zip(grads, fresh, strict=True)]
@@ -268,6 +271,10 @@ class _Loss(torch.autograd.Function):
         return (*_gradients(ctx, grad_loss, ctx.needs_input_grad), None, None, None)
 
 
+# Function.apply without what it does for functorch's transforms, under which this is not called.
+_apply = super(torch.autograd.Function, _Loss).apply
+
+
 def _extend(inputs: Inputs, problem: Problem) -> Inputs:
     """scale and bias of all classes in place of those given."""
     if inputs.scale is None or problem.extension is WHOLE:
@@ -333,9 +340,7 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
             with _BelowAutograd():
                 results = _forward(_extend(inputs, problem), problem, wanted)
             return (results[0], *_details(results, wanted))
-        found = _Loss.apply(  # type: ignore[no-untyped-call]
-            logits, scale, bias, confidence, inputs, problem, wanted
-        )
+        found = _apply(logits, scale, bias, confidence, inputs, problem, wanted)
     except RuntimeError as error:
         _raise_for_target(error, inputs.target)
         raise

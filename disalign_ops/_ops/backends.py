@@ -86,14 +86,17 @@ def is_automatic() -> bool:
     return _state.backend == "auto"
 
 
+def cpu_is_native() -> bool:
+    """Whether `serving` finds "native" for the CPU without being asked for it."""
+    return _state.backend == "auto" and _state.why_not_native is None
+
+
 def serving(device: torch.device) -> str:
     """The backend that a tensor on `device` goes to: "native", "triton" or "reference".
 
     Raises ArgumentError if `set_backend` or DISALIGN_OPS_BACKEND forces one that cannot serve it.
     """
     wanted = _state.backend
-    if wanted == "auto" and device.type == "cpu" and _state.why_not_native is None:
-        return "native"  # what the rest would find, without its cost to a small batch
     if wanted == "reference" or (wanted == "auto" and device.type in _state.unserved):
         return "reference"
     for name, why_not in (("native", _why_not), ("triton", _why_not_triton)):

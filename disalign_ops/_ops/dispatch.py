@@ -50,9 +50,14 @@ def _upsampled(inputs: Inputs, problem: Problem, dense: Any) -> tuple[Tensor, ..
 
 def serving_backend(input: Tensor) -> str:
     """The backend that this input goes to."""
-    return "reference" if transformed() else backends.serving(input.device)
+    if transformed():
+        return "reference"
+    if input.is_cpu and backends.cpu_is_native():
+        return "native"  # what the rest finds, without its cost to a small batch
+    return backends.serving(input.device)
 
 
+_transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 NO_TRANSFORMS = (
     "torch.func transforms, forward-mode differentiation, torch.export and torch.jit.trace are not "
     "supported with sample_rate or classes over several processes: leave the loss out of what is "
@@ -65,9 +70,7 @@ def transformed() -> bool:
     nor forward-mode tangents, which they would drop, and are none of ONNX's, nor torch.jit's.
     """
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
+        _transforms_active() or forward_ad._current_level >= 0 or _is_tracing()
     )
 
 

@@ -329,6 +329,20 @@ def test_func_transforms_go_through_the_reference() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_upstream_gradients_by_vmap(reduction: str) -> None:
+    z, t = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    factors = torch.randn(3, *([4] if reduction == "none" else []))
+    found, expected = (
+        torch.vmap(lambda g: torch.autograd.grad(loss, z, g, retain_graph=True)[0])(factors)  # noqa: B023
+        for loss in (
+            function(z, t, reduction=reduction)
+            for function in (disalign_ops.cross_entropy, F.cross_entropy)
+        )
+    )
+    assert_close(found, expected, torch.float32, "vmap")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_batch_of_upstream_gradients(reduction: str) -> None:
     z, t = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     by_batch, one_by_one = (

@@ -64,6 +64,8 @@ def test_contents(content: str, reduction: str) -> None:
     for dtype, calibrated in itertools.product((torch.float64, torch.float32), (False, True)):
         r = CONTENTS[content][0](rows(11, 67, dtype, reduction=reduction))
         factor = 500.0 if content == "offset" and dtype == torch.float32 else 1.0
+        if content == "dominating":  # logits of 60, in a gradient of which next to nothing is left
+            factor = 6.0
         compare(r, calibrated, torch.randn(11 if reduction == "none" else ()), factor)
 
 

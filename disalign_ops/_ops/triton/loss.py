@@ -22,6 +22,8 @@ from .position import add_sums, finite_or_zero, log1p, lowest, position_loss, ro
 
 RUN_TIME = ["outer", "inner", "classes", "outer_stride", "stride"]
 OPTIONS = ["ignore_index", "by_weights"]
+# The second row of `statistics`: its alignment changes with N, and must compile nothing again.
+UNALIGNED = ["row_sum"]
 
 
 @triton.jit
@@ -104,7 +106,8 @@ def du_dc(z, columns, own, scale, bias, ACC: tl.constexpr):
     return finite_or_zero(a * z + b)
 
 
-@triton.jit(debug=True, do_not_specialize=RUN_TIME + OPTIONS)
+@triton.jit(debug=True, do_not_specialize=RUN_TIME + OPTIONS,
+            do_not_specialize_on_alignment=UNALIGNED)  # fmt: skip
 def forward_kernel(
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
     loss, row_max, row_sum, block_sums, class_sums, grad_confidence, shard_sums,
@@ -263,7 +266,8 @@ def inverse_of(denominator, ACC: tl.constexpr):
 
 
 @triton.jit(debug=True, do_not_specialize=[*RUN_TIME, *OPTIONS, "upstream_stride",
-                                           "grad_outer_stride", "grad_stride"])  # fmt: skip
+                                           "grad_outer_stride", "grad_stride"],
+            do_not_specialize_on_alignment=UNALIGNED)  # fmt: skip
 def backward_kernel(
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
     upstream, row_max, row_sum, denominator, target_logits, shard_factors,

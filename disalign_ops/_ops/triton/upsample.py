@@ -12,7 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import affine, class_indices, divisor_share, entries, targets_of, write_block_sums
+from .loss import (
+    UNALIGNED,
+    affine,
+    class_indices,
+    divisor_share,
+    entries,
+    targets_of,
+    write_block_sums,
+)
 from .position import add_sums, lowest, position_loss, sigmoid
 
 SIZES = ["images", "classes", "height", "width", "out_height", "out_width"]
@@ -125,7 +133,8 @@ def outputs_of(block, out_height, out_width, POSITIONS: tl.constexpr):
     return image, y, x, image * inner + s, inside
 
 
-@triton.jit(debug=True, do_not_specialize=SIZES + STRIDES + OPTIONS)
+@triton.jit(debug=True, do_not_specialize=SIZES + STRIDES + OPTIONS,
+            do_not_specialize_on_alignment=UNALIGNED)  # fmt: skip
 def forward_kernel(
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
     y_source, y_weight, x_source, x_weight,

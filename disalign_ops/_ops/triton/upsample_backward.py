@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import class_indices, du_dc, entries, inverse_of, targets_of, write_class_sums
+from .loss import UNALIGNED, class_indices, du_dc, entries, inverse_of, targets_of, write_class_sums
 from .position import log1p, row_terms, sigmoid
 from .upsample import OPTIONS, SIZES, STRIDES, between, corners, masked, node, outputs_of
 
@@ -46,7 +46,8 @@ def target_node(low, t, valid, image, y, x, ACC: tl.constexpr):
     return tl.where(u < least, least, u)
 
 
-@triton.jit(debug=True, do_not_specialize=[*SIZES, *STRIDES, *OPTIONS, "upstream_stride"])
+@triton.jit(debug=True, do_not_specialize=[*SIZES, *STRIDES, *OPTIONS, "upstream_stride"],
+            do_not_specialize_on_alignment=UNALIGNED)  # fmt: skip
 def factors_kernel(
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
     y_source, y_weight, x_source, x_weight, upstream, row_max, row_sum, denominator,
