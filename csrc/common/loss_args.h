@@ -14,16 +14,16 @@ namespace disalign {
 enum class IndexType : int { kUInt8, kInt16, kInt32, kInt64 };
 
 struct LossArgs {
-  // Logits of `images` images with `classes` planes of `inner` neighbouring positions each. Rows
-  // are images of one position, their classes next to each other (class_stride 1). Strides in
-  // elements; image_stride is 0 for an expanded row.
+  // Logits (outer, classes, inner): images with planes of `inner` neighbouring positions a class, or
+  // rows, of one position each, their classes next to each other (class_stride 1). Strides in
+  // elements; outer_stride is 0 for an expanded row.
   const void* logits = nullptr;
-  int64_t images = 0;
+  int64_t outer = 0;
   int64_t classes = 0;
   int64_t inner = 1;
-  int64_t image_stride = 0;
+  int64_t outer_stride = 0;
   int64_t class_stride = 1;
-  DISALIGN_METHOD int64_t positions() const { return images * inner; }
+  DISALIGN_METHOD int64_t positions() const { return outer * inner; }
 
   const void* target = nullptr;
   IndexType target_type = IndexType::kInt64;
@@ -54,8 +54,8 @@ struct LossArgs {
   double inverse_denominator = 1;  // what the summed loss is multiplied by
 
   // Statistics of A a position: the maximum of the calibrated logits, or what a backend takes off
-  // them in its place, and sum_j exp(u_j - row_max). Written by forward, read by backward.
-  void* row_max = nullptr;
+  // them in its place, and sum_j exp(u_j - row_shift). Written by forward, read by backward.
+  void* row_shift = nullptr;
   void* row_sum = nullptr;
   void* loss = nullptr;  // forward: the position's loss times its sample weight, of A; or null
   void* reduced_loss = nullptr;  // forward: their sum or mean, one A; or null
@@ -66,7 +66,7 @@ struct LossArgs {
 
   // Gradients wanted; null where not. grad_logits is contiguous, or is the logits.
   void* grad_logits = nullptr;
-  int64_t grad_image_stride = 0;
+  int64_t grad_outer_stride = 0;
   int64_t grad_class_stride = 1;
   void* grad_scale = nullptr;       // of A
   void* grad_bias = nullptr;        // of A
@@ -75,14 +75,14 @@ struct LossArgs {
 
   // Of a shard, whose logits are some of the rows' classes: forward writes its sums, backward reads
   // factors made of all shards' sums. Both [kShardValues][positions] of A; null where the logits
-  // are all classes. row_max is the factors' first.
+  // are all classes. row_shift is the factors' first.
   void* shard_sums = nullptr;
   const void* shard_factors = nullptr;
 };
 
 // A shard's targets besides its own classes.
 constexpr int64_t kElsewhere = -1;  // a class of another shard
-constexpr int64_t kIgnored = -2;    // the row counts nothing
+constexpr int64_t kIgnored = -2;    // the position is ignored
 
 // In this order: sums are the maximum of u, sum_j exp(u_j - maximum) without the target, u_t and
 // d_t (0 where the target is elsewhere), sum_j w_j (u_j - maximum). Factors: the maximum over all

@@ -31,9 +31,8 @@ struct CalibrateOperator {
     Args args = args_of(logits, scale, bias, confidence);
     Args like;
     Layout::set(grad_output, like);
-    require(like.images == args.images && like.classes == args.classes &&
-                like.inner == args.inner && grad_output.is_contiguous() &&
-                grad_output.scalar_type() == logits.scalar_type() &&
+    require(like.outer == args.outer && like.classes == args.classes && like.inner == args.inner &&
+                grad_output.is_contiguous() && grad_output.scalar_type() == logits.scalar_type() &&
                 grad_output.device() == logits.device(),
             "grad_output is not contiguous or not of the logits' shape, dtype and device");
     args.grad_output = grad_output.const_data_ptr();

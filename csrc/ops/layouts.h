@@ -16,15 +16,15 @@ struct RowLayout {
   static void set(const Tensor& logits, Args& args) {
     check(logits, "logits");
     args.logits = logits.const_data_ptr();
-    args.images = logits.size(0);
+    args.outer = logits.size(0);
     args.classes = logits.size(1);
-    args.image_stride = logits.stride(0);
-    args.grad_image_stride = args.classes;
+    args.outer_stride = logits.stride(0);
+    args.grad_outer_stride = args.classes;
   }
 
   template <class Args>
   static void set_over_logits(Args& args) {
-    args.grad_image_stride = args.image_stride;
+    args.grad_outer_stride = args.outer_stride;
   }
 
   template <class Args>
@@ -54,18 +54,18 @@ struct DenseLayout {
   static void set(const Tensor& logits, Args& args) {
     check(logits, "logits");
     args.logits = logits.const_data_ptr();
-    args.images = logits.size(0);
+    args.outer = logits.size(0);
     args.classes = logits.size(1);
     args.inner = logits.size(2);
-    args.image_stride = logits.stride(0);
+    args.outer_stride = logits.stride(0);
     args.class_stride = logits.stride(1);
-    args.grad_image_stride = args.classes * args.inner;
+    args.grad_outer_stride = args.classes * args.inner;
     args.grad_class_stride = args.inner;
   }
 
   template <class Args>
   static void set_over_logits(Args& args) {
-    args.grad_image_stride = args.image_stride;
+    args.grad_outer_stride = args.outer_stride;
     args.grad_class_stride = args.class_stride;
   }
 
@@ -90,7 +90,7 @@ struct UpsampleLayout {
   static void set(const Tensor& logits, const Tensor& target, Args& args, bool align_corners) {
     require(target.dim() == 3, "target is not (images, height, width)");
     set_size(logits, target.size(1), target.size(2), args, align_corners);
-    require(target.size(0) == args.images, "target is not (images, height, width)");
+    require(target.size(0) == args.outer, "target is not (images, height, width)");
   }
 
   template <class Args>
@@ -103,7 +103,7 @@ struct UpsampleLayout {
     const int64_t most = std::max({height, width, logits.size(2), logits.size(3)});
     require(height >= 0 && width >= 0 && most < int64_t{1} << 31, "a size that is no image's");
     args.logits = logits.const_data_ptr();
-    args.images = logits.size(0);
+    args.outer = logits.size(0);
     args.classes = logits.size(1);
     args.inner = height * width;
     args.y.in = logits.size(2);
@@ -112,20 +112,20 @@ struct UpsampleLayout {
     args.x.out = width;
     require((args.y.in > 0 && args.x.in > 0) || args.positions() == 0,
             "logits have no positions to interpolate between");
-    args.image_stride = logits.stride(0);
+    args.outer_stride = logits.stride(0);
     args.class_stride = logits.stride(1);
     args.y_stride = logits.stride(2);
     args.x_stride = logits.stride(3);
     args.grad_x_stride = 1;
     args.grad_y_stride = args.x.in;
     args.grad_class_stride = int64_t{args.y.in} * args.x.in;
-    args.grad_image_stride = args.classes * args.grad_class_stride;
+    args.grad_outer_stride = args.classes * args.grad_class_stride;
     args.align_corners = align_corners;
   }
 
   template <class Args>
   static void set_over_logits(Args& args) {
-    args.grad_image_stride = args.image_stride;
+    args.grad_outer_stride = args.outer_stride;
     args.grad_class_stride = args.class_stride;
     args.grad_y_stride = args.y_stride;
     args.grad_x_stride = args.x_stride;
@@ -133,7 +133,7 @@ struct UpsampleLayout {
 
   template <class Args>
   static int64_t confidences(const Args& args) {
-    return args.images * args.y.in * args.x.in;
+    return args.outer * args.y.in * args.x.in;
   }
 };
 

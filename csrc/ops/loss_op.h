@@ -129,7 +129,7 @@ struct LossOperator {
         shard_args(logits, target, weight, scale, bias, confidence, prior, margin, smoothing);
     args.shard_factors = vector_data(factors, "factors", kShardValues * args.positions(),
                                      accumulate_dtype(logits.scalar_type()), logits);
-    args.row_max = factors.mutable_data_ptr();
+    args.row_shift = factors.mutable_data_ptr();
     Device device(logits);
     Results results;
     set_gradients<InPlace>(logits, Wanted(wanted_bits), args, results);
@@ -139,7 +139,7 @@ struct LossOperator {
 
  private:
   static void set_statistics(void* memory, ScalarType dtype, Args& args) {
-    args.row_max = memory;
+    args.row_shift = memory;
     args.row_sum = static_cast<char*>(memory) + args.positions() * size_of(dtype);
   }
 

@@ -24,7 +24,7 @@ Tensor predict(const Tensor& logits, const OptionalTensor& scale, const Optional
   args.prior = vector_data(prior, "prior", args.classes, dtype, logits);
   args.confidence = vector_data(confidence, "confidence", Layout::confidences(args), dtype, logits);
   typename Operator::Device device(logits);
-  const int64_t size[3] = {args.images, height, width};
+  const int64_t size[3] = {args.outer, height, width};
   const Tensor prediction = new_tensor(size, 3, aoti_torch_dtype_int64(), place_of(logits));
   args.prediction = static_cast<int64_t*>(prediction.mutable_data_ptr());
   device.template predict<Operator>(logits, args);

@@ -110,7 +110,7 @@ class Problem:
         wanted = {f"grad_{k}": _raw(grads[k]) for k in self.vectors}
         in_forward = self.calibrated and not self.size
         statistics = {
-            "row_max": empty(positions), "row_sum": empty(positions),
+            "row_shift": empty(positions), "row_sum": empty(positions),
             "denominator": empty(1, of=torch.float64),
         }  # fmt: skip
         forward = fields | statistics | {
@@ -160,10 +160,10 @@ class Problem:
         n, classes, *spatial = z.shape
         dtype = reference.accumulate_dtype(z.dtype)
         fields: dict[str, Any] = {
-            "dtype": DTYPES[z.dtype], "images": n, "classes": classes, "logits": _raw(z),
+            "dtype": DTYPES[z.dtype], "outer": n, "classes": classes, "logits": _raw(z),
             "target": _raw(self.target), "target_type": TARGETS[self.target.dtype],
-            "inner": int(np.prod(spatial)), "image_stride": z.stride(0),
-            "class_stride": z.stride(1), "grad_image_stride": z.stride(0),
+            "inner": int(np.prod(spatial)), "outer_stride": z.stride(0),
+            "class_stride": z.stride(1), "grad_outer_stride": z.stride(0),
             "grad_class_stride": z.stride(1),
         }  # fmt: skip
         if self.size:

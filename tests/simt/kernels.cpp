@@ -1,7 +1,7 @@
 // The kernels of csrc/cuda on NumPy arrays, without torch, so that they also run under the
 // sanitizers: everything from the division of the work to the kernels, over a launcher of simt.
 //
-//   row_forward({"dtype": 1, "logits": z, "images": 5, "target": t, ...})
+//   row_forward({"dtype": 1, "logits": z, "outer": 5, "target": t, ...})
 //
 // A key is a member of the arguments' struct; an array gives its address, and must have the type
 // that the kernels expect. What is of the logits' size is watched: its traffic is counted.
@@ -91,18 +91,18 @@ class Fields {
 #define DISALIGN_NUMBER(member) fields.number(#member, args.member)
 #define DISALIGN_ARRAY(member) fields.array(#member, args.member)
 
-void fill(const Fields& fields, DeviceLoss& args) {
+void fill(const Fields& fields, LossArgs& args) {
   simt::unwatch_all();
-  DISALIGN_NUMBER(images), DISALIGN_NUMBER(classes), DISALIGN_NUMBER(inner);
-  DISALIGN_NUMBER(image_stride), DISALIGN_NUMBER(class_stride);
-  DISALIGN_NUMBER(grad_image_stride), DISALIGN_NUMBER(grad_class_stride);
+  DISALIGN_NUMBER(outer), DISALIGN_NUMBER(classes), DISALIGN_NUMBER(inner);
+  DISALIGN_NUMBER(outer_stride), DISALIGN_NUMBER(class_stride);
+  DISALIGN_NUMBER(grad_outer_stride), DISALIGN_NUMBER(grad_class_stride);
   DISALIGN_NUMBER(ignore_index), DISALIGN_NUMBER(label_smoothing), DISALIGN_NUMBER(focal_gamma);
   DISALIGN_NUMBER(reduction), DISALIGN_NUMBER(normalizer), DISALIGN_NUMBER(upstream_stride);
   DISALIGN_NUMBER(class_gradients);
   args.target_type = static_cast<IndexType>(fields.integer("target_type"));
   DISALIGN_ARRAY(logits), DISALIGN_ARRAY(target), DISALIGN_ARRAY(weight), DISALIGN_ARRAY(scale);
   DISALIGN_ARRAY(bias), DISALIGN_ARRAY(prior), DISALIGN_ARRAY(margin), DISALIGN_ARRAY(confidence);
-  DISALIGN_ARRAY(sample_weight), DISALIGN_ARRAY(row_max), DISALIGN_ARRAY(row_sum);
+  DISALIGN_ARRAY(sample_weight), DISALIGN_ARRAY(row_shift), DISALIGN_ARRAY(row_sum);
   DISALIGN_ARRAY(loss), DISALIGN_ARRAY(reduced_loss), DISALIGN_ARRAY(denominator);
   DISALIGN_ARRAY(given_denominator), DISALIGN_ARRAY(upstream), DISALIGN_ARRAY(grad_logits);
   DISALIGN_ARRAY(grad_scale), DISALIGN_ARRAY(grad_bias), DISALIGN_ARRAY(grad_confidence);
@@ -110,14 +110,14 @@ void fill(const Fields& fields, DeviceLoss& args) {
 
 template <class Args>
 void fill_rows(const Fields& fields, Args& args) {
-  fill(fields, static_cast<DeviceLoss&>(args));
+  fill(fields, static_cast<LossArgs&>(args));
   DISALIGN_ARRAY(grad_output), DISALIGN_ARRAY(output);
 }
 void fill(const Fields& fields, RowArgs& args) { fill_rows(fields, args); }
 void fill(const Fields& fields, DenseArgs& args) { fill_rows(fields, args); }
 
 void fill(const Fields& fields, UpsampleArgs& args) {
-  fill(fields, static_cast<DeviceLoss&>(args));
+  fill(fields, static_cast<LossArgs&>(args));
   fields.number("y_in", args.y.in), fields.number("y_out", args.y.out);
   fields.number("x_in", args.x.in), fields.number("x_out", args.x.out);
   DISALIGN_NUMBER(y_stride), DISALIGN_NUMBER(x_stride), DISALIGN_NUMBER(align_corners);

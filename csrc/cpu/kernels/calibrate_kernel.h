@@ -1,5 +1,5 @@
 // What the launcher (calibrate.cpp) and the kernels of calibrated logits share;
-// ../common/loss_args.h says what images, class vectors and A are.
+// ../common/loss_args.h says what outer, class vectors and A are.
 #pragma once
 
 #include "cpu/kernels/chunk.h"
@@ -8,10 +8,10 @@ namespace disalign {
 
 struct CalibrateArgs {
   const void* logits = nullptr;
-  int64_t images = 0;
+  int64_t outer = 0;
   int64_t classes = 0;
   int64_t inner = 1;
-  int64_t image_stride = 0;
+  int64_t outer_stride = 0;
   int64_t class_stride = 1;
   const void* scale = nullptr;
   const void* bias = nullptr;
@@ -19,12 +19,12 @@ struct CalibrateArgs {
   void* output = nullptr;             // forward; contiguous
   const void* grad_output = nullptr;  // backward; contiguous
   // backward; null where not wanted
-  int64_t grad_image_stride = 0, grad_class_stride = 1;
+  int64_t grad_outer_stride = 0, grad_class_stride = 1;
   void* grad_logits = nullptr;
   void *grad_scale = nullptr, *grad_bias = nullptr, *grad_confidence = nullptr;  // of A
   bool class_gradients = false;
 
-  int64_t positions() const { return images * inner; }
+  int64_t positions() const { return outer * inner; }
 };
 
 constexpr int64_t kCalibrateTile = 512;  // positions that the dense kernels work on together

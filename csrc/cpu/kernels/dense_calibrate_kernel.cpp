@@ -43,7 +43,7 @@ void forward(const CalibrateArgs& args, Chunk& chunk) {
     const A* __restrict__ c = at.c;
     for (int64_t j = 0; j < args.classes; ++j) {
       const A a = static_cast<const A*>(args.scale)[j], b = static_cast<const A*>(args.bias)[j];
-      const T* z = static_cast<const T*>(args.logits) + at.image * args.image_stride +
+      const T* z = static_cast<const T*>(args.logits) + at.image * args.outer_stride +
                    j * args.class_stride + at.begin;
       T* out = static_cast<T*>(args.output) + (at.image * args.classes + j) * args.inner + at.begin;
       for_lanes<A>(0, at.count, [&](int64_t p, int n, auto full) DISALIGN_ALWAYS_INLINE {
@@ -69,7 +69,7 @@ void backward(const CalibrateArgs& args, Chunk& chunk) {
     std::memset(slope, 0, kCalibrateTile * sizeof(A));
     for (int64_t j = 0; j < args.classes; ++j) {
       const A a = static_cast<const A*>(args.scale)[j], b = static_cast<const A*>(args.bias)[j];
-      const T* z = static_cast<const T*>(args.logits) + at.image * args.image_stride +
+      const T* z = static_cast<const T*>(args.logits) + at.image * args.outer_stride +
                    j * args.class_stride + at.begin;
       const int64_t to = (at.image * args.classes + j) * args.inner + at.begin;
       const T* g = static_cast<const T*>(args.grad_output) + to;

@@ -27,9 +27,9 @@ bool prepare(const LossArgs& args, Tile<T>& tile) {
   const int64_t valid = at.prepare(args, tile.first, tile.count);
   tile.all_valid = valid == tile.size;
   for (int64_t p = 0; p < tile.size; ++p) {
-    const bool counts = at.target[p] >= 0;
-    tile.valid[p] = counts ? A(1) : A(0);
-    at.c[p] = counts && args.confidence
+    const bool is_valid = at.target[p] >= 0;
+    tile.valid[p] = is_valid ? A(1) : A(0);
+    at.c[p] = is_valid && args.confidence
                   ? static_cast<A>(sigmoid(read_or<A>(args.confidence, tile.first + p, 0)))
                   : A(0);
   }
@@ -68,7 +68,7 @@ void read_targets(const LossArgs& args, bool backward, const Tile<T>& tile) {
       continue;
     }
     if (args.margin) apply_margin(args, tile, p, t);
-    if (backward) at.maximum[p] = static_cast<const A*>(args.row_max)[tile.first + p];
+    if (backward) at.maximum[p] = static_cast<const A*>(args.row_shift)[tile.first + p];
     at.target_logit[p] = tile.e[t * tile.size + p];
     if (tile.logits) {
       const ClassEntry<A> entry(args, t);
@@ -136,7 +136,7 @@ void recall_targets(const LossArgs& args, const Tile<T>& tile) {
     const int64_t t = at.target[p];
     at.target_logit[p] = at.maximum[p] = A(0);
     if (t < 0) continue;
-    at.maximum[p] = static_cast<const A*>(args.row_max)[tile.first + p];
+    at.maximum[p] = static_cast<const A*>(args.row_shift)[tile.first + p];
     const ClassEntry<A> entry(args, t);
     const A z = to_accumulate(tile.z[t * tile.class_stride + p]);
     at.target_logit[p] = z * (at.c[p] * entry.a + A(1)) + (at.c[p] * entry.b + entry.o);
@@ -191,8 +191,8 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
     const int64_t image = unit / tiles, begin = unit % tiles * tile.size;
     tile.first = image * args.inner + begin;
     tile.count = args.inner - begin < tile.size ? args.inner - begin : tile.size;
-    tile.z = static_cast<const T*>(args.logits) + image * args.image_stride + begin;
-    tile.grad_logits = static_cast<T*>(args.grad_logits) + image * args.grad_image_stride + begin;
+    tile.z = static_cast<const T*>(args.logits) + image * args.outer_stride + begin;
+    tile.grad_logits = static_cast<T*>(args.grad_logits) + image * args.grad_outer_stride + begin;
     const bool smooth = args.label_smoothing > 0;
     if (!prepare(args, tile))
       ignore_tile(args, backward, tile);

@@ -61,17 +61,17 @@ struct Positions {
     for (int64_t p = 0; p < size; ++p) {
       const int64_t i = first + p;
       const int64_t t = p < count ? read_index(args.target, args.target_type, i) : -1;
-      const bool counts = p < count && t != args.ignore_index;
-      const double v = counts ? read_or<A>(args.sample_weight, i, 1.0) : 0.0;
-      target[p] = counts ? t : -1;
-      target_weight[p] = counts ? static_cast<A>(read_or<A>(args.weight, t, 1.0)) : A(0);
+      const bool is_valid = p < count && t != args.ignore_index;
+      const double v = is_valid ? read_or<A>(args.sample_weight, i, 1.0) : 0.0;
+      target[p] = is_valid ? t : -1;
+      target_weight[p] = is_valid ? static_cast<A>(read_or<A>(args.weight, t, 1.0)) : A(0);
       sample_weight[p] = static_cast<A>(v);
       // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
-      g[p] = counts && args.inverse_denominator != 0
+      g[p] = is_valid && args.inverse_denominator != 0
                  ? static_cast<A>(read_or<A>(args.upstream, i * args.upstream_stride, 1.0) * v *
                                   args.inverse_denominator)
                  : A(0);
-      valid += counts;
+      valid += is_valid;
     }
     return valid;
   }
@@ -124,12 +124,12 @@ struct Positions {
   double write(const LossArgs& args, int64_t first, int64_t count) const {
     double sum = 0;
     for (int64_t p = 0; p < count; ++p) {
-      const bool counts = target[p] >= 0;
+      const bool is_valid = target[p] >= 0;
       const int64_t i = first + p;
       sum += static_cast<double>(loss[p]);
-      if (args.loss) static_cast<A*>(args.loss)[i] = counts ? loss[p] : A(0);
-      static_cast<A*>(args.row_max)[i] = counts ? maximum[p] : A(0);
-      static_cast<A*>(args.row_sum)[i] = counts ? static_cast<A>(total[kExponential][p]) : A(1);
+      if (args.loss) static_cast<A*>(args.loss)[i] = is_valid ? loss[p] : A(0);
+      static_cast<A*>(args.row_shift)[i] = is_valid ? maximum[p] : A(0);
+      static_cast<A*>(args.row_sum)[i] = is_valid ? static_cast<A>(total[kExponential][p]) : A(1);
     }
     return sum;
   }
@@ -138,7 +138,7 @@ struct Positions {
   static void write_ignored(const LossArgs& args, int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i) {
       if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
-      static_cast<A*>(args.row_max)[i] = A(0);
+      static_cast<A*>(args.row_shift)[i] = A(0);
       static_cast<A*>(args.row_sum)[i] = A(1);
     }
   }

@@ -28,7 +28,7 @@ void forward_block(const CalibrateArgs& args, int64_t row) {
   T* out[R];
   A c[R];
   for (int r = 0; r < R; ++r) {
-    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.image_stride;
+    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.outer_stride;
     out[r] = static_cast<T*>(args.output) + (row + r) * args.classes;
     c[r] = confidence_of<T>(args, row + r);
   }
@@ -58,7 +58,7 @@ void backward_block(const CalibrateArgs& args, int64_t row, Chunk& chunk) {
   A c[R];
   V slope[R];
   for (int r = 0; r < R; ++r) {
-    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.image_stride;
+    z[r] = static_cast<const T*>(args.logits) + (row + r) * args.outer_stride;
     g[r] = static_cast<const T*>(args.grad_output) + (row + r) * args.classes;
     out[r] = logits ? static_cast<T*>(args.grad_logits) + (row + r) * args.classes : nullptr;
     c[r] = confidence_of<T>(args, row + r);

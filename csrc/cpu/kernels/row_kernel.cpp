@@ -26,18 +26,18 @@ DISALIGN_NOINLINE Rows<T, R> gather(const LossArgs& args, const int64_t* index,
   using A = Accumulate<T>;
   Rows<T, R> rows;
   rows.classes = args.classes;
-  rows.stride = args.image_stride;
+  rows.stride = args.outer_stride;
   for (int r = 0; r < R; ++r) {
     const int64_t i = index[r];
     rows.index[r] = i;
     rows.target[r] = read_index(args.target, args.target_type, i);
-    rows.z[r] = static_cast<const T*>(args.logits) + i * args.image_stride;
+    rows.z[r] = static_cast<const T*>(args.logits) + i * args.outer_stride;
     rows.e[r] = static_cast<A*>(chunk.scratch) + r * padded_classes(args.classes);
     rows.c[r] = args.confidence ? static_cast<A>(sigmoid(read_or<A>(args.confidence, i, 0))) : A(0);
     rows.target_weight[r] = rows.target[r] < 0 ? 1.0 : read_or<A>(args.weight, rows.target[r], 1.0);
     rows.sample_weight[r] = read_or<A>(args.sample_weight, i, 1.0);
     rows.grad[r] =
-        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_image_stride : nullptr;
+        args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride : nullptr;
   }
   return rows;
 }
@@ -45,14 +45,14 @@ DISALIGN_NOINLINE Rows<T, R> gather(const LossArgs& args, const int64_t* index,
 // The value k of row i of a shard's sums or factors.
 template <class T>
 Accumulate<T> factor(const LossArgs& args, ShardFactor k, int64_t i) {
-  return static_cast<const Accumulate<T>*>(args.shard_factors)[k * args.images + i];
+  return static_cast<const Accumulate<T>*>(args.shard_factors)[k * args.outer + i];
 }
 
 template <class T>
 void write_shard_sums(const LossArgs& args, int64_t i,
                       const Accumulate<T> (&values)[kShardValues]) {
   for (int k = 0; k < kShardValues; ++k)
-    static_cast<Accumulate<T>*>(args.shard_sums)[k * args.images + i] = values[k];
+    static_cast<Accumulate<T>*>(args.shard_sums)[k * args.outer + i] = values[k];
 }
 
 // The sums of a block of rows, whose exponentials are in scratch.
@@ -114,7 +114,7 @@ DISALIGN_NOINLINE void finish_rows(const LossArgs& args, bool backward, const Ro
       const double loss = terms.loss * rows.sample_weight[r];
       chunk.loss_sum += loss;
       if (args.loss) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
-      static_cast<A*>(args.row_max)[i] = sums.shift[r];
+      static_cast<A*>(args.row_shift)[i] = sums.shift[r];
       static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
     }
     // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
@@ -197,7 +197,7 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
     if (passes.calibrated)
       sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
                                                 : target_slope(classes, rows, r);
-    if (backward) sums.shift[r] = static_cast<const A*>(args.row_max)[rows.index[r]];
+    if (backward) sums.shift[r] = static_cast<const A*>(args.row_shift)[rows.index[r]];
     // Kept out of a shard's sum, the target does not round off what else is in it. (With smoothing
     // no loss is so small, and w u would be infinite.)
     if (args.shard_sums && !(args.label_smoothing > 0) && rows.target[r] >= 0)
@@ -277,12 +277,12 @@ void skip_row(const LossArgs& args, bool backward, int64_t i) {
     write_shard_sums<T>(args, i, {});
   } else if (!backward) {
     if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
-    static_cast<A*>(args.row_max)[i] = A(0);
+    static_cast<A*>(args.row_shift)[i] = A(0);
     static_cast<A*>(args.row_sum)[i] = A(1);
   }
   if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
   if (args.grad_logits) {
-    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
+    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
     std::memset(grad, 0, args.classes * sizeof(T));
   }
 }

@@ -61,14 +61,14 @@ template <class T, class Body>
 DISALIGN_INLINE void for_groups(const UpsampleArgs& args, const Strip<T>& strip, bool all,
                                 Body body) {
   const int64_t* source = args.x.source + strip.first_x;
-  const auto counts = [&](int p) { return all || strip.positions.target[p] >= 0; };
+  const auto is_valid = [&](int p) { return all || strip.positions.target[p] >= 0; };
   for (int p = 0; p < strip.count;) {
-    if (!counts(p)) {
+    if (!is_valid(p)) {
       ++p;
       continue;
     }
     int n = 1;
-    while (n < 4 && p + n < strip.count && source[p + n] == source[p] && counts(p + n)) ++n;
+    while (n < 4 && p + n < strip.count && source[p + n] == source[p] && is_valid(p + n)) ++n;
     if (n == 4) {
       body(p, Size<4>{});
       p += 4;
@@ -138,7 +138,7 @@ void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>&
   if (args.margin) apply_margin(classes, rows, sums);
   for (int r = 0; r < R; ++r) {
     positions.target_logit[at + r] = rows.e[r][rows.target[r]];
-    if (backward) sums.shift[r] = static_cast<const A*>(args.row_max)[first + at + r];
+    if (backward) sums.shift[r] = static_cast<const A*>(args.row_shift)[first + at + r];
     positions.maximum[at + r] = sums.shift[r];
   }
   sums.clear();

@@ -20,7 +20,7 @@ struct UpsampleArgs : LossArgs {
   bool align_corners = false;
   const int64_t* first_row = nullptr;  // of each low-resolution row: its outputs are
                                        // [first_row[r], first_row[r + 1])
-  int64_t y_stride = 0, x_stride = 0;  // of the logits; image_stride and class_stride as ever
+  int64_t y_stride = 0, x_stride = 0;  // of the logits; outer_stride and class_stride as ever
   int64_t grad_y_stride = 0, grad_x_stride = 0;
   bool gradients = false;  // whether any is wanted
 

@@ -66,7 +66,7 @@ void load_row(const UpsampleArgs& args, int64_t image, int64_t row,
   using A = Accumulate<T>;
   const int64_t columns = args.x.in, padded = args.padded();
   const T* from =
-      static_cast<const T*>(args.logits) + image * args.image_stride + row * args.y_stride;
+      static_cast<const T*>(args.logits) + image * args.outer_stride + row * args.y_stride;
   if (args.confidence) load_confidence(args, image, row, scratch.c);
   const A* __restrict__ c = scratch.c;
   for (int64_t j = 0; j < padded; ++j) {
@@ -95,9 +95,9 @@ void store_row(const UpsampleArgs& args, int64_t image, int64_t row,
   const int64_t columns = args.x.in, padded = args.padded();
   const int64_t first = (image * args.y.in + row) * columns;
   const T* from =
-      static_cast<const T*>(args.logits) + image * args.image_stride + row * args.y_stride;
+      static_cast<const T*>(args.logits) + image * args.outer_stride + row * args.y_stride;
   T* out = static_cast<T*>(args.grad_logits);
-  if (out) out += image * args.grad_image_stride + row * args.grad_y_stride;
+  if (out) out += image * args.grad_outer_stride + row * args.grad_y_stride;
   const bool calibrated = args.confidence && (args.class_gradients || args.grad_confidence);
   if (args.confidence) load_confidence(args, image, row, scratch.c);
   const A* __restrict__ c = scratch.c;

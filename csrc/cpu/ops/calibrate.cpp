@@ -12,7 +12,7 @@ struct Row {
   using Args = CalibrateArgs;
   using Device = Cpu;
   static constexpr int64_t kScratch = 0;
-  static int64_t units(const CalibrateArgs& args) { return args.images; }
+  static int64_t units(const CalibrateArgs& args) { return args.outer; }
   static const CalibrateKernelTable& table() { return DISALIGN_CHOOSE(row_calibrate_kernels); }
 };
 
@@ -21,7 +21,7 @@ struct Dense {
   using Args = CalibrateArgs;
   using Device = Cpu;
   static constexpr int64_t kScratch = kCalibrateScratch;
-  static int64_t units(const CalibrateArgs& args) { return args.images * calibrate_tiles(args); }
+  static int64_t units(const CalibrateArgs& args) { return args.outer * calibrate_tiles(args); }
   static const CalibrateKernelTable& table() { return DISALIGN_CHOOSE(dense_calibrate_kernels); }
 };
 

@@ -8,7 +8,7 @@ namespace {
 
 struct DenseKernels {
   static int64_t units(const LossArgs& args, int64_t size) {
-    return args.images * dense_tiles(args, size);
+    return args.outer * dense_tiles(args, size);
   }
   static int64_t scratch_bytes(const LossArgs& args, int64_t size) {
     return dense_scratch_bytes(args, size);

@@ -8,7 +8,7 @@ namespace disalign {
 namespace {
 
 struct RowKernels {
-  static int64_t units(const LossArgs& args, int64_t) { return args.images; }
+  static int64_t units(const LossArgs& args, int64_t) { return args.outer; }
   static int64_t scratch_bytes(const LossArgs& args, int64_t size) {
     return row_scratch_bytes(args.classes, size);
   }

@@ -67,7 +67,7 @@ struct Upsample {
     args.gradients = args.grad_logits || args.grad_confidence || args.class_gradients;
     const Tensor axes = set_axes(args);
     const int64_t size = size_of(accumulate_dtype(logits.scalar_type()));
-    Partition partition(args.images * args.y.in, args.positions() * args.classes, args.classes,
+    Partition partition(args.outer * args.y.in, args.positions() * args.classes, args.classes,
                         upsample_scratch_bytes(args, size), args.class_gradients);
     const UpsampleKernels& kernels =
         kernels_for(DISALIGN_CHOOSE(upsample_kernels), logits.scalar_type());

@@ -7,7 +7,7 @@
 namespace disalign::cuda {
 
 // row_tile.cuh
-struct RowArgs : DeviceLoss {
+struct RowArgs : LossArgs {
   int32_t lanes = 0;         // threads of a group
   int32_t period = 1;        // rows this far apart are aligned alike
   int32_t tiles = 1;         // of a row
@@ -23,7 +23,7 @@ struct RowArgs : DeviceLoss {
 };
 
 // dense_tile.cuh
-struct DenseArgs : DeviceLoss {
+struct DenseArgs : LossArgs {
   int32_t slices = 1;                 // of the classes: a power of two of warps
   bool resident = false;              // whether a tile's logits stay in shared memory
   int64_t image_tiles = 0;            // tiles of an image
@@ -42,7 +42,7 @@ struct Axis {
   int32_t* first = nullptr;   // [in + 1]
 };
 
-struct UpsampleArgs : DeviceLoss {
+struct UpsampleArgs : LossArgs {
   Axis y, x;
   bool align_corners = false;
   int64_t y_stride = 0, x_stride = 0;  // of the logits
@@ -59,11 +59,11 @@ struct UpsampleArgs : DeviceLoss {
   void* class_sums = nullptr;       // of A: [blocks][2: scale, bias][classes]
   void* confidence_sums = nullptr;  // of A: [chunks of classes][low-resolution positions]
 
-  DISALIGN_METHOD int64_t low_positions() const { return images * y.in * x.in; }
+  DISALIGN_METHOD int64_t low_positions() const { return outer * y.in * x.in; }
 };
 
 // finish_kernel.cuh
-struct FinishArgs : DeviceLoss {
+struct FinishArgs : LossArgs {
   bool forward = false;                // loss and denominator are wanted
   const double* block_sums = nullptr;  // [blocks][2: loss, denominator]; null for 'none'
   int64_t blocks = 0;

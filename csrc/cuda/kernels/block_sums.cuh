@@ -8,7 +8,7 @@ namespace disalign::cuda {
 
 // The share of the denominator, for what finish_kernel divides by.
 template <class A>
-__device__ __forceinline__ double divisor_share(const DeviceLoss& args, A target_weight,
+__device__ __forceinline__ double divisor_share(const LossArgs& args, A target_weight,
                                                 A sample_weight) {
   return args.normalizer == kByWeights ? static_cast<double>(target_weight * sample_weight) : 1.0;
 }

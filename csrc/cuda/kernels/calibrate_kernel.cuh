@@ -36,18 +36,18 @@ __global__ void __launch_bounds__(Wide ? kCalibrateThreads : kNarrowThreads,
 
   int64_t i = tile.row;
   for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
-    const bool inside = i < args.images;
+    const bool inside = i < args.outer;
     const A c = inside ? confidence_of<A>(args, i) : A(0);
     Raw raw[K] = {}, given[Backward ? K : 1] = {};
     if (inside) {  // groups beyond the last row go along, with zeros
-      tile.load(static_cast<const T*>(args.logits) + i * args.image_stride, raw);
+      tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
       if constexpr (Backward) {
         const T* from = static_cast<const T*>(args.grad_output) + i * args.classes;
         tile.load(from, given, tile.aligned(from));
       }
     }
     void* out_memory = Backward ? args.grad_logits : args.output;
-    T* to = static_cast<T*>(out_memory) + i * args.grad_image_stride;
+    T* to = static_cast<T*>(out_memory) + i * args.grad_outer_stride;
     const bool aligned = tile.aligned(to);
     A slope = 0;
 #pragma unroll
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(Wide ? kCalibrateThreads : kNarrowThreads,
     A values[1] = {slope};
     group.sum(values);
     if (tile.lane == 0 && inside)
-      static_cast<A*>(args.confidence_sums)[blockIdx.y * args.images + i] =
+      static_cast<A*>(args.confidence_sums)[blockIdx.y * args.outer + i] =
           c * (A(1) - c) * values[0];
   }
   if constexpr (Backward) {

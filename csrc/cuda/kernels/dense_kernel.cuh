@@ -43,15 +43,15 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_forward_kernel(const D
     tile.enter(args);
     const int64_t i = tile.index();
     const int t = tile.inside ? target_of(args, i) : kNoTarget;
-    const bool counts = t >= 0;
-    const A c = Calibrated && counts ? confidence_of<A>(args, i) : A(0);
+    const bool valid = t >= 0;
+    const A c = Calibrated && valid ? confidence_of<A>(args, i) : A(0);
     PositionSums<A> sums;
     for (int from = tile.slice; from < tile.classes; from += kDenseUnroll * tile.slices) {
       A z[kDenseUnroll], u[kDenseUnroll];
 #pragma unroll
       for (int k = 0; k < kDenseUnroll; ++k) {
         const int j = from + k * tile.slices;
-        z[k] = counts && j < tile.classes
+        z[k] = valid && j < tile.classes
                    ? to_accumulate(load_one(tile.logit(args, j) + tile.position))
                    : negative_infinity<A>();
       }
@@ -100,12 +100,12 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_forward_kernel(const D
                                        kDenseThreads),
                  smoothing);
     }
-    const A target_weight = counts ? vector_entry<A>(args.weight, t, A(1)) : A(1);
-    const A v = counts ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
+    const A target_weight = valid ? vector_entry<A>(args.weight, t, A(1)) : A(1);
+    const A v = valid ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
     if (tile.slice == 0 && tile.inside) {
       write_position(args, i, t, sums, result, v, c);
-      if (counts)
+      if (valid)
         block_sums.add(tile.position, result.loss * v, divisor_share(args, target_weight, v));
     }
     if (sum_classes) {
@@ -154,14 +154,14 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBackwardBlocks<T>)
         return {z, target_logit_of(args, t, z, c)};
       });
     }
-    const bool counts = at.target >= 0;
+    const bool valid = at.target >= 0;
     if (sum_classes) {
       if (tile.slice == 0)
         classes.put(tile, at.target, at.c, at.maximum, at.softmax, at.smooth, at.at_target);
       if (args.resident) {
         for (int j = tile.slice; j < tile.classes; j += tile.slices)
           memory.logits[j * stride + tile.position] =
-              counts ? to_accumulate(load_one(tile.logit(args, j) + tile.position)) : A(0);
+              valid ? to_accumulate(load_one(tile.logit(args, j) + tile.position)) : A(0);
       }
       __syncthreads();
       classes.run(args, tile);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBackwardBlocks<T>)
       for (int k = 0; k < kDenseUnroll; ++k) {
         const int j = from + k * tile.slices;
         z[k] = 0;
-        if (!counts || j >= tile.classes) continue;
+        if (!valid || j >= tile.classes) continue;
         z[k] = sum_classes && args.resident
                    ? memory.logits[j * stride + tile.position]
                    : to_accumulate(load_one(tile.logit(args, j) + tile.position));
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBackwardBlocks<T>)
         const int j = from + k * tile.slices;
         if (j >= tile.classes || !tile.inside) continue;
         A q = 0;
-        if (counts) {
+        if (valid) {
           const ClassEntries<A> entry(args, j);
           const A gain = Calibrated ? entry.a * at.c + A(1) : A(1);
           A u = z[k] * gain + (entry.b * at.c + entry.o);

@@ -80,14 +80,14 @@ struct DenseTile {
         slice(threadIdx.x / 32 % args.slices),
         slices(args.slices),
         classes(static_cast<int>(args.classes)),
-        tiles(args.images * args.image_tiles),
+        tiles(args.outer * args.image_tiles),
         tile(blockIdx.x) {}
 
   __device__ __forceinline__ void enter(const DenseArgs& args) {
     const int64_t image = tile / args.image_tiles;
     const int64_t at = (tile - image * args.image_tiles) * positions;
-    offset = image * args.image_stride + at;
-    grad = image * args.grad_image_stride + at;
+    offset = image * args.outer_stride + at;
+    grad = image * args.grad_outer_stride + at;
     first = image * args.inner + at;
     const int64_t left = args.inner - at;
     count = static_cast<int>(left < positions ? left : positions);

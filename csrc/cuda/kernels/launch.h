@@ -42,6 +42,4 @@ static inline int64_t size_of(Dtype dtype) {
 
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-using DeviceLoss = LossArgs;
-
 }  // namespace disalign::cuda

@@ -8,10 +8,10 @@
 
 namespace disalign::cuda {
 
-constexpr int kNoTarget = static_cast<int>(kIgnored);  // the target of what counts nothing
+constexpr int kNoTarget = static_cast<int>(kIgnored);  // the target of an ignored position
 
-// Whether a position of this target counts; of a shard, it may be elsewhere.
-__device__ __forceinline__ bool is_counted(int target) { return target > kNoTarget; }
+// Whether a position of this target is not ignored; of a shard, the target may be elsewhere.
+__device__ __forceinline__ bool is_valid(int target) { return target > kNoTarget; }
 
 // The target of position i, or kNoTarget. A target that is no class stops the kernel, as in
 // PyTorch.
@@ -135,13 +135,13 @@ __device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, 
                                                const PositionSums<A>& sums,
                                                const PositionResult<A>& result, A sample_weight,
                                                A c) {
-  const bool counts = is_counted(t);
-  if (args.loss) static_cast<A*>(args.loss)[i] = counts ? result.loss * sample_weight : A(0);
-  static_cast<A*>(args.row_max)[i] = counts ? sums.maximum : A(0);
-  static_cast<A*>(args.row_sum)[i] = counts ? result.sum : A(1);
+  const bool valid = is_valid(t);
+  if (args.loss) static_cast<A*>(args.loss)[i] = valid ? result.loss * sample_weight : A(0);
+  static_cast<A*>(args.row_shift)[i] = valid ? sums.maximum : A(0);
+  static_cast<A*>(args.row_sum)[i] = valid ? result.sum : A(1);
   if (args.grad_confidence)
     static_cast<A*>(args.grad_confidence)[i] =
-        counts ? sample_weight * c * (A(1) - c) * result.confidence : A(0);
+        valid ? sample_weight * c * (A(1) - c) * result.confidence : A(0);
 }
 
 // What backward's classes of a position share, everything included:
@@ -162,7 +162,7 @@ __device__ __forceinline__ A confidence_of(const LossArgs& args, int64_t i) {
 // 1 / denominator, and 0 where nothing is left to divide by: every gradient is 0 then, whatever
 // stands above.
 template <class A>
-__device__ __forceinline__ A inverse_denominator(const DeviceLoss& args) {
+__device__ __forceinline__ A inverse_denominator(const LossArgs& args) {
   if (!args.denominator) return 1;
   const double denominator = *args.denominator;
   return denominator == 0 ? A(0) : static_cast<A>(1.0 / denominator);
@@ -174,15 +174,15 @@ struct TargetLogit {
   A z, u;
 };
 template <class A, class Target>
-__device__ __forceinline__ PositionFactors<A> position_factors(const DeviceLoss& args, int64_t i,
-                                                               A c, A weights, A inverse,
+__device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args, int64_t i, A c,
+                                                               A weights, A inverse,
                                                                Target target_logit) {
   PositionFactors<A> out;
   out.target = target_of(args, i);
-  if (!is_counted(out.target)) return out;
+  if (!is_valid(out.target)) return out;
   const int t = out.target;
   out.c = c;
-  out.maximum = static_cast<const A*>(args.row_max)[i];
+  out.maximum = static_cast<const A*>(args.row_shift)[i];
   const A sum = static_cast<const A*>(args.row_sum)[i];
   const bool focal = args.focal_gamma > 0;
   A nll = 0;

@@ -22,23 +22,23 @@ __device__ __forceinline__ PositionFactors<Accumulate<T>> row_factors(const RowA
                                                                       Accumulate<T> weights,
                                                                       Accumulate<T> inverse) {
   using A = Accumulate<T>;
-  if (i >= args.images) return {};
+  if (i >= args.outer) return {};
   const A c = confidence_of<A>(args, i);
   if (args.shard_factors) {
     PositionFactors<A> out;
     out.target = target_of(args, i);
-    if (!is_counted(out.target)) return out;
+    if (!is_valid(out.target)) return out;
     const A* from = static_cast<const A*>(args.shard_factors) + i;
     out.c = c;
-    out.maximum = from[kFactorMaximum * args.images];
-    out.softmax = from[kFactorSoftmax * args.images];
-    out.smooth = from[kFactorSmooth * args.images];
-    out.at_target = from[kFactorTarget * args.images];
-    out.target_slope = from[kFactorSlope * args.images];
+    out.maximum = from[kFactorMaximum * args.outer];
+    out.softmax = from[kFactorSoftmax * args.outer];
+    out.smooth = from[kFactorSmooth * args.outer];
+    out.at_target = from[kFactorTarget * args.outer];
+    out.target_slope = from[kFactorSlope * args.outer];
     return out;
   }
   return position_factors(args, i, c, weights, inverse, [&](int t) -> TargetLogit<A> {
-    const T* row = static_cast<const T*>(args.logits) + i * args.image_stride;
+    const T* row = static_cast<const T*>(args.logits) + i * args.outer_stride;
     const A z = args.target_logits ? static_cast<const A*>(args.target_logits)[i]
                                    : to_accumulate(load_one(row + t));
     return {z, target_logit_of(args, t, z, c)};
@@ -79,16 +79,16 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
   int64_t i = tile.row;
   for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
     const PositionFactors<A> row = row_factors<T>(args, i, weights, inverse);
-    const bool counts = is_counted(row.target);
+    const bool valid = is_valid(row.target);
     Raw raw[K];
-    if (counts) {
-      tile.load(static_cast<const T*>(args.logits) + i * args.image_stride, raw);
+    if (valid) {
+      tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
     } else {
 #pragma unroll
       for (int k = 0; k < K; ++k) raw[k] = {};
     }
     const int slot = tile.slot_of(row.target);
-    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_image_stride;
+    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
     const bool aligned = tile.aligned(grad);
     A slope = 0;
 #pragma unroll
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
         for (int q = 0; q < Q; ++q) {
           g[q] = row.softmax * exponential(g[q] - row.maximum) - row.smooth * w[q];
           g[q] -= first + q == slot ? row.at_target : A(0);
-          g[q] = counts ? g[q] : A(0);
+          g[q] = valid ? g[q] : A(0);
         }
         if (slopes) {
           A d[Q];
@@ -136,13 +136,13 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
         }
         pack<T>(g, part, out);
       }
-      if (args.grad_logits && i < args.images) tile.store(grad, k, aligned, out);
+      if (args.grad_logits && i < args.outer) tile.store(grad, k, aligned, out);
     }
     if (slopes) {
       A values[1] = {slope};
       group.sum(values);
-      if (tile.lane == 0 && i < args.images)
-        static_cast<A*>(args.confidence_sums)[blockIdx.y * args.images + i] =
+      if (tile.lane == 0 && i < args.outer)
+        static_cast<A*>(args.confidence_sums)[blockIdx.y * args.outer + i] =
             row.c * (A(1) - row.c) * values[0];
     }
   }
@@ -153,10 +153,10 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
 template <class T>
 __global__ void __launch_bounds__(kNarrowThreads, 1) row_target_kernel(const RowArgs args) {
   using A = Accumulate<T>;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.images;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.outer;
        i += int64_t{gridDim.x} * blockDim.x) {
     const int t = target_of(args, i);
-    const T* row = static_cast<const T*>(args.logits) + i * args.image_stride;
+    const T* row = static_cast<const T*>(args.logits) + i * args.outer_stride;
     static_cast<A*>(args.target_logits)[i] = t < 0 ? A(0) : to_accumulate(load_one(row + t));
   }
 }

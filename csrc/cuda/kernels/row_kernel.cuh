@@ -20,31 +20,31 @@ namespace disalign::cuda {
 
 // The sums of row i of a shard.
 template <class A>
-__device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i, bool counts,
+__device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i, bool valid,
                                                  const PositionSums<A>& sums) {
   const A values[kShardValues] = {sums.maximum, sums.rest, sums.target_logit, sums.target_slope,
                                   sums.smooth};
   A* to = static_cast<A*>(args.shard_sums) + i;
 #pragma unroll
-  for (int k = 0; k < kShardValues; ++k) to[k * args.images] = counts ? values[k] : A(0);
+  for (int k = 0; k < kShardValues; ++k) to[k * args.outer] = valid ? values[k] : A(0);
 }
 
 template <class T>
 struct FetchedRow {
   Raw raw[kKept<T>];
-  int target;  // where the row counts nothing, raw is 0
+  int target;  // where the row is ignored, raw is 0
   Accumulate<T> confidence;
 
   template <bool Wide>
   __device__ __forceinline__ void fetch(const RowArgs& args, const Tile<T, Wide>& tile, int64_t i) {
-    target = i < args.images ? target_of(args, i) : kNoTarget;
+    target = i < args.outer ? target_of(args, i) : kNoTarget;
     confidence = 0;
-    if (!is_counted(target)) {
+    if (!is_valid(target)) {
 #pragma unroll
       for (int k = 0; k < kKept<T>; ++k) raw[k] = {};
       return;
     }
-    tile.load(static_cast<const T*>(args.logits) + i * args.image_stride, raw);
+    tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
     if (args.confidence) confidence = static_cast<const Accumulate<T>*>(args.confidence)[i];
   }
 };
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     if (!kAhead && round > 0) next.fetch(args, tile, i);
     const FetchedRow<T> row = next;
     if (kAhead && round + 1 < tile.rounds) next.fetch(args, tile, i + tile.row_step);
-    const bool counts = is_counted(row.target);
+    const bool valid = is_valid(row.target);
     const A c = Calibrated ? sigmoid(row.confidence) : A(0);
     const int slot = tile.slot_of(row.target);
 
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
 
     if (tiled) {
       if (tile.lane == 0)
-        sums.write(static_cast<A*>(args.tile_sums) + blockIdx.y * args.images + i,
-                   args.tiles * args.images);
+        sums.write(static_cast<A*>(args.tile_sums) + blockIdx.y * args.outer + i,
+                   args.tiles * args.outer);
       continue;
     }
 
@@ -235,17 +235,17 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       rescale = exponential(cluster.own_maximum(round) - sums.maximum);
     }
     const A target_weight = row.target >= 0 && class_weight ? class_weight[row.target] : A(1);
-    const A v_i = counts ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
+    const A v_i = valid ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
-    if (writes && tile.lane == 0 && i < args.images) {
+    if (writes && tile.lane == 0 && i < args.outer) {
       if (args.shard_sums)
-        write_shard_sums(args, i, counts, sums);
+        write_shard_sums(args, i, valid, sums);
       else
         write_position(args, i, row.target, sums, result, v_i, c);
-      if (counts)
+      if (valid)
         block_sums.add(tile.group, result.loss * v_i, divisor_share(args, target_weight, v_i));
     }
-    if (!sum_classes || !counts) continue;
+    if (!sum_classes || !valid) continue;
     const A softmax = v_i * c * result.softmax * rescale, smooth = v_i * c * result.smooth;
     const A at_target = v_i * c * result.at_target;
 #pragma unroll
@@ -277,28 +277,28 @@ template <class A>
 __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const RowArgs args) {
   DISALIGN_SHARED_MEMORY(memory);
   const bool smoothing = args.label_smoothing > 0;
-  const int64_t stride = args.tiles * args.images;
+  const int64_t stride = args.tiles * args.outer;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   BlockSums block_sums(reinterpret_cast<double*>(memory), warps);
-  for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.images;
+  for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.outer;
        i += int64_t{gridDim.x} * warps) {
     const int t = target_of(args, i);
     PositionSums<A> sums;
     for (int tile = lane; tile < args.tiles; tile += 32)
-      sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.images + i,
+      sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.outer + i,
                                      stride),
                smoothing);
     for (int distance = 16; distance > 0; distance /= 2)
       sums.add(sums.of_lane(distance), smoothing);
     if (lane > 0) continue;
     const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
-    const A v_i = is_counted(t) ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
+    const A v_i = is_valid(t) ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight);
     if (args.shard_sums)
-      write_shard_sums(args, i, is_counted(t), sums);
+      write_shard_sums(args, i, is_valid(t), sums);
     else
       write_position(args, i, t, sums, result, v_i, confidence_of<A>(args, i));
-    if (!is_counted(t)) continue;
+    if (!is_valid(t)) continue;
     block_sums.add(warp, result.loss * v_i, divisor_share(args, target_weight, v_i));
   }
   if (args.block_sums) block_sums.write(args.block_sums);

@@ -59,13 +59,13 @@ struct Tile {
         classes(static_cast<int>(args.classes)) {
     const int64_t residue = blockIdx.x % args.period;
     const int64_t block = blockIdx.x / args.period, blocks = gridDim.x / args.period;
-    const int64_t rows = (args.images - residue + args.period - 1) / args.period;
+    const int64_t rows = (args.outer - residue + args.period - 1) / args.period;
     row = residue + args.period * (block * groups + group);
     row_step = args.period * blocks * groups;
     const int64_t left = rows - block * groups;
     rounds = left > 0 ? (left + blocks * groups - 1) / (blocks * groups) : 0;
     const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(args.logits) +
-                                                     residue * args.image_stride);
+                                                     residue * args.outer_stride);
     const int phase = static_cast<int>(address % kVectorBytes / sizeof(T));
     const int all = (phase + classes + V - 1) / V;
     const int before = static_cast<int>(blockIdx.y) * args.tile_vectors;

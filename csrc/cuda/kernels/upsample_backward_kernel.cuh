@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
   UpsampleMemory<A> memory;
   memory.values = reinterpret_cast<A*>(raw_memory);
   memory.shares = memory.values + UpsampleMemory<A>::kValues;
-  const int64_t squares = args.images * ((args.y.in + kNodes<A> - 1) /
-                                         kNodes<A>)*((args.x.in + kNodes<A> - 1) / kNodes<A>);
+  const int64_t squares = args.outer * ((args.y.in + kNodes<A> - 1) /
+                                        kNodes<A>)*((args.x.in + kNodes<A> - 1) / kNodes<A>);
   A scale_sum = 0, bias_sum = 0;
 
   for (int64_t s = blockIdx.x; s < squares; s += gridDim.x) {
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
         const int n = i % kAll, k = i / kAll;
         const int y = square.y + n / kNodes<A>, x = square.x + n % kNodes<A>;
         if (y >= args.y.in || x >= args.x.in || square.class_begin + k >= args.classes) continue;
-        store_one(static_cast<T*>(args.grad_logits) + square.image * args.grad_image_stride +
+        store_one(static_cast<T*>(args.grad_logits) + square.image * args.grad_outer_stride +
                       (square.class_begin + k) * args.grad_class_stride + y * args.grad_y_stride +
                       x * args.grad_x_stride,
                   from_accumulate<T>(memory.values[n * kColumn + k]));
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
     const int64_t x = i % args.x.in, y = i / args.x.in % args.y.in;
     const int64_t plane = i / (int64_t{args.x.in} * args.y.in);
     T* to = static_cast<T*>(const_cast<void*>(args.logits)) +
-            plane / args.classes * args.image_stride + plane % args.classes * args.class_stride +
+            plane / args.classes * args.outer_stride + plane % args.classes * args.class_stride +
             y * args.y_stride + x * args.x_stride;
     store_one(to, load_one(static_cast<const T*>(args.grad_logits) + i));
   }

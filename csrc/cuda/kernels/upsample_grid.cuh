@@ -67,7 +67,7 @@ struct LowPosition {
   A c;
 
   __device__ __forceinline__ LowPosition(const UpsampleArgs& args, int64_t image, int y, int x)
-      : logits(static_cast<const T*>(args.logits) + image * args.image_stride + y * args.y_stride +
+      : logits(static_cast<const T*>(args.logits) + image * args.outer_stride + y * args.y_stride +
                x * args.x_stride),
         c(confidence_of<A>(args, (image * args.y.in + y) * args.x.in + x)) {}
 

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kUpsampleThreads, 1)
               BlockSums::entries(kUpsampleThreads) * (sizeof(double) / sizeof(A));
   const bool smoothing = args.label_smoothing > 0;
   const int classes = static_cast<int>(args.classes);
-  const int64_t tiles = args.images * ((args.y.out + args.tile_height - 1) / args.tile_height) *
+  const int64_t tiles = args.outer * ((args.y.out + args.tile_height - 1) / args.tile_height) *
                         ((args.x.out + args.tile_width - 1) / args.tile_width);
   for (int64_t k = blockIdx.x; k < tiles; k += gridDim.x) {
     const UpsampleTile<T> tile(args, k, memory);

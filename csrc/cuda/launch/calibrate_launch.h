@@ -20,11 +20,11 @@ void launch_calibrate_kernel(Launcher& launcher, RowArgs& args, FinishArgs& last
     if (args.class_gradients)
       args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * bytes);
     if (args.grad_confidence)
-      args.confidence_sums = launcher.allocate(plan.tiles * args.images * bytes);
+      args.confidence_sums = launcher.allocate(plan.tiles * args.outer * bytes);
     launcher.launch(kernel, plan.shape, args);
   });
   last.confidence_sums = args.confidence_sums;
-  last.confidences = args.images;
+  last.confidences = args.outer;
 }
 
 template <class T, bool Backward, class Launcher>
@@ -47,7 +47,7 @@ void launch_calibrate(Launcher& launcher, Dtype dtype, Args args) {
     });
   }
   if (!args.class_gradients && !last.confidence_sums) return;
-  static_cast<DeviceLoss&>(last) = args;
+  static_cast<LossArgs&>(last) = args;
   if (!last.confidence_sums) last.grad_confidence = nullptr;  // written by the kernel
   last.class_sums = args.class_sums;
   finish(launcher, dtype, last);

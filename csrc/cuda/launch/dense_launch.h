@@ -32,7 +32,7 @@ Shape dense_plan(Launcher& launcher, Kernel kernel, DenseArgs& args, bool reside
   const int64_t blocks =
       int64_t{launcher.limits().multiprocessors} *
       std::max(1, launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes));
-  shape.grid_x = std::max<int64_t>(1, std::min(blocks, args.images * args.image_tiles));
+  shape.grid_x = std::max<int64_t>(1, std::min(blocks, args.outer * args.image_tiles));
   return shape;
 }
 
@@ -52,7 +52,7 @@ void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
     }
     launcher.launch(kernel, shape, args);
   }
-  static_cast<DeviceLoss&>(last) = args;
+  static_cast<LossArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
   last.class_sums = args.class_sums;
@@ -74,7 +74,7 @@ void launch_dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
     launcher.launch(kernel, shape, args);
   }
   if (!args.class_gradients) return;
-  static_cast<DeviceLoss&>(last) = args;
+  static_cast<LossArgs&>(last) = args;
   last.grad_confidence = nullptr;  // written by the kernel
   last.class_sums = args.class_sums;
   finish(launcher, dtype, last);

@@ -39,8 +39,8 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   constexpr int K = kKept<T>;
   RowPlan plan;
   plan.period = static_cast<int>(
-      std::min<int64_t>(row_period(args.image_stride * static_cast<int64_t>(sizeof(T))),
-                        std::max<int64_t>(args.images, 1)));
+      std::min<int64_t>(row_period(args.outer_stride * static_cast<int64_t>(sizeof(T))),
+                        std::max<int64_t>(args.outer, 1)));
   // Where rows are not all aligned alike, one of them may begin just before an aligned address.
   const auto address = reinterpret_cast<uintptr_t>(args.logits);
   const int64_t phase = plan.period == 1 ? address % kVectorBytes / sizeof(T) : kVector<T> - 1;
@@ -106,7 +106,7 @@ void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, Ro
   const int64_t groups =
       (plan.wide ? 1 : plan.shape.threads / plan.lanes) * (args.class_gradients ? kRowsOfSums : 1);
   const int64_t wanted = std::min(std::max<int64_t>(1, resident / plan.tiles),
-                                  divide_up(std::max<int64_t>(args.images, 1), groups));
+                                  divide_up(std::max<int64_t>(args.outer, 1), groups));
   plan.shape.grid_x = divide_up(wanted, plan.period) * plan.period;
 }
 
@@ -131,7 +131,7 @@ int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
     if (args.class_gradients)
       args.class_sums = launcher.allocate(2 * blocks * args.classes * bytes);
     if (args.grad_confidence)
-      args.confidence_sums = launcher.allocate(plan.tiles * args.images * bytes);
+      args.confidence_sums = launcher.allocate(plan.tiles * args.outer * bytes);
     launcher.launch(kernel, plan.shape, args);
   };
   for_bool(plan.wide, [&](auto wide) {
@@ -166,15 +166,15 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     }
     fill_grid(launcher, kernel, args, plan);
     apply(plan, args);
-    if (args.images == 0) return;
+    if (args.outer == 0) return;
     last.blocks = plan.shape.grid_x;
     Shape combine;
     const bool tiled = plan.tiles > 1 && !clustered;
     if (tiled) {
       args.tile_sums =
-          launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.images * sizeof(A));
+          launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.outer * sizeof(A));
       combine.threads = kNarrowThreads;
-      combine.grid_x = std::min(divide_up(args.images, kNarrowThreads / 32), int64_t{1} << 10);
+      combine.grid_x = std::min(divide_up(args.outer, kNarrowThreads / 32), int64_t{1} << 10);
       combine.shared_bytes = BlockSums::entries(kNarrowThreads) * sizeof(double);
       last.blocks = combine.grid_x;
     } else if (args.class_gradients) {
@@ -196,33 +196,33 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     args.class_sums = sums.class_sums;
   });
   if (args.shard_sums) return;  // nothing to divide
-  static_cast<DeviceLoss&>(last) = args;
+  static_cast<LossArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
   last.class_sums = args.class_sums;
-  last.confidences = args.images;
+  last.confidences = args.outer;
   finish(launcher, dtype, last);
 }
 
 template <class T, bool Calibrated, class Launcher>
 void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
   FinishArgs last;
-  if (args.images > 0) {
+  if (args.outer > 0) {
     if (args.grad_logits == args.logits && !args.shard_factors &&
         (args.focal_gamma > 0 || args.grad_confidence)) {
-      args.target_logits = launcher.allocate(args.images * sizeof(Accumulate<T>));
+      args.target_logits = launcher.allocate(args.outer * sizeof(Accumulate<T>));
       Shape shape;
       shape.threads = kNarrowThreads;
-      shape.grid_x = std::min(divide_up(args.images, kNarrowThreads), int64_t{1} << 10);
+      shape.grid_x = std::min(divide_up(args.outer, kNarrowThreads), int64_t{1} << 10);
       launcher.launch(row_target_kernel<T>, shape, args);
     }
     last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, args);
   }
   if (!args.class_gradients && !args.grad_confidence) return;
-  static_cast<DeviceLoss&>(last) = args;
+  static_cast<LossArgs&>(last) = args;
   last.class_sums = args.class_sums;
   last.confidence_sums = args.confidence_sums;
-  last.confidences = args.images;
+  last.confidences = args.outer;
   last.tiles = args.tiles;
   finish(launcher, dtype, last);
 }

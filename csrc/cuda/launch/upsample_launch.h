@@ -62,8 +62,8 @@ Shape upsample_plan(Launcher& launcher, UpsampleArgs& args) {
       int64_t{launcher.limits().multiprocessors} *
       std::max(1, launcher.blocks_per_multiprocessor(upsample_forward_kernel<T>, shape.threads,
                                                      shape.shared_bytes));
-  const int64_t tiles = args.images * divide_up(args.y.out, args.tile_height) *
-                        divide_up(args.x.out, args.tile_width);
+  const int64_t tiles =
+      args.outer * divide_up(args.y.out, args.tile_height) * divide_up(args.x.out, args.tile_width);
   shape.grid_x = std::min(resident, tiles);
   return shape;
 }
@@ -81,7 +81,7 @@ void launch_upsample_forward(Launcher& launcher, UpsampleArgs args, Dtype dtype)
     launcher.launch(upsample_forward_kernel<T>, shape, args);
   }
   if (!args.denominator) return;  // a prediction
-  static_cast<DeviceLoss&>(last) = args;
+  static_cast<LossArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
   finish(launcher, dtype, last);
@@ -98,7 +98,7 @@ void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype
   args.grad_x_stride = 1;
   args.grad_y_stride = args.x.in;
   args.grad_class_stride = int64_t{args.y.in} * args.x.in;
-  args.grad_image_stride = args.classes * args.grad_class_stride;
+  args.grad_outer_stride = args.classes * args.grad_class_stride;
   if (args.low_positions() > 0) {
     launch_axes<A>(launcher, args);
     Shape each;
@@ -117,7 +117,7 @@ void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype
     shape.shared_bytes = UpsampleMemory<A>::kBytes;
     shape.grid_y = divide_up(args.classes, kLanes);
     const int64_t squares =
-        args.images * divide_up(args.y.in, kNodes<A>) * divide_up(args.x.in, kNodes<A>);
+        args.outer * divide_up(args.y.in, kNodes<A>) * divide_up(args.x.in, kNodes<A>);
     const int64_t resident =
         int64_t{launcher.limits().multiprocessors} *
         std::max(1, launcher.blocks_per_multiprocessor(upsample_backward_kernel<T>, shape.threads,
@@ -140,7 +140,7 @@ void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype
     }
   }
   if (!args.class_gradients && !args.grad_confidence) return;
-  static_cast<DeviceLoss&>(last) = args;
+  static_cast<LossArgs&>(last) = args;
   last.class_sums = args.class_sums;
   last.confidence_sums = args.confidence_sums;
   last.confidences = args.low_positions();

@@ -13,7 +13,7 @@ struct Row {
   static constexpr int64_t kWantedOfForward = kWantScale | kWantBias | kWantConfidence;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
-    if (args.denominator == nullptr && args.images == 0) return;  // a shard's sums of no rows
+    if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
     launch_row_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
