@@ -91,7 +91,7 @@ class Fields {
 #define DISALIGN_NUMBER(member) fields.number(#member, args.member)
 #define DISALIGN_ARRAY(member) fields.array(#member, args.member)
 
-void fill(const Fields& fields, LossArgs& args) {
+void fill(const Fields& fields, disalign::LossArgs& args) {
   simt::unwatch_all();
   DISALIGN_NUMBER(outer), DISALIGN_NUMBER(classes), DISALIGN_NUMBER(inner);
   DISALIGN_NUMBER(outer_stride), DISALIGN_NUMBER(class_stride);
@@ -110,14 +110,14 @@ void fill(const Fields& fields, LossArgs& args) {
 
 template <class Args>
 void fill_rows(const Fields& fields, Args& args) {
-  fill(fields, static_cast<LossArgs&>(args));
+  fill(fields, static_cast<disalign::LossArgs&>(args));
   DISALIGN_ARRAY(grad_output), DISALIGN_ARRAY(output);
 }
 void fill(const Fields& fields, RowArgs& args) { fill_rows(fields, args); }
 void fill(const Fields& fields, DenseArgs& args) { fill_rows(fields, args); }
 
 void fill(const Fields& fields, UpsampleArgs& args) {
-  fill(fields, static_cast<LossArgs&>(args));
+  fill(fields, static_cast<disalign::LossArgs&>(args));
   fields.number("y_in", args.y.in), fields.number("y_out", args.y.out);
   fields.number("x_in", args.x.in), fields.number("x_out", args.x.out);
   DISALIGN_NUMBER(y_stride), DISALIGN_NUMBER(x_stride), DISALIGN_NUMBER(align_corners);
