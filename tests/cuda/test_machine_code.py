@@ -1,0 +1,114 @@
+"""How many instructions a warp issues, counted in the machine code (tests/machine_code)."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from machine_code import disassembly, rows
+from machine_code.warp import Launch, Unknown, Warp
+from simt import build
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools() -> None:
+    home = build.cuda_home()
+    if home is None or not (home / "bin" / "nvcc").exists():
+        pytest.skip("needs nvcc")
+    if disassembly.nvdisasm() is None:
+        pytest.skip("needs nvdisasm (package nvidia-cuda-nvdisasm)")
+
+
+# Each kind of work has an instruction of its own, so that it can be counted: cosines in a loop of
+# known length, a sine by one lane alone, logarithms by half of the lanes, square roots where data
+# say so.
+PLANTED = """
+extern "C" __global__ void planted(float* data, long long rounds, long long parts) {
+  float x = data[threadIdx.x];
+#pragma unroll 1
+  for (long long i = 0; i < rounds / parts; ++i) x += __cosf(x) * __cosf(x + 1);
+  if (threadIdx.x % 32 == 3) {
+    x = __sinf(x) + data[1];
+    data[2] = x;
+  }
+  if (threadIdx.x % 32 < 16) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < 18; i += 4) x += __log2f(x);
+  }
+  __syncwarp();
+  if (x > 3) {
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) x = 3 * rsqrtf(x);
+  }
+  data[threadIdx.x] = x;
+}
+"""
+
+
+@pytest.mark.parametrize("architecture", rows.DEVICES)
+def test_a_planted_kernel_issues_what_it_must(architecture: str, tmp_path: Path) -> None:
+    home = build.cuda_home()
+    assert home is not None
+    source, cubin = tmp_path / "planted.cu", tmp_path / "planted.cubin"
+    source.write_text(PLANTED)
+    subprocess.run(
+        [str(home / "bin" / "nvcc"), "-O3", f"-arch=sm_{architecture}", "-cubin", str(source), "-o",
+         str(cubin)], check=True,
+    )  # fmt: skip
+    kernel = disassembly.kernels(cubin)["planted"]
+
+    def issued(rounds: int, parts: int, large: bool) -> Counter[str]:
+        arguments = b"".join(n.to_bytes(8, "little") for n in (1 << 32, rounds, parts))
+        constants = bytes(kernel.constant_bytes - 24) + arguments
+        asked: list[Unknown] = []
+
+        def decide(unknown: Unknown) -> bool:
+            asked.append(unknown)
+            assert unknown.source is not None
+            assert unknown.source.name == "FSETP"
+            # x > 3, or its opposite with NaN on the same side.
+            return large == ("GT" in unknown.source.modifiers)
+
+        warp = Warp(kernel, Launch(constants, (0, 0), 32), decide)
+        total = warp.run()
+        assert total == sum(warp.issued.values())
+        found: Counter[str] = Counter()
+        for address, times in warp.issued.items():
+            found[kernel.instructions[address].opcode] += times
+        return found
+
+    few, many = issued(6, 2, True), issued(70, 10, True)
+    assert few["MUFU.COS"] == 2 * 3
+    assert many["MUFU.COS"] == 2 * 7
+    assert few["MUFU.SIN"] == 1
+    assert few["MUFU.RSQ"] == 4
+    # Lanes 0 and 1 go round five times, the others four or less: the warp five times.
+    assert few["MUFU.LG2"] == 5
+    small = issued(6, 2, False)
+    assert small["MUFU.RSQ"] == 0
+    assert sum(small.values()) < sum(few.values())
+
+
+# Instructions for 512 bytes of logits: those of today and 3 %. (architecture, dtype) -> for each of
+# rows.CLASSES those of (forward, stage2, backward).
+BUDGETS = {
+    ("80", "float32"): ((182, 309, 182), (219, 354, 222), (158, 247, 159), (156, 245, 157)),
+    ("80", "bfloat16"): ((363, 646, 353), (440, 734, 437), (303, 500, 303), (299, 495, 296)),
+    ("90", "float32"): ((185, 328, 192), (222, 369, 231), (158, 251, 163), (157, 249, 161)),
+    ("90", "bfloat16"): ((368, 688, 365), (441, 769, 449), (303, 512, 306), (300, 507, 299)),
+    ("100", "float32"): ((184, 341, 201), (220, 391, 239), (153, 262, 163), (151, 260, 161)),
+    ("100", "bfloat16"): ((375, 741, 394), (447, 830, 480), (300, 530, 319), (296, 524, 312)),
+    ("120", "float32"): ((180, 324, 196), (214, 381, 234), (146, 252, 158), (145, 250, 156)),
+    ("120", "bfloat16"): ((368, 718, 389), (436, 827, 474), (288, 517, 313), (284, 512, 306)),
+}
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), BUDGETS)
+def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
+    found = {(classes, step): rows.count(architecture, dtype, classes, step).vector
+             for classes in rows.CLASSES for step in rows.STEPS}  # fmt: skip
+    budget = dict(zip(found, sum(BUDGETS[architecture, dtype], ()), strict=True))
+    assert {key: n for key, n in found.items() if n > budget[key]} == {}
