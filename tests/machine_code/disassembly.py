@@ -98,8 +98,8 @@ def _operand(text: str, labels: dict[str, int]) -> Operand:
     if "[" in text:
         offset, parts = _parts(text[text.rindex("[") :])
         return Operand("memory", text, offset, parts=parts)
-    number = re.fullmatch(r"[-+]?(\d[\d.]*(e[-+]?\d+)?|INF|QNAN)", text)
-    if number:
+    decimal = re.fullmatch(r"[-+]?(\d[\d.]*(e[-+]?\d+)?|INF|QNAN)", text)
+    if decimal:
         return Operand("float", text, float(text.replace("QNAN", "nan")))
     return Operand("special", text)
 

@@ -153,7 +153,7 @@ def _plain(name: str) -> str:
 
 
 def _arithmetic(instruction: Instruction) -> Step | None:
-    name, modifiers = _plain(instruction.name), instruction.modifiers
+    name, modifiers = _plain(instruction.name), ops.Modifiers(instruction.modifiers)
     if name not in ARITHMETIC:
         return None
     function, modes = ARITHMETIC[name]

@@ -6,6 +6,7 @@ its destinations. Registers hold 32 bits, pairs 64, without a sign; predicates a
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Callable
@@ -59,29 +60,51 @@ def both(a: Value, b: Value, how: str) -> Value:
     return None if a is None or b is None else a != b
 
 
-def _combine(modifiers: list[str], result: Value, others: tuple[Value, ...]) -> tuple[Value, Value]:
-    how = next((m for m in modifiers if m in ("AND", "OR", "XOR")), "AND")
+class Modifiers(list[str]):
+    """An instruction's, with what a lane's comparison asks of them."""
+
+    @functools.cached_property
+    def how(self) -> str:
+        return next((m for m in self if m in ("AND", "OR", "XOR")), "AND")
+
+    @functools.cached_property
+    def compare(self) -> Callable[[Any, Any], bool]:
+        return COMPARE[self[0]]
+
+    @functools.cached_property
+    def bits(self) -> int:
+        return 64 if "S64" in self or "U64" in self else 32
+
+    @functools.cached_property
+    def unsigned(self) -> bool:
+        return "U32" in self or "U64" in self
+
+    @functools.cached_property
+    def extended(self) -> bool:
+        return "EX" in self
+
+
+def _combine(modifiers: Modifiers, result: Value, others: tuple[Value, ...]) -> tuple[Value, Value]:
     other = others[0] if others else True
     inverse = None if result is None else not result
-    return both(result, other, how), both(inverse, other, how)
+    if other is True and modifiers.how == "AND":
+        return result, inverse
+    return both(result, other, modifiers.how), both(inverse, other, modifiers.how)
 
 
-def compare_integers(modifiers: list[str], a: Value, b: Value, *others: Value) -> tuple[Value, ...]:
-    how = modifiers[0]
-    wide = "S64" in modifiers or "U64" in modifiers
+def compare_integers(modifiers: Modifiers, a: Value, b: Value, *others: Value) -> tuple[Value, ...]:
     result: Value = None
     if a is not None and b is not None:
-        if "U32" not in modifiers and "U64" not in modifiers:
-            bits = 64 if wide else 32
-            a, b = signed(a, bits), signed(b, bits)
-        if "EX" not in modifiers or a != b:  # else the lower halves decide
-            result = COMPARE[how](a, b)
-        else:
+        if not modifiers.unsigned:
+            a, b = signed(a, modifiers.bits), signed(b, modifiers.bits)
+        if modifiers.extended and a == b:  # the lower halves decide
             result = others[1]
+        else:
+            result = modifiers.compare(a, b)
     return _combine(modifiers, result, others)
 
 
-def compare_floats(wide: bool, modifiers: list[str], a: Value, b: Value,
+def compare_floats(wide: bool, modifiers: Modifiers, a: Value, b: Value,
                    *others: Value) -> tuple[Value, ...]:  # fmt: skip
     result: Value = None
     how = modifiers[0]

@@ -1,6 +1,7 @@
 """Warp instructions of the row kernels, counted in their machine code.
 
-    PYTHONPATH=tests python -m machine_code.rows    # the table
+    PYTHONPATH=tests python -m machine_code.rows                            # the table
+    PYTHONPATH=tests python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
 logits, which are one 16-byte load of a warp. finish_kernel is not among them. What row_launch.h
@@ -15,7 +16,9 @@ import functools
 import re
 import struct
 import subprocess
+import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +72,6 @@ DEVICES = {
 ORDINARY = {
     r"FCHK ": False,  # a division whose operands need the long way
     r"FSETP\.NEU\.AND P, PT, R, R, PT": True,  # the target's logit is not the largest: no log1p
-    r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # a logarithm of inf or NaN
     r"FSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the inverse of the denominator is not 0
     r"DSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the denominator is not 0
     r"FSETP\.GEU\.AND P, PT, \|R\|, 5\.87\d*e-39, PT": True,  # 1 / a double that is no subnormal
@@ -188,13 +190,13 @@ def compile_all() -> None:
 class Count:
     """Of a step's row kernel. setup: of a warp, besides its rows; row: of a warp a row (means).
 
-    total: of all warps, a vector: for each 512 bytes of logits.
+    vector: of all warps, for each 512 bytes of logits. opcodes: the same of each opcode.
     """
 
     setup: float
     row: float
-    total: int
     vector: float
+    opcodes: dict[str, float]
 
 
 def _constants(kernel: Kernel, code: disassembly.Kernel, sizes: tuple[int, int],
@@ -231,44 +233,49 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     kernel = launch(architecture, dtype, classes, step, blocks)
     code = codes[kernel.symbol]
     # With so many rows a block: the difference is that of the rows, the rest is set-up.
-    few, many = (_block(kernel, n, code, architecture, dtype, classes) for n in (2, 4))
-    row = (many - few) / 2
-    setup = few - 2 * row
-    total = setup * kernel.grid[0] + row * ROWS
+    few, many = (_block(kernel, n, code, architecture, dtype, classes) for n in (1, 3))
+    row = {opcode: (many[opcode] - few[opcode]) / 2 for opcode in many}
+    setup = {opcode: few[opcode] - row[opcode] for opcode in many}
     warps = kernel.threads // 32 * kernel.grid[1]
     vectors = ROWS * classes * DTYPES[dtype][1] / BYTES
-    return Count(setup / warps, row / warps, round(total), total / vectors)
+    opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * ROWS) / vectors for o in many}
+    return Count(
+        sum(setup.values()) / warps, sum(row.values()) / warps, sum(opcodes.values()), opcodes
+    )
 
 
 def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: str, dtype: str,
-           classes: int) -> float:  # fmt: skip
+           classes: int) -> Counter[str]:  # fmt: skip
     """Instructions of the blocks of a row: the sum over its tiles, the mean over alignments."""
     warps, tiles = kernel.threads // 32, kernel.grid[1]
     size = DTYPES[dtype][1]
     alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
     constants = _constants(kernel, code, DEVICES[architecture].sizes, rounds)
+    total: Counter[str] = Counter()
 
-    def walk(block: int, tile: int, warp: int, holder: int) -> float:
-        """holder: the warp of the first tile that has the target's class."""
+    def walk(times: float, block: int, tile: int, warp: int, holder: int) -> None:
+        """Adds a warp's to the total. holder: the first tile's warp with the target's class."""
         target = (32 * holder + 5) * (16 // size) + 1
         memory = functools.partial(_memory, target)
-        place = Launch(constants, (block, tile), 32 * warp, memory)
-        return Warp(code, place, decide).run(MOST)
+        walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), decide)
+        walking.run(MOST)
+        for opcode, issued in walking.opcodes().items():
+            total[opcode] += times * issued  # type: ignore[assignment]
 
     middle = warps // 2
-    walked = range(warps) if warps <= 4 else (0, middle, warps - 1)
-    total = 0.0
     for tile in range(tiles):
-        for warp in walked:
-            alike = warps - 2 if warps > 4 and warp == middle else 1
+        for warp in range(warps) if warps <= 4 else (0, middle, warps - 1):
             holder = 0 if warp else warps - 1
-            found = walk(0, tile, warp, holder)
-            if alignments > 1 and alike == 1:
-                # Rows that do not begin at an aligned address are taken to be alike.
-                found += (alignments - 1) * walk(1, tile, warp, holder)
-                found /= alignments
-            total += alike * found
-    return total + walk(0, 0, middle, middle) - walk(0, 0, middle, 0 if middle else warps - 1)
+            if warps > 4 and warp == middle:
+                walk(warps - 2, 0, tile, warp, holder)
+                continue
+            # Rows that do not begin at an aligned address are taken to be alike.
+            walk(1 / alignments, 0, tile, warp, holder)
+            if alignments > 1:
+                walk(1 - 1 / alignments, 1, tile, warp, holder)
+    walk(1, 0, 0, middle, middle)
+    walk(-1, 0, 0, middle, 0 if middle else warps - 1)
+    return total
 
 
 @functools.cache
@@ -291,5 +298,16 @@ def main() -> None:
               f"{found.row:6.0f} {found.vector:14.1f}", flush=True)  # fmt: skip
 
 
+def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
+    """The opcodes of one of them."""
+    found = count(architecture, dtype, classes, step)
+    for opcode, n in sorted(found.opcodes.items(), key=lambda item: -item[1]):
+        print(f"{n:8.2f}  {opcode}")
+    print(f"{found.vector:8.2f}  for 512 bytes; a warp: {found.setup:.0f}, a row {found.row:.0f}")
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        main_of(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        main()

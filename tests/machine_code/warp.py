@@ -95,6 +95,13 @@ class Warp:
             steps[here](self)
         raise NotModelledError(f"{self.kernel.symbol} does not end")
 
+    def opcodes(self) -> Counter[str]:
+        """How often each opcode was issued."""
+        found: Counter[str] = Counter()
+        for address, times in self.issued.items():
+            found[self.kernel.instructions[address].opcode] += times
+        return found
+
     # ---- Lanes ----
 
     def split(self, taken: int, target: int) -> None:
@@ -166,12 +173,12 @@ class Warp:
 def uniform(values: list[Value]) -> Value:
     """One value where all lanes have the same."""
     first = values[0]
-    return first if all(v == first for v in values) else values
+    return first if values.count(first) == LANES else values
 
 
 def lift(function: Callable[..., tuple[Value, ...]], values: list[Any]) -> tuple[Any, ...]:
     """function of the values, for each lane where lanes differ."""
-    if not any(isinstance(v, list) for v in values):
+    if list not in map(type, values):
         return function(*values)
     lanes = [v if isinstance(v, list) else [v] * LANES for v in values]
     results = [function(*lane) for lane in zip(*lanes, strict=True)]
