@@ -72,11 +72,7 @@ def loss(
     normalizer = check_normalizer(options.normalizer, input)
     divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
     if target.is_floating_point():
-        u = flat.to(dtype)
-        if a is not None and b is not None and c is not None:
-            u = reference.calibrate(flat, a, b, c)
-        if prior is not None:
-            u = u + (prior[:, None] if u.dim() == 3 else prior)
+        u = reference.calibrated_logits(flat, a, b, c, prior)
         found = composed.torch_cross_entropy(
             u, target.reshape(u.shape).to(dtype), weight, label_smoothing=options.label_smoothing,
             reduction="sum" if divided else options.reduction,

@@ -143,13 +143,7 @@ def cross_entropy(
     # A calibration may make infinities of finite logits.
     if not (checkable and scale is None and _ignored_are_finite(logits, ~valid)):
         logits = torch.where(valid.unsqueeze(1), logits, 0.0)
-    if scale is None or bias is None or confidence is None:
-        u = logits.to(reference.accumulate_dtype(logits.dtype))
-    else:
-        u = reference.calibrate(logits, scale, bias, confidence)
-    planes = u.dim() == 3
-    if prior is not None:
-        u = u + (prior[:, None] if planes else prior)
+    u = reference.calibrated_logits(logits, scale, bias, confidence, prior)
     if margin is not None:
         at = torch.where(valid, t, 0).unsqueeze(1)
         u = u.scatter_add(1, at, -margin[at])
@@ -180,7 +174,7 @@ def cross_entropy(
     if label_smoothing > 0:
         each = log_p
         if weight is not None:
-            each = log_p * (weight[:, None] if planes else weight)
+            each = log_p * (weight[:, None] if u.dim() == 3 else weight)
         losses = (1 - label_smoothing) * losses - label_smoothing / u.shape[1] * each.sum(1)
     losses = losses.reshape(-1)
     if sample_weight is not None:
