@@ -20,6 +20,7 @@ from .options import (
     Options,
     Validated,
     calibration_vectors,
+    normalizer_code,
     output,
     validate_calibration,
     validate_options,
@@ -133,7 +134,7 @@ def validate(
         a, b, c, extension = validate_calibration(input, classes, calibration)
     layout, flat, copied = layouts.flatten(input)
     in_place = given.in_place and layouts.check_in_place(input, flat, copied)
-    code, denominator = given.denominator
+    code, denominator = normalizer_code(given.normalizer)
     return (
         Inputs(
             flat, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v,

@@ -68,12 +68,12 @@ class Validated(NamedTuple):
     def numbers(self) -> tuple[int, float, float]:
         return self.ignore_index, self.label_smoothing, self.focal_gamma
 
-    @property
-    def denominator(self) -> tuple[int, Tensor | None]:
-        """The operators' code for the normalizer, and the caller's number."""
-        if isinstance(self.normalizer, Tensor):
-            return NORMALIZERS["given"], self.normalizer
-        return NORMALIZERS[self.normalizer], None
+
+def normalizer_code(normalizer: str | Tensor) -> tuple[int, Tensor | None]:
+    """The operators' code for a normalizer, and its value where it is a number."""
+    if isinstance(normalizer, Tensor):
+        return NORMALIZERS["given"], normalizer
+    return NORMALIZERS[normalizer], None
 
 
 def validate_options(input: Tensor, classes: int, options: Options) -> Validated:

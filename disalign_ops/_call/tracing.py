@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from .._ops import composed, reference
+from .._ops.codes import REDUCTIONS
 from .._ops.layouts import Extension
+from .._ops.problem import Inputs, Problem
+from .._ops.schemas import DENSE, ROW
 from .arguments import check_normalizer
-from .options import Calibration, Options, output
+from .options import Calibration, Options, normalizer_code, output
 
 
 def vector(value: Any, input: Tensor) -> Tensor | None:
@@ -82,12 +85,13 @@ def loss(
     else:
         if margin is not None:
             margin = margin.expand(flat.shape[1])
+        layout = DENSE if flat.dim() == 3 else ROW
+        numbers = (options.ignore_index, options.label_smoothing, options.focal_gamma)
+        code, denominator = normalizer_code(normalizer)
         found = composed.cross_entropy(
-            flat, target, weight=weight, scale=a, bias=b, confidence=c, prior=prior, margin=margin,
-            sample_weight=sample_weight, ignore_index=options.ignore_index,
-            label_smoothing=options.label_smoothing, focal_gamma=options.focal_gamma,
-            reduction=options.reduction, normalizer=normalizer,
-        )  # fmt: skip
+            Inputs(flat, target, weight, a, b, c, prior, margin, sample_weight, denominator),
+            Problem(layout, numbers, REDUCTIONS[options.reduction], code),
+        )
     found = output(input, found, None)
     if options.reduction != "none":
         return found

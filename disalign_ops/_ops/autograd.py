@@ -29,7 +29,7 @@ from .codes import (
     SCALE,
 )
 from .layouts import WHOLE
-from .problem import Inputs, Problem
+from .problem import Inputs, Problem, reference_loss
 from .schemas import LAYOUTS, UPSAMPLE, Layout, library
 
 _NONE = REDUCTIONS["none"]
@@ -194,7 +194,7 @@ def _differentiable_backward(
         scale, bias, problem = saved.scale, saved.bias, problem._replace(extension=WHOLE)
     inputs = Inputs(*saved[:3], scale, bias, *saved[5:10])
     with torch.enable_grad():
-        loss = problem.layout.reference(inputs.logits, inputs.target, **problem.keywords(inputs))
+        loss = reference_loss(inputs, problem)
     learned = (inputs.logits, scale, bias, inputs.confidence)
     wanted = [t for t, n in zip(learned, need, strict=False) if n and t is not None]
     found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))

@@ -119,24 +119,12 @@ def plain_mean(inputs: Inputs, problem: Problem) -> Tensor | None:
     return loss if weight is None or not math.isnan(loss.item()) else None
 
 
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    confidence: Tensor | None = None,
-    prior: Tensor | None = None,
-    margin: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    focal_gamma: float = 0.0,
-    reduction: str = "mean",
-    normalizer: str | Tensor = "weights",
-) -> Tensor:
+def cross_entropy(inputs: Inputs, problem: Problem) -> Tensor:
     """`reference.cross_entropy` of rows (N, C) or class planes (N, C, S)."""
+    logits, target, weight, _, _, confidence, prior, margin, sample_weight, _ = inputs
+    scale, bias = problem.extension.vectors(inputs.scale, inputs.bias)
+    ignore_index, label_smoothing, focal_gamma = problem.numbers
+    reduction, normalizer = problem.reduction_name, problem.normalizer_of(inputs)
     t = target.reshape((logits.shape[0], *logits.shape[2:]))
     t, valid = reference.class_indices(t, ignore_index)
     checkable = _checkable(logits, target)
