@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .._ops import composed, reference
+from .._ops.calibration_form import CalibrationForm
 from .._ops.codes import REDUCTIONS
-from .._ops.layouts import Extension
 from .._ops.problem import Inputs, Problem
 from .._ops.schemas import DENSE, ROW
 from .arguments import check_normalizer
@@ -43,8 +43,8 @@ def _given_vectors(input: Tensor, calibration: Calibration) -> tuple[Tensor, Ten
 def calibration_vectors(input: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor, Tensor]:
     """As options.calibration_vectors."""
     a, b, c = _given_vectors(input, calibration)
-    extension = Extension.of(calibration.form, calibration.background)
-    return (*composed.extended(a, b, *extension), c)
+    calibration_form = CalibrationForm.of(calibration.form, calibration.background)
+    return (*composed.form_vectors(a, b, *calibration_form), c)
 
 
 def calibrate(input: Tensor, calibration: Calibration) -> Tensor:

@@ -42,13 +42,13 @@ def unrecorded() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-def extended(
-    scale: Tensor, bias: Tensor, shift: int, before: int, after: int
+def form_vectors(
+    scale: Tensor, bias: Tensor, offset: int, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """`layouts.Extension.vectors` without a constant, which would keep its device in a graph.
+    """`CalibrationForm.vectors` without a constant, which would keep its device in a graph.
     torch.jit.script takes it.
     """
-    return F.pad(scale - shift, [before, after]), F.pad(bias, [before, after])
+    return F.pad(scale - offset, [first, last]), F.pad(bias, [first, last])
 
 
 def calibrate(
@@ -57,11 +57,11 @@ def calibrate(
 ) -> Tensor:  # fmt: skip
     """`functional.calibrate` without its checks. torch.jit.script takes it."""
     dtype = reference.accumulate_dtype(input.dtype)
-    shift, before, after = int(form == "interpolated"), 0, 0
+    offset, first, last = int(form == "interpolated"), 0, 0
     if background is not None:
-        before, after = int(background == "first"), int(background == "last")
-    scale, bias = extended(
-        scale.reshape(-1).to(dtype), bias.reshape(-1).to(dtype), shift, before, after
+        first, last = int(background == "first"), int(background == "last")
+    scale, bias = form_vectors(
+        scale.reshape(-1).to(dtype), bias.reshape(-1).to(dtype), offset, first, last
     )
     flat = input
     if input.dim() == 1:
@@ -122,7 +122,7 @@ def plain_mean(inputs: Inputs, problem: Problem) -> Tensor | None:
 def cross_entropy(inputs: Inputs, problem: Problem) -> Tensor:
     """`reference.cross_entropy` of rows (N, C) or class planes (N, C, S)."""
     logits, target, weight, _, _, confidence, prior, margin, sample_weight, _ = inputs
-    scale, bias = problem.extension.vectors(inputs.scale, inputs.bias)
+    scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     ignore_index, label_smoothing, focal_gamma = problem.numbers
     reduction, normalizer = problem.reduction_name, problem.normalizer_of(inputs)
     t = target.reshape((logits.shape[0], *logits.shape[2:]))

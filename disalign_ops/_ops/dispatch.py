@@ -39,7 +39,7 @@ def _upsampled(
     """An upsampled loss through the upsampled logits."""
     height, width = inputs.target.shape[1:]
     *numbers, align_corners = problem.numbers
-    scale, bias = problem.extension.vectors(inputs.scale, inputs.bias)
+    scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     u = reference.upsample(
         inputs.logits, (height, width), align_corners,
         scale=scale, bias=bias, confidence=inputs.confidence, prior=inputs.prior,

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .calibration_form import UNCHANGED, CalibrationForm
 from .codes import NORMALIZERS, REDUCTIONS
-from .layouts import WHOLE, Extension
 from .schemas import Layout
 
 _REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
 
     logits: as the layout takes them. Class vectors (C,) and position vectors, flat: contiguous and
     of the accumulation dtype. scale and bias are a and b of u = (1 + c a) z + c b, or what the
-    problem's extension makes those of. denominator: the caller's, a float64 0-d tensor.
+    problem's form makes those of. denominator: the caller's, a float64 0-d tensor.
     """
 
     logits: Tensor
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
     numbers: tuple[Any, ...]
     reduction: int
     normalizer: int
-    extension: Extension = WHOLE
+    form: CalibrationForm = UNCHANGED
     in_place: bool = False
     details: bool = False
 
@@ -63,7 +63,7 @@ def reference_loss(inputs: Inputs, problem: Problem) -> Tensor:
     """The loss by reference.py."""
     keywords: dict[str, Any] = inputs._asdict()
     del keywords["logits"], keywords["target"], keywords["denominator"]
-    keywords["scale"], keywords["bias"] = problem.extension.vectors(inputs.scale, inputs.bias)
+    keywords["scale"], keywords["bias"] = problem.form.vectors(inputs.scale, inputs.bias)
     names = ("ignore_index", "label_smoothing", "focal_gamma", *problem.layout.options)
     keywords |= dict(zip(names, problem.numbers, strict=True))
     return problem.layout.reference(
