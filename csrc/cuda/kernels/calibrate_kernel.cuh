@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Wide ? kCalibrateThreads : kNarrowThreads,
   A grad_scale[Backward ? K * V : 1] = {}, grad_bias[Backward ? K * V : 1] = {};
 
   int64_t i = tile.row;
-  for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
+  for (int round = 0; round < tile.rounds; ++round, i += tile.row_step) {
     const bool inside = i < args.outer;
     const A c = inside ? confidence_of<A>(args, i) : A(0);
     Raw raw[K] = {}, given[Backward ? K : 1] = {};

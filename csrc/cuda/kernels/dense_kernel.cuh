@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_forward_kernel(const D
         const ClassEntries<A> entry(args, j);
         u[k] = z[k] + entry.o;
         if constexpr (Calibrated) {
-          u[k] = z[k] * (entry.a * c + A(1)) + (entry.b * c + entry.o);
+          u[k] = calibrated(z[k], entry.a, entry.b, c) + entry.o;
           if (args.resident) memory.logits[j * stride + tile.position] = z[k];
         }
         if (j == t) {
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBackwardBlocks<T>)
         if (valid) {
           const ClassEntries<A> entry(args, j);
           const A gain = Calibrated ? entry.a * at.c + A(1) : A(1);
-          A u = z[k] * gain + (entry.b * at.c + entry.o);
+          A u = (Calibrated ? calibrated(z[k], entry.a, entry.b, at.c) : z[k]) + entry.o;
           if (j == at.target) u -= vector_entry<A>(args.margin, j, A(0));
           q = at.softmax * exponential(u - at.maximum) - at.smooth * entry.w;
           if (j == at.target) q -= at.at_target;

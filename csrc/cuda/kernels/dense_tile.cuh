@@ -184,7 +184,7 @@ class ClassPhase {
                                 : to_accumulate(load_one(row + p));
       const A c = at[p], maximum = at[tile.positions + p], softmax = at[2 * tile.positions + p];
       const A smooth = at[3 * tile.positions + p], at_target = at[4 * tile.positions + p];
-      const A u = z * (a * c + A(1)) + (b * c + o) - (j == t ? m : A(0));
+      const A u = calibrated(z, a, b, c) + o - (j == t ? m : A(0));
       A q = softmax * exponential(u - maximum) - smooth * w;
       if (j == t) q = Forward ? at_target : q - at_target;
       // A masked class adds 0, not 0 * -inf.

@@ -178,7 +178,18 @@ __device__ __forceinline__ void load_shared(const A* from, A (&out)[kVector<A>])
   unpack<A>(Raw{{v.x, v.y, v.z, v.w}}, 0, out);
 }
 
-__device__ __forceinline__ float exponential(float x) { return __expf(x); }
+// A product and MUFU.EX2: __expf is twice as many, so as to keep subnormal results, which are 0 here.
+__device__ __forceinline__ float exponential(float x) {
+  constexpr float kLog2E = 1.4426950408889634f;
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
+  return power;
+#else
+  const float power = std::exp2(x * kLog2E);
+  return power < FLT_MIN ? 0.0f : power;
+#endif
+}
 __device__ __forceinline__ double exponential(double x) { return std::exp(x); }
 
 template <class A>
@@ -186,9 +197,21 @@ constexpr A kLowest = static_cast<A>(-FLT_MAX);
 template <>
 inline constexpr double kLowest<double> = -DBL_MAX;
 
+// The larger one; that which is no NaN. One instruction of a float.
+template <class A>
+__device__ __forceinline__ A larger(A a, A b) {
+  return std::fmax(a, b);
+}
+
 template <class A>
 __device__ __forceinline__ A negative_infinity() {
   return static_cast<A>(-INFINITY);
+}
+
+// z + c (a z + b), the same bits wherever it is inlined.
+template <class A>
+__device__ __forceinline__ A calibrated(A z, A a, A b, A c) {
+  return std::fma(z, std::fma(a, c, A(1)), b * c);
 }
 
 template <class A>
@@ -271,10 +294,8 @@ class Group {
   static __device__ __forceinline__ int warps() { return blockDim.x / 32; }
 
   static __device__ __forceinline__ A warp_max(A v, int lanes) {
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      const A other = __shfl_xor_sync(kFullWarp, v, distance);
-      v = v > other ? v : other;
-    }
+    for (int distance = lanes / 2; distance > 0; distance /= 2)
+      v = larger(v, __shfl_xor_sync(kFullWarp, v, distance));
     return v;
   }
 

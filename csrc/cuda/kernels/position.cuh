@@ -96,8 +96,9 @@ struct PositionSums {
   }
 };
 
-// The loss, and the factors of its gradient: q_j = softmax * exp(u_j - maximum) - smooth * w_j, and
-// at_target for j = t. Sample weight, denominator and upstream gradient are not included.
+// The loss, where it is needed, and the factors of its gradient:
+// q_j = softmax * exp(u_j - maximum) - smooth * w_j, and at_target for j = t. Sample weight,
+// denominator and upstream gradient are not included.
 template <class A>
 struct PositionResult {
   A loss, sum, softmax, smooth, at_target, confidence;
@@ -106,23 +107,28 @@ struct PositionResult {
 template <class A>
 __device__ __forceinline__ PositionResult<A> position_result(const LossArgs& args,
                                                              const PositionSums<A>& sums,
-                                                             A target_weight) {
+                                                             A target_weight,
+                                                             bool needs_loss = true) {
   const A at_target = exponential(sums.target_logit - sums.maximum);
   PositionResult<A> out;
   out.sum = sums.rest + at_target;
-  const A log_sum = std::log(out.sum);
-  // inf - inf is NaN, as in PyTorch, where the target's logit is infinite.
-  const A nll = (sums.maximum - sums.target_logit) +
-                (sums.target_logit == sums.maximum ? std::log1p(sums.rest) : log_sum);
+  A log_sum = 0, nll = 0;
+  if (needs_loss || args.focal_gamma > 0) {
+    log_sum = std::log(out.sum);
+    // inf - inf is NaN, as in PyTorch, where the target's logit is infinite.
+    nll = (sums.maximum - sums.target_logit) +
+          (sums.target_logit == sums.maximum ? std::log1p(sums.rest) : log_sum);
+  }
   const RowTerms<A> terms =
       row_terms<A>(nll, log_sum, target_weight, static_cast<A>(args.label_smoothing), sums.weight,
                    sums.smooth, static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
   out.loss = terms.loss;
-  out.softmax = terms.softmax / out.sum;
+  const A inverse = A(1) / out.sum;
+  out.softmax = terms.softmax * inverse;
   out.smooth = terms.smooth;
   // softmax p_t - target = (softmax - target) p_t - target (1 - p_t), without cancellation
   out.at_target =
-      ((terms.softmax - terms.target) * at_target - terms.target * sums.rest) / out.sum -
+      ((terms.softmax - terms.target) * at_target - terms.target * sums.rest) * inverse -
       terms.smooth * target_weight;
   out.confidence = out.softmax * (sums.rest_slope - sums.target_slope * sums.rest) -
                    terms.smooth * (sums.smooth_slope - sums.target_slope * sums.weight);
@@ -150,8 +156,23 @@ template <class A>
 struct PositionFactors {
   int target = kNoTarget;
   A c = 0;  // confidence after the sigmoid
-  A maximum = 0, softmax = 0, smooth = 0, at_target = 0;
+  // Of an ignored position: so that the exponentials, which softmax = 0 multiplies, are 0.
+  A maximum = -kLowest<A>;
+  A softmax = 0, smooth = 0, at_target = 0;
   A target_slope = 0;  // d_t, where the confidence's gradient is wanted
+
+  // Those of another lane of a group; what is not wanted stays as it is.
+  __device__ __forceinline__ PositionFactors of_lane(int lane, int lanes, bool calibrated,
+                                                     bool smoothing, bool slopes) const {
+    const auto from = [=](auto v) { return __shfl_sync(kFullWarp, v, lane, lanes); };
+    PositionFactors s;
+    s.target = from(target), s.maximum = from(maximum);
+    s.softmax = from(softmax), s.at_target = from(at_target);
+    if (calibrated) s.c = from(c);
+    if (smoothing) s.smooth = from(smooth);
+    if (slopes) s.target_slope = from(target_slope);
+    return s;
+  }
 };
 
 template <class A>
@@ -209,7 +230,7 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& a
 template <class A>
 __device__ __forceinline__ A target_logit_of(const LossArgs& args, int t, A z, A c) {
   const A a = vector_entry<A>(args.scale, t, A(0)), b = vector_entry<A>(args.bias, t, A(0));
-  return z * (a * c + A(1)) + (b * c + vector_entry<A>(args.prior, t, A(0))) -
+  return (calibrated(z, a, b, c) + vector_entry<A>(args.prior, t, A(0))) -
          vector_entry<A>(args.margin, t, A(0));
 }
 

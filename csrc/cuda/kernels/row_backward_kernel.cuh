@@ -76,12 +76,15 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
   const A inverse = inverse_denominator<A>(args);
   A grad_scale[Sums ? K * V : 1] = {}, grad_bias[Sums ? K * V : 1] = {};
 
+  PositionFactors<A> turn;  // this lane's, of the rounds around this one
   int64_t i = tile.row;
-  for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
-    const PositionFactors<A> row = row_factors<T>(args, i, weights, inverse);
-    const bool valid = is_valid(row.target);
+  for (int round = 0; round < tile.rounds; ++round, i += tile.row_step) {
+    if (tile.turn_of(round) == 0)
+      turn = row_factors<T>(args, tile.row_of_turn(i), weights, inverse);
+    const PositionFactors<A> row =
+        turn.of_lane(tile.turn_of(round), tile.turns(), Calibrated, smoothing, slopes);
     Raw raw[K];
-    if (valid) {
+    if (is_valid(row.target)) {
       tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
     } else {
 #pragma unroll
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
     }
     const int slot = tile.slot_of(row.target);
     T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
-    const bool aligned = tile.aligned(grad);
+    const bool aligned = tile.aligned(grad), writes = args.grad_logits && i < args.outer;
     A slope = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -97,21 +100,27 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
 #pragma unroll
       for (int part = 0; part < N; ++part) {
         const int first = k * V + part * Q;
-        A z[Q], g[Q], w[Q] = {};
+        const bool has_target = slot >= first && slot < first + Q;
+        A z[Q], g[Q];
         unpack<T>(raw[k], part, z);
         classes.template affine<Calibrated>(tile.vector(k), part, z, row.c, g);
         // Selects: see row_forward_kernel.
-        if (args.margin && slot >= first && slot < first + Q) {
+        if (has_target && args.margin) {
           const A m = static_cast<const A*>(args.margin)[row.target];
 #pragma unroll
           for (int q = 0; q < Q; ++q) g[q] -= first + q == slot ? m : A(0);
         }
-        if (smoothing) classes.load(classes.weight, tile.vector(k), part, w);
 #pragma unroll
-        for (int q = 0; q < Q; ++q) {
-          g[q] = row.softmax * exponential(g[q] - row.maximum) - row.smooth * w[q];
-          g[q] -= first + q == slot ? row.at_target : A(0);
-          g[q] = valid ? g[q] : A(0);
+        for (int q = 0; q < Q; ++q) g[q] = row.softmax * exponential(g[q] - row.maximum);
+        if (smoothing) {
+          A w[Q];
+          classes.load(classes.weight, tile.vector(k), part, w);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) g[q] -= row.smooth * w[q];
+        }
+        if (has_target) {
+#pragma unroll
+          for (int q = 0; q < Q; ++q) g[q] -= first + q == slot ? row.at_target : A(0);
         }
         if (slopes) {
           A d[Q];
@@ -136,7 +145,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
         }
         pack<T>(g, part, out);
       }
-      if (args.grad_logits && i < args.outer) tile.store(grad, k, aligned, out);
+      if (writes) tile.store(grad, k, aligned, out);
     }
     if (slopes) {
       A values[1] = {slope};

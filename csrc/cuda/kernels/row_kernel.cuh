@@ -5,8 +5,7 @@
 // - row_forward_kernel: the maximum of u, the exponentials and their sums, the row's loss, and with
 //   these known the row's share of the gradients of scale, bias and confidence (position.cuh).
 // - With more vectors than a block keeps, the blocks of a cluster keep a tile each and add their
-// sums
-//   through shared memory (sm_90 and newer, class sums wanted, up to kClusterBlocks tiles). Else
+//   sums through shared memory (sm_90 and newer, class sums wanted, up to kClusterBlocks tiles). Else
 //   each block sums a tile and row_combine_kernel adds the tiles; class sums are then made by
 //   row_backward_kernel.cuh from a second read.
 // - Memory: the logits are read once (but for that second read).
@@ -31,21 +30,21 @@ __device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i
 
 template <class T>
 struct FetchedRow {
-  Raw raw[kKept<T>];
-  int target;  // where the row is ignored, raw is 0
-  Accumulate<T> confidence;
+  Raw raw[kKept<T>];  // 0 where the row is ignored
+  RowHead<Accumulate<T>> head;
 
+  // turn: this lane's, of the rounds around this one.
   template <bool Wide>
-  __device__ __forceinline__ void fetch(const RowArgs& args, const Tile<T, Wide>& tile, int64_t i) {
-    target = i < args.outer ? target_of(args, i) : kNoTarget;
-    confidence = 0;
-    if (!is_valid(target)) {
-#pragma unroll
-      for (int k = 0; k < kKept<T>; ++k) raw[k] = {};
+  __device__ __forceinline__ void fetch(const RowArgs& args, const Tile<T, Wide>& tile,
+                                        RowHead<Accumulate<T>>& turn, int round, int64_t i) {
+    if (tile.turn_of(round) == 0) turn.read(args, tile.row_of_turn(i));
+    head = turn.of_lane(tile.turn_of(round), tile.turns());
+    if (is_valid(head.target)) {
+      tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
       return;
     }
-    tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
-    if (args.confidence) confidence = static_cast<const Accumulate<T>*>(args.confidence)[i];
+#pragma unroll
+    for (int k = 0; k < kKept<T>; ++k) raw[k] = {};
   }
 };
 
@@ -59,7 +58,7 @@ class ClusterSums {
   }
 
   __device__ __forceinline__ PositionSums<A> add(const PositionSums<A>& sums, bool smoothing,
-                                                 int64_t round) {
+                                                 int round) {
     if (static_cast<int>(threadIdx.x) < tiles_)
       sums.write(Cluster::of_block(area(round), threadIdx.x) + blockIdx.y * kValues, 1);
     Cluster::barrier();
@@ -74,13 +73,13 @@ class ClusterSums {
   }
 
   // The maximum that this block has added, again: read, so as not to be kept in a register.
-  __device__ __forceinline__ A own_maximum(int64_t round) const {
+  __device__ __forceinline__ A own_maximum(int round) const {
     return area(round)[blockIdx.y * kValues];
   }
 
  private:
   // Two in turn: who writes one again has met all others since they read it.
-  __device__ __forceinline__ A* area(int64_t round) const {
+  __device__ __forceinline__ A* area(int round) const {
     return memory_ + (round & 1) * kClusterBlocks * kValues;
   }
 
@@ -134,76 +133,90 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
   A grad_scale[kElements<T>] = {}, grad_bias[kElements<T>] = {};
 
   constexpr bool kAhead = !(Wide && Calibrated);
+  RowHead<A> turn;
   FetchedRow<T> next;
   int64_t i = tile.row;
-  if (tile.rounds > 0) next.fetch(args, tile, i);
-  for (int64_t round = 0; round < tile.rounds; ++round, i += tile.row_step) {
-    if (!kAhead && round > 0) next.fetch(args, tile, i);
+  if (tile.rounds > 0) next.fetch(args, tile, turn, 0, i);
+  for (int round = 0; round < tile.rounds; ++round, i += tile.row_step) {
+    if (!kAhead && round > 0) next.fetch(args, tile, turn, round, i);
     const FetchedRow<T> row = next;
-    if (kAhead && round + 1 < tile.rounds) next.fetch(args, tile, i + tile.row_step);
-    const bool valid = is_valid(row.target);
-    const A c = Calibrated ? sigmoid(row.confidence) : A(0);
-    const int slot = tile.slot_of(row.target);
+    if (kAhead && round + 1 < tile.rounds)
+      next.fetch(args, tile, turn, round + 1, i + tile.row_step);
+    const int target = row.head.target;
+    const bool valid = is_valid(target);
+    const A c = row.head.c;
+    const int slot = tile.slot_of(target);
 
     PositionSums<A> sums;
-    A e[kElements<T>];  // u, then exp(u - maximum)
+    A e[kElements<T>];  // u, then exp(u - maximum), which is 0 of the target
 #pragma unroll
     for (int part = 0; part < kParts<T>; ++part) {
-      const int k = part / N, first = part * Q;
       A z[Q], u[Q];
-      unpack<T>(row.raw[k], part % N, z);
-      classes.template affine<Calibrated>(tile.vector(k), part % N, z, c, u);
+      unpack<T>(row.raw[part / N], part % N, z);
+      classes.template affine<Calibrated>(tile.vector(part / N), part % N, z, c, u);
 #pragma unroll
-      for (int q = 0; q < Q; ++q) e[first + q] = u[q];
-      // Selects, no branches on slot == p: in these the compiler would index the registers by slot,
-      // and move them to memory.
-      if (slot >= first && slot < first + Q) {
-        const A m = vector_entry<A>(args.margin, row.target, A(0));
-        A d[Q] = {};
-        if constexpr (Calibrated) classes.slope(tile.vector(k), part % N, z, d);
-#pragma unroll
-        for (int q = 0; q < Q; ++q) {
-          const bool here = first + q == slot;
-          e[first + q] -= here ? m : A(0);
-          sums.target_logit = here ? e[first + q] : sums.target_logit;
-          sums.target_slope = here ? d[q] : sums.target_slope;
-        }
-      }
-#pragma unroll
-      for (int q = 0; q < Q; ++q)
-        sums.maximum = e[first + q] > sums.maximum ? e[first + q] : sums.maximum;
+      for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
     }
+    // One thread of the group has it. Selects, no branches on slot == p: in these the compiler
+    // would index the registers by slot, and move them to memory.
+    if (slot >= 0) {
+      A z_t = 0;
+#pragma unroll
+      for (int p = 0; p < kElements<T>; ++p) {
+        const bool here = p == slot;
+        sums.target_logit = here ? e[p] : sums.target_logit;
+        e[p] = here ? negative_infinity<A>() : e[p];
+        if constexpr (Calibrated)
+          z_t = here ? to_accumulate(element<T>(row.raw[p / V], p % V)) : z_t;
+      }
+      sums.target_logit -= vector_entry<A>(args.margin, target, A(0));
+      sums.maximum = larger(sums.maximum, sums.target_logit);
+      if constexpr (Calibrated)
+        sums.target_slope = finite_or_zero(static_cast<const A*>(args.scale)[target] * z_t +
+                                           static_cast<const A*>(args.bias)[target]);
+    }
+#pragma unroll
+    for (int p = 0; p < kElements<T>; ++p) sums.maximum = larger(sums.maximum, e[p]);
     sums.maximum = group.max(sums.maximum);
 
 #pragma unroll
     for (int part = 0; part < kParts<T>; ++part) {
       const int k = part / N, first = part * Q;
-      A d[Q] = {};
-      if (slopes) {
-        A z[Q];
-        unpack<T>(row.raw[k], part % N, z);
-        classes.slope(tile.vector(k), part % N, z, d);
+      A d[Q];
+      if constexpr (Calibrated) {
+        if (slopes) {
+          A z[Q];
+          unpack<T>(row.raw[k], part % N, z);
+          classes.slope(tile.vector(k), part % N, z, d);
+        }
       }
       if (smoothing) {
         A w[Q];
         classes.load(classes.weight, tile.vector(k), part % N, w);
 #pragma unroll
         for (int q = 0; q < Q; ++q) {
-          // What is not the row's own is -inf, and would add 0 * -inf.
-          const bool own =
-              tile.vector(k) < tile.vectors && tile.own(tile.class_of(k) + part % N * Q + q);
+          // What is not the row's own is -inf, and would add 0 * -inf; the target is added below.
+          const bool own = first + q != slot && tile.vector(k) < tile.vectors &&
+                           tile.own(tile.class_of(k) + part % N * Q + q);
           sums.smooth += own ? w[q] * (e[first + q] - sums.maximum) : A(0);
-          sums.smooth_slope += w[q] * d[q];
+          if constexpr (Calibrated) sums.smooth_slope += slopes ? w[q] * d[q] : A(0);
         }
       }
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
-        const A x = exponential(e[first + q] - sums.maximum);
-        e[first + q] = first + q == slot ? A(0) : x;
+        e[first + q] = exponential(e[first + q] - sums.maximum);
         sums.rest += e[first + q];
-        sums.rest_slope += e[first + q] * d[q];
+      }
+      if constexpr (Calibrated) {
+        if (slopes) {
+#pragma unroll
+          for (int q = 0; q < Q; ++q) sums.rest_slope += e[first + q] * d[q];
+        }
       }
     }
+    if (smoothing && slot >= 0)
+      sums.smooth +=
+          vector_entry<A>(args.weight, target, A(1)) * (sums.target_logit - sums.maximum);
     A values[6] = {sums.rest,         sums.target_logit, sums.rest_slope,
                    sums.target_slope, sums.smooth,       sums.smooth_slope};
     if (smoothing) {
@@ -234,31 +247,45 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       sums = cluster.add(sums, smoothing, round);
       rescale = exponential(cluster.own_maximum(round) - sums.maximum);
     }
-    const A target_weight = row.target >= 0 && class_weight ? class_weight[row.target] : A(1);
+    const bool first = writes && tile.lane == 0 && i < args.outer;
+    if (!first && !sum_classes) continue;
+    const A target_weight = target >= 0 && class_weight ? class_weight[target] : A(1);
     const A v_i = valid ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
-    const PositionResult<A> result = position_result(args, sums, target_weight);
-    if (writes && tile.lane == 0 && i < args.outer) {
+    const PositionResult<A> result = position_result(args, sums, target_weight, first);
+    if (first) {
       if (args.shard_sums)
         write_shard_sums(args, i, valid, sums);
       else
-        write_position(args, i, row.target, sums, result, v_i, c);
+        write_position(args, i, target, sums, result, v_i, c);
       if (valid)
         block_sums.add(tile.group, result.loss * v_i, divisor_share(args, target_weight, v_i));
     }
     if (!sum_classes || !valid) continue;
     const A softmax = v_i * c * result.softmax * rescale, smooth = v_i * c * result.smooth;
+#pragma unroll
+    for (int part = 0; part < kParts<T>; ++part) {
+      A z[Q];
+      unpack<T>(row.raw[part / N], part % N, z);
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        const int p = part * Q + q;
+        const A g = softmax * e[p];
+        // A masked class, of which g is 0, adds 0 and not 0 * -inf.
+        grad_scale[p] += g * larger(z[q], kLowest<A>);
+        grad_bias[p] += g;
+      }
+    }
+    if (!smoothing && slot < 0) continue;
     const A at_target = v_i * c * result.at_target;
 #pragma unroll
     for (int part = 0; part < kParts<T>; ++part) {
-      const int k = part / N, first = part * Q;
       A z[Q], w[Q] = {};
-      unpack<T>(row.raw[k], part % N, z);
-      if (smoothing) classes.load(classes.weight, tile.vector(k), part % N, w);
+      unpack<T>(row.raw[part / N], part % N, z);
+      if (smoothing) classes.load(classes.weight, tile.vector(part / N), part % N, w);
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
-        const int p = first + q;
-        const A g = p == slot ? at_target : softmax * e[p] - smooth * w[q];
-        // A masked class adds 0, not 0 * -inf.
+        const int p = part * Q + q;
+        const A g = p == slot ? at_target : -smooth * w[q];
         grad_scale[p] += g * (z[q] == negative_infinity<A>() ? A(0) : z[q]);
         grad_bias[p] += g;
       }

@@ -13,6 +13,7 @@
 #include "cuda/kernels/arguments.h"
 #include "cuda/kernels/block_sums.cuh"
 #include "cuda/kernels/device.cuh"
+#include "cuda/kernels/position.cuh"
 
 namespace disalign::cuda {
 
@@ -47,9 +48,12 @@ struct Tile {
   static constexpr int K = kKept<T>;
 
   int lanes, lane, group, groups;
-  int first_class;  // of the tile's first element; below 0 where that is not the row's own
+  int first_vector;  // of this thread, which has every `vector_step`-th: a warp has neighbours
+  int all_whole;     // none of this thread's vectors is the row's first or last, or past it (bool)
+  int first_class;   // of the tile's first element; below 0 where that is not the row's own
   int vectors, classes;
-  int64_t row, row_step, rounds;  // the group's first row, the distance to its next, how many
+  int64_t row, row_step;  // the group's first row, the distance to its next
+  int rounds;             // how many rows: far below 2^31, of which a grid has few each
 
   __device__ __forceinline__ explicit Tile(const RowArgs& args)
       : lanes(Wide ? static_cast<int>(blockDim.x) : args.lanes),
@@ -63,7 +67,7 @@ struct Tile {
     row = residue + args.period * (block * groups + group);
     row_step = args.period * blocks * groups;
     const int64_t left = rows - block * groups;
-    rounds = left > 0 ? (left + blocks * groups - 1) / (blocks * groups) : 0;
+    rounds = left > 0 ? static_cast<int>((left + blocks * groups - 1) / (blocks * groups)) : 0;
     const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(args.logits) +
                                                      residue * args.outer_stride);
     const int phase = static_cast<int>(address % kVectorBytes / sizeof(T));
@@ -71,9 +75,23 @@ struct Tile {
     const int before = static_cast<int>(blockIdx.y) * args.tile_vectors;
     first_class = before * V - phase;
     vectors = min(max(all - before, 0), args.tile_vectors);
+    first_vector = Wide ? threadIdx.x / 32 * 32 * K + threadIdx.x % 32 : lane;
+    all_whole = vector(K - 1) < vectors && class_of(0) >= 0 && class_of(K - 1) + V <= classes;
   }
 
-  __device__ __forceinline__ int vector(int k) const { return lane + lanes * k; }
+  __device__ __forceinline__ int vector_step() const { return Wide ? 32 : lanes; }
+  __device__ __forceinline__ int vector(int k) const { return first_vector + vector_step() * k; }
+  // What is read once a row is read for `turns` of the group's rows at a time, by a lane each, and
+  // handed round by shuffles; of every warp of the group, so that none waits for another.
+  __device__ __forceinline__ int turns() const { return Wide ? 32 : lanes; }
+  __device__ __forceinline__ int turn_of(int round) const { return round & (turns() - 1); }
+  // The row that this lane reads where turn_of(round) is 0, i being the group's in that round.
+  __device__ __forceinline__ int64_t row_of_turn(int64_t i) const {
+    return i + (threadIdx.x & (turns() - 1)) * row_step;
+  }
+
+  // Vectors that the group has room for.
+  __device__ __forceinline__ int capacity() const { return lanes * K; }
   __device__ __forceinline__ int class_of(int k) const { return first_class + vector(k) * V; }
   __device__ __forceinline__ bool own(int j) const {
     return static_cast<unsigned>(j) < static_cast<unsigned>(classes);
@@ -82,17 +100,29 @@ struct Tile {
 
   // Which of this thread's elements is class t, or -1.
   __device__ __forceinline__ int slot_of(int t) const {
-    const int element = t - first_class;
-    if (t < 0 || element < 0) return -1;
+    const unsigned element = static_cast<unsigned>(t - first_class);
+    // Below 0 it is a large number, which is in no vector.
+    const unsigned at = element / V, distance = at - static_cast<unsigned>(first_vector);
+    if (t < 0 || at >= static_cast<unsigned>(vectors)) return -1;
+    if constexpr (Wide) {
+      const bool here = distance % 32 == 0 && distance / 32 < K;
+      return here ? static_cast<int>(distance / 32 * V + element % V) : -1;
+    }
 #pragma unroll
     for (int k = 0; k < K; ++k)
-      if (vector(k) == element / V && vector(k) < vectors) return k * V + element % V;
+      if (distance == static_cast<unsigned>(lanes * k)) return k * V + element % V;
     return -1;
   }
 
   // This thread's vectors of a row, whose vectors lie like the logits' only if `aligned`. What is
   // not the row's own is -inf: its exponential is 0.
   __device__ __forceinline__ void load(const T* from, Raw (&raw)[K], bool aligned = true) const {
+    if (aligned && all_whole) {
+      const T* first = from + class_of(0);
+#pragma unroll
+      for (int k = 0; k < K; ++k) raw[k] = load_vector(first + k * vector_step() * V);
+      return;
+    }
     const T nothing = from_accumulate<T>(negative_infinity<Accumulate<T>>());
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -118,6 +148,10 @@ struct Tile {
 
   // One of them to a row of another tensor.
   __device__ __forceinline__ void store(T* to, int k, bool aligned, const Raw& raw) const {
+    if (aligned && all_whole) {
+      store_vector(to + class_of(0) + k * vector_step() * V, raw);
+      return;
+    }
     const int j = class_of(k);
     if (vector(k) >= vectors) return;
     if (aligned && whole(j)) {
@@ -130,9 +164,9 @@ struct Tile {
   }
 };
 
-// The class vectors of a tile in shared memory; absent ones are null. What is not the row's own has
-// a = b = w = o = 0, and so has the vector after the tile's last, which threads without one read:
-// with a logit of -inf, u is -inf there.
+// The class vectors of a tile in shared memory, as many vectors as the group has room for; absent
+// ones are null. What is not the row's own has a = b = w = o = 0: with a logit of -inf, u is -inf
+// there.
 template <class T>
 struct ClassVectors {
   using A = Accumulate<T>;
@@ -140,10 +174,8 @@ struct ClassVectors {
   static constexpr int Q = kPart<T>;
 
   const A *scale = nullptr, *bias = nullptr, *weight = nullptr, *prior = nullptr;
-  int vectors;
+  int capacity;  // in vectors
 
-  // Entries of A of each.
-  static __host__ __device__ int entries(int vectors) { return (vectors + 1) * V; }
   // How many a launch stages.
   static __host__ __device__ int count(const LossArgs& args) {
     return (args.scale ? 2 : 0) + (args.prior ? 1 : 0) + (args.label_smoothing > 0 ? 1 : 0);
@@ -152,7 +184,7 @@ struct ClassVectors {
   // Ends with a barrier.
   template <class TileOfRow>
   __device__ __forceinline__ ClassVectors(const RowArgs& args, const TileOfRow& tile, A* memory)
-      : vectors(tile.vectors) {
+      : capacity(tile.capacity()) {
     if (args.scale) {
       scale = stage(args.scale, A(0), tile, memory);
       bias = stage(args.bias, A(0), tile, memory);
@@ -165,26 +197,28 @@ struct ClassVectors {
   // A part of a vector. A thread's neighbours read neighbouring 16 bytes: all vectors' first parts
   // lie together, then all second ones.
   __device__ __forceinline__ void load(const A* from, int vector, int part, A (&out)[Q]) const {
-    if (vector > vectors) vector = vectors;
-    load_shared(from + (part * stride() + vector) * Q, out);
+    load_shared(from + (part * capacity + vector) * Q, out);
   }
 
   // u = (1 + c a) z + c b + o
   template <bool Calibrated>
   __device__ __forceinline__ void affine(int vector, int part, const A (&z)[Q], A c,
                                          A (&u)[Q]) const {
-    A o[Q] = {};
-    if (prior) load(prior, vector, part, o);
     if constexpr (Calibrated) {
       A a[Q], b[Q];
       load(scale, vector, part, a);
       load(bias, vector, part, b);
 #pragma unroll
-      for (int q = 0; q < Q; ++q) u[q] = z[q] * (a[q] * c + A(1)) + (b[q] * c + o[q]);
+      for (int q = 0; q < Q; ++q) u[q] = calibrated(z[q], a[q], b[q], c);
     } else {
 #pragma unroll
-      for (int q = 0; q < Q; ++q) u[q] = z[q] + o[q];
+      for (int q = 0; q < Q; ++q) u[q] = z[q];
     }
+    if (!prior) return;  // a sum with 0 is an instruction
+    A o[Q];
+    load(prior, vector, part, o);
+#pragma unroll
+    for (int q = 0; q < Q; ++q) u[q] += o[q];
   }
 
   // d = a z + b, 0 where that is not finite: a masked class has no share in what sums it.
@@ -197,25 +231,39 @@ struct ClassVectors {
   }
 
  private:
-  __device__ __forceinline__ int stride() const { return vectors + 1; }
-
   template <class TileOfRow>
   __device__ __forceinline__ const A* stage(const void* from, A absent, const TileOfRow& tile,
                                             A*& memory) const {
     A* to = memory;
-    for (int i = threadIdx.x; i < entries(vectors); i += blockDim.x) {
+    for (int i = threadIdx.x; i < capacity * V; i += blockDim.x) {
       const int vector = i / V, v = i % V, j = tile.first_class + i;
-      to[(v / Q * stride() + vector) * Q + v % Q] =
-          vector < vectors && tile.own(j) ? vector_entry<A>(from, j, absent) : A(0);
+      to[(v / Q * capacity + vector) * Q + v % Q] =
+          vector < tile.vectors && tile.own(j) ? vector_entry<A>(from, j, absent) : A(0);
     }
-    memory += entries(vectors);
+    memory += capacity * V;
     return to;
   }
 };
 
+// What a row's threads need of its position from the start.
+template <class A>
+struct RowHead {
+  int target = kNoTarget;
+  A c = 0;  // its confidence after the sigmoid
+
+  __device__ __forceinline__ void read(const LossArgs& args, int64_t i) {
+    target = i < args.outer ? target_of(args, i) : kNoTarget;
+    c = is_valid(target) ? confidence_of<A>(args, i) : A(0);
+  }
+  __device__ __forceinline__ RowHead of_lane(int lane, int lanes) const {
+    return {__shfl_sync(kFullWarp, target, lane, lanes), __shfl_sync(kFullWarp, c, lane, lanes)};
+  }
+};
+
 // A thread's class sums to the block's, for all classes of the tile. Ends without a barrier.
-// Wide: each class is one thread's. Narrow: those of a warp's groups are added by shuffles, then
-// warp after warp adds its own in `memory`, which has 2 * tile_vectors * V entries.
+// Wide: each class is one thread's, and `memory`, where the class vectors were, puts neighbours next
+// to each other for the stores. Narrow: those of a warp's groups are added by shuffles, then warp
+// after warp adds its own in `memory`, which has 2 * tile_vectors * V entries.
 template <class T, bool Wide>
 __device__ __forceinline__ void write_class_sums(const RowArgs& args, const Tile<T, Wide>& tile,
                                                  Accumulate<T> (&scale)[kElements<T>],
@@ -225,13 +273,20 @@ __device__ __forceinline__ void write_class_sums(const RowArgs& args, const Tile
   constexpr int V = kVector<T>, K = kKept<T>;
   A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * tile.classes;
   if constexpr (Wide) {
+    const int threads = static_cast<int>(blockDim.x), entries = threads * K * V;
+    __syncthreads();  // the class vectors are read no more
 #pragma unroll
     for (int p = 0; p < K * V; ++p) {
-      const int j = tile.class_of(p / V) + p % V;
-      if (tile.vector(p / V) < tile.vectors && tile.own(j)) {
-        to[j] = scale[p];
-        to[tile.classes + j] = bias[p];
-      }
+      memory[p * threads + threadIdx.x] = scale[p];
+      memory[entries + p * threads + threadIdx.x] = bias[p];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tile.vectors * V; i += threads) {
+      const int j = tile.first_class + i, vector = i / V;
+      if (!tile.own(j)) continue;
+      const int thread = vector / (32 * K) * 32 + vector % 32, p = vector / 32 % K * V + i % V;
+      to[j] = memory[p * threads + thread];
+      to[tile.classes + j] = memory[entries + p * threads + thread];
     }
   } else {
     const int entries = tile.vectors * V;

@@ -25,10 +25,17 @@ struct RowPlan {
   int lanes = 0, period = 1, tiles = 1, tile_vectors = 0;
 };
 
+// Of the class vectors of a group of so many threads.
 template <class T>
-int64_t row_class_bytes(const RowArgs& args, int64_t vectors) {
-  return ClassVectors<T>::count(args) * ClassVectors<T>::entries(static_cast<int>(vectors)) *
+int64_t row_class_bytes(const RowArgs& args, int64_t threads) {
+  return ClassVectors<T>::count(args) * threads * kElements<T> *
          static_cast<int64_t>(sizeof(Accumulate<T>));
+}
+
+// Threads that keep a row or a tile of so many vectors, one row a block.
+template <class T>
+int row_threads(int64_t vectors) {
+  return static_cast<int>(divide_up(vectors, 32 * kKept<T>) * 32);
 }
 
 // most_threads: of a wide block that has a whole row; where a row needs more, or more shared memory
@@ -53,12 +60,13 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
     plan.shape.threads = kNarrowThreads;
     plan.shape.shared_bytes =
         kRowScratchBytes<A, false> +
-        std::max<int64_t>(row_class_bytes<T>(args, vectors),
+        std::max<int64_t>(row_class_bytes<T>(args, plan.lanes),
                           args.class_gradients ? 2 * vectors * kVector<T> * sizeof(A) : 0);
     return plan;
   }
   const auto bytes = [&](int64_t n) {
-    return static_cast<size_t>(kRowScratchBytes<A, true> + row_class_bytes<T>(args, n));
+    return static_cast<size_t>(kRowScratchBytes<A, true> +
+                               row_class_bytes<T>(args, row_threads<T>(n)));
   };
   int64_t most = most_threads * K;
   if (vectors > most || bytes(vectors) > limits.shared_bytes) most = kBackwardThreads * K;
@@ -68,7 +76,7 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
     plan.tiles = static_cast<int>(divide_up(vectors, plan.tile_vectors));
     most /= 2;
   } while (bytes(plan.tile_vectors) > limits.shared_bytes && most >= 32);
-  plan.shape.threads = static_cast<int>(divide_up(divide_up(plan.tile_vectors, K), 32) * 32);
+  plan.shape.threads = row_threads<T>(plan.tile_vectors);
   plan.shape.grid_y = plan.tiles;
   plan.shape.shared_bytes = bytes(plan.tile_vectors);
   return plan;
@@ -82,10 +90,10 @@ std::optional<RowPlan> row_cluster_plan(const RowArgs& args, const Limits& limit
   const int64_t vectors = plan.tiles * int64_t{plan.tile_vectors};
   plan.tiles = static_cast<int>(divide_up(vectors, kClusterThreads<T> * K));
   plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
-  plan.shape.threads = static_cast<int>(divide_up(divide_up(plan.tile_vectors, K), 32) * 32);
+  plan.shape.threads = row_threads<T>(plan.tile_vectors);
   plan.shape.grid_y = plan.tiles;
   plan.shape.shared_bytes = static_cast<size_t>(kRowScratchBytes<Accumulate<T>, true> +
-                                                row_class_bytes<T>(args, plan.tile_vectors));
+                                                row_class_bytes<T>(args, plan.shape.threads));
   plan.shape.clustered = true;
   if (plan.tiles > kClusterBlocks || plan.shape.shared_bytes > limits.shared_bytes)
     return std::nullopt;
