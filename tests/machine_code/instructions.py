@@ -9,7 +9,7 @@ from typing import Any
 from . import operations as ops
 from .disassembly import Instruction, Operand
 from .operations import M32, M64, Value
-from .warp import ALL, LANES, ZERO, NotModelledError, Unknown, Warp, lift
+from .warp import ALL, LANES, ZERO, NotModelledError, Unknown, Warp, lift, merge, uniform
 
 Read = Callable[[Warp], Any]
 Step = Callable[[Warp], None]
@@ -138,7 +138,7 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
 PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
 # What they write is not followed.
 DATA = {
-    "FMNMX", "FRND", "FCHK", "F2FP", "SHFL", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "VOTE",
+    "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "VOTE",
     "MUFU",
 }  # fmt: skip
 NOTHING = {"STG", "STS", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
@@ -250,7 +250,8 @@ def _move(instruction: Instruction) -> Step | None:
                 at = address(warp)
                 if not isinstance(at, int):
                     raise NotModelledError(instruction.text)
-                warp.local[at + 4 * k] = source(warp) if warp.active == warp.alive else None
+                old = warp.local.get(at + 4 * k)
+                warp.local[at + 4 * k] = merge(old, source(warp), guard(warp), warp.active)
 
         return store
     if name == "R2UR":
@@ -263,6 +264,8 @@ def _move(instruction: Instruction) -> Step | None:
             _write(warp, instruction, operands[0], value, False, guard(warp))
 
         return to_uniform
+    if name == "SHFL":
+        return _shuffle(instruction)
     if name in ("P2R", "UP2UR"):
         kind = "P" if name == "P2R" else "UP"
         rest, mask = _read(operands[2], "i"), int(operands[3].value)
@@ -285,7 +288,7 @@ def _move(instruction: Instruction) -> Step | None:
         # A predicate may stand before the register, or after it.
         results = [operands[0]]
         if len(operands) > 1 and {operands[0].kind[-1], operands[1].kind[-1]} == {"P", "R"}:
-            results += [operands[1]] if plain in ("SHFL", "VOTE") else []
+            results += [operands[1]] if plain == "VOTE" else []
         words = 2 if plain == "LEPC" else _words(modifiers)
 
         def forget(warp: Warp) -> None:
@@ -296,6 +299,36 @@ def _move(instruction: Instruction) -> Step | None:
 
         return forget
     return None
+
+
+def _shuffle(instruction: Instruction) -> Step:
+    """SHFL: from the lane that the second source says, within segments that the third says."""
+    guard = _guard(instruction)
+    results, sources = instruction.operands[:2], instruction.operands[2:]
+    readers = [_read(o, "i") for o in sources]
+    mode = instruction.modifiers[0]
+
+    def shuffle(warp: Warp) -> None:
+        value, other, segments = (
+            v if isinstance(v, list) else [v] * LANES for v in (r(warp) for r in readers)
+        )
+        found: list[Value] = []
+        for lane in range(LANES):
+            if other[lane] is None or segments[lane] is None:
+                found.append(None)
+                continue
+            fixed = segments[lane] >> 8 & 31
+            by = other[lane]
+            place = {"IDX": by, "BFLY": lane ^ by, "UP": lane - by, "DOWN": lane + by}[mode]
+            if mode == "IDX":
+                place = lane & fixed | place & ~fixed & 31
+            inside = 0 <= place < LANES and place & fixed == lane & fixed
+            found.append(value[place if inside else lane])
+        holds = guard(warp)
+        _write(warp, instruction, results[0], None, False, holds)
+        _write(warp, instruction, results[1], uniform(found), False, holds)
+
+    return shuffle
 
 
 def _following(operand: Operand, k: int) -> Operand:

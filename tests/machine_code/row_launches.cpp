@@ -21,19 +21,33 @@ P* pointer(int n) {
   return reinterpret_cast<P*>((uintptr_t{0x700} + n) << 32);
 }
 
+struct Device {
+  Limits limits;
+  // Of a multiprocessor. A block takes kReserved bytes more than it asks for.
+  int shared_bytes, warps, blocks;
+  static constexpr int kReserved = 1 << 10, kRegisters = 64 << 10;
+};
+
 class Launcher {
  public:
-  Launcher(const Limits& limits, int blocks) : limits_(limits), blocks_(blocks) {}
+  Launcher(const Device& device, int registers) : device_(device), registers_(registers) {}
 
-  Limits limits() const { return limits_; }
+  Limits limits() const { return device_.limits; }
+  // As CUDA's occupancy calculator has it.
   template <class Args>
-  int blocks_per_multiprocessor(void (*)(Args), int, size_t) const {
-    return blocks_;
+  int blocks_per_multiprocessor(void (*)(Args), int threads, size_t shared_bytes) const {
+    const int warps = threads / 32;
+    const int of_warp = static_cast<int>(divide_up(registers_, 8)) * 256;
+    const int by_registers = 4 * (Device::kRegisters / 4 / of_warp) / warps;
+    const int64_t shared = divide_up(shared_bytes + Device::kReserved, 128) * 128;
+    const int by_shared = static_cast<int>(device_.shared_bytes / shared);
+    return std::min({by_registers, by_shared, device_.warps / warps, device_.blocks});
   }
   template <class Args>
-  int clusters(void (*)(Args), const Shape& shape) const {
-    return limits_.has_clusters ? blocks_ * limits_.multiprocessors / static_cast<int>(shape.grid_y)
-                                : 0;
+  int clusters(void (*kernel)(Args), const Shape& shape) const {
+    if (!device_.limits.has_clusters) return 0;
+    return blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes) *
+           device_.limits.multiprocessors / static_cast<int>(shape.grid_y);
   }
   void* allocate(size_t) { return pointer<void>(0x40 + allocated_++); }
 
@@ -53,22 +67,25 @@ class Launcher {
   }
 
  private:
-  Limits limits_;
-  int blocks_, allocated_ = 0;
+  Device device_;
+  int registers_, allocated_ = 0;
 };
 
 }  // namespace
 
-// A line: dtype (launch.h), rows, classes, step; multiprocessors, bytes of shared memory, clusters
-// of the device; blocks on a multiprocessor. After its launches an empty line.
+// A line: dtype (launch.h), rows, classes, step, registers of a thread; of the device
+// multiprocessors, clusters, and a multiprocessor's shared memory, warps, blocks. After its launches
+// an empty line.
 int main() {
-  int dtype, has_clusters, blocks;
-  long long rows, classes, shared_bytes;
+  int dtype, registers, has_clusters;
+  long long rows, classes;
   char step[32];
-  Limits limits;
-  while (std::scanf("%d %lld %lld %31s %d %lld %d %d", &dtype, &rows, &classes, step,
-                    &limits.multiprocessors, &shared_bytes, &has_clusters, &blocks) == 8) {
-    limits.shared_bytes = static_cast<size_t>(shared_bytes);
+  Device device;
+  Limits& limits = device.limits;
+  while (std::scanf("%d %lld %lld %31s %d %d %d %d %d %d", &dtype, &rows, &classes, step,
+                    &registers, &limits.multiprocessors, &has_clusters, &device.shared_bytes,
+                    &device.warps, &device.blocks) == 10) {
+    limits.shared_bytes = static_cast<size_t>(device.shared_bytes - Device::kReserved);
     limits.has_clusters = has_clusters != 0;
     const std::string name = step;
     RowArgs args;
@@ -92,7 +109,7 @@ int main() {
       args.grad_confidence = pointer<void>(12);
       args.class_gradients = true;
     }
-    Launcher launcher(limits, blocks);
+    Launcher launcher(device, registers);
     if (name == "backward") {
       args.upstream = pointer<void>(13);
       args.grad_logits = pointer<void>(14);

@@ -47,17 +47,10 @@ class Device:
 
     name: str
     multiprocessors: int
-    shared: int  # of a multiprocessor; a block may have 1 KiB less
-    warps: int  # of a multiprocessor
+    shared: int  # of a multiprocessor, as are warps and blocks
+    warps: int
     blocks: int
     sizes: tuple[int, int]  # where the constant bank has the block's and the grid's
-
-    def resident(self, registers: int, threads: int, shared: int) -> int:
-        """Blocks that run at once on a multiprocessor, as the occupancy calculator has it."""
-        warps = threads // 32
-        by_registers = 4 * (16384 // (-(-registers // 8) * 256)) // warps
-        by_shared = self.shared // (-(-(shared + 1024) // 128) * 128)
-        return min(by_registers, by_shared, self.warps // warps, self.blocks)
 
 
 DEVICES = {
@@ -127,12 +120,12 @@ def _program() -> Path:
     return program
 
 
-def launch(architecture: str, dtype: str, classes: int, step: str, blocks: int = 1) -> Kernel:
-    """The step's first launch, that of the row kernel. blocks: that run on a multiprocessor."""
+def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
+    """The step's first launch, that of the row kernel. registers: of a thread."""
     device = DEVICES[architecture]
     line = (
-        f"{DTYPES[dtype][0]} {ROWS} {classes} {step} {device.multiprocessors} "
-        f"{device.shared - 1024} {int(int(architecture) >= 90)} {blocks}\n"
+        f"{DTYPES[dtype][0]} {ROWS} {classes} {step} {registers} {device.multiprocessors} "
+        f"{int(int(architecture) >= 90)} {device.shared} {device.warps} {device.blocks}\n"
     )
     run = subprocess.run([_program()], input=line, capture_output=True, text=True, check=True)
     symbol, declaration, x, y, threads, shared, arguments = run.stdout.splitlines()[0].split("\t")
@@ -227,10 +220,8 @@ def _memory(target: int, address: int, size: int) -> int | None:
 @functools.cache
 def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     codes, registers = _compiled(architecture, dtype)
-    device = DEVICES[architecture]
-    first = launch(architecture, dtype, classes, step)
-    blocks = device.resident(registers[first.symbol], first.threads, first.shared)
-    kernel = launch(architecture, dtype, classes, step, blocks)
+    symbol = launch(architecture, dtype, classes, step).symbol
+    kernel = launch(architecture, dtype, classes, step, registers[symbol])
     code = codes[kernel.symbol]
     # With so many rows a block: the difference is that of the rows, the rest is set-up.
     few, many = (_block(kernel, n, code, architecture, dtype, classes) for n in (1, 3))

@@ -73,8 +73,12 @@ class Warp:
     address: int = 0
 
     def __post_init__(self) -> None:
-        for kind, entries, zero in (("R", 256, 0), ("UR", 256, 0), ("P", 8, True), ("UP", 8, True)):
-            self.registers[kind] = [None] * entries + [zero]
+        # What a kernel has not written is taken to be 0: the compiler keeps predicates in bits of a
+        # register, and never reads the others.
+        for kind in ("R", "UR"):
+            self.registers[kind] = [0] * 256 + [0]
+        for kind in ("P", "UP"):
+            self.registers[kind] = [False] * 8 + [True]
 
     def run(self, most: int = 10**6) -> int:
         """Walks to the end of all lanes. Returns the number of instructions issued."""
@@ -153,21 +157,25 @@ class Warp:
             return
         file = self.registers[kind]
         active = self.active if kind in ("R", "P") else ALL
-        if guard is not True or active != ALL:
-            old = file[number]
-            new = value if isinstance(value, list) else [value] * LANES
-            kept = old if isinstance(old, list) else [old] * LANES
-            guards = guard if isinstance(guard, list) else [guard] * LANES
-            merged = []
-            for lane in range(LANES):
-                if guards[lane] is False or not active >> lane & 1:
-                    merged.append(kept[lane])
-                elif guards[lane] is True or kept[lane] == new[lane]:
-                    merged.append(new[lane])
-                else:
-                    merged.append(None)
-            value = uniform(merged)
-        file[number] = value
+        file[number] = merge(file[number], value, guard, active)
+
+
+def merge(old: Value, new: Value, guard: Value, active: int) -> Value:
+    """`new` in the active lanes for which the guard holds."""
+    if guard is True and active == ALL:
+        return new
+    kept = old if isinstance(old, list) else [old] * LANES
+    value = new if isinstance(new, list) else [new] * LANES
+    guards = guard if isinstance(guard, list) else [guard] * LANES
+    merged = []
+    for lane in range(LANES):
+        if guards[lane] is False or not active >> lane & 1:
+            merged.append(kept[lane])
+        elif guards[lane] is True or kept[lane] == value[lane]:
+            merged.append(value[lane])
+        else:
+            merged.append(None)
+    return uniform(merged)
 
 
 def uniform(values: list[Value]) -> Value:

@@ -40,6 +40,8 @@ STANDARD = {
     "opcheck": "torch.library.opcheck",
 }
 SLOW = {
+    "tests/cuda/test_machine_code.py::test_row_kernels_keep_their_budgets[80": "as sm_90",
+    "tests/cuda/test_machine_code.py::test_row_kernels_keep_their_budgets[120": "as sm_100",
     "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",
