@@ -54,8 +54,8 @@ _CLUSTER_BLOCK, _CLUSTER = 384 * _KEPT, 8
 _SUMS = 16 * 32 * _KEPT
 _ROWS_OF_SUMS = 4  # that a block has, at least
 
-# Forward and backward on an H100, ms: LinkedIn's Liger-Kernel, its published benchmark of
-# cross-entropy. quack's README gives shares of the bandwidth: see benchmarks/results/README.md.
+# Forward and backward on an H100, ms, as the makers of other losses have published them. quack's
+# shares of the bandwidth: benchmarks/results/README.md.
 PUBLISHED = {
     (8192, 32000, "bf16"): ("Liger", 0.7215),
     (8192, 128256, "bf16"): ("Liger", 2.2067),
@@ -102,14 +102,18 @@ def _tiled(gpu: Gpu, step: str, dtype: str, classes: int) -> bool:
     return not (clustered and -(-elements // _CLUSTER_BLOCK) <= _CLUSTER)
 
 
+def class_sum_bytes(gpu: Gpu, rows: int, classes: int) -> int:
+    """Of scale and of bias, written by the blocks and read by the last kernel: at most."""
+    return 2 * 2 * 4 * min(gpu.multiprocessors * _SUMS, rows * classes // _ROWS_OF_SUMS)
+
+
 def passes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> list[Pass]:
     """What the kernels of a step read and write."""
     statistics = rows * (8 + 8)  # two floats and the target
     if step == "plain":
         return [Pass("forward", 1, statistics), Pass("backward", 2, statistics)]
-    # Written and read, of scale and of bias; then the confidence and its gradient.
-    sums = 2 * 2 * 4 * min(gpu.multiprocessors * _SUMS, rows * classes // _ROWS_OF_SUMS)
-    positions = statistics + rows * 8
+    sums = class_sum_bytes(gpu, rows, classes)
+    positions = statistics + rows * 8  # the confidence and its gradient
     found = [Pass("stage 2", 1, sums + positions)]
     if _tiled(gpu, step, dtype, classes):  # class sums from a second read
         found = [Pass("stage 2", 1, positions), Pass("backward", 1, sums + positions)]
@@ -195,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     shown = Table(title="Predicted: ms (captured in a CUDA graph), share of a copy, limit")
     for heading in HEADINGS:
-        shown.add_column(heading)
+        shown.add_column(heading, overflow="fold")
     for cells in table():
         shown.add_row(*cells)
     Console().print(shown)

@@ -43,7 +43,7 @@ MOST_BALANCE = 1.10
 # exponentials and class sums, and of bf16 they are half as many bytes.
 IN_FLIGHT = {
     "T4": (1, 1, 0.78, 0.39, 0.78, 0.39),
-    "A100 SXM 80 GB": (0.94, 0.54, 0.79, 0.23, 0.79, 0.23),
+    "A100 SXM 80 GB": (0.94, 0.53, 0.79, 0.23, 0.79, 0.23),
     "L4": (1, 1, 1, 0.53, 1, 0.53),
     "RTX 4090": (1, 1, 1, 0.61, 1, 0.61),
     "H100 SXM": (0.59, 0.35, 0.37, 0.18, 0.37, 0.18),
@@ -123,12 +123,15 @@ def test_bytes_in_flight(plans: Plans, name: str) -> None:
     assert all(a >= b for a, b in zip(least, known, strict=True)), (least, known)
 
 
-def test_launches_are_those_that_the_model_counts(plans: Plans) -> None:
-    for (name, (_, classes), dtype, step), plan in plans.items():
+def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:
+    for (name, (rows, classes), dtype, step), plan in plans.items():
         gpu = GPUS[name]
         assert len(plan.launches) == model.launches(gpu, step, dtype, classes), (name, step)
-        reads = len(plan.walks)
-        assert reads == model.reads(gpu, step, dtype, classes), (name, step, dtype, classes)
+        assert len(plan.walks) == model.reads(gpu, step, dtype, classes), (name, step)
+        blocks = max(launch.get("class_blocks", 0) for launch in plan.launches)
+        if (rows, classes) != (100, 1203):  # whose blocks are rounded up to the alignment's period
+            sums = 2 * 2 * 4 * blocks * classes
+            assert sums <= 1.02 * model.class_sum_bytes(gpu, rows, classes), (name, step)
 
 
 @pytest.mark.parametrize(

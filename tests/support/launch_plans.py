@@ -28,7 +28,8 @@ def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_byt
     """How many blocks of a kernel are resident on a multiprocessor: CUDA's occupancy.
 
     A warp gets registers by 256, from those of its own scheduler, and a block gets warps as a
-    whole; shared memory comes by 128 bytes, with what CUDA reserves of it for every block.
+    whole; shared memory comes by 128 bytes, with what CUDA reserves of it for every block. The same
+    as cuda_occupancy.h, where the driver gives shared memory all that it can.
     """
     limits = gpu.capability
     warps = _divide_up(threads, 32)
