@@ -39,7 +39,7 @@ test-fast: setup
 	$(PYTEST) -m "not standard and not slow" --once
 
 test: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not fast"
 
 # What repeats `make test` at length: see CONTRIBUTING.md.
 test-slow: setup

@@ -21,7 +21,14 @@ from ._call.arguments import (
     row_vector,
     target_hint,
 )
-from ._call.options import Calibration, Options, calibration_vectors, output, validate_options
+from ._call.options import (
+    Calibration,
+    Options,
+    calibration_vectors,
+    normalizer_code,
+    output,
+    validate_options,
+)
 from ._call.shard import refuse_shard
 from ._call.types import Background, Form, Normalizer, ReductionName, UpsampleOptions
 from ._ops import composed, dispatch, layouts, reference
@@ -47,44 +54,26 @@ class UpsampleDetails(NamedTuple):
 
 @overload
 def upsample_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = 255,
-    reduction: ReductionName = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    return_details: Literal[False] = False,
-    **options: Unpack[UpsampleOptions],
-) -> Tensor: ...
+    input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = 255,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[False] = False, **options: Unpack[UpsampleOptions],
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def upsample_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = 255,
-    reduction: ReductionName = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    return_details: Literal[True],
-    **options: Unpack[UpsampleOptions],
-) -> UpsampleDetails: ...
+    input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = 255,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[True], **options: Unpack[UpsampleOptions],
+) -> UpsampleDetails: ...  # fmt: skip
 
 
 @overload
 def upsample_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = 255,
-    reduction: ReductionName = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    return_details: bool,
-    **options: Unpack[UpsampleOptions],
-) -> Tensor | UpsampleDetails: ...
+    input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = 255,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: bool, **options: Unpack[UpsampleOptions],
+) -> Tensor | UpsampleDetails: ...  # fmt: skip
 
 
 def upsample_cross_entropy(
@@ -188,7 +177,7 @@ def _validate(
     v = row_vector("sample_weight", options.sample_weight, input, shape, dtype)
     a, b, c = calibration_vectors(input, classes, calibration)
     in_place = given.in_place and layouts.check_in_place(input, input, False)
-    code, denominator = given.denominator
+    code, denominator = normalizer_code(given.normalizer)
     return (
         Inputs(
             input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v,

@@ -94,6 +94,7 @@ def test_functions_make_what_they_made(name: str) -> None:
     make, kind, before, _ = PUBLISHED[name]
     made = make()
     assert type(made) is kind
+    assert kind.__module__ == "disalign_ops.losses"  # by which it is pickled
     assert isinstance(made, before)
     assert isinstance(made, tnn.CrossEntropyLoss)
     keys = {"deferred ldam": {"weight"}, "class_balanced": {"weight"},

@@ -14,22 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disalign_ops import segmentation_metrics
-from disalign_ops.segmentation_metrics import ADE20K_SPLIT, SegmentationIoU, split_pixels
+from disalign_ops.segmentation_metrics import ADE20K_SPLIT, SegmentationIoU
 from support import ranks
 
 IGNORED = 255
 SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 Batch = tuple[torch.Tensor, torch.Tensor]
-# Column Ratio of objectInfo150.txt, in 1/10000, as (ratio, classes that have it).
-ADE20K_RATIOS = [
-    *((n, 1) for n in (1576, 1072, 878, 621, 480, 450, 398, 231, 198, 183, 181, 166, 160, 151)),
-    *((n, 1) for n in (118, 110, 109)),
-    *((104, 2), (103, 1), (98, 1), (74, 1), (67, 1), (65, 1), (61, 1), (60, 1), (53, 1), (52, 1)),
-    *((46, 1), (44, 3), (33, 1), (31, 1), (30, 1), (27, 1), (26, 1), (24, 2), (23, 2), (22, 2)),
-    *((20, 1), (19, 2), (18, 7), (17, 5), (15, 4), (14, 5), (13, 3), (12, 4), (11, 1), (10, 1)),
-    *((9, 5), (8, 5), (7, 7), (6, 11), (5, 17), (4, 13), (3, 13), (2, 3)),
-]
 
 
 def brute_force(
@@ -84,70 +75,6 @@ def run(metric: SegmentationIoU, data: list[Batch]) -> dict[str, torch.Tensor]:
     for prediction, target in data:
         metric.update(prediction, target)
     return metric.compute()
-
-
-# --- splits
-
-
-def test_split_pixels_bounds() -> None:
-    head, body, tail = split_pixels([9880, 100, 10, 9, 1, 0])
-    assert head.tolist() == [True, True, False, False, False, False]
-    assert body.tolist() == [False, False, True, False, False, False]
-    assert tail.tolist() == [False, False, False, True, True, True]
-    assert head.dtype == body.dtype == tail.dtype == torch.bool
-    masks = split_pixels(np.array([0.5, 0.3, 0.2]), head=0.4, tail=0.25)
-    assert [mask.tolist() for mask in masks] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-
-
-@given(
-    st.lists(st.integers(0, 10**9), min_size=1).filter(any), st.floats(0, 0.5), st.floats(0, 0.5)
-)
-def test_every_class_is_in_one_split(counts, tail, more) -> None:
-    masks = torch.stack(split_pixels(counts, head=tail + more, tail=tail))
-    assert masks.sum(dim=0).tolist() == [1] * len(counts)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"counts": [3, -1]}, ValueError, "counts must be .*, got negative for class 1"),
-        ({"counts": "ab"}, TypeError, "counts must be a 1-D tensor.*, got str of <U2"),
-        (
-            {"counts": [0, 0]},
-            ValueError,
-            "counts must have a class with pixels, got 0 for all 2 classes",
-        ),
-        ({"tail": 0.1}, ValueError, "head and tail must have .*, got tail = 0.1 and head = 0.01"),
-        (
-            {"head": 2, "tail": 1},
-            ValueError,
-            r"must have .* <= 1 \(shares, not percent\), got tail = 1 and head = 2",
-        ),
-        ({"tail": -0.1}, ValueError, "head and tail must have 0 <= tail .*, got tail = -0.1"),
-        ({"head": math.nan}, ValueError, "must have .*, got tail = 0.001 and head = nan"),
-    ],
-)
-def test_split_pixels_errors(arguments, error, message) -> None:
-    with pytest.raises(error, match=message):
-        split_pixels(**{"counts": [5, 1], **arguments})
-
-
-def test_the_ade20k_split_follows_the_printed_ratios_except_on_the_bound() -> None:
-    ratios = [ratio for ratio, classes in ADE20K_RATIOS for _ in range(classes)]
-    assert len(ratios) == 150
-    head, body, tail = ADE20K_SPLIT
-    assert [*head, *body, *tail] == list(range(150))
-    assert (len(head), len(body), len(tail)) == (20, 55, 75)
-    assert [j for j in range(150) if ratios[j] >= 100] == list(head)
-    assert [j for j in range(150) if 10 < ratios[j] < 100] == list(body)
-    assert [j for j in range(150) if ratios[j] <= 10] == list(tail)
-    assert [j for j in range(150) if ratios[j] == 10] == [75]  # 0.0010 is a rounded number
-    # What the docstring of split_pixels says about them:
-    assert sum(ratios) == 9275
-    masks = split_pixels(ratios)
-    published = torch.tensor([0] * 20 + [1] * 55 + [2] * 75)
-    group = torch.stack(masks).int().argmax(dim=0)
-    assert (group != published).nonzero().flatten().tolist() == [20, 75]
 
 
 # --- values
@@ -384,159 +311,6 @@ def test_a_mask_given_may_change_later() -> None:
     metric = SegmentationIoU(5, split=masks)
     masks.fill_(False)
     assert not run(metric, batches(7, [(9, 9)], 5))["head"].isnan()
-
-
-# --- errors
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"num_classes": 3.0}, TypeError, "num_classes must be an integer, got 3.0"),
-        ({"num_classes": True}, TypeError, "num_classes must be an integer, got True"),
-        ({"num_classes": 0}, ValueError, "num_classes must be 1 or more, got 0"),
-        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
-        ({"ignore_index": 2**63}, ValueError, "ignore_index must be in the range of int64"),
-        (
-            {"counts": [1, 2, 3], "split": ([0], [1], [2])},
-            ValueError,
-            "counts or split must be None, got both",
-        ),
-        ({"counts": [1, 2]}, ValueError, "counts must have num_classes = 3 entries, got 2"),
-        ({"counts": [1, -2, 3]}, ValueError, "counts must be .*, got negative for class 1"),
-        (
-            {"counts": [0, 0, 0]},
-            ValueError,
-            "counts must have a class with pixels, got 0 for all 3 classes",
-        ),
-        (
-            {"split": "lvis"},
-            ValueError,
-            "split must be three collections .* or 'ade20k', got 'lvis'",
-        ),
-        ({"split": "ade20k"}, ValueError, "num_classes must be 150 with split 'ade20k', got 3"),
-        (
-            {"split": 3},
-            TypeError,
-            "split must be three collections of class ids or masks.*, got int",
-        ),
-        ({"split": {0, 1, 2}}, TypeError, "split must be three collections.*, got set"),
-        ({"split": {"head": [0]}}, TypeError, "split must be three collections.*, got dict"),
-        ({"split": ([0], [1])}, ValueError, "split must be three collections .*, got 2 groups"),
-        (
-            {"split": (0, 1, 2)},
-            TypeError,
-            "split's head must be class ids or a boolean mask.*, got int",
-        ),
-        ({"split": ([0], "1", [2])}, TypeError, r"split's body must be .* mask \(3,\), got str"),
-        (
-            {"split": ([0], [1.0], [2])},
-            TypeError,
-            "split's body must be class ids .*, got list of float64",
-        ),
-        (
-            {"split": ([0], [1], torch.tensor([2.0]))},
-            TypeError,
-            "split's tail must be class ids .*, got dtype torch.float32",
-        ),
-        (
-            {"split": ([[0], [1, 2]], [], [])},
-            ValueError,
-            "split's head must be class ids .*, got a ragged list",
-        ),
-        (
-            {"split": ([[0]], [1], [2])},
-            ValueError,
-            r"head must be class ids .*, got of shape \(1, 1\)",
-        ),
-        (
-            {"split": ([True, False], [1], [2])},
-            ValueError,
-            r"split's head must be class ids or a boolean mask \(3,\), got a mask of shape \(2,\)",
-        ),
-        (
-            {"split": ([0], [1], [3])},
-            ValueError,
-            "split's tail must have classes from 0 to 2.*, got 3",
-        ),
-        (
-            {"split": ([0], [-1], [2])},
-            ValueError,
-            "split's body must have classes from 0 to 2.*, got -1",
-        ),
-        (
-            {"split": ([0, 1, 0], [], [])},
-            ValueError,
-            "split's head must have each class once, got class 0 again",
-        ),
-        ({"split": ([0, 1], [1], [2])}, ValueError, "split must have .*, got class 1 in more"),
-    ],
-)
-def test_wrong_arguments(arguments, error, message) -> None:
-    with pytest.raises(error, match=message):
-        SegmentationIoU(**{"num_classes": 3, **arguments})
-
-
-M = torch.tensor([[0, 1, 2], [2, 1, 0]])
-
-
-@pytest.mark.parametrize(
-    ("prediction", "target", "error", "message"),
-    [
-        ([0, 1], M, TypeError, "prediction must be a tensor, got list"),
-        (M, M.numpy(), TypeError, "target must be a tensor, got ndarray"),
-        (M, M.float(), TypeError, "target must have class indices.*, got dtype torch.float32"),
-        (M, M > 0, TypeError, "target must have class indices.*, got dtype torch.bool"),
-        (M > 0, M, TypeError, "prediction must have class indices.*, got dtype torch.bool"),
-        (M.half(), M, TypeError, r"argmax over the classes\), got dtype torch.float16"),
-        (
-            M.cfloat(),
-            M,
-            TypeError,
-            "prediction must have class indices.*, got dtype torch.complex64",
-        ),
-        (
-            M[None],
-            M,
-            ValueError,
-            r"prediction must have the target's shape \(2, 3\), got \(1, 2, 3\)",
-        ),
-        (M, M[:, :1], ValueError, r"must have the target's shape \(2, 1\), got \(2, 3\)"),
-        (M, M.to("meta"), ValueError, "must be on the target's device, meta, got cpu"),
-        (
-            M,
-            M + 1,
-            IndexError,
-            r"target must have classes from 0 to 2 or ignore_index = 255, got 3 at \(0, 2\)$",
-        ),
-        (M, M - 1, IndexError, r"target must have classes from 0 to 2 or .*, got -1 at \(0, 0\)"),
-        (M + 1, M, IndexError, r"prediction must have classes from 0 to 2, got 3 at \(0, 2\)$"),
-        (
-            M * 255 // 2,
-            M,
-            IndexError,
-            r"prediction must have classes from 0 to 2, got 127 at \(0, 1\)$",
-        ),
-        (M - 5, M, IndexError, r"prediction must have classes from 0 to 2, got -5 at \(0, 0\)$"),
-        (
-            torch.full((4,), 255, dtype=torch.uint8),
-            torch.tensor([255, 255, 255, 1]),
-            IndexError,
-            r"prediction must have classes from 0 to 2, got 255 at \(3,\)$",  # the ignored ones may
-        ),
-        (
-            torch.tensor(0),
-            torch.tensor(9),
-            IndexError,
-            r"target must have classes from 0 to 2.*, got 9 at \(\)",
-        ),
-    ],
-)
-def test_wrong_updates(prediction, target, error, message) -> None:
-    metric = SegmentationIoU(3)
-    with pytest.raises(error, match=message):
-        metric.update(prediction, target)
-    assert math.isnan(metric.compute()["mean"])  # nothing was counted
 
 
 # --- ranks

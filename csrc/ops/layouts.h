@@ -5,8 +5,9 @@
 
 namespace disalign {
 
-// (N, C), classes next to each other.
-struct RowLayout {
+// Rows (N, C), classes next to each other, or class planes (N, C, S), positions next to each other.
+template <bool Planes>
+struct FlatLayout {
   template <class Args>
   static void set(const Tensor& logits, const Tensor&, Args& args) {
     set(logits, args);
@@ -14,17 +15,24 @@ struct RowLayout {
 
   template <class Args>
   static void set(const Tensor& logits, Args& args) {
-    check(logits, "logits");
+    check(logits);
     args.logits = logits.const_data_ptr();
     args.outer = logits.size(0);
     args.classes = logits.size(1);
     args.outer_stride = logits.stride(0);
     args.grad_outer_stride = args.classes;
+    if constexpr (Planes) {
+      args.inner = logits.size(2);
+      args.class_stride = logits.stride(1);
+      args.grad_class_stride = args.inner;
+      args.grad_outer_stride = args.classes * args.inner;
+    }
   }
 
   template <class Args>
   static void set_over_logits(Args& args) {
     args.grad_outer_stride = args.outer_stride;
+    if constexpr (Planes) args.grad_class_stride = args.class_stride;
   }
 
   template <class Args>
@@ -32,57 +40,20 @@ struct RowLayout {
     return args.positions();
   }
 
-  static void check(const Tensor& logits, const char* name) {
-    require(logits.dim() == 2, name, " has ", logits.dim(),
-            " dimensions, 2 (rows, classes) are needed");
-    require(is_logits_dtype(logits.scalar_type()), name,
-            " is not float64, float32, bfloat16 or float16");
+ private:
+  static void check(const Tensor& logits) {
+    constexpr int kDims = Planes ? 3 : 2, kLast = kDims - 1;
+    require(logits.dim() == kDims, "logits has ", logits.dim(), " dimensions, ", kDims,
+            Planes ? " (images, classes, positions)" : " (rows, classes)", " are needed");
+    require(is_logits_dtype(logits.scalar_type()),
+            "logits is not float64, float32, bfloat16 or float16");
     // PyTorch calls a tensor without elements contiguous, whatever its strides.
-    require(logits.size(1) <= 1 || logits.stride(1) == 1 || logits.numel() == 0, name,
-            "'s classes are not next to each other");
+    require(logits.size(kLast) <= 1 || logits.stride(kLast) == 1 || logits.numel() == 0,
+            "logits's ", Planes ? "positions" : "classes", " are not next to each other");
   }
 };
-
-// (N, C, S), positions next to each other.
-struct DenseLayout {
-  template <class Args>
-  static void set(const Tensor& logits, const Tensor&, Args& args) {
-    set(logits, args);
-  }
-
-  template <class Args>
-  static void set(const Tensor& logits, Args& args) {
-    check(logits, "logits");
-    args.logits = logits.const_data_ptr();
-    args.outer = logits.size(0);
-    args.classes = logits.size(1);
-    args.inner = logits.size(2);
-    args.outer_stride = logits.stride(0);
-    args.class_stride = logits.stride(1);
-    args.grad_outer_stride = args.classes * args.inner;
-    args.grad_class_stride = args.inner;
-  }
-
-  template <class Args>
-  static void set_over_logits(Args& args) {
-    args.grad_outer_stride = args.outer_stride;
-    args.grad_class_stride = args.class_stride;
-  }
-
-  template <class Args>
-  static int64_t confidences(const Args& args) {
-    return args.positions();
-  }
-
-  static void check(const Tensor& logits, const char* name) {
-    require(logits.dim() == 3, name, " has ", logits.dim(),
-            " dimensions, 3 (images, classes, positions) are needed");
-    require(is_logits_dtype(logits.scalar_type()), name,
-            " is not float64, float32, bfloat16 or float16");
-    require(logits.size(2) <= 1 || logits.stride(2) == 1 || logits.numel() == 0, name,
-            "'s positions are not next to each other");
-  }
-};
+using RowLayout = FlatLayout<false>;
+using DenseLayout = FlatLayout<true>;
 
 // (N, C, h, w) of any strides, under a target (N, H, W).
 struct UpsampleLayout {

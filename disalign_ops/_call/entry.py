@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._ops import composed, dispatch, layouts, reference
+from .._ops.calibration_form import UNCHANGED, CalibrationForm
 from .._ops.codes import NORMALIZERS, REDUCTIONS
-from .._ops.layouts import WHOLE, Extension
 from .._ops.problem import Inputs, Problem
 from .._ops.schemas import ROW
 from ..errors import ArgumentError
@@ -20,6 +20,7 @@ from .options import (
     Options,
     Validated,
     calibration_vectors,
+    normalizer_code,
     output,
     validate_calibration,
     validate_options,
@@ -30,7 +31,9 @@ from .types import BACKGROUNDS, FORMS
 _MEAN, _NONE, _WEIGHTS = REDUCTIONS["mean"], REDUCTIONS["none"], NORMALIZERS["weights"]
 # `type(x) in`, not isinstance: a subclass may mean anything by its attributes.
 _TENSORS = (Tensor, torch.nn.Parameter)
-_EXTENSIONS = {(form, where): Extension.of(form, where) for form in FORMS for where in BACKGROUNDS}
+_CALIBRATION_FORMS = {
+    (form, where): CalibrationForm.of(form, where) for form in FORMS for where in BACKGROUNDS
+}
 
 
 def loss(
@@ -103,21 +106,21 @@ def validate(
             if calibration is None:
                 return Inputs(input, target, weight), Problem(ROW, numbers, _MEAN, _WEIGHTS)
             c, a, b, form, background = calibration
-            extension = None
+            calibration_form = None
             if type(form) is str and (background is None or type(background) is str):
-                extension = _EXTENSIONS.get((form, background))
+                calibration_form = _CALIBRATION_FORMS.get((form, background))
             calibrated = classes - (background is not None)
             if type(c) is Tensor and c.dim() == 2 and c.shape[1] == 1:
                 c = c.reshape(-1)
             if (
-                extension is not None
+                calibration_form is not None
                 and _is_vector(a, dtype, calibrated, device)
                 and _is_vector(b, dtype, calibrated, device)
                 and _is_vector(c, dtype, rows, device)
                 and not is_probability(c)
             ):
                 inputs = Inputs(input, target, weight, a, b, c)
-                return inputs, Problem(ROW, numbers, _MEAN, _WEIGHTS, extension)
+                return inputs, Problem(ROW, numbers, _MEAN, _WEIGHTS, calibration_form)
 
     if composed.is_tracing() or (isinstance(target, Tensor) and target.is_floating_point()):
         return None
@@ -128,18 +131,20 @@ def validate(
     dtype = reference.accumulate_dtype(input.dtype)
     v = row_vector("sample_weight", options.sample_weight, input, positions, dtype)
     a = b = c = None
-    extension = WHOLE
+    calibration_form = UNCHANGED
     if calibration is not None:
-        a, b, c, extension = validate_calibration(input, classes, calibration)
+        a, b, c, calibration_form = validate_calibration(input, classes, calibration)
     layout, flat, copied = layouts.flatten(input)
     in_place = given.in_place and layouts.check_in_place(input, flat, copied)
-    code, denominator = given.denominator
+    code, denominator = normalizer_code(given.normalizer)
     return (
         Inputs(
             flat, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v,
             denominator,
         ),
-        Problem(layout, given.numbers, REDUCTIONS[given.reduction], code, extension, in_place),
+        Problem(
+            layout, given.numbers, REDUCTIONS[given.reduction], code, calibration_form, in_place
+        ),
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._ops import reference
+from .._ops.calibration_form import CalibrationForm
 from .._ops.codes import NORMALIZERS
-from .._ops.layouts import Extension
 from ..errors import ArgumentError
 from .arguments import (
     check_bool,
@@ -68,12 +68,12 @@ class Validated(NamedTuple):
     def numbers(self) -> tuple[int, float, float]:
         return self.ignore_index, self.label_smoothing, self.focal_gamma
 
-    @property
-    def denominator(self) -> tuple[int, Tensor | None]:
-        """The operators' code for the normalizer, and the caller's number."""
-        if isinstance(self.normalizer, Tensor):
-            return NORMALIZERS["given"], self.normalizer
-        return NORMALIZERS[self.normalizer], None
+
+def normalizer_code(normalizer: str | Tensor) -> tuple[int, Tensor | None]:
+    """The operators' code for a normalizer, and its value where it is a number."""
+    if isinstance(normalizer, Tensor):
+        return NORMALIZERS["given"], normalizer
+    return NORMALIZERS[normalizer], None
 
 
 def validate_options(input: Tensor, classes: int, options: Options) -> Validated:
@@ -99,7 +99,7 @@ def validate_options(input: Tensor, classes: int, options: Options) -> Validated
 
 def validate_calibration(
     input: Tensor, classes: int, calibration: Calibration
-) -> tuple[Tensor, Tensor, Tensor, Extension]:
+) -> tuple[Tensor, Tensor, Tensor, CalibrationForm]:
     """Scale and bias of the calibrated classes and the confidence (positions,), flat and of the
     accumulation dtype; and how scale and bias become those of all classes.
     """
@@ -124,7 +124,7 @@ def validate_calibration(
             "confidence must be what goes into the sigmoid, got the output of a sigmoid: it is "
             "applied here, to what a layer gives; of a probability p pass torch.logit(p)"
         )
-    return a, b, c, Extension.of(form, background)
+    return a, b, c, CalibrationForm.of(form, background)
 
 
 def calibration_vectors(
@@ -136,8 +136,8 @@ def calibration_vectors(
     """
     if calibration is None:
         return None, None, None
-    a, b, c, extension = validate_calibration(input, classes, calibration)
-    return (*extension.vectors(a, b), c)
+    a, b, c, calibration_form = validate_calibration(input, classes, calibration)
+    return (*calibration_form.vectors(a, b), c)
 
 
 def output(input: Tensor, loss: Tensor, shape: torch.Size | None) -> Tensor:

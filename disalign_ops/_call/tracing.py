@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from .._ops import composed, reference
-from .._ops.layouts import Extension
+from .._ops.calibration_form import CalibrationForm
+from .._ops.codes import REDUCTIONS
+from .._ops.problem import Inputs, Problem
+from .._ops.schemas import DENSE, ROW
 from .arguments import check_normalizer
-from .options import Calibration, Options, output
+from .options import Calibration, Options, normalizer_code, output
 
 
 def vector(value: Any, input: Tensor) -> Tensor | None:
@@ -40,8 +43,8 @@ def _given_vectors(input: Tensor, calibration: Calibration) -> tuple[Tensor, Ten
 def calibration_vectors(input: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor, Tensor]:
     """As options.calibration_vectors."""
     a, b, c = _given_vectors(input, calibration)
-    extension = Extension.of(calibration.form, calibration.background)
-    return (*composed.extended(a, b, *extension), c)
+    calibration_form = CalibrationForm.of(calibration.form, calibration.background)
+    return (*composed.form_vectors(a, b, *calibration_form), c)
 
 
 def calibrate(input: Tensor, calibration: Calibration) -> Tensor:
@@ -72,11 +75,7 @@ def loss(
     normalizer = check_normalizer(options.normalizer, input)
     divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
     if target.is_floating_point():
-        u = flat.to(dtype)
-        if a is not None and b is not None and c is not None:
-            u = reference.calibrate(flat, a, b, c)
-        if prior is not None:
-            u = u + (prior[:, None] if u.dim() == 3 else prior)
+        u = reference.calibrated_logits(flat, a, b, c, prior)
         found = composed.torch_cross_entropy(
             u, target.reshape(u.shape).to(dtype), weight, label_smoothing=options.label_smoothing,
             reduction="sum" if divided else options.reduction,
@@ -86,12 +85,13 @@ def loss(
     else:
         if margin is not None:
             margin = margin.expand(flat.shape[1])
+        layout = DENSE if flat.dim() == 3 else ROW
+        numbers = (options.ignore_index, options.label_smoothing, options.focal_gamma)
+        code, denominator = normalizer_code(normalizer)
         found = composed.cross_entropy(
-            flat, target, weight=weight, scale=a, bias=b, confidence=c, prior=prior, margin=margin,
-            sample_weight=sample_weight, ignore_index=options.ignore_index,
-            label_smoothing=options.label_smoothing, focal_gamma=options.focal_gamma,
-            reduction=options.reduction, normalizer=normalizer,
-        )  # fmt: skip
+            Inputs(flat, target, weight, a, b, c, prior, margin, sample_weight, denominator),
+            Problem(layout, numbers, REDUCTIONS[options.reduction], code),
+        )
     found = output(input, found, None)
     if options.reduction != "none":
         return found

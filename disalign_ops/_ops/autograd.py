@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .calibration_form import UNCHANGED
 from .codes import (
     BIAS,
     CALIBRATION,
@@ -28,8 +29,7 @@ from .codes import (
     REDUCTIONS,
     SCALE,
 )
-from .layouts import WHOLE
-from .problem import Inputs, Problem
+from .problem import Inputs, Problem, reference_loss
 from .schemas import LAYOUTS, UPSAMPLE, Layout, library
 
 _NONE = REDUCTIONS["none"]
@@ -60,7 +60,7 @@ def _details(results: list[Tensor], wanted: int) -> list[Tensor]:
 
 class Saved(NamedTuple):
     """What forward keeps for backward: the operator's tensors, what it made, and scale and bias as
-    given, where the operator's are their extension.
+    given, where the operator's are made of these.
     """
 
     logits: Tensor
@@ -165,7 +165,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
             if grad is None:
                 missing |= bit
             else:
-                grads[k] = (grad if k == 3 else problem.extension.gradient(grad)) * grad_loss
+                grads[k] = (grad if k == 3 else problem.form.gradient(grad)) * grad_loss
     if missing and _is_batched(grad_loss):
         # torch cannot batch operators that return lists; it batches its own.
         still = tuple(bool(missing & bit) for bit in GRADIENTS)
@@ -181,7 +181,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
             torch.autograd.graph.increment_version(saved.logits)
         for k, grad in enumerate(fresh):
             if grad is not None:
-                grads[k] = problem.extension.gradient(grad) if k in (1, 2) else grad
+                grads[k] = problem.form.gradient(grad) if k in (1, 2) else grad
     return grads
 
 
@@ -191,10 +191,10 @@ def _differentiable_backward(
     """The same gradients through the reference, so that they can be differentiated again."""
     scale, bias = saved.scale_given, saved.bias_given
     if scale is None:
-        scale, bias, problem = saved.scale, saved.bias, problem._replace(extension=WHOLE)
+        scale, bias, problem = saved.scale, saved.bias, problem._replace(form=UNCHANGED)
     inputs = Inputs(*saved[:3], scale, bias, *saved[5:10])
     with torch.enable_grad():
-        loss = problem.layout.reference(inputs.logits, inputs.target, **problem.keywords(inputs))
+        loss = reference_loss(inputs, problem)
     learned = (inputs.logits, scale, bias, inputs.confidence)
     wanted = [t for t, n in zip(learned, need, strict=False) if n and t is not None]
     found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
@@ -256,8 +256,8 @@ class _Loss(torch.autograd.Function):
     ) -> Any:
         kept: tuple[Tensor | None, ...] = (None, None)
         with _BelowAutograd():
-            if scale is not None and problem.extension is not WHOLE:
-                inputs, kept = _extend(inputs, problem), (scale, bias)
+            if scale is not None and problem.form is not UNCHANGED:
+                inputs, kept = _all_classes(inputs, problem), (scale, bias)
             results = _forward(inputs, problem, wanted)
         _save(ctx, problem, inputs, results, wanted, kept)
         if not problem.details:
@@ -275,11 +275,11 @@ class _Loss(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Loss).apply
 
 
-def _extend(inputs: Inputs, problem: Problem) -> Inputs:
+def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
     """scale and bias of all classes in place of those given."""
-    if inputs.scale is None or problem.extension is WHOLE:
+    if inputs.scale is None or problem.form is UNCHANGED:
         return inputs
-    scale, bias = problem.extension.vectors(inputs.scale, inputs.bias)
+    scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     return inputs._replace(scale=scale, bias=bias)
 
 
@@ -315,8 +315,8 @@ def _wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int
 def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     """The loss through a layout's operators, in the accumulation dtype ('none': flat), and details.
 
-    (scale and bias are extended below autograd in eager mode, which costs a small batch less than
-    its nodes would.)
+    (scale and bias of all classes are made below autograd in eager mode, which costs a small batch
+    less than its nodes would.)
     """
     logits, _, _, scale, bias, confidence, *_ = inputs
     need = 0
@@ -333,12 +333,12 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     if problem.details:
         wanted |= DETAILS
     if compiling:
-        results = _forward(_extend(inputs, problem), problem, wanted)
+        results = _forward(_all_classes(inputs, problem), problem, wanted)
         return (results[0], *(t.detach() for t in _details(results, wanted)))
     try:
         if not need:
             with _BelowAutograd():
-                results = _forward(_extend(inputs, problem), problem, wanted)
+                results = _forward(_all_classes(inputs, problem), problem, wanted)
             return (results[0], *_details(results, wanted))
         found = _apply(logits, scale, bias, confidence, inputs, problem, wanted)
     except RuntimeError as error:

@@ -42,13 +42,13 @@ def unrecorded() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-def extended(
-    scale: Tensor, bias: Tensor, shift: int, before: int, after: int
+def form_vectors(
+    scale: Tensor, bias: Tensor, offset: int, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
-    """`layouts.Extension.vectors` without a constant, which would keep its device in a graph.
+    """`CalibrationForm.vectors` without a constant, which would keep its device in a graph.
     torch.jit.script takes it.
     """
-    return F.pad(scale - shift, [before, after]), F.pad(bias, [before, after])
+    return F.pad(scale - offset, [first, last]), F.pad(bias, [first, last])
 
 
 def calibrate(
@@ -57,11 +57,11 @@ def calibrate(
 ) -> Tensor:  # fmt: skip
     """`functional.calibrate` without its checks. torch.jit.script takes it."""
     dtype = reference.accumulate_dtype(input.dtype)
-    shift, before, after = int(form == "interpolated"), 0, 0
+    offset, first, last = int(form == "interpolated"), 0, 0
     if background is not None:
-        before, after = int(background == "first"), int(background == "last")
-    scale, bias = extended(
-        scale.reshape(-1).to(dtype), bias.reshape(-1).to(dtype), shift, before, after
+        first, last = int(background == "first"), int(background == "last")
+    scale, bias = form_vectors(
+        scale.reshape(-1).to(dtype), bias.reshape(-1).to(dtype), offset, first, last
     )
     flat = input
     if input.dim() == 1:
@@ -119,37 +119,19 @@ def plain_mean(inputs: Inputs, problem: Problem) -> Tensor | None:
     return loss if weight is None or not math.isnan(loss.item()) else None
 
 
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    confidence: Tensor | None = None,
-    prior: Tensor | None = None,
-    margin: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    focal_gamma: float = 0.0,
-    reduction: str = "mean",
-    normalizer: str | Tensor = "weights",
-) -> Tensor:
+def cross_entropy(inputs: Inputs, problem: Problem) -> Tensor:
     """`reference.cross_entropy` of rows (N, C) or class planes (N, C, S)."""
+    logits, target, weight, _, _, confidence, prior, margin, sample_weight, _ = inputs
+    scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
+    ignore_index, label_smoothing, focal_gamma = problem.numbers
+    reduction, normalizer = problem.reduction_name, problem.normalizer_of(inputs)
     t = target.reshape((logits.shape[0], *logits.shape[2:]))
     t, valid = reference.class_indices(t, ignore_index)
     checkable = _checkable(logits, target)
     # A calibration may make infinities of finite logits.
     if not (checkable and scale is None and _ignored_are_finite(logits, ~valid)):
         logits = torch.where(valid.unsqueeze(1), logits, 0.0)
-    if scale is None or bias is None or confidence is None:
-        u = logits.to(reference.accumulate_dtype(logits.dtype))
-    else:
-        u = reference.calibrate(logits, scale, bias, confidence)
-    planes = u.dim() == 3
-    if prior is not None:
-        u = u + (prior[:, None] if planes else prior)
+    u = reference.calibrated_logits(logits, scale, bias, confidence, prior)
     if margin is not None:
         at = torch.where(valid, t, 0).unsqueeze(1)
         u = u.scatter_add(1, at, -margin[at])
@@ -180,7 +162,7 @@ def cross_entropy(
     if label_smoothing > 0:
         each = log_p
         if weight is not None:
-            each = log_p * (weight[:, None] if planes else weight)
+            each = log_p * (weight[:, None] if u.dim() == 3 else weight)
         losses = (1 - label_smoothing) * losses - label_smoothing / u.shape[1] * each.sum(1)
     losses = losses.reshape(-1)
     if sample_weight is not None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import autograd, backends, composed, reference
-from .problem import Inputs, Problem
-from .schemas import UPSAMPLE, Layout
+from .codes import REDUCTIONS
+from .problem import Inputs, Problem, reference_loss
+from .schemas import DENSE, UPSAMPLE, Layout
 
 
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
@@ -26,26 +27,30 @@ def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     if backend == "triton":
         layout = operators_of(problem.layout, backend)
         return autograd.loss(inputs, problem._replace(layout=layout))
-    cross_entropy = composed.cross_entropy if composes(backend) else None
+    loss = composed.cross_entropy if composes(backend) else reference_loss
     if problem.layout is UPSAMPLE:
-        return _upsampled(inputs, problem, cross_entropy or reference.dense_cross_entropy)
-    cross_entropy = cross_entropy or problem.layout.reference
-    return (cross_entropy(inputs.logits, inputs.target, **problem.keywords(inputs)),)
+        return _upsampled(inputs, problem, loss)
+    return (loss(inputs, problem),)
 
 
-def _upsampled(inputs: Inputs, problem: Problem, dense: Any) -> tuple[Tensor, ...]:
+def _upsampled(
+    inputs: Inputs, problem: Problem, loss_of: Callable[[Inputs, Problem], Tensor]
+) -> tuple[Tensor, ...]:
     """An upsampled loss through the upsampled logits."""
-    keywords = problem.keywords(inputs)
     height, width = inputs.target.shape[1:]
-    align_corners = keywords.pop("align_corners")
-    low = {name: keywords.pop(name) for name in ("scale", "bias", "confidence", "prior")}
-    u = reference.upsample(inputs.logits, (height, width), align_corners, **low).flatten(2)
-    loss = dense(u, inputs.target, **keywords)
+    *numbers, align_corners = problem.numbers
+    scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
+    u = reference.upsample(
+        inputs.logits, (height, width), align_corners,
+        scale=scale, bias=bias, confidence=inputs.confidence, prior=inputs.prior,
+    ).flatten(2)  # fmt: skip
+    planes = inputs._replace(logits=u, scale=None, bias=None, confidence=None, prior=None)
+    dense = Problem(DENSE, tuple(numbers), problem.reduction, problem.normalizer)
+    loss = loss_of(planes, dense)
     if not problem.details:
         return (loss,)
-    each = dense(u, inputs.target, **keywords | {"reduction": "none"}).detach()
-    details = reference.details(u.detach(), inputs.target, keywords["ignore_index"])
-    return (loss, each, *details)
+    each = loss_of(planes, dense._replace(reduction=REDUCTIONS["none"])).detach()
+    return (loss, each, *reference.details(u.detach(), inputs.target, numbers[0]))
 
 
 def serving_backend(input: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""How logits lie in memory, and which operators read them there; which classes are calibrated.
+"""How logits lie in memory, and which operators read them there.
 
 (N, C) and channels-last logits are rows (N * S, C), classes next to each other; contiguous
 (N, C, d1, ...) logits are class planes (N, C, S), positions next to each other. Anything else is
@@ -8,59 +8,12 @@ copied once.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
 from .schemas import DENSE, ROW, Layout
-
-
-class Extension(NamedTuple):
-    """How scale and bias of the calibrated classes become a and b of all C classes, in
-    u = (1 + c a) z + c b.
-
-    shift: taken off the scale, 1 in the interpolated form. before, after: the number of classes
-    ahead of the calibrated ones and behind them; they have a = b = 0.
-    """
-
-    shift: int
-    before: int
-    after: int
-
-    @staticmethod
-    def of(form: str, background: str | None) -> Extension:
-        found = Extension(
-            int(form == "interpolated"), int(background == "first"), int(background == "last")
-        )
-        return WHOLE if found == WHOLE else found
-
-    def vectors(
-        self, scale: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if scale is None or bias is None:
-            return None, None
-        if self.shift:
-            scale = scale - self.shift
-        if self.before or self.after:
-            # Concatenated, not padded: that is one operation, and padding is four.
-            column = bias.new_zeros(1)
-            if self.before:
-                return torch.cat((column, scale)), torch.cat((column, bias))
-            return torch.cat((scale, column)), torch.cat((bias, column))
-        return scale, bias
-
-    def gradient(self, gradient: Tensor) -> Tensor:
-        """Of the scale or the bias, from that of a or b; no view, which a caller of autograd.grad
-        could not change in place.
-        """
-        if self.before or self.after:
-            return gradient[self.before : gradient.shape[0] - self.after].clone()
-        return gradient
-
-
-WHOLE = Extension(0, 0, 0)
 
 
 def _one_stride(tensor: Tensor, first: int, last: int) -> bool:

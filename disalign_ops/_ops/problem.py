@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .calibration_form import UNCHANGED, CalibrationForm
 from .codes import NORMALIZERS, REDUCTIONS
-from .layouts import WHOLE, Extension
 from .schemas import Layout
 
 _REDUCTION_OF = {code: name for name, code in REDUCTIONS.items()}
@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
 
     logits: as the layout takes them. Class vectors (C,) and position vectors, flat: contiguous and
     of the accumulation dtype. scale and bias are a and b of u = (1 + c a) z + c b, or what the
-    problem's extension makes those of. denominator: the caller's, a float64 0-d tensor.
+    problem's form makes those of. denominator: the caller's, a float64 0-d tensor.
     """
 
     logits: Tensor
@@ -45,19 +45,28 @@ class Problem(NamedTuple):
     numbers: tuple[Any, ...]
     reduction: int
     normalizer: int
-    extension: Extension = WHOLE
+    form: CalibrationForm = UNCHANGED
     in_place: bool = False
     details: bool = False
 
-    def keywords(self, inputs: Inputs) -> dict[str, Any]:
-        """All but logits and target, as the losses of reference.py take it."""
-        smoothing_and_gamma = ("ignore_index", "label_smoothing", "focal_gamma")
-        found = inputs._asdict()
-        del found["logits"], found["target"]
-        given = found.pop("denominator")
-        found["scale"], found["bias"] = self.extension.vectors(inputs.scale, inputs.bias)
-        names = (*smoothing_and_gamma, *self.layout.options)
-        found |= dict(zip(names, self.numbers, strict=True))
-        found["reduction"] = _REDUCTION_OF[self.reduction]
-        found["normalizer"] = _NORMALIZER_OF[self.normalizer] if given is None else given
-        return found
+    @property
+    def reduction_name(self) -> str:
+        return _REDUCTION_OF[self.reduction]
+
+    def normalizer_of(self, inputs: Inputs) -> str | Tensor:
+        """Its name, or the caller's number, as reference.py takes them."""
+        given = inputs.denominator
+        return _NORMALIZER_OF[self.normalizer] if given is None else given
+
+
+def reference_loss(inputs: Inputs, problem: Problem) -> Tensor:
+    """The loss by reference.py."""
+    keywords: dict[str, Any] = inputs._asdict()
+    del keywords["logits"], keywords["target"], keywords["denominator"]
+    keywords["scale"], keywords["bias"] = problem.form.vectors(inputs.scale, inputs.bias)
+    names = ("ignore_index", "label_smoothing", "focal_gamma", *problem.layout.options)
+    keywords |= dict(zip(names, problem.numbers, strict=True))
+    return problem.layout.reference(
+        inputs.logits, inputs.target, **keywords,
+        reduction=problem.reduction_name, normalizer=problem.normalizer_of(inputs),
+    )  # fmt: skip

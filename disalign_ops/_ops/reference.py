@@ -56,6 +56,23 @@ def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -
     return torch.where(masked, masked_u, unmasked_u)
 
 
+def calibrated_logits(
+    logits: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+    prior: Tensor | None,
+) -> Tensor:
+    """u = (1 + c a) z + c b + o of (N, C) or (N, C, S) logits, by what of it is given."""
+    if confidence is None or scale is None or bias is None:
+        u = logits.to(accumulate_dtype(logits.dtype))
+    else:
+        u = calibrate(logits, scale, bias, confidence)
+    if prior is None:
+        return u
+    return u + (prior[:, None] if u.dim() == 3 else prior)
+
+
 ELSEWHERE, IGNORED = -1, -2  # of a shard's targets: a class of another shard; counts nothing
 
 
@@ -137,15 +154,11 @@ def _shard_logits(
     """u and d of a shard, and where j = t. Ignored rows are 0."""
     here = target[:, None] == torch.arange(logits.shape[1], device=logits.device)
     z = torch.where((target == IGNORED)[:, None], 0.0, logits)
-    if confidence is None or scale is None or bias is None:
-        u = z.to(accumulate_dtype(z.dtype))
-        d = torch.zeros_like(u)
-    else:
-        u = calibrate(z, scale, bias, confidence)
+    u = calibrated_logits(z, scale, bias, confidence, prior)
+    d = torch.zeros_like(u)
+    if scale is not None and bias is not None:
         d = scale * z + bias
         d = torch.where(d.isfinite(), d, 0.0)
-    if prior is not None:
-        u = u + prior
     if margin is not None:
         u = torch.where(here, u - margin, u)
     return u, d, here
@@ -172,13 +185,7 @@ def position_loss(
     t = torch.where(valid, target, 0)[:, None]
     # An ignored row is replaced, not multiplied by 0: what it holds may be NaN.
     z = torch.where(valid[:, None], logits, 0.0)
-
-    if confidence is None or scale is None or bias is None:
-        u = z.to(accumulate_dtype(z.dtype))
-    else:
-        u = calibrate(z, scale, bias, confidence)
-    if prior is not None:
-        u = u + prior
+    u = calibrated_logits(z, scale, bias, confidence, prior)
     if margin is not None:
         u = u - torch.zeros_like(u).scatter(1, t, margin[t])
 
@@ -320,12 +327,7 @@ def upsample(
     """
     n, classes, h, w = logits.shape
     rows = logits.movedim(1, -1).reshape(-1, classes)
-    if confidence is None or scale is None or bias is None:
-        u = rows.to(accumulate_dtype(rows.dtype))
-    else:
-        u = calibrate(rows, scale, bias, confidence)
-    if prior is not None:
-        u = u + prior
+    u = calibrated_logits(rows, scale, bias, confidence, prior)
     low = torch.finfo(u.dtype).min / 4
     u = _Lowest.apply(u, low)  # type: ignore[no-untyped-call]
     u = u.reshape(n, h, w, classes).movedim(-1, 1)
@@ -347,14 +349,9 @@ def upsample_cross_entropy(
     **options: Any,
 ) -> Tensor:
     """The loss of `upsample` at target (N, H, W); sample_weight and 'none' are flat."""
+    size = (target.shape[1], target.shape[2])
     u = upsample(
-        logits,
-        (target.shape[1], target.shape[2]),
-        align_corners,
-        scale=scale,
-        bias=bias,
-        confidence=confidence,
-        prior=prior,
+        logits, size, align_corners, scale=scale, bias=bias, confidence=confidence, prior=prior
     )
     return dense_cross_entropy(u.flatten(2), target, **options)
 
@@ -385,12 +382,7 @@ def soft_cross_entropy(
 
     'weights', 'valid' and 'count' all divide by N.
     """
-    if confidence is None or scale is None or bias is None:
-        u = logits.to(accumulate_dtype(logits.dtype))
-    else:
-        u = calibrate(logits, scale, bias, confidence)
-    if prior is not None:
-        u = u + prior
+    u = calibrated_logits(logits, scale, bias, confidence, prior)
     y = target.to(u.dtype)
     if label_smoothing > 0:
         y = y * (1 - label_smoothing) + label_smoothing / u.shape[1]

@@ -57,12 +57,12 @@ class ConfidenceWatch:
         self._calls, self._warned = 0, False
         self._latest: Tensor | None = None
 
-    def note(self, confidence: Tensor) -> bool:
+    def note(self, confidence_logit: Tensor) -> bool:
         """Takes the mean of this call's confidence if its turn has come; returns whether."""
         self._calls += 1
         if self._calls % self._EVERY != 1:
             return False
-        self._latest = confidence.detach().float().sigmoid().mean()
+        self._latest = confidence_logit.detach().float().sigmoid().mean()
         return True
 
     def mean(self) -> float | None:
@@ -166,23 +166,23 @@ class Calibration(nn.Module):
 
     def _confidence(self, features: Tensor) -> Tensor:
         """What the confidence layer makes of the features, before the sigmoid."""
-        confidence: Tensor = self.confidence_layer(features)
-        self._note_confidence(confidence)
-        return confidence
+        confidence_logit: Tensor = self.confidence_layer(features)
+        self._note_confidence(confidence_logit)
+        return confidence_logit
 
-    def _note_confidence(self, confidence: Any) -> None:
+    def _note_confidence(self, confidence_logit: Any) -> None:
         """Where the confidence learns, remembers its mean and warns if it has collapsed."""
         if (
-            type(confidence) is Tensor  # not a proxy, nor a fake or distributed one
+            type(confidence_logit) is Tensor  # not a proxy, nor a fake or distributed one
             and self.training
-            and confidence.requires_grad
+            and confidence_logit.requires_grad
             and not torch.compiler.is_compiling()
             and not torch._C._get_tracing_state()
-            and confidence.numel()
+            and confidence_logit.numel()
             and not torch._C._len_torch_dispatch_stack()
             and not torch._C._are_functorch_transforms_active()
-            and self._watch.note(confidence)
-            and confidence.is_cpu  # elsewhere it is looked at in `train`, which may wait
+            and self._watch.note(confidence_logit)
+            and confidence_logit.is_cpu  # elsewhere it is looked at in `train`, which may wait
         ):
             self._watch.warn(*self._confidence_range)
 

@@ -32,8 +32,10 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 # The interpreter takes milliseconds a program, so that all of it would take hours: `make
 # test-triton` runs it. Here: the rows, without the many of them that try the CPU kernels' own ways,
-# and parts of the others, chosen by name.
-@pytest.mark.parametrize("part", sets.PARTS)
+# and parts of the others, chosen by name; of these, `make test` runs the combinations of options.
+@pytest.mark.parametrize(
+    "part", ["few", *(pytest.param(part, marks=pytest.mark.slow) for part in ("once", "all"))]
+)
 @pytest.mark.parametrize(
     ("files", "only"),
     [
@@ -42,7 +44,10 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
             "not depend_on and not beyond_the_cache and not far_above "
             "and not (denominator_of_0 and (upsample or dense or reference))",
         ),
-        (["dense", "calibrate", "in_place"], "shapes or contents or calibrate or in_place"),
+        (
+            ["dense", "calibrate", "in_place"],
+            "shapes or contents or calibrate or in_place or integer_type",
+        ),
         (["upsample"], "details_are or masked_class or integer_type"),
     ],
     ids=["row", "dense", "upsample"],

@@ -1,7 +1,8 @@
 """Which tests `make test-fast`, `make test` and `make test-slow` run.
 
-A test is slow (`make test-slow` alone runs it) or standard (`make test` runs it, `make test-fast`
-does not) by a mark in its file or by a row below. Every other test is in `make test-fast`, too.
+A test is slow (`make test-slow` alone runs it), standard (`make test` runs it, `make test-fast`
+does not) or fast (the reverse: it is part of a standard one) by a mark in its file or by a row
+below. Every other test is in `make test-fast` and `make test`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ STANDARD = {
     "tests/project/": "benchmarks, examples, exporters, wheels, types",
     "tests/integrations/": "other frameworks, by stand-ins",
     "accumulates_over_two_ranks": "metrics over two processes",
+    "cpu_kernels[dense-few]": "options of class planes in Triton's interpreter",
     "beyond_the_cache": "stores that go around the cache, 2 GB of gradients",
     "compile": "torch.compile",
     "demo": "training runs",
@@ -41,6 +43,9 @@ SLOW = {
     "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",
+    "cpu_kernels[seed 1-few]": "options under a further order of the threads",
+    "cpu_kernels[seed 2-few]": "options under a further order of the threads",
+    "cpu_kernels[upsample-few]": "options of the upsampled loss in Triton's interpreter: 6 minutes",
 }
 # Tests of one group run in one process of pytest-xdist: they share what a fixture or a cache made.
 GROUPS = {
@@ -55,7 +60,7 @@ GROUPS = {
 
 # How much of the tests of the CPU kernels runs with other operators or another instruction set.
 PARTS = [
-    "few",
+    pytest.param("few", marks=pytest.mark.fast),
     pytest.param("once", marks=pytest.mark.standard),
     pytest.param("all", marks=pytest.mark.slow),
 ]
@@ -72,14 +77,17 @@ def _matches(item: pytest.Item, key: str) -> bool:
     return item.nodeid.startswith(key) if "/" in key else key in item.name
 
 
+def _is_marked(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("standard", "slow", "fast"))
+
+
 def mark(items: list[pytest.Item]) -> None:
     """Marks, and puts first what takes long: workers then end at about the same time."""
     for item in items:
-        if not any(item.get_closest_marker(name) for name in ("standard", "slow")):
-            if any(_matches(item, key) for key in SLOW):
-                item.add_marker("slow")
-            elif _part(item) != "few" and any(_matches(item, key) for key in STANDARD):
-                item.add_marker("standard")
+        if any(_matches(item, key) for key in SLOW):
+            item.add_marker("slow")
+        elif not _is_marked(item) and any(_matches(item, key) for key in STANDARD):
+            item.add_marker("standard")
         for key, group in GROUPS.items():
             if _matches(item, key):
                 item.add_marker(pytest.mark.xdist_group(group))

@@ -15,6 +15,7 @@
 #include "cpu/kernels/row_kernel.h"
 
 #include "common/loss_math.h"
+#include "cpu/kernels/row_gradients.h"
 #include "cpu/kernels/row_passes.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
