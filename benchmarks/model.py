@@ -33,9 +33,8 @@ SHAPES = (
 STEPS = ("plain", "all gradients", "stage 2")
 SHOWN = ("H100 SXM", "A100 SXM 80 GB", "RTX 4090", "B200")
 
-# Warp instructions for 512 bytes of logits, in the machine code for sm_90; taken for every
-# architecture. "stage 2" is the forward that has the gradients of scale, bias and confidence, too;
-# what has no count of its own takes that of the same kernel with more work.
+# Warp instructions for 512 bytes of logits, in the machine code for sm_90 and long rows. "stage 2"
+# is the forward that has the gradients of scale, bias and confidence, too.
 INSTRUCTIONS = {
     ("forward", "fp32"): 149,
     ("forward", "bf16"): 285,
@@ -44,6 +43,12 @@ INSTRUCTIONS = {
     ("backward", "fp32"): 155,
     ("backward", "bf16"): 288,
 }
+
+
+def instructions(code: str, dtype: str) -> int:
+    """For every architecture, number of classes and form of the backward."""
+    return INSTRUCTIONS[code, dtype]
+
 
 # csrc/cuda/launch/row_launch.h: elements of a row that a thread keeps, threads of a block that has
 # a whole row, and of a block of a cluster.
@@ -140,8 +145,8 @@ def predict(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> Time:
     limits = []
     for one in passes(gpu, step, dtype, rows, classes):
         memory = (one.reads_and_writes * logits + one.other_bytes) / bandwidth
-        instructions = INSTRUCTIONS[one.code, dtype] * logits / BYTES_OF_A_READ
-        issue = instructions / (SHARE_OF_ISSUE * gpu.instructions_per_second)
+        issued = instructions(one.code, dtype) * logits / BYTES_OF_A_READ
+        issue = issued / (SHARE_OF_ISSUE * gpu.instructions_per_second)
         captured += max(memory, issue)
         limits.append("memory" if memory >= issue else "issue")
     of_launches = SECONDS_OF_A_LAUNCH * launches(gpu, step, dtype, classes)
