@@ -6,6 +6,7 @@ import functools
 import hashlib
 import heapq
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -77,7 +78,9 @@ def _registers(architecture: str, digest: str) -> dict[str, int]:
         pattern = r"Compiling entry function '(\S+)' for.*?Used (\d+) registers"
         counts = {name: int(n) for name, n in re.findall(pattern, run.stderr, re.S)}
         known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps(counts))
+        mine = known.with_suffix(f".{os.getpid()}")
+        mine.write_text(json.dumps(counts))
+        mine.replace(known)
     counts = json.loads(known.read_text())
     assert isinstance(counts, dict)
     return counts

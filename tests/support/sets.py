@@ -50,7 +50,7 @@ SLOW = {
 # Tests of one group run in one process of pytest-xdist: they share what a fixture or a cache made.
 GROUPS = {
     "tests/cuda/test_cuda_build.py": "nvcc",
-    "tests/cuda/test_launch_plans.py": "nvcc",
+    "tests/cuda/test_launch_plans.py": "launch plans",
     "tests/_ops/test_triton_targets.py": "triton",
     "tests/_ops/test_triton.py::test_every_kernel_compiles": "triton registers",
     "tests/_ops/test_triton.py::test_aligned_rows": "triton registers",
