@@ -49,7 +49,7 @@ struct Tile {
 
   int lanes, lane, group, groups;
   int first_vector;  // of this thread, which has every `vector_step`-th: a warp has neighbours
-  bool all_whole;    // none of this thread's vectors is the row's first or last, or past it
+  int all_whole;     // none of this thread's vectors is the row's first or last, or past it (bool)
   int first_class;   // of the tile's first element; below 0 where that is not the row's own
   int vectors, classes;
   int64_t row, row_step;  // the group's first row, the distance to its next
