@@ -103,16 +103,18 @@ std::optional<RowPlan> row_cluster_plan(const RowArgs& args, const Limits& limit
   return plan;
 }
 
-// As many blocks as run at once, or as there is work for; a multiple of the period. One block more
-// than run at once would run alone, after all others.
-template <class T, class Launcher, class Args>
-void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, RowPlan& plan) {
-  const int64_t resident =
-      plan.shape.clustered
-          ? int64_t{plan.tiles} * launcher.clusters(kernel, plan.shape)
-          : int64_t{launcher.limits().multiprocessors} *
-                std::max(1, launcher.blocks_per_multiprocessor(kernel, plan.shape.threads,
-                                                               plan.shape.shared_bytes));
+// How many of the plan's blocks run at once.
+template <class Launcher, class Args>
+int64_t resident_blocks(Launcher& launcher, void (*kernel)(Args), const RowPlan& plan) {
+  if (plan.shape.clustered) return int64_t{plan.tiles} * launcher.clusters(kernel, plan.shape);
+  const int blocks =
+      launcher.blocks_per_multiprocessor(kernel, plan.shape.threads, plan.shape.shared_bytes);
+  return int64_t{launcher.limits().multiprocessors} * std::max(1, blocks);
+}
+
+// Along grid_x as many as run at once, or as there is work for; a multiple of the period. One block
+// more than run at once would run alone, after all others.
+static inline int64_t row_blocks(const RowArgs& args, const RowPlan& plan, int64_t resident) {
   // Class sums are written and read once a block: worth the rows that it has.
   constexpr int64_t kRowsOfSums = 4;
   const int64_t groups =
@@ -120,14 +122,23 @@ void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, Ro
   const int64_t most = resident / plan.tiles;
   const int64_t wanted = std::min(most, divide_up(args.outer, groups));
   const int64_t up = divide_up(wanted, plan.period) * plan.period;
-  const int64_t blocks = std::max<int64_t>(up > most ? up - plan.period : up, plan.period);
-  plan.shape.grid_x = blocks;
+  return std::max<int64_t>(up > most ? up - plan.period : up, plan.period);
+}
+
+template <class T, class Launcher, class Args>
+void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, RowPlan& plan) {
+  const int64_t resident = resident_blocks(launcher, kernel, plan);
+  plan.shape.grid_x = row_blocks(args, plan, resident);
   if (plan.tiles == 1 || plan.shape.clustered) return;
   // Tiles that leave more than a tenth of the device without work are made smaller, and as many as
   // fill it. Costs the lanes that smaller tiles leave idle, and the tiles' sums.
+  const int64_t blocks = plan.shape.grid_x;
   const int64_t filling = std::min(divide_up(blocks * plan.tiles, resident) * resident / blocks,
                                    divide_up(plan.vectors, 32 * kKept<T>));
-  if (10 * filling > 11 * plan.tiles) set_tiles<T>(plan, args, filling);
+  if (10 * filling <= 11 * plan.tiles) return;
+  set_tiles<T>(plan, args, filling);
+  // Of smaller blocks more may run at once.
+  plan.shape.grid_x = row_blocks(args, plan, resident_blocks(launcher, kernel, plan));
 }
 
 static inline void apply(const RowPlan& plan, RowArgs& args) {
