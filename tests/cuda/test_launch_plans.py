@@ -39,8 +39,8 @@ MOST_BALANCE = 1.10
 
 # Bytes in flight of a multiprocessor, of twice its share of the bandwidth times the latency: the
 # least of a step's launches over all shapes but the last, for each of STEPS in fp32 and in bf16.
-# 1 is the aim. Registers bound the warps: a thread keeps 16 elements of a row, with them their
-# exponentials and class sums, and of bf16 they are half as many bytes. On T4 shared memory does, too.
+# 1 is the aim. Registers (on T4 shared memory, too) bound the warps: a thread keeps 16 elements
+# of a row, with them their exponentials and class sums, and of bf16 they are half as many bytes.
 IN_FLIGHT = {
     "T4": (1, 1, 1, 0.50, 1, 0.50),
     "A100 SXM 80 GB": (0.94, 0.53, 0.79, 0.23, 0.79, 0.23),
