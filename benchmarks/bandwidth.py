@@ -1,9 +1,8 @@
 """`python -m benchmarks.bandwidth`: forward and backward alone, in GB/s beside the device's copy.
 
 Each kernel moves the logits that docs/design.md counts (a read; a read and a write), so that its
-bandwidth says how far it is from what the device can do. Writes bandwidth.csv.
-
-`--predict` prints, without measuring, the times that the counted bytes give on known devices.
+bandwidth says how far it is from what the device can do. Writes bandwidth.csv. What they should
+take on GPUs that are not here: benchmarks.model.
 """
 
 from __future__ import annotations
@@ -29,11 +28,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY = "copy"
 # Passes over the logits: reads and writes.
 PASSES = {"forward": 1, "forward, stage 2": 1, "backward": 2}
-# GB/s of the device's memory, from its maker's data sheet, and the share of it that we assume: what
-# design.md asks for at C >= 4096 and at C = 1204.
-PUBLISHED = {"H100 SXM": 3350.0, "A100 SXM 80 GB": 2039.0, "RTX 4090": 1008.0}
-ASSUMED = {1203: 0.8, 1204: 0.8}
-ASSUMED_ELSEWHERE = 0.9
 
 
 @dataclass(frozen=True)
@@ -96,23 +90,6 @@ def _itself(step: Callable[[], object]) -> Callable[[], object]:
     return step
 
 
-def predictions(rows: int = 65536) -> str:
-    """A table in Markdown: milliseconds by counted bytes and an assumed share of the bandwidth."""
-    lines = [
-        "| C | dtype | work | MB moved | " + " | ".join(PUBLISHED) + " |",
-        "|---|---|---|---|" + "---|" * len(PUBLISHED),
-    ]
-    for classes in CLASSES:
-        for name, dtype in DTYPES.items():
-            for work, passes in PASSES.items():
-                moved = passes * rows * classes * dtype.itemsize
-                share = ASSUMED.get(classes, ASSUMED_ELSEWHERE)
-                times = [moved / (gb * 1e9 * share) * 1e3 for gb in PUBLISHED.values()]
-                cells = " | ".join(f"{t:.3f} ms" for t in times)
-                lines.append(f"| {classes} | {name} | {work} | {moved / 1e6:.1f} | {cells} |")
-    return "\n".join(lines)
-
-
 def _table(found: list[Row], device: torch.device) -> Table:
     table = Table(title=f"disalign_ops on {device_name(device)}: medians of paired rounds")
     for heading in ("C", "dtype", "work", "ms", "GB/s", "of copy"):
@@ -130,17 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.bandwidth", description=(__doc__ or "").split("\n", 1)[0]
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument(
-        "--predict", action="store_true", help="print predicted times, no measuring"
-    )
     parser.add_argument("--megabytes", type=float, default=400.0, help="of logits, default 400")
     parser.add_argument("--classes", type=int, action="append", help="repeatable; default: all")
     parser.add_argument("--rounds", type=int, help="timed rounds; default: some seconds' worth")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the file")
     options = parser.parse_args(arguments)
-    if options.predict:
-        print(predictions())
-        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no GPU")
     device = torch.device(options.device)

@@ -1,4 +1,4 @@
-"""The bandwidth benchmark: it runs, and the predictions that the repository states are its own."""
+"""The bandwidth benchmark: it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from benchmarks import bandwidth
-
-RESULTS = Path(bandwidth.__file__).parent / "results" / "README.md"
 
 
 def test_it_measures_every_kernel(tmp_path: Path) -> None:
@@ -27,14 +25,6 @@ def test_it_measures_every_kernel(tmp_path: Path) -> None:
         assert float(row["gigabytes_per_second"]) == pytest.approx(
             moved / float(row["milliseconds"]) * 1e-6
         )
-
-
-def test_the_stated_predictions_are_those_of_the_counted_bytes() -> None:
-    assert bandwidth.predictions() in RESULTS.read_text()
-    # 65536 x 1204 fp32, read once, at 80 % of 3350 GB/s.
-    moved = 65536 * 1204 * 4
-    line = f"| 1204 | fp32 | forward | {moved / 1e6:.1f} | {moved / (3350e9 * 0.8) * 1e3:.3f} ms"
-    assert line in bandwidth.predictions()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

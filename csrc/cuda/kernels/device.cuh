@@ -251,20 +251,40 @@ struct Cluster {
 template <class A, bool Wide>
 class Group {
  public:
-  static constexpr int kWarps = 32;  // of a block, at most
-  static constexpr int kValues = 8;  // that one reduction sums, at most
+  static constexpr int kWarps = 32;      // entries of a value in the scratch
+  static constexpr int kMostWarps = 16;  // of a block that is a group
+  static constexpr int kValues = 8;      // that one reduction sums, at most
   // Two areas in turn: a reduction's readers are done before the one after the next begins.
   static constexpr int kScratchEntries = Wide ? 2 * kValues * kWarps : 0;
 
   __device__ __forceinline__ Group(int lanes, A* scratch) : lanes_(lanes), scratch_(scratch) {}
 
-  __device__ __forceinline__ A max(A v) {
+  // The largest v of the group. What one of its threads, which `holds`, has in `held`, every thread
+  // gets; 0 where there is none, as all of them know.
+  template <int Count>
+  __device__ __forceinline__ A max(A v, bool holds, bool someone_holds, A (&held)[Count]) {
+    static_assert(Count < kValues, "scratch is too small");
     v = warp_max(v, Wide ? 32 : lanes_);
     if constexpr (Wide) {
       A* area = next_area();
       if (lane() == 0) area[warp()] = v;
+      if (holds) {
+#pragma unroll
+        for (int i = 0; i < Count; ++i) area[(i + 1) * kWarps] = held[i];
+      }
       __syncthreads();
-      v = warp_max(lane() < warps() ? area[lane()] : kLowest<A>, 32);
+      v = warp_max(lane() % kMostWarps < warps() ? area[lane() % kMostWarps] : kLowest<A>,
+                   kMostWarps);
+#pragma unroll
+      for (int i = 0; i < Count; ++i) held[i] = someone_holds ? area[(i + 1) * kWarps] : A(0);
+    } else {
+      const unsigned holders = __ballot_sync(kFullWarp, holds) >> (lane() & -lanes_);
+      const int holder = __ffs(static_cast<int>(holders)) - 1;
+#pragma unroll
+      for (int i = 0; i < Count; ++i) {
+        const A from = __shfl_sync(kFullWarp, held[i], someone_holds ? holder : 0, lanes_);
+        held[i] = someone_holds ? from : A(0);
+      }
     }
     return v;
   }
@@ -284,7 +304,9 @@ class Group {
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < Count; ++i)
-        values[i] = warp_sum(lane() < warps() ? area[i * kWarps + lane()] : A(0), 32);
+        values[i] =
+            warp_sum(lane() % kMostWarps < warps() ? area[i * kWarps + lane() % kMostWarps] : A(0),
+                     kMostWarps);
     }
   }
 

@@ -30,7 +30,7 @@ __device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i
 
 template <class T>
 struct FetchedRow {
-  Raw raw[kKept<T>];  // 0 where the row is ignored
+  Raw raw[kKept<T>] = {};  // of an ignored row anything, of which nothing is made
   RowHead<Accumulate<T>> head;
 
   // turn: this lane's, of the rounds around this one.
@@ -39,12 +39,8 @@ struct FetchedRow {
                                         RowHead<Accumulate<T>>& turn, int round, int64_t i) {
     if (tile.turn_of(round) == 0) turn.read(args, tile.row_of_turn(i));
     head = turn.of_lane(tile.turn_of(round), tile.turns());
-    if (is_valid(head.target)) {
+    if (is_valid(head.target))
       tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < kKept<T>; ++k) raw[k] = {};
   }
 };
 
@@ -88,6 +84,17 @@ class ClusterSums {
   A* memory_;
   int tiles_;
 };
+
+// The sums over a group of the first Count values.
+template <int Count, class G, class A, int All>
+__device__ __forceinline__ void sum_first(G& group, A (&values)[All]) {
+  A first[Count];
+#pragma unroll
+  for (int k = 0; k < Count; ++k) first[k] = values[k];
+  group.sum(first);
+#pragma unroll
+  for (int k = 0; k < Count; ++k) values[k] = first[k];
+}
 
 struct NoCluster {
   __device__ __forceinline__ NoCluster(const void*, int) {}
@@ -157,27 +164,31 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
 #pragma unroll
       for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
     }
-    // One thread of the group has it. Selects, no branches on slot == p: in these the compiler
-    // would index the registers by slot, and move them to memory.
+    // The target's u, and d of its confidence. One thread of the group has them. Selects, no
+    // branches on slot == p: in these the compiler would index the registers by slot, and move them
+    // to memory.
+    A target_terms[Calibrated ? 2 : 1] = {};
     if (slot >= 0) {
-      A z_t = 0;
+      A z_t = 0, u_t = 0;
 #pragma unroll
       for (int p = 0; p < kElements<T>; ++p) {
         const bool here = p == slot;
-        sums.target_logit = here ? e[p] : sums.target_logit;
+        u_t = here ? e[p] : u_t;
         e[p] = here ? negative_infinity<A>() : e[p];
         if constexpr (Calibrated)
           z_t = here ? to_accumulate(element<T>(row.raw[p / V], p % V)) : z_t;
       }
-      sums.target_logit -= vector_entry<A>(args.margin, target, A(0));
-      sums.maximum = larger(sums.maximum, sums.target_logit);
+      target_terms[0] = u_t - vector_entry<A>(args.margin, target, A(0));
+      sums.maximum = larger(sums.maximum, target_terms[0]);
       if constexpr (Calibrated)
-        sums.target_slope = finite_or_zero(static_cast<const A*>(args.scale)[target] * z_t +
-                                           static_cast<const A*>(args.bias)[target]);
+        target_terms[1] = finite_or_zero(static_cast<const A*>(args.scale)[target] * z_t +
+                                         static_cast<const A*>(args.bias)[target]);
     }
 #pragma unroll
     for (int p = 0; p < kElements<T>; ++p) sums.maximum = larger(sums.maximum, e[p]);
-    sums.maximum = group.max(sums.maximum);
+    sums.maximum = group.max(sums.maximum, slot >= 0, tile.has(target), target_terms);
+    sums.target_logit = target_terms[0];
+    if constexpr (Calibrated) sums.target_slope = target_terms[1];
 
 #pragma unroll
     for (int part = 0; part < kParts<T>; ++part) {
@@ -217,23 +228,15 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     if (smoothing && slot >= 0)
       sums.smooth +=
           vector_entry<A>(args.weight, target, A(1)) * (sums.target_logit - sums.maximum);
-    A values[6] = {sums.rest,         sums.target_logit, sums.rest_slope,
-                   sums.target_slope, sums.smooth,       sums.smooth_slope};
-    if (smoothing) {
+    A values[4] = {sums.rest, sums.rest_slope, sums.smooth, sums.smooth_slope};
+    if (smoothing)
       group.sum(values);
-    } else if (Calibrated) {
-      A four[4] = {values[0], values[1], values[2], values[3]};
-      group.sum(four);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) values[k] = four[k];
-    } else {
-      A two[2] = {values[0], values[1]};
-      group.sum(two);
-      values[0] = two[0], values[1] = two[1];
-    }
-    sums.rest = values[0], sums.target_logit = values[1];
-    sums.rest_slope = values[2], sums.target_slope = values[3];
-    sums.smooth = values[4], sums.smooth_slope = values[5], sums.weight = weights;
+    else if constexpr (Calibrated)
+      sum_first<2>(group, values);
+    else
+      sum_first<1>(group, values);
+    sums.rest = values[0], sums.rest_slope = values[1];
+    sums.smooth = values[2], sums.smooth_slope = values[3], sums.weight = weights;
 
     if (tiled) {
       if (tile.lane == 0)

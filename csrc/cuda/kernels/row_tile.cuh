@@ -98,12 +98,18 @@ struct Tile {
   }
   __device__ __forceinline__ bool whole(int j) const { return j >= 0 && j + V <= classes; }
 
+  // Whether class t is in the tile.
+  __device__ __forceinline__ bool has(int t) const {
+    const unsigned at = static_cast<unsigned>(t - first_class) / V;  // large below the first
+    return t >= 0 && at < static_cast<unsigned>(vectors);
+  }
+
   // Which of this thread's elements is class t, or -1.
   __device__ __forceinline__ int slot_of(int t) const {
     const unsigned element = static_cast<unsigned>(t - first_class);
     // Below 0 it is a large number, which is in no vector.
     const unsigned at = element / V, distance = at - static_cast<unsigned>(first_vector);
-    if (t < 0 || at >= static_cast<unsigned>(vectors)) return -1;
+    if (!has(t)) return -1;
     if constexpr (Wide) {
       const bool here = distance % 32 == 0 && distance / 32 < K;
       return here ? static_cast<int>(distance / 32 * V + element % V) : -1;
@@ -215,6 +221,7 @@ struct ClassVectors {
       for (int q = 0; q < Q; ++q) u[q] = z[q];
     }
     if (!prior) return;  // a sum with 0 is an instruction
+    __syncwarp();        // keeps the compiler from making predicated instructions of this
     A o[Q];
     load(prior, vector, part, o);
 #pragma unroll

@@ -12,7 +12,7 @@ void launch_calibrate_kernel(Launcher& launcher, RowArgs& args, FinishArgs& last
   RowPlan plan = row_plan<T>(args, launcher.limits(), kCalibrateThreads);
   for_bool(plan.wide, [&](auto wide) {
     const auto kernel = row_calibrate_kernel<T, Backward, decltype(wide)::value>;
-    fill_grid(launcher, kernel, args, plan);
+    fill_grid<T>(launcher, kernel, args, plan);
     apply(plan, args);
     constexpr int64_t bytes = sizeof(Accumulate<T>);
     last.class_blocks = plan.shape.grid_x;

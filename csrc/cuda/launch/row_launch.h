@@ -23,6 +23,7 @@ struct RowPlan {
   Shape shape;
   bool wide = false;
   int lanes = 0, period = 1, tiles = 1, tile_vectors = 0;
+  int64_t vectors = 0;  // of a row
 };
 
 // Of the class vectors of a group of so many threads.
@@ -36,6 +37,21 @@ int64_t row_class_bytes(const RowArgs& args, int64_t threads) {
 template <class T>
 int row_threads(int64_t vectors) {
   return static_cast<int>(divide_up(vectors, 32 * kKept<T>) * 32);
+}
+
+template <class T>
+int64_t row_shared_bytes(const RowArgs& args, int64_t vectors) {
+  return kRowScratchBytes<Accumulate<T>, true> + row_class_bytes<T>(args, row_threads<T>(vectors));
+}
+
+// One row a block, or about so many tiles of it.
+template <class T>
+void set_tiles(RowPlan& plan, const RowArgs& args, int64_t tiles) {
+  plan.tile_vectors = static_cast<int>(divide_up(plan.vectors, tiles));
+  plan.tiles = static_cast<int>(divide_up(plan.vectors, plan.tile_vectors));
+  plan.shape.threads = row_threads<T>(plan.tile_vectors);
+  plan.shape.grid_y = plan.tiles;
+  plan.shape.shared_bytes = row_shared_bytes<T>(args, plan.tile_vectors);
 }
 
 // most_threads: of a wide block that has a whole row; where a row needs more, or more shared memory
@@ -52,6 +68,7 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   const auto address = reinterpret_cast<uintptr_t>(args.logits);
   const int64_t phase = plan.period == 1 ? address % kVectorBytes / sizeof(T) : kVector<T> - 1;
   const int64_t vectors = divide_up(phase + args.classes, kVector<T>);
+  plan.vectors = vectors;
   plan.wide = vectors > 32 * K;
   if (!plan.wide) {
     plan.lanes = 1;
@@ -64,21 +81,14 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
                           args.class_gradients ? 2 * vectors * kVector<T> * sizeof(A) : 0);
     return plan;
   }
-  const auto bytes = [&](int64_t n) {
-    return static_cast<size_t>(kRowScratchBytes<A, true> +
-                               row_class_bytes<T>(args, row_threads<T>(n)));
-  };
   int64_t most = most_threads * K;
-  if (vectors > most || bytes(vectors) > limits.shared_bytes) most = kBackwardThreads * K;
+  const auto too_large = [&] { return plan.shape.shared_bytes > limits.shared_bytes; };
+  set_tiles<T>(plan, args, 1);
+  if (vectors > most || too_large()) most = kBackwardThreads * K;
   do {
-    plan.tiles = static_cast<int>(divide_up(vectors, most));
-    plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
-    plan.tiles = static_cast<int>(divide_up(vectors, plan.tile_vectors));
+    set_tiles<T>(plan, args, divide_up(vectors, most));
     most /= 2;
-  } while (bytes(plan.tile_vectors) > limits.shared_bytes && most >= 32);
-  plan.shape.threads = row_threads<T>(plan.tile_vectors);
-  plan.shape.grid_y = plan.tiles;
-  plan.shape.shared_bytes = bytes(plan.tile_vectors);
+  } while (too_large() && most >= 32);
   return plan;
 }
 
@@ -86,36 +96,49 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
 // where they are too many, or there is too little shared memory.
 template <class T>
 std::optional<RowPlan> row_cluster_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
-  constexpr int K = kKept<T>;
-  const int64_t vectors = plan.tiles * int64_t{plan.tile_vectors};
-  plan.tiles = static_cast<int>(divide_up(vectors, kClusterThreads<T> * K));
-  plan.tile_vectors = static_cast<int>(divide_up(vectors, plan.tiles));
-  plan.shape.threads = row_threads<T>(plan.tile_vectors);
-  plan.shape.grid_y = plan.tiles;
-  plan.shape.shared_bytes = static_cast<size_t>(kRowScratchBytes<Accumulate<T>, true> +
-                                                row_class_bytes<T>(args, plan.shape.threads));
+  set_tiles<T>(plan, args, divide_up(plan.vectors, kClusterThreads<T> * kKept<T>));
   plan.shape.clustered = true;
   if (plan.tiles > kClusterBlocks || plan.shape.shared_bytes > limits.shared_bytes)
     return std::nullopt;
   return plan;
 }
 
-// As many blocks as run at once, or as there is work for; a multiple of the period.
+// How many of the plan's blocks run at once.
 template <class Launcher, class Args>
-void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, RowPlan& plan) {
-  const int64_t resident =
-      plan.shape.clustered
-          ? int64_t{plan.tiles} * launcher.clusters(kernel, plan.shape)
-          : int64_t{launcher.limits().multiprocessors} *
-                std::max(1, launcher.blocks_per_multiprocessor(kernel, plan.shape.threads,
-                                                               plan.shape.shared_bytes));
+int64_t resident_blocks(Launcher& launcher, void (*kernel)(Args), const RowPlan& plan) {
+  if (plan.shape.clustered) return int64_t{plan.tiles} * launcher.clusters(kernel, plan.shape);
+  const int blocks =
+      launcher.blocks_per_multiprocessor(kernel, plan.shape.threads, plan.shape.shared_bytes);
+  return int64_t{launcher.limits().multiprocessors} * std::max(1, blocks);
+}
+
+// Along grid_x as many as run at once, or as there is work for; a multiple of the period. One block
+// more than run at once would run alone, after all others.
+static inline int64_t row_blocks(const RowArgs& args, const RowPlan& plan, int64_t resident) {
   // Class sums are written and read once a block: worth the rows that it has.
   constexpr int64_t kRowsOfSums = 4;
   const int64_t groups =
       (plan.wide ? 1 : plan.shape.threads / plan.lanes) * (args.class_gradients ? kRowsOfSums : 1);
-  const int64_t wanted = std::min(std::max<int64_t>(1, resident / plan.tiles),
-                                  divide_up(std::max<int64_t>(args.outer, 1), groups));
-  plan.shape.grid_x = divide_up(wanted, plan.period) * plan.period;
+  const int64_t most = resident / plan.tiles;
+  const int64_t wanted = std::min(most, divide_up(args.outer, groups));
+  const int64_t up = divide_up(wanted, plan.period) * plan.period;
+  return std::max<int64_t>(up > most ? up - plan.period : up, plan.period);
+}
+
+template <class T, class Launcher, class Args>
+void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, RowPlan& plan) {
+  const int64_t resident = resident_blocks(launcher, kernel, plan);
+  plan.shape.grid_x = row_blocks(args, plan, resident);
+  if (plan.tiles == 1 || plan.shape.clustered) return;
+  // Tiles that leave more than a tenth of the device without work are made smaller, and as many as
+  // fill it. Costs the lanes that smaller tiles leave idle, and the tiles' sums.
+  const int64_t blocks = plan.shape.grid_x;
+  const int64_t filling = std::min(divide_up(blocks * plan.tiles, resident) * resident / blocks,
+                                   divide_up(plan.vectors, 32 * kKept<T>));
+  if (10 * filling <= 11 * plan.tiles) return;
+  set_tiles<T>(plan, args, filling);
+  // Of smaller blocks more may run at once.
+  plan.shape.grid_x = row_blocks(args, plan, resident_blocks(launcher, kernel, plan));
 }
 
 static inline void apply(const RowPlan& plan, RowArgs& args) {
@@ -132,7 +155,7 @@ int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
   int64_t blocks = 0;
   RowPlan plan = row_plan<T>(args, launcher.limits(), kBackwardThreads);
   const auto launch = [&](auto kernel) {
-    fill_grid(launcher, kernel, args, plan);
+    fill_grid<T>(launcher, kernel, args, plan);
     apply(plan, args);
     blocks = plan.shape.grid_x;
     constexpr int64_t bytes = sizeof(Accumulate<T>);
@@ -172,7 +195,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     if constexpr (Calibrated && decltype(wide)::value) {
       if (clustered) kernel = row_forward_kernel<T, true, true, true>;
     }
-    fill_grid(launcher, kernel, args, plan);
+    fill_grid<T>(launcher, kernel, args, plan);
     apply(plan, args);
     if (args.outer == 0) return;
     last.blocks = plan.shape.grid_x;

@@ -1,0 +1,159 @@
+"""What the row operators launch on GPUs that are not here: waves, balance, bytes in flight.
+
+The launchers are the project's, the registers those that nvcc gives the kernels, the devices'
+limits those of benchmarks/gpus.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+
+from benchmarks import model
+from benchmarks.gpus import GPUS
+from simt import build
+from support import launch_plans
+from support.launch_plans import Plan
+
+HOME = build.cuda_home()
+if build.why_not() or HOME is None or not (HOME / "bin" / "nvcc").exists():
+    pytest.skip(build.why_not() or "needs nvcc", allow_module_level=True)
+
+SHAPES = [
+    (4096, 1204),  # LVIS with its background column, a detector's boxes
+    (4096, 1203),  # rows of every alignment
+    (16384, 8142),  # iNaturalist 2018
+    (2048, 8142),
+    (65536, 1000),  # ImageNet
+    (512, 100000),  # few rows, each of many tiles
+    (8192, 32000),  # language models' vocabularies
+    (8192, 128256),
+    (100, 1203),  # fewer rows than multiprocessors
+]
+DTYPES = list(launch_plans.SIZES)
+STEPS = list(launch_plans.STEPS)
+LATENCY = 800e-9  # of a read under load
+MOST_BALANCE = 1.10
+
+# Bytes in flight of a multiprocessor, of twice its share of the bandwidth times the latency: the
+# least of a step's launches over all shapes but the last, for each of STEPS in fp32 and in bf16.
+# 1 is the aim. Registers (on T4 shared memory, too) bound the warps: a thread keeps 16 elements
+# of a row, with them their exponentials and class sums, and of bf16 they are half as many bytes.
+IN_FLIGHT = {
+    "T4": (1, 1, 1, 0.50, 1, 0.50),
+    "A100 SXM 80 GB": (0.94, 0.53, 0.79, 0.23, 0.79, 0.23),
+    "L4": (1, 1, 1, 0.83, 1, 0.83),
+    "RTX 4090": (1, 1, 1, 0.61, 1, 0.61),
+    "H100 SXM": (0.59, 0.35, 0.37, 0.18, 0.37, 0.18),
+    "B200": (0.27, 0.13, 0.15, 0.07, 0.15, 0.07),
+    "RTX 5090": (1, 0.71, 0.83, 0.41, 0.83, 0.41),
+}
+
+
+@pytest.fixture(scope="module")
+def planner() -> ModuleType:
+    return build.module("planner")
+
+
+@pytest.fixture(scope="module")
+def registers() -> dict[str, dict[str, int]]:
+    return launch_plans.registers(sorted({gpu.architecture for gpu in GPUS.values()}))
+
+
+@pytest.fixture(scope="module")
+def plans(
+    planner: ModuleType, registers: dict[str, dict[str, int]]
+) -> dict[tuple[str, tuple[int, int], str, str], Plan]:
+    return {
+        (name, shape, dtype, step): launch_plans.plan(
+            planner.row_launches, gpu, registers[gpu.architecture], step, dtype, *shape
+        )
+        for (name, gpu), shape, dtype, step in itertools.product(
+            GPUS.items(), SHAPES, DTYPES, STEPS
+        )
+    }
+
+
+Plans = dict[tuple[str, tuple[int, int], str, str], Plan]
+
+
+def test_every_row_is_one_groups(plans: Plans) -> None:
+    for plan in plans.values():
+        for walk in plan.walks:
+            assert sum(walk.rows_of(x) for x in range(walk.grid_x)) == walk.rows
+
+
+def test_all_blocks_run_at_once(plans: Plans) -> None:
+    over = {
+        key: walk
+        for key, plan in plans.items()
+        for walk in plan.walks
+        if walk.waves > 1 and walk.grid_x > walk.period
+    }
+    assert not over
+
+
+def test_no_multiprocessor_has_much_more_than_the_mean(plans: Plans) -> None:
+    over = {
+        key: walk
+        for key, plan in plans.items()
+        for walk in plan.walks
+        # A row of one tile is one block's: with fewer rows than multiprocessors (T4: 40, RTX 5090:
+        # 170) some have none, and with few more some have one more than others.
+        if walk.balance > MOST_BALANCE and key[1] != (100, 1203)
+    }
+    assert not over
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_bytes_in_flight(plans: Plans, name: str) -> None:
+    gpu = GPUS[name]
+    needed = 2 * gpu.gigabytes_per_second * 1e9 * LATENCY / gpu.multiprocessors
+    least = [
+        min(
+            walk.bytes_in_flight / needed
+            for shape in SHAPES[:-1]
+            for walk in plans[name, shape, dtype, step].walks
+        )
+        for step, dtype in itertools.product(STEPS, DTYPES)
+    ]
+    known = IN_FLIGHT[name]
+    assert all(a >= b for a, b in zip(least, known, strict=True)), (least, known)
+
+
+def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:
+    for (name, (rows, classes), dtype, step), plan in plans.items():
+        gpu = GPUS[name]
+        assert len(plan.launches) == model.launches(gpu, step, dtype, classes), (name, step)
+        assert len(plan.walks) == model.reads(gpu, step, dtype, classes), (name, step)
+        blocks = max(launch.get("class_blocks", 0) for launch in plan.launches)
+        if (rows, classes) != (100, 1203):  # whose blocks are rounded up to the alignment's period
+            sums = 2 * 2 * 4 * blocks * classes
+            assert sums <= 1.02 * model.class_sum_bytes(gpu, rows, classes), (name, step)
+
+
+@pytest.mark.parametrize(
+    ("name", "registers_a_thread", "threads", "shared_bytes", "blocks"),
+    [
+        # By registers: 128 a thread are 4 warps a scheduler.
+        ("H100 SXM", 128, 96, 0, 5),
+        ("H100 SXM", 129, 96, 0, 4),
+        # By threads, blocks and shared memory.
+        ("A100 SXM 80 GB", 32, 1024, 0, 2),
+        ("RTX 4090", 32, 1024, 0, 1),
+        ("T4", 16, 32, 0, 16),
+        ("H100 SXM", 16, 32, 0, 32),
+        ("RTX 4090", 32, 128, 49 * 1024, 2),
+        ("RTX 4090", 32, 128, 49 * 1024 + 1, 1),
+        ("T4", 32, 128, 65 * 1024, 0),
+    ],
+)
+def test_occupancy(
+    name: str, registers_a_thread: int, threads: int, shared_bytes: int, blocks: int
+) -> None:
+    found = launch_plans.blocks_per_multiprocessor(
+        GPUS[name], registers_a_thread, threads, shared_bytes
+    )
+    assert found == blocks

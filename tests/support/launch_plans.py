@@ -1,0 +1,237 @@
+"""What the row operators launch on a GPU that is not here, and how it fills that GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import heapq
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpus import REGISTERS, SCHEDULERS, Gpu
+from simt import build
+
+from .places import ROOT, TESTS
+
+VECTOR_BYTES = 16
+SIZES = {"fp32": 4, "bf16": 2}
+_CODES = {"fp32": 1, "bf16": 2}  # Dtype of csrc/cuda/kernels/launch.h
+_SOURCE = TESTS / "simt" / "row_kernels.cu"
+
+
+def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
+    """How many blocks of a kernel are resident on a multiprocessor: CUDA's occupancy.
+
+    A warp gets registers by 256, from those of its own scheduler, and a block gets warps as a
+    whole; shared memory comes by 128 bytes, with what CUDA reserves of it for every block. The same
+    as cuda_occupancy.h, where the driver gives shared memory all that it can.
+    """
+    limits = gpu.capability
+    warps = _divide_up(threads, 32)
+    of_a_warp = _round_up(registers * 32, 256)
+    by_registers = REGISTERS // SCHEDULERS // of_a_warp * SCHEDULERS // warps
+    by_threads = limits.threads // 32 // warps
+    shared = _round_up(shared_bytes + limits.reserved_bytes, 128)
+    by_shared = limits.shared_bytes // shared if shared else limits.blocks
+    return min(by_registers, by_threads, by_shared, limits.blocks)
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, b: int) -> int:
+    return _divide_up(a, b) * b
+
+
+def registers(architectures: list[str]) -> dict[str, dict[str, int]]:
+    """Architecture -> symbol of a row kernel of float32 or bfloat16 -> registers a thread.
+
+    By nvcc, once for the same sources.
+    """
+    folders = (ROOT / "csrc" / "common", ROOT / "csrc" / "cuda")
+    sources = [_SOURCE, *(path for folder in folders for path in sorted(folder.rglob("*.*h")))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda a: _registers(a, digest), architectures)
+        return dict(zip(architectures, found, strict=True))
+
+
+def _registers(architecture: str, digest: str) -> dict[str, int]:
+    home = build.cuda_home()
+    assert home is not None
+    known = ROOT / "build" / "registers" / f"{architecture}_{digest}.json"
+    if not known.exists():
+        run = subprocess.run(
+            [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin",
+             "-Xptxas", "-v", "-o", "/dev/null",
+             "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", str(_SOURCE)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        pattern = r"Compiling entry function '(\S+)' for.*?Used (\d+) registers"
+        counts = {name: int(n) for name, n in re.findall(pattern, run.stderr, re.S)}
+        known.parent.mkdir(parents=True, exist_ok=True)
+        mine = known.with_suffix(f".{os.getpid()}")
+        mine.write_text(json.dumps(counts))
+        mine.replace(known)
+    counts = json.loads(known.read_text())
+    assert isinstance(counts, dict)
+    return counts
+
+
+class Device:
+    """A GPU, as the planner asks for it."""
+
+    def __init__(self, gpu: Gpu, registers: dict[str, int]) -> None:
+        self._gpu, self._registers = gpu, registers
+        self.multiprocessors = gpu.multiprocessors
+        self.shared_bytes = gpu.capability.shared_bytes_of_a_block
+        self.has_clusters = gpu.capability.has_clusters
+
+    def blocks_per_multiprocessor(self, kernel: str, threads: int, shared_bytes: int) -> int:
+        return blocks_per_multiprocessor(self._gpu, self._registers[kernel], threads, shared_bytes)
+
+    def clusters(self, kernel: str, threads: int, shared_bytes: int, size: int) -> int:
+        """As many as all multiprocessors hold: at most, as a cluster lies within one of the GPU's
+        parts, whose number of multiprocessors need not be a multiple of its size."""
+        if not self.has_clusters:
+            return 0
+        blocks = self.blocks_per_multiprocessor(kernel, threads, shared_bytes)
+        return self.multiprocessors * blocks // size
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One that walks over rows (Tile in row_tile.cuh)."""
+
+    rows: int
+    grid_x: int
+    tiles: int  # grid_y
+    groups: int  # of a block, with a row each
+    period: int
+    row_vectors: int
+    tile_vectors: int
+    per_multiprocessor: int  # blocks that are resident
+    multiprocessors: int
+
+    @property
+    def waves(self) -> float:
+        return self.grid_x * self.tiles / (self.per_multiprocessor * self.multiprocessors)
+
+    def rows_of(self, block: int) -> int:
+        """Of blockIdx.x."""
+        residue, block = block % self.period, block // self.period
+        step = self.grid_x // self.period * self.groups
+        rows = _divide_up(self.rows - residue, self.period)
+        whole, left = divmod(rows, step)
+        return whole * self.groups + min(max(left - block * self.groups, 0), self.groups)
+
+    @functools.cached_property
+    def balance(self) -> float:
+        """Bytes of the busiest multiprocessor, of the mean.
+
+        Blocks start in their order, on one multiprocessor after another; what is not resident
+        then starts where a block has ended first.
+        """
+        bytes_of = [
+            self.rows_of(x) * min(self.tile_vectors, self.row_vectors - y * self.tile_vectors)
+            for y in range(self.tiles)
+            for x in range(self.grid_x)
+        ]
+        total = [0] * self.multiprocessors
+        resident = self.multiprocessors * self.per_multiprocessor
+        ends = []
+        for block, size in enumerate(bytes_of[:resident]):
+            total[block % self.multiprocessors] += size
+            ends.append((size, block % self.multiprocessors))
+        heapq.heapify(ends)
+        for size in bytes_of[resident:]:
+            end, where = ends[0]
+            heapq.heapreplace(ends, (end + size, where))
+            total[where] += size
+        return max(total) / (sum(total) / self.multiprocessors)
+
+    @property
+    def bytes_in_flight(self) -> float:
+        """Of a multiprocessor: each resident block has read all vectors of its groups' rows, or of
+        its tile, before it needs the first. So it is while the next row is fetched ahead; where a
+        kernel does not, it is what is outstanding at most.
+        """
+        blocks = min(self.per_multiprocessor, self.grid_x * self.tiles / self.multiprocessors)
+        return blocks * self.groups * self.row_vectors / self.tiles * VECTOR_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of an operator's call: all launches, and those among them that walk over rows."""
+
+    launches: list[dict[str, Any]]
+    walks: list[Launch]
+
+
+STEPS: dict[str, list[dict[str, bool]]] = {
+    "plain": [
+        {"forward": True, "calibrated": False, "class_gradients": False, "grad_logits": False},
+        {"forward": False, "calibrated": False, "class_gradients": False, "grad_logits": True},
+    ],
+    # Forward has the gradients of scale, bias and confidence.
+    "all gradients": [
+        {"forward": True, "calibrated": True, "class_gradients": True, "grad_logits": False},
+        {"forward": False, "calibrated": True, "class_gradients": False, "grad_logits": True},
+    ],
+    "stage 2": [
+        {"forward": True, "calibrated": True, "class_gradients": True, "grad_logits": False},
+    ],
+}
+
+
+def plan(
+    record: Callable[..., list[dict[str, Any]]],
+    gpu: Gpu,
+    registers: dict[str, int],
+    step: str,
+    dtype: str,
+    rows: int,
+    classes: int,
+) -> Plan:
+    """record: row_launches of simt/planner.cpp."""
+    device = Device(gpu, registers)
+    launches = [
+        launch
+        for wanted in STEPS[step]
+        for launch in record(
+            dtype=_CODES[dtype], rows=rows, classes=classes, device=device, **wanted
+        )
+    ]
+    # The others add up, or read one element of a row.
+    walks = [_walk(launch, device, dtype, rows, classes) for launch in launches if launch["fills"]]
+    return Plan(launches, walks)
+
+
+def _walk(launch: dict[str, Any], device: Device, dtype: str, rows: int, classes: int) -> Launch:
+    of_a_vector = VECTOR_BYTES // SIZES[dtype]
+    lanes = launch["lanes"] or launch["threads"]
+    phase = 0 if launch["period"] == 1 else of_a_vector - 1
+    return Launch(
+        rows=rows,
+        grid_x=launch["grid_x"],
+        tiles=launch["grid_y"],
+        groups=launch["threads"] // lanes,
+        period=launch["period"],
+        row_vectors=_divide_up(phase + classes, of_a_vector),
+        tile_vectors=launch["tile_vectors"],
+        per_multiprocessor=max(
+            1,
+            device.blocks_per_multiprocessor(
+                launch["kernel"], launch["threads"], launch["shared_bytes"]
+            ),
+        ),
+        multiprocessors=device.multiprocessors,
+    )
