@@ -86,8 +86,8 @@ def test_a_planted_kernel_issues_what_it_must(architecture: str, tmp_path: Path)
     assert sum(small.values()) < sum(few.values())
 
 
-# Instructions for 512 bytes of logits: those of nvcc 13.0 and 3 %. (architecture, dtype) -> for each
-# of rows.CLASSES those of (forward, stage2, backward).
+# Instructions for 512 bytes of logits: those of nvcc 13.0 and 3 %. (architecture, dtype) -> for
+# each of rows.CLASSES those of (forward, stage2, backward).
 BUDGETS = {
     ("80", "float32"): ((127, 288, 121), (140, 292, 142), (73, 155, 81), (71, 152, 76)),
     ("80", "bfloat16"): ((256, 641, 235), (277, 603, 283), (155, 349, 160), (151, 344, 150)),
