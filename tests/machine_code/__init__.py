@@ -1,0 +1,1 @@
+"""Counts the warp instructions of kernels in their machine code: disassembly, walk, row kernels."""

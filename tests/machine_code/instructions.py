@@ -1,0 +1,495 @@
+"""What each instruction does to a warp (warp.py)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from . import operations as ops
+from .disassembly import Instruction, Operand
+from .operations import M32, M64, Value
+from .warp import ALL, LANES, ZERO, NotModelledError, Unknown, Warp, lift, merge, uniform
+
+Read = Callable[[Warp], Any]
+Step = Callable[[Warp], None]
+
+# ---- Operands ----
+
+
+def _signed(value: Value, sign: str, mode: str) -> Value:
+    if value is None or not sign:
+        return value
+    if mode == "p":
+        return not value
+    if mode in "fd":
+        top = 31 if mode == "f" else 63
+        if "|" in sign:
+            value &= ~(1 << top)
+        return value ^ (1 << top) if sign[0] == "-" else value
+    mask = M64 if mode == "w" else M32
+    if sign == "~":
+        return ~value & mask
+    # -0 is the complement of 0, plus 1: in an adder that carries.
+    return (~value & mask) + 1 if mode == "a" else -value & mask
+
+
+def _read(operand: Operand, mode: str) -> Read:
+    """Reads an operand as i(nteger), a(ddend), w(ide integer), f(loat), d(ouble) or p(redicate)."""
+    wide = mode in "wd"
+    if operand.kind == "number":
+        number = int(operand.value)
+        number = number << 32 if mode == "d" else number & (M64 if wide else M32)
+        return lambda warp: number
+    if operand.kind == "float":
+        bits = ops.from_float(float(operand.value), wide)
+        return lambda warp: bits
+    sign = operand.sign
+    if operand.kind == "constant":
+        constant = _constant(operand, 8 if wide else 4)
+        return lambda warp: lift(lambda v: (_signed(v, sign, mode),), [constant(warp)])[0]
+    if operand.kind not in ("R", "UR", "P", "UP"):
+        raise NotModelledError(operand.text)
+    kind, n = operand.kind, int(operand.value)
+
+    def register(warp: Warp) -> Value:
+        value = warp.registers[kind][n]
+        if wide and n != ZERO:
+            high = warp.registers[kind][n + 1]
+            value = lift(
+                lambda a, b: (None if a is None or b is None else a | b << 32,), [value, high]
+            )[0]
+        return lift(lambda v: (_signed(v, sign, mode),), [value])[0] if sign else value
+
+    return register
+
+
+def _address(operand: Operand) -> Read:
+    readers = [
+        _read(Operand(kind.removesuffix("64"), "", n), "w" if kind.endswith("64") else "i")
+        for kind, n, _ in operand.parts
+    ]
+    scales = [scale for _, _, scale in operand.parts]
+    offset = int(operand.value)
+
+    def total(*parts: Value) -> tuple[Value, ...]:
+        if None in parts:
+            return (None,)
+        return (offset + sum(p * s for p, s in zip(parts, scales, strict=True)),)
+
+    return lambda warp: lift(total, [r(warp) for r in readers])[0]
+
+
+def _constant(operand: Operand, size: int) -> Read:
+    address = _address(operand)
+
+    def constant(warp: Warp) -> Value:
+        banks = warp.kernel.constants
+        bank = warp.launch.constants if operand.bank == 0 else banks.get(operand.bank, b"")
+
+        def at(offset: Value) -> tuple[Value, ...]:
+            if offset is None or not 0 <= offset <= len(bank) - size:
+                return (None,)
+            return (int.from_bytes(bank[offset : offset + size], "little"),)
+
+        return lift(at, [address(warp)])[0]
+
+    return constant
+
+
+def _guard(instruction: Instruction) -> Read:
+    return _read(instruction.guard, "p") if instruction.guard else lambda warp: True
+
+
+# ---- Arithmetic ----
+
+# By the name without the U of the uniform ones: the function, how it reads its sources.
+ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
+    "IADD3": (ops.add, "aaa"),
+    "IADD": (ops.add, "aa"),
+    "VIADD": (ops.add, "aa"),
+    "IMAD": (ops.multiply_add, "iii"),
+    "LEA": (ops.shift_add, "iaii"),
+    "SHF": (ops.shift, "iii"),
+    "LOP3": (ops.logic, "iiii"),
+    "PLOP3": (ops.predicate_logic, "pppii"),
+    "ISETP": (ops.compare_integers, "ii"),
+    "FSETP": (functools.partial(ops.compare_floats, False), "ff"),
+    "DSETP": (functools.partial(ops.compare_floats, True), "dd"),
+    "SEL": (ops.select, "ii"),
+    "FSEL": (ops.select, "ff"),
+    "IMNMX": (ops.minimum, "ii"),
+    "VIMNMX": (ops.minimum, "ii"),
+    "VIADDMNMX": (ops.add_minimum, "iii"),
+    "PRMT": (ops.permute, "iii"),
+    "FADD": (functools.partial(ops.float_arithmetic, False, "ADD"), "ff"),
+    "FMUL": (functools.partial(ops.float_arithmetic, False, "MUL"), "ff"),
+    "FFMA": (functools.partial(ops.float_arithmetic, False, "FMA"), "fff"),
+    "DADD": (functools.partial(ops.float_arithmetic, True, "ADD"), "dd"),
+    "DMUL": (functools.partial(ops.float_arithmetic, True, "MUL"), "dd"),
+    "DFMA": (functools.partial(ops.float_arithmetic, True, "FMA"), "ddd"),
+    "MUFU": (ops.reciprocal, "f"),
+    "F2I": (ops.to_integer, "f"),
+    "I2F": (ops.from_integer, "i"),
+    "I2FP": (ops.from_integer, "i"),
+    "F2F": (ops.convert_float, "f"),
+    "MOV": (ops.move, "i"),
+}
+PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
+# What they write is not followed.
+DATA = {
+    "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "VOTE",
+    "MUFU",
+}  # fmt: skip
+NOTHING = {"STG", "STS", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
+           "ENDCOLLECTIVE"}  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    if name in ("ULDC", "LDCU"):
+        return "LDC"
+    short = name[1:] if name[0] == "U" else name
+    return short if short in ARITHMETIC or short in DATA else name
+
+
+def _arithmetic(instruction: Instruction) -> Step | None:
+    name, modifiers = _plain(instruction.name), ops.Modifiers(instruction.modifiers)
+    if name not in ARITHMETIC:
+        return None
+    function, modes = ARITHMETIC[name]
+    operands = instruction.operands
+    written = 2 if name in PREDICATES else 1
+    if name == "LOP3" and operands[0].kind in ("P", "UP"):
+        written = 2
+    elif name not in PREDICATES:
+        while operands[written : written + 1] and operands[written].kind in ("P", "UP"):
+            written += 1
+    results = list(operands[:written])
+    if name == "LOP3" and results[0].kind in ("P", "UP"):
+        results.reverse()
+    wide = name[0] == "D"
+    if "64" in modifiers or "S64" in modifiers or "U64" in modifiers:
+        if name in ("IADD3", "IADD"):
+            function = ops.add_wide
+        if name not in ("F2I", "SHF"):
+            modes = modes.replace("i", "w").replace("a", "w")
+        wide = name not in ("I2F", "ISETP", "SHF")
+    elif name == "IMAD" and ("WIDE" in modifiers or "HI" in modifiers):
+        modes, wide = "iiw", "WIDE" in modifiers
+    elif name == "F2F" and modifiers[:2] == ["F32", "F64"]:
+        modes = "d"
+    elif name in ("F2F", "I2F") and "F64" in modifiers[:1]:
+        wide = True
+    readers = []
+    for k, operand in enumerate(operands[written:]):
+        predicate = operand.kind in ("P", "UP")
+        readers.append(_read(operand, "p" if predicate else modes[k]))
+    compute = functools.partial(function, modifiers)
+    guard = _guard(instruction)
+    # Rows are alike: most instructions find what they found the last time.
+    last: list[Any] = [None, ()]
+
+    def step(warp: Warp) -> None:
+        holds = guard(warp)
+        values = [r(warp) for r in readers]
+        if values != last[0]:
+            last[:] = values, lift(compute, values)
+        for result, value in zip(results, last[1], strict=False):
+            _write(warp, instruction, result, value, wide, holds)
+
+    return step
+
+
+def _write(warp: Warp, instruction: Instruction, result: Operand, value: Value, wide: bool,
+           guard: Value) -> None:  # fmt: skip
+    number = int(result.value)
+    if number == ZERO:
+        return
+    if result.kind in ("P", "UP"):
+        warp.sources[result.kind, number] = instruction
+        warp.write(result.kind, number, value, guard)
+    elif not wide:
+        warp.write(result.kind, number, value, guard)
+    else:
+        halves = lift(lambda v: (None, None) if v is None else (v & M32, v >> 32), [value])
+        for half in range(2):
+            warp.write(result.kind, number + half, halves[half], guard)
+
+
+# ---- Loads, and what else moves ----
+
+LOADS = {"LDC", "LDG", "LDL", "LD"}
+
+
+def _words(modifiers: list[str]) -> int:
+    return {"64": 2, "128": 4}.get(next((m for m in modifiers if m in ("64", "128")), ""), 1)
+
+
+def _move(instruction: Instruction) -> Step | None:
+    name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
+    guard = _guard(instruction)
+    if name in NOTHING:
+        return lambda warp: None
+    plain = _plain(name)
+    if plain == "HFMA2" and [o.kind for o in operands[3:]] == ["float", "float"]:
+        constant = ops.half_pair(operands[3].value, operands[4].value)
+        return lambda warp: _write(warp, instruction, operands[0], constant, False, guard(warp))
+    if plain in LOADS:
+        return _load(instruction, plain)
+    if name in ("S2R", "S2UR", "CS2R"):
+        wide = name == "CS2R" and "32" not in modifiers
+        return lambda warp: _write(
+            warp, instruction, operands[0], _special(warp, operands[1].text), wide, guard(warp)
+        )
+    if name == "STL":
+        address, words = _address(operands[0]), _words(modifiers)
+        sources = [_read(_following(operands[1], k), "i") for k in range(words)]
+
+        def store(warp: Warp) -> None:
+            for k, source in enumerate(sources):
+                at = address(warp)
+                if not isinstance(at, int):
+                    raise NotModelledError(instruction.text)
+                old = warp.local.get(at + 4 * k)
+                warp.local[at + 4 * k] = merge(old, source(warp), guard(warp), warp.active)
+
+        return store
+    if name == "R2UR":
+        source = _read(operands[1], "i")
+
+        def to_uniform(warp: Warp) -> None:
+            value = source(warp)
+            if isinstance(value, list):
+                value = value[warp.first_active()]
+            _write(warp, instruction, operands[0], value, False, guard(warp))
+
+        return to_uniform
+    if name == "SHFL":
+        return _shuffle(instruction)
+    if name in ("P2R", "UP2UR"):
+        kind = "P" if name == "P2R" else "UP"
+        rest, mask = _read(operands[2], "i"), int(operands[3].value)
+
+        def pack(warp: Warp) -> None:
+            bits = [warp.registers[kind][n] for n in range(7) if mask >> n & 1]
+            places = [n for n in range(7) if mask >> n & 1]
+
+            def together(other: Value, *bits: Value) -> tuple[Value, ...]:
+                if other is None or None in bits:
+                    return (None,)
+                packed = sum(int(b) << n for b, n in zip(bits, places, strict=True))
+                return (other & ~mask | packed,)
+
+            value = lift(together, [rest(warp), *bits])[0]
+            _write(warp, instruction, operands[0], value, False, guard(warp))
+
+        return pack
+    if plain in DATA:
+        # A predicate may stand before the register, or after it.
+        results = [operands[0]]
+        if len(operands) > 1 and {operands[0].kind[-1], operands[1].kind[-1]} == {"P", "R"}:
+            results += [operands[1]] if plain == "VOTE" else []
+        words = 2 if plain == "LEPC" else _words(modifiers)
+
+        def forget(warp: Warp) -> None:
+            holds = guard(warp)
+            for result in results:
+                for k in range(words if result.kind[-1] == "R" else 1):
+                    _write(warp, instruction, _following(result, k), None, False, holds)
+
+        return forget
+    return None
+
+
+def _shuffle(instruction: Instruction) -> Step:
+    """SHFL: from the lane that the second source says, within segments that the third says."""
+    guard = _guard(instruction)
+    results, sources = instruction.operands[:2], instruction.operands[2:]
+    readers = [_read(o, "i") for o in sources]
+    mode = instruction.modifiers[0]
+
+    def shuffle(warp: Warp) -> None:
+        value, other, segments = (
+            v if isinstance(v, list) else [v] * LANES for v in (r(warp) for r in readers)
+        )
+        found: list[Value] = []
+        for lane in range(LANES):
+            if other[lane] is None or segments[lane] is None:
+                found.append(None)
+                continue
+            fixed = segments[lane] >> 8 & 31
+            by = other[lane]
+            place = {"IDX": by, "BFLY": lane ^ by, "UP": lane - by, "DOWN": lane + by}[mode]
+            if mode == "IDX":
+                place = lane & fixed | place & ~fixed & 31
+            inside = 0 <= place < LANES and place & fixed == lane & fixed
+            found.append(value[place if inside else lane])
+        holds = guard(warp)
+        _write(warp, instruction, results[0], None, False, holds)
+        _write(warp, instruction, results[1], uniform(found), False, holds)
+
+    return shuffle
+
+
+def _following(operand: Operand, k: int) -> Operand:
+    """The k-th register after it."""
+    if operand.value == ZERO:
+        return operand
+    return Operand(operand.kind, operand.text, operand.value + k)
+
+
+def _special(warp: Warp, name: str) -> Value:
+    threads = [warp.launch.first_thread + lane for lane in range(LANES)]
+    return {
+        "SRZ": 0, "SR_TID.X": threads, "SR_TID.Y": 0, "SR_TID.Z": 0,
+        "SR_LANEID": list(range(LANES)),
+        "SR_CTAID.X": warp.launch.block[0], "SR_CTAID.Y": warp.launch.block[1], "SR_CTAID.Z": 0,
+    }.get(name)  # fmt: skip
+
+
+def _load(instruction: Instruction, name: str) -> Step:
+    modifiers, operands = instruction.modifiers, instruction.operands
+    guard, words = _guard(instruction), _words(instruction.modifiers)
+    narrow = next((m for m in modifiers if m in ("U8", "S8", "U16", "S16")), "")
+    size = int(narrow[1:]) // 8 if narrow else 4
+    if name == "LDC":
+        bank = operands[1]
+        readers = [
+            _constant(Operand("constant", bank.text, bank.value + 4 * k, "", "", bank.bank,
+                              bank.parts), size) for k in range(words)
+        ]  # fmt: skip
+    else:
+        address = _address(operands[1])
+
+        def reader(k: int) -> Read:
+            def at(warp: Warp, place: Value) -> Value:
+                if place is None or name == "LD":
+                    return None
+                if name == "LDL":
+                    return warp.local.get(place + 4 * k)
+                return warp.launch.memory(place + 4 * k, size)
+
+            if name == "LDL":
+                return lambda warp: at(warp, address(warp))
+            return lambda warp: lift(lambda place: (at(warp, place),), [address(warp)])[0]
+
+        readers = [reader(k) for k in range(words)]
+
+    def extended(value: Value) -> tuple[Value, ...]:
+        if value is not None and narrow.startswith("S"):
+            return (ops.signed(value, 8 * size) & M32,)
+        return (value,)
+
+    def load(warp: Warp) -> None:
+        holds = guard(warp)
+        # The address may be among what is written.
+        values = [lift(extended, [r(warp)])[0] for r in readers]
+        for k, value in enumerate(values):
+            _write(warp, instruction, _following(operands[0], k), value, False, holds)
+
+    return load
+
+
+# ---- Control flow ----
+
+
+def _control(instruction: Instruction) -> Step | None:
+    name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
+    predicates = [o for o in (instruction.guard, *operands) if o and o.kind in ("P", "UP")]
+    conditions = [_read(p, "p") for p in predicates]
+
+    def together(*values: Value) -> tuple[Value, ...]:
+        return (functools.reduce(lambda a, b: ops.both(a, b, "AND"), values, True),)
+
+    def lanes(warp: Warp) -> int:
+        values = [c(warp) for c in conditions]
+        holds = lift(together, values)[0]
+        if warp.has_unknown(holds):
+            values = [_decided(warp, instruction, p, v)
+                      for p, v in zip(predicates, values, strict=True)]  # fmt: skip
+            holds = lift(together, values)[0]
+        return warp.lanes_of(holds)
+
+    label = next((int(o.value) for o in operands if o.kind == "label"), -1)
+    if (name == "BRA" and "DIV" not in modifiers) or (name == "CALL" and "REL" in modifiers):
+        return lambda warp: warp.split(lanes(warp), label)
+    if name == "BRA":  # where not all of these lanes are here
+        wanted = _read(operands[0], "i")
+
+        def part(warp: Warp) -> None:
+            parted = wanted(warp) & warp.alive != warp.active
+            warp.split(warp.active if parted else 0, label)
+
+        return part
+    if name in ("RET", "BRX"):
+        target = _read(operands[0], "w" if name == "RET" else "i")
+        offset = int(operands[1].value) + instruction.address + 16 if name == "BRX" else 0
+
+        def jump(warp: Warp) -> None:
+            to = target(warp)
+            if isinstance(to, list):
+                to = to[warp.first_active()]
+            if to is None:
+                raise NotModelledError(f"{instruction.text}: where to is not known")
+            warp.split(lanes(warp), to + offset & M32)
+
+        return jump
+    if name == "EXIT":
+        return lambda warp: warp.leave(lanes(warp))
+    if name == "BSSY":
+        number = int(operands[0].value)
+
+        def mark(warp: Warp) -> None:
+            together = [warp.active]
+            for lane in range(LANES):
+                if warp.active >> lane & 1:
+                    warp.barriers[number, lane] = together
+
+        return mark
+    if name == "BSYNC":
+        number = int(operands[0].value)
+        return lambda warp: warp.meet(warp.barriers[number, warp.first_active()])
+    if name == "BREAK":
+        number = int(next(o.value for o in operands if o.kind == "B"))
+
+        def break_(warp: Warp) -> None:
+            gone = lanes(warp)
+            warp.barriers[number, warp.first_active()][0] &= ~gone
+            warp.release()
+
+        return break_
+    if name == "WARPSYNC":
+        mask = _read(operands[0], "i") if operands else lambda warp: ALL
+
+        def wait(warp: Warp) -> None:
+            lanes = mask(warp)
+            if isinstance(lanes, list):
+                lanes = lanes[warp.first_active()]
+            if lanes is None:
+                raise NotModelledError(f"{instruction.text}: of which lanes is not known")
+            warp.meet(warp.warpsyncs.setdefault(lanes, [lanes]))
+
+        return wait
+    if name in ("CALL", "BPT"):
+
+        def stop(warp: Warp) -> None:
+            raise NotModelledError(f"{instruction.text}: an assertion fails")
+
+        return stop
+    return None
+
+
+def _decided(warp: Warp, branch: Instruction, predicate: Operand, value: Value) -> Value:
+    """The value, or that of each lane, with a decision where it is not known."""
+    if not warp.has_unknown(value):
+        return value
+    source = warp.sources.get((predicate.kind, int(predicate.value)))
+    decision = warp.decide(Unknown(branch, source)) != (predicate.sign == "!")
+    return lift(lambda v: (decision if v is None else v,), [value])[0]
+
+
+def decode(instruction: Instruction) -> Step:
+    step = _control(instruction) or _arithmetic(instruction) or _move(instruction)
+    if step is None:
+        raise NotModelledError(f"{instruction.text} at {instruction.address:#x}")
+    return step

@@ -1,0 +1,326 @@
+"""What instructions compute, as far as control flow depends on it: integers, comparisons, floats.
+
+A function takes the values of its sources, None for those that are not known, and returns those of
+its destinations. Registers hold 32 bits, pairs 64, without a sign; predicates are bools.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+M32, M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+Value = Any  # int, bool, or None: not known
+
+
+def signed(value: int, bits: int = 32) -> int:
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def to_float(bits: int, wide: bool = False) -> float:
+    if wide:
+        return float(struct.unpack("<d", struct.pack("<Q", bits))[0])
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def from_float(value: float, wide: bool = False) -> int:
+    if wide:
+        return int(struct.unpack("<Q", struct.pack("<d", value))[0])
+    try:
+        return int(struct.unpack("<I", struct.pack("<f", value))[0])
+    except OverflowError:
+        return 0x7F800000 if value > 0 else 0xFF800000
+
+
+def _half(value: float) -> int:
+    return int(struct.unpack("<H", struct.pack("<e", value))[0])
+
+
+COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "EQ": lambda a, b: a == b,
+    "NE": lambda a, b: a != b,
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+    "NUM": lambda a, b: a == a and b == b,
+    "NAN": lambda a, b: a != a or b != b,
+}
+
+
+def both(a: Value, b: Value, how: str) -> Value:
+    """Of predicates, by AND, OR or XOR: known where one of them decides."""
+    if how == "AND":
+        return False if a is False or b is False else None if a is None or b is None else True
+    if how == "OR":
+        return True if a is True or b is True else None if a is None or b is None else False
+    return None if a is None or b is None else a != b
+
+
+class Modifiers(list[str]):
+    """An instruction's, with what a lane's comparison asks of them."""
+
+    @functools.cached_property
+    def how(self) -> str:
+        return next((m for m in self if m in ("AND", "OR", "XOR")), "AND")
+
+    @functools.cached_property
+    def compare(self) -> Callable[[Any, Any], bool]:
+        return COMPARE[self[0]]
+
+    @functools.cached_property
+    def bits(self) -> int:
+        return 64 if "S64" in self or "U64" in self else 32
+
+    @functools.cached_property
+    def unsigned(self) -> bool:
+        return "U32" in self or "U64" in self
+
+    @functools.cached_property
+    def extended(self) -> bool:
+        return "EX" in self
+
+
+def _combine(modifiers: Modifiers, result: Value, others: tuple[Value, ...]) -> tuple[Value, Value]:
+    other = others[0] if others else True
+    inverse = None if result is None else not result
+    if other is True and modifiers.how == "AND":
+        return result, inverse
+    return both(result, other, modifiers.how), both(inverse, other, modifiers.how)
+
+
+def compare_integers(modifiers: Modifiers, a: Value, b: Value, *others: Value) -> tuple[Value, ...]:
+    result: Value = None
+    if a is not None and b is not None:
+        if not modifiers.unsigned:
+            a, b = signed(a, modifiers.bits), signed(b, modifiers.bits)
+        if modifiers.extended and a == b:  # the lower halves decide
+            result = others[1]
+        else:
+            result = modifiers.compare(a, b)
+    return _combine(modifiers, result, others)
+
+
+def compare_floats(wide: bool, modifiers: Modifiers, a: Value, b: Value,
+                   *others: Value) -> tuple[Value, ...]:  # fmt: skip
+    result: Value = None
+    how = modifiers[0]
+    if a is not None and b is not None:
+        x, y = to_float(a, wide), to_float(b, wide)
+        unordered = how not in COMPARE  # as GEU
+        result = COMPARE[how[:-1] if unordered else how](x, y)
+        if how == "NE" or unordered:
+            nan = x != x or y != y
+            result = unordered if nan else result
+    return _combine(modifiers, result, others)
+
+
+def move(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    return (a,)
+
+
+def add(modifiers: list[str], *values: Value) -> tuple[Value, ...]:
+    """The sum, carries among the values, and the two carries out of it."""
+    if None in values:
+        return None, None, None
+    total = sum(values)
+    return total & M32, total >> 32 >= 1, total >> 32 >= 2
+
+
+def add_wide(modifiers: list[str], *values: Value) -> tuple[Value, ...]:
+    return (None if None in values else sum(values) & M64, None, None)
+
+
+def multiply_add(modifiers: list[str], a: Value, b: Value, c: Value,
+                 *carries: Value) -> tuple[Value, ...]:  # fmt: skip
+    if a == 0 or b == 0:
+        a = b = 0
+    if None in (a, b, c, *carries):
+        return None, None
+    carry = sum(carries)
+    if "WIDE" in modifiers or "HI" in modifiers:
+        if "U32" not in modifiers:
+            a, b = signed(a), signed(b)
+        total = (a * b & M64) + c + carry
+        return (total & M64) >> (32 if "HI" in modifiers else 0), total >> 64 > 0
+    total = (a * b & M32) + c + carry
+    return total & M32, total >> 32 > 0
+
+
+def shift_add(modifiers: list[str], *values: Value) -> tuple[Value, ...]:
+    """LEA: b plus the lower or upper half of (c:a) << shift."""
+    if None in values:
+        return None, None
+    carry = 0
+    rest = list(values)
+    if "X" in modifiers:
+        carry = rest.pop()
+    a, b = rest[:2]
+    shift = rest[-1] & 31 if len(rest) > 2 else 0
+    if "SX32" in modifiers:
+        whole = signed(a) & M64
+    else:
+        whole = a | (rest[2] << 32 if "HI" in modifiers and len(rest) == 4 else 0)
+    part = (whole << shift & M64) >> 32 if "HI" in modifiers else whole << shift & M32
+    total = part + b + carry
+    return total & M32, total >> 32 > 0
+
+
+def shift(modifiers: list[str], a: Value, by: Value, c: Value) -> tuple[Value, ...]:
+    if None in (a, by, c):
+        return (None,)
+    by = by & 31 if "W" in modifiers else min(by, 64)
+    whole = a | c << 32
+    if "L" in modifiers:
+        whole = whole << by & M64
+        # Of a 32-bit shift the lower register alone is shifted.
+    elif any(m.startswith("S") for m in modifiers):
+        whole = signed(whole, 64) >> by & M64
+    else:
+        whole >>= by
+    return (whole >> 32 if "HI" in modifiers else whole & M32,)
+
+
+def logic(modifiers: list[str], a: Value, b: Value, c: Value, table: Value,
+          *other: Value) -> tuple[Value, ...]:  # fmt: skip
+    """LOP3: the result, and whether it is not 0 (or the predicate holds)."""
+    known = {"a": a, "b": b, "c": c}
+    result: Value = 0
+    for row in range(8):
+        if not table >> row & 1:
+            continue
+        term: Value = M32
+        for name, bit in (("a", 4), ("b", 2), ("c", 1)):
+            value = known[name]
+            if term == 0:
+                break
+            if value is None:
+                # A term without bits stays so, whatever the others are.
+                term = None if term is None or term else 0
+            else:
+                mine = value if row & bit else ~value & M32
+                term = 0 if mine == 0 else None if term is None else term & mine
+        result = None if result is None or term is None else result | term
+    if result is None:
+        # The table may not depend on what is not known: of a & 0, for one.
+        options = [logic([], *(x if x is not None else fill for x in (a, b, c)), table)[0]
+                   for fill in (0, M32)]  # fmt: skip
+        if options[0] == options[1] and [a, b, c].count(None) == 1:
+            result = options[0]
+    how = "AND" if "PAND" in modifiers else "OR"
+    nonzero = None if result is None else result != 0
+    return result, both(nonzero, other[0], how) if other else nonzero
+
+
+def predicate_logic(modifiers: list[str], a: Value, b: Value, c: Value,
+                    *tables: Value) -> tuple[Value, ...]:  # fmt: skip
+    def look_up(table: int) -> Value:
+        options = {
+            bool(table >> (4 * x + 2 * y + z) & 1)
+            for x in ((a,) if a is not None else (False, True))
+            for y in ((b,) if b is not None else (False, True))
+            for z in ((c,) if c is not None else (False, True))
+        }
+        return options.pop() if len(options) == 1 else None
+
+    return tuple(look_up(table) for table in tables)
+
+
+def select(modifiers: list[str], a: Value, b: Value, which: Value) -> tuple[Value, ...]:
+    if which is None:
+        return (a if a == b else None,)
+    return (a if which else b,)
+
+
+def minimum(modifiers: list[str], a: Value, b: Value, least: Value) -> tuple[Value, ...]:
+    if None in (a, b, least):
+        return (None,)
+    if "U32" not in modifiers:
+        return ((min if least else max)(signed(a), signed(b)) & M32,)
+    return ((min if least else max)(a, b),)
+
+
+def add_minimum(modifiers: list[str], a: Value, b: Value, c: Value,
+                least: Value) -> tuple[Value, ...]:  # fmt: skip
+    return minimum(modifiers, None if None in (a, b) else a + b & M32, c, least)
+
+
+def permute(modifiers: list[str], a: Value, selector: Value, b: Value) -> tuple[Value, ...]:
+    if None in (a, selector, b) or modifiers:
+        return (None,)
+    bytes_ = (a | b << 32).to_bytes(8, "little")
+    chosen = []
+    for i in range(4):
+        nibble = selector >> (4 * i) & 15
+        byte = bytes_[nibble & 7]
+        chosen.append((0xFF if byte >> 7 else 0) if nibble & 8 else byte)
+    return (int.from_bytes(bytes(chosen), "little"),)
+
+
+def float_arithmetic(wide: bool, name: str, modifiers: list[str],
+                     *values: Value) -> tuple[Value, ...]:  # fmt: skip
+    if None in values:
+        return (None,)
+    x = [to_float(v, wide) for v in values]
+    with_nan = math.nan
+    try:
+        result = x[0] + x[1] if name == "ADD" else x[0] * x[1] + (x[2] if name == "FMA" else 0.0)
+    except (OverflowError, ValueError):
+        result = with_nan
+    if "SAT" in modifiers:
+        result = min(max(result, 0.0), 1.0)
+    return (from_float(result, wide),)
+
+
+def reciprocal(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    """MUFU: the reciprocal; other functions are not needed."""
+    if a is None or modifiers != ["RCP"]:
+        return (None,)
+    x = to_float(a)
+    return (from_float(1 / x if x else math.inf),)
+
+
+def to_integer(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    if a is None:
+        return (None,)
+    x = to_float(a)
+    wide = "U64" in modifiers or "S64" in modifiers
+    if not math.isfinite(x):
+        return (None,)
+    whole = math.trunc(x) if "TRUNC" in modifiers else round(x)
+    return (whole & (M64 if wide else M32),)
+
+
+def from_integer(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    if a is None:
+        return (None,)
+    bits = next(
+        (int(m[1:]) for m in modifiers if m in ("U16", "S16", "U64", "S64", "U8", "S8")), 32
+    )
+    a &= (1 << bits) - 1
+    if not any(m in ("U32", "U16", "U64", "U8") for m in modifiers):
+        a = signed(a, bits)
+    if "F64" in modifiers:
+        return (from_float(float(a), True),)
+    found = from_float(float(a))
+    value = to_float(found)
+    if "RP" in modifiers and value < a:
+        found += 1  # of positive numbers alone
+    if "RZ" in modifiers and value > a:
+        found -= 1
+    return (found,)
+
+
+def convert_float(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    if a is None or modifiers not in (["F32", "F64"], ["F64", "F32"]):
+        return (None,)
+    to_wide = modifiers[0] == "F64"
+    return (from_float(to_float(a, not to_wide), to_wide),)
+
+
+def half_pair(high: float, low: float) -> int:
+    """What HFMA2 -RZ, RZ, high, low yields: a way to write a constant."""
+    return _half(high) << 16 | _half(low)

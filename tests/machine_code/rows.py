@@ -1,0 +1,304 @@
+"""Warp instructions of the row kernels, counted in their machine code.
+
+    PYTHONPATH=tests python -m machine_code.rows                            # the table
+    PYTHONPATH=tests python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
+
+The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
+logits, which are one 16-byte load of a warp. finish_kernel is not among them. What row_launch.h
+launches comes from row_launches.cpp; the kernels are compiled for an architecture and disassembled,
+and some warps of some blocks walk through them (warp.py): the first and the last of a block, whose
+vectors may be ragged, the one that has the target's class, and one for all others.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from simt import build
+
+from . import disassembly
+from .warp import Launch, Unknown, Warp
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+ROWS = 4096
+BYTES = 512
+CLASSES = (1000, 1203, 8142, 8192)
+DTYPES = {"float32": (1, 4), "bfloat16": (2, 2)}  # number in launch.h, bytes
+STEPS = {
+    "forward": "the loss, weights a class",
+    "stage2": "the same, calibrated, with the gradients of scale, bias and confidence",
+    "backward": "the gradient of the logits, not calibrated; the upstream gradient is a scalar",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of an architecture that the launches are made for; sizes in bytes."""
+
+    name: str
+    multiprocessors: int
+    shared: int  # of a multiprocessor, as are warps and blocks
+    warps: int
+    blocks: int
+    sizes: tuple[int, int]  # where the constant bank has the block's and the grid's
+
+
+DEVICES = {
+    "80": Device("A100", 108, 164 << 10, 64, 32, (0, 12)),
+    "90": Device("H100", 132, 228 << 10, 64, 32, (0, 12)),
+    "100": Device("B200", 148, 228 << 10, 64, 32, (0x360, 0x370)),
+    "120": Device("RTX 5090", 170, 100 << 10, 48, 24, (0x360, 0x370)),
+}
+
+# What the ordinary case makes of predicates that data decide: a pattern of the instruction that
+# makes the predicate, registers without numbers (and uniform ones as others) -> the predicate.
+ORDINARY = {
+    r"FCHK ": False,  # a division whose operands need the long way
+    r"FSETP\.NEU\.AND P, PT, R, R, PT": True,  # the target's logit is not the largest: no log1p
+    r"FSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the inverse of the denominator is not 0
+    r"DSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the denominator is not 0
+    r"FSETP\.GEU\.AND P, PT, \|R\|, 5\.87\d*e-39, PT": True,  # 1 / a double that is no subnormal
+    r"ISETP\.GT\.U32\.AND P, PT, R, 0x1ffffff, PT": True,  # 1 / a float that is no subnormal
+    r"FSETP\.GE\.AND P, PT, R, RZ, PT": True,  # the sigmoid of a positive number
+}
+
+
+class NewBranchError(AssertionError):
+    """A branch that data decide, of which ORDINARY says nothing."""
+
+
+def decide(unknown: Unknown) -> bool:
+    text = unknown.source.text if unknown.source else "?"
+    plain = re.sub(r"\bU?([RP])(\d+|(?=[ZT]))", r"\1", re.sub(r"^U", "", text))
+    for pattern, value in ORDINARY.items():
+        if re.match(pattern, plain):
+            return value
+    raise NewBranchError(f"{unknown.branch.text} at {unknown.branch.address:#x} after {plain}")
+
+
+# ---- Launches and kernels ----
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A launch: row_launches.cpp."""
+
+    symbol: str
+    declaration: str
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    arguments: bytes
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def _program() -> Path:
+    home = build.cuda_home()
+    assert home is not None
+    program = Path(_folder().name, "row_launches")
+    subprocess.run(
+        [build.compiler(), "-std=c++17", "-O0", "-fno-strict-aliasing", "-fno-extern-tls-init",
+         "-w", f"-I{HERE.parent / 'simt'}", f"-I{CSRC}", "-isystem", str(home / "include"),
+         "-rdynamic", "-pthread", str(HERE / "row_launches.cpp"), "-o", str(program), "-ldl"],
+        check=True,
+    )  # fmt: skip
+    return program
+
+
+def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
+    """The step's first launch, that of the row kernel. registers: of a thread."""
+    device = DEVICES[architecture]
+    line = (
+        f"{DTYPES[dtype][0]} {ROWS} {classes} {step} {registers} {device.multiprocessors} "
+        f"{int(int(architecture) >= 90)} {device.shared} {device.warps} {device.blocks}\n"
+    )
+    run = subprocess.run([_program()], input=line, capture_output=True, text=True, check=True)
+    symbol, declaration, x, y, threads, shared, arguments = run.stdout.splitlines()[0].split("\t")
+    return Kernel(
+        symbol, declaration, (int(x), int(y)), int(threads), int(shared), bytes.fromhex(arguments)
+    )
+
+
+@functools.cache
+def _declarations(dtype: str) -> tuple[str, ...]:
+    """The kernels of this dtype that any step launches."""
+    return tuple(sorted({
+        launch(a, dtype, c, step).declaration for a in DEVICES for c in CLASSES for step in STEPS
+    }))  # fmt: skip
+
+
+@functools.cache
+def _compiled(
+    architecture: str, dtype: str
+) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
+    """Kernels and their registers, by symbol."""
+    home = build.cuda_home()
+    assert home is not None
+    source = Path(_folder().name, f"{dtype}_{architecture}.cu")
+    headers = ("row_kernel.cuh", "row_backward_kernel.cuh")
+    source.write_text("".join(
+        [f'#include "cuda/kernels/{h}"\n' for h in headers]
+        + [f"template __global__ {d};\n" for d in _declarations(dtype)]
+    ))  # fmt: skip
+    cubin = source.with_suffix(".cubin")
+    run = subprocess.run(
+        [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{CSRC}", "-cubin", "-Xptxas", "-v",
+         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", str(source),
+         "-o", str(cubin)], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = re.findall(
+        r"Compiling entry function '(\S+)' for.*?Used (\d+) registers", run.stderr, re.DOTALL
+    )
+    return disassembly.kernels(cubin), {symbol: int(n) for symbol, n in report}
+
+
+def compile_all() -> None:
+    """In parallel, what one after the other would take a minute."""
+    with ThreadPoolExecutor(2) as pool:
+        for dtype in DTYPES:
+            _declarations(dtype)
+        list(pool.map(lambda key: _compiled(*key), [(a, d) for a in DEVICES for d in DTYPES]))
+
+
+# ---- Counts ----
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of a step's row kernel. setup: of a warp, besides its rows; row: of a warp a row (means).
+
+    vector: of all warps, for each 512 bytes of logits. opcodes: the same of each opcode.
+    """
+
+    setup: float
+    row: float
+    vector: float
+    opcodes: dict[str, float]
+
+
+def _constants(kernel: Kernel, code: disassembly.Kernel, sizes: tuple[int, int],
+               rounds: int) -> bytes:  # fmt: skip
+    """The constant bank of the launch, for so many rows a block."""
+    constants = bytearray(code.constant_bytes)
+    struct.pack_into("<3I", constants, sizes[0], kernel.threads, 1, 1)
+    struct.pack_into("<3I", constants, sizes[1], *kernel.grid, 1)
+    arguments = bytearray(kernel.arguments)
+    assert struct.unpack_from("<q", arguments, OUTER) == (ROWS,)
+    struct.pack_into("<q", arguments, OUTER, rounds * kernel.grid[0])
+    constants[len(constants) - len(arguments) :] = arguments
+    return bytes(constants)
+
+
+TARGETS = 0x702 << 32  # row_launches.cpp
+MOST = 30_000  # instructions of a warp: more and the walk has gone astray
+OUTER = 8  # where RowArgs has the number of rows
+
+
+def _memory(target: int, address: int, size: int) -> int | None:
+    """All targets are the same class; nothing else is known. Little-endian int64."""
+    if not TARGETS <= address < TARGETS + (1 << 32):
+        return None
+    return target >> 8 * (address % 8) & ((1 << 8 * size) - 1)
+
+
+@functools.cache
+def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
+    codes, registers = _compiled(architecture, dtype)
+    symbol = launch(architecture, dtype, classes, step).symbol
+    kernel = launch(architecture, dtype, classes, step, registers[symbol])
+    code = codes[kernel.symbol]
+    # With so many rows a block: the difference is that of the rows, the rest is set-up.
+    few, many = (_block(kernel, n, code, architecture, dtype, classes) for n in (1, 3))
+    row = {opcode: (many[opcode] - few[opcode]) / 2 for opcode in many}
+    setup = {opcode: few[opcode] - row[opcode] for opcode in many}
+    warps = kernel.threads // 32 * kernel.grid[1]
+    vectors = ROWS * classes * DTYPES[dtype][1] / BYTES
+    opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * ROWS) / vectors for o in many}
+    return Count(
+        sum(setup.values()) / warps, sum(row.values()) / warps, sum(opcodes.values()), opcodes
+    )
+
+
+def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: str, dtype: str,
+           classes: int) -> Counter[str]:  # fmt: skip
+    """Instructions of the blocks of a row: the sum over its tiles, the mean over alignments."""
+    warps, tiles = kernel.threads // 32, kernel.grid[1]
+    size = DTYPES[dtype][1]
+    alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
+    constants = _constants(kernel, code, DEVICES[architecture].sizes, rounds)
+    total: Counter[str] = Counter()
+
+    def walk(times: float, block: int, tile: int, warp: int, holder: int) -> None:
+        """Adds a warp's to the total. holder: the first tile's warp with the target's class."""
+        target = (32 * holder + 5) * (16 // size) + 1
+        memory = functools.partial(_memory, target)
+        walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), decide)
+        walking.run(MOST)
+        for opcode, issued in walking.opcodes().items():
+            total[opcode] += times * issued  # type: ignore[assignment]
+
+    middle = warps // 2
+    for tile in range(tiles):
+        for warp in range(warps) if warps <= 4 else (0, middle, warps - 1):
+            holder = 0 if warp else warps - 1
+            if warps > 4 and warp == middle:
+                walk(warps - 2, 0, tile, warp, holder)
+                continue
+            # Rows that do not begin at an aligned address are taken to be alike.
+            walk(1 / alignments, 0, tile, warp, holder)
+            if alignments > 1:
+                walk(1 - 1 / alignments, 1, tile, warp, holder)
+    walk(1, 0, 0, middle, middle)
+    walk(-1, 0, 0, middle, 0 if middle else warps - 1)
+    return total
+
+
+@functools.cache
+def counts() -> dict[tuple[str, str, int, str], float]:
+    """For each (architecture, dtype, classes, step): instructions for 512 bytes of logits."""
+    compile_all()
+    return {key: count(*key).vector for key in KEYS}
+
+
+KEYS = [(a, d, c, s) for a in DEVICES for d in DTYPES for c in CLASSES for s in STEPS]
+
+
+def main() -> None:
+    compile_all()
+    print("architecture  dtype     classes  step      setup    row  for 512 bytes")
+    for key in KEYS:
+        found = count(*key)
+        architecture, dtype, classes, step = key
+        print(f"sm_{architecture:10} {dtype:9} {classes:6}  {step:9} {found.setup:6.0f} "
+              f"{found.row:6.0f} {found.vector:14.1f}", flush=True)  # fmt: skip
+
+
+def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
+    """The opcodes of one of them."""
+    found = count(architecture, dtype, classes, step)
+    for opcode, n in sorted(found.opcodes.items(), key=lambda item: -item[1]):
+        print(f"{n:8.2f}  {opcode}")
+    print(f"{found.vector:8.2f}  for 512 bytes; a warp: {found.setup:.0f}, a row {found.row:.0f}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main_of(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        main()
