@@ -7,99 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from . import operations as ops
+from .control import control
 from .disassembly import Instruction, Operand
-from .operations import M32, M64, Value
-from .warp import ALL, LANES, ZERO, NotModelledError, Unknown, Warp, lift, merge, uniform
+from .operands import Read, address_reader, constant_reader, guard_reader, reader
+from .operations import M32, Value
+from .warp import LANES, ZERO, NotModelledError, Warp, lift, merge, uniform
 
-Read = Callable[[Warp], Any]
 Step = Callable[[Warp], None]
-
-# ---- Operands ----
-
-
-def _signed(value: Value, sign: str, mode: str) -> Value:
-    if value is None or not sign:
-        return value
-    if mode == "p":
-        return not value
-    if mode in "fd":
-        top = 31 if mode == "f" else 63
-        if "|" in sign:
-            value &= ~(1 << top)
-        return value ^ (1 << top) if sign[0] == "-" else value
-    mask = M64 if mode == "w" else M32
-    if sign == "~":
-        return ~value & mask
-    # -0 is the complement of 0, plus 1: in an adder that carries.
-    return (~value & mask) + 1 if mode == "a" else -value & mask
-
-
-def _read(operand: Operand, mode: str) -> Read:
-    """Reads an operand as i(nteger), a(ddend), w(ide integer), f(loat), d(ouble) or p(redicate)."""
-    wide = mode in "wd"
-    if operand.kind == "number":
-        number = int(operand.value)
-        number = number << 32 if mode == "d" else number & (M64 if wide else M32)
-        return lambda warp: number
-    if operand.kind == "float":
-        bits = ops.from_float(float(operand.value), wide)
-        return lambda warp: bits
-    sign = operand.sign
-    if operand.kind == "constant":
-        constant = _constant(operand, 8 if wide else 4)
-        return lambda warp: lift(lambda v: (_signed(v, sign, mode),), [constant(warp)])[0]
-    if operand.kind not in ("R", "UR", "P", "UP"):
-        raise NotModelledError(operand.text)
-    kind, n = operand.kind, int(operand.value)
-
-    def register(warp: Warp) -> Value:
-        value = warp.registers[kind][n]
-        if wide and n != ZERO:
-            high = warp.registers[kind][n + 1]
-            value = lift(
-                lambda a, b: (None if a is None or b is None else a | b << 32,), [value, high]
-            )[0]
-        return lift(lambda v: (_signed(v, sign, mode),), [value])[0] if sign else value
-
-    return register
-
-
-def _address(operand: Operand) -> Read:
-    readers = [
-        _read(Operand(kind.removesuffix("64"), "", n), "w" if kind.endswith("64") else "i")
-        for kind, n, _ in operand.parts
-    ]
-    scales = [scale for _, _, scale in operand.parts]
-    offset = int(operand.value)
-
-    def total(*parts: Value) -> tuple[Value, ...]:
-        if None in parts:
-            return (None,)
-        return (offset + sum(p * s for p, s in zip(parts, scales, strict=True)),)
-
-    return lambda warp: lift(total, [r(warp) for r in readers])[0]
-
-
-def _constant(operand: Operand, size: int) -> Read:
-    address = _address(operand)
-
-    def constant(warp: Warp) -> Value:
-        banks = warp.kernel.constants
-        bank = warp.launch.constants if operand.bank == 0 else banks.get(operand.bank, b"")
-
-        def at(offset: Value) -> tuple[Value, ...]:
-            if offset is None or not 0 <= offset <= len(bank) - size:
-                return (None,)
-            return (int.from_bytes(bank[offset : offset + size], "little"),)
-
-        return lift(at, [address(warp)])[0]
-
-    return constant
-
-
-def _guard(instruction: Instruction) -> Read:
-    return _read(instruction.guard, "p") if instruction.guard else lambda warp: True
-
 
 # ---- Arithmetic ----
 
@@ -183,9 +97,9 @@ def _arithmetic(instruction: Instruction) -> Step | None:
     readers = []
     for k, operand in enumerate(operands[written:]):
         predicate = operand.kind in ("P", "UP")
-        readers.append(_read(operand, "p" if predicate else modes[k]))
+        readers.append(reader(operand, "p" if predicate else modes[k]))
     compute = functools.partial(function, modifiers)
-    guard = _guard(instruction)
+    guard = guard_reader(instruction)
     # Rows are alike: most instructions find what they found the last time.
     last: list[Any] = [None, ()]
 
@@ -227,7 +141,7 @@ def _words(modifiers: list[str]) -> int:
 
 def _move(instruction: Instruction) -> Step | None:
     name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
-    guard = _guard(instruction)
+    guard = guard_reader(instruction)
     if name in NOTHING:
         return lambda warp: None
     plain = _plain(name)
@@ -242,8 +156,8 @@ def _move(instruction: Instruction) -> Step | None:
             warp, instruction, operands[0], _special(warp, operands[1].text), wide, guard(warp)
         )
     if name == "STL":
-        address, words = _address(operands[0]), _words(modifiers)
-        sources = [_read(_following(operands[1], k), "i") for k in range(words)]
+        address, words = address_reader(operands[0]), _words(modifiers)
+        sources = [reader(_following(operands[1], k), "i") for k in range(words)]
 
         def store(warp: Warp) -> None:
             for k, source in enumerate(sources):
@@ -255,7 +169,7 @@ def _move(instruction: Instruction) -> Step | None:
 
         return store
     if name == "R2UR":
-        source = _read(operands[1], "i")
+        source = reader(operands[1], "i")
 
         def to_uniform(warp: Warp) -> None:
             value = source(warp)
@@ -268,7 +182,7 @@ def _move(instruction: Instruction) -> Step | None:
         return _shuffle(instruction)
     if name in ("P2R", "UP2UR"):
         kind = "P" if name == "P2R" else "UP"
-        rest, mask = _read(operands[2], "i"), int(operands[3].value)
+        rest, mask = reader(operands[2], "i"), int(operands[3].value)
 
         def pack(warp: Warp) -> None:
             bits = [warp.registers[kind][n] for n in range(7) if mask >> n & 1]
@@ -303,9 +217,9 @@ def _move(instruction: Instruction) -> Step | None:
 
 def _shuffle(instruction: Instruction) -> Step:
     """SHFL: from the lane that the second source says, within segments that the third says."""
-    guard = _guard(instruction)
+    guard = guard_reader(instruction)
     results, sources = instruction.operands[:2], instruction.operands[2:]
-    readers = [_read(o, "i") for o in sources]
+    readers = [reader(o, "i") for o in sources]
     mode = instruction.modifiers[0]
 
     def shuffle(warp: Warp) -> None:
@@ -349,19 +263,19 @@ def _special(warp: Warp, name: str) -> Value:
 
 def _load(instruction: Instruction, name: str) -> Step:
     modifiers, operands = instruction.modifiers, instruction.operands
-    guard, words = _guard(instruction), _words(instruction.modifiers)
+    guard, words = guard_reader(instruction), _words(instruction.modifiers)
     narrow = next((m for m in modifiers if m in ("U8", "S8", "U16", "S16")), "")
     size = int(narrow[1:]) // 8 if narrow else 4
     if name == "LDC":
         bank = operands[1]
         readers = [
-            _constant(Operand("constant", bank.text, bank.value + 4 * k, "", "", bank.bank,
+            constant_reader(Operand("constant", bank.text, bank.value + 4 * k, "", "", bank.bank,
                               bank.parts), size) for k in range(words)
         ]  # fmt: skip
     else:
-        address = _address(operands[1])
+        address = address_reader(operands[1])
 
-        def reader(k: int) -> Read:
+        def word(k: int) -> Read:
             def at(warp: Warp, place: Value) -> Value:
                 if place is None or name == "LD":
                     return None
@@ -373,7 +287,7 @@ def _load(instruction: Instruction, name: str) -> Step:
                 return lambda warp: at(warp, address(warp))
             return lambda warp: lift(lambda place: (at(warp, place),), [address(warp)])[0]
 
-        readers = [reader(k) for k in range(words)]
+        readers = [word(k) for k in range(words)]
 
     def extended(value: Value) -> tuple[Value, ...]:
         if value is not None and narrow.startswith("S"):
@@ -390,106 +304,8 @@ def _load(instruction: Instruction, name: str) -> Step:
     return load
 
 
-# ---- Control flow ----
-
-
-def _control(instruction: Instruction) -> Step | None:
-    name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
-    predicates = [o for o in (instruction.guard, *operands) if o and o.kind in ("P", "UP")]
-    conditions = [_read(p, "p") for p in predicates]
-
-    def together(*values: Value) -> tuple[Value, ...]:
-        return (functools.reduce(lambda a, b: ops.both(a, b, "AND"), values, True),)
-
-    def lanes(warp: Warp) -> int:
-        values = [c(warp) for c in conditions]
-        holds = lift(together, values)[0]
-        if warp.has_unknown(holds):
-            values = [_decided(warp, instruction, p, v)
-                      for p, v in zip(predicates, values, strict=True)]  # fmt: skip
-            holds = lift(together, values)[0]
-        return warp.lanes_of(holds)
-
-    label = next((int(o.value) for o in operands if o.kind == "label"), -1)
-    if (name == "BRA" and "DIV" not in modifiers) or (name == "CALL" and "REL" in modifiers):
-        return lambda warp: warp.split(lanes(warp), label)
-    if name == "BRA":  # where not all of these lanes are here
-        wanted = _read(operands[0], "i")
-
-        def part(warp: Warp) -> None:
-            parted = wanted(warp) & warp.alive != warp.active
-            warp.split(warp.active if parted else 0, label)
-
-        return part
-    if name in ("RET", "BRX"):
-        target = _read(operands[0], "w" if name == "RET" else "i")
-        offset = int(operands[1].value) + instruction.address + 16 if name == "BRX" else 0
-
-        def jump(warp: Warp) -> None:
-            to = target(warp)
-            if isinstance(to, list):
-                to = to[warp.first_active()]
-            if to is None:
-                raise NotModelledError(f"{instruction.text}: where to is not known")
-            warp.split(lanes(warp), to + offset & M32)
-
-        return jump
-    if name == "EXIT":
-        return lambda warp: warp.leave(lanes(warp))
-    if name == "BSSY":
-        number = int(operands[0].value)
-
-        def mark(warp: Warp) -> None:
-            together = [warp.active]
-            for lane in range(LANES):
-                if warp.active >> lane & 1:
-                    warp.barriers[number, lane] = together
-
-        return mark
-    if name == "BSYNC":
-        number = int(operands[0].value)
-        return lambda warp: warp.meet(warp.barriers[number, warp.first_active()])
-    if name == "BREAK":
-        number = int(next(o.value for o in operands if o.kind == "B"))
-
-        def break_(warp: Warp) -> None:
-            gone = lanes(warp)
-            warp.barriers[number, warp.first_active()][0] &= ~gone
-            warp.release()
-
-        return break_
-    if name == "WARPSYNC":
-        mask = _read(operands[0], "i") if operands else lambda warp: ALL
-
-        def wait(warp: Warp) -> None:
-            lanes = mask(warp)
-            if isinstance(lanes, list):
-                lanes = lanes[warp.first_active()]
-            if lanes is None:
-                raise NotModelledError(f"{instruction.text}: of which lanes is not known")
-            warp.meet(warp.warpsyncs.setdefault(lanes, [lanes]))
-
-        return wait
-    if name in ("CALL", "BPT"):
-
-        def stop(warp: Warp) -> None:
-            raise NotModelledError(f"{instruction.text}: an assertion fails")
-
-        return stop
-    return None
-
-
-def _decided(warp: Warp, branch: Instruction, predicate: Operand, value: Value) -> Value:
-    """The value, or that of each lane, with a decision where it is not known."""
-    if not warp.has_unknown(value):
-        return value
-    source = warp.sources.get((predicate.kind, int(predicate.value)))
-    decision = warp.decide(Unknown(branch, source)) != (predicate.sign == "!")
-    return lift(lambda v: (decision if v is None else v,), [value])[0]
-
-
 def decode(instruction: Instruction) -> Step:
-    step = _control(instruction) or _arithmetic(instruction) or _move(instruction)
+    step = control(instruction) or _arithmetic(instruction) or _move(instruction)
     if step is None:
         raise NotModelledError(f"{instruction.text} at {instruction.address:#x}")
     return step
