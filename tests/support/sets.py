@@ -16,7 +16,6 @@ STANDARD = {
     "tests/cuda/test_cuda_build.py": "what nvcc makes of the CUDA kernels: registers, instructions",
     "tests/cuda/test_launch_plans.py": "waves, balance, bytes in flight of the row kernels on GPUs",
     "tests/cuda/test_machine_code.py": "how many instructions a warp issues",
-    "tests/cuda/test_launch_plans.py": "waves, balance, bytes in flight of the row kernels on GPUs",
     "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
     "tests/cuda/test_simt.py": "the host model of CUDA finds the faults it is there for",
     "tests/_ops/test_triton_targets.py": "each option compiles with Triton for each layout",
