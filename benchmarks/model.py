@@ -33,21 +33,23 @@ SHAPES = (
 STEPS = ("plain", "all gradients", "stage 2")
 SHOWN = ("H100 SXM", "A100 SXM 80 GB", "RTX 4090", "B200")
 
-# Warp instructions for 512 bytes of logits, in the machine code for sm_90 and long rows. "stage 2"
-# is the forward that has the gradients of scale, bias and confidence, too.
+# Warp instructions for 512 bytes of logits, in the machine code for sm_90: of rows of 1203 classes,
+# taken below LONG classes, and of 8192, taken from there on. "stage 2" is the forward that has the
+# gradients of scale, bias and confidence, too. tests/cuda/test_machine_code.py counts them.
 INSTRUCTIONS = {
-    ("forward", "fp32"): 149,
-    ("forward", "bf16"): 285,
-    ("stage 2", "fp32"): 232,
-    ("stage 2", "bf16"): 470,
-    ("backward", "fp32"): 155,
-    ("backward", "bf16"): 288,
+    ("forward", "fp32"): (138, 70),
+    ("forward", "bf16"): (285, 150),
+    ("stage 2", "fp32"): (309, 154),
+    ("stage 2", "bf16"): (623, 336),
+    ("backward", "fp32"): (142, 72),
+    ("backward", "bf16"): (285, 145),
 }
+LONG = 4096
 
 
-def instructions(code: str, dtype: str) -> int:
-    """For every architecture, number of classes and form of the backward."""
-    return INSTRUCTIONS[code, dtype]
+def instructions(code: str, dtype: str, classes: int) -> int:
+    """For every architecture and form of the backward."""
+    return INSTRUCTIONS[code, dtype][classes >= LONG]
 
 
 # csrc/cuda/launch/row_launch.h: elements of a row that a thread keeps, threads of a block that has
@@ -145,7 +147,7 @@ def predict(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> Time:
     limits = []
     for one in passes(gpu, step, dtype, rows, classes):
         memory = (one.reads_and_writes * logits + one.other_bytes) / bandwidth
-        issued = instructions(one.code, dtype) * logits / BYTES_OF_A_READ
+        issued = instructions(one.code, dtype, classes) * logits / BYTES_OF_A_READ
         issue = issued / (SHARE_OF_ISSUE * gpu.instructions_per_second)
         captured += max(memory, issue)
         limits.append("memory" if memory >= issue else "issue")

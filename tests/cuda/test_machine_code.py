@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import model
 from machine_code import disassembly, rows
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
@@ -114,3 +115,12 @@ def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
         case: (n.vector, budgets[case]) for case, n in found.items() if n.vector > budgets[case]
     }
     assert not over
+
+
+@pytest.mark.parametrize("dtype", rows.DTYPES)
+def test_the_model_takes_these_counts(dtype: str) -> None:
+    short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    for step in rows.STEPS:
+        code = "stage 2" if step == "stage2" else step
+        for classes, stated in zip((1203, 8192), model.INSTRUCTIONS[code, short], strict=True):
+            assert stated == pytest.approx(rows.count("90", dtype, classes, step).vector, rel=0.01)

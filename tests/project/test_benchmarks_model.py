@@ -22,8 +22,8 @@ def test_the_h100_issues_as_many_instructions_as_stated() -> None:
 
 
 def test_plain_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model.INSTRUCTIONS, ("forward", "fp32"), 149)
-    monkeypatch.setitem(model.INSTRUCTIONS, ("backward", "fp32"), 155)
+    monkeypatch.setitem(model.INSTRUCTIONS, ("forward", "fp32"), (149, 0))
+    monkeypatch.setitem(model.INSTRUCTIONS, ("backward", "fp32"), (155, 0))
     time = model.predict(H100, "plain", "fp32", 65536, 1000)
     logits = 65536 * 1000 * 4
     # Forward: 512,000 reads of 512 bytes, 149 instructions each, at 463 G a second; more than the
@@ -39,7 +39,7 @@ def test_plain_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stage_2_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model.INSTRUCTIONS, ("stage 2", "fp32"), 1)  # memory limits
+    monkeypatch.setitem(model.INSTRUCTIONS, ("stage 2", "fp32"), (1, 1))  # memory limits
     time = model.predict(H100, "stage 2", "fp32", 65536, 1000)
     # 8192 classes' sums a multiprocessor, of scale and bias, written and read; 24 bytes a row.
     moved = 65536 * 1000 * 4 + 132 * 8192 * 2 * 4 * 2 + 65536 * 24

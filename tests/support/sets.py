@@ -14,8 +14,8 @@ import pytest
 # Start of a test's address, or a part of its name -> what the tests show.
 STANDARD = {
     "tests/cuda/test_cuda_build.py": "what nvcc makes of the CUDA kernels: registers, instructions",
-    "tests/cuda/test_machine_code.py": "how many instructions a warp issues",
     "tests/cuda/test_launch_plans.py": "waves, balance, bytes in flight of the row kernels on GPUs",
+    "tests/cuda/test_machine_code.py": "how many instructions a warp issues",
     "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
     "tests/cuda/test_simt.py": "the host model of CUDA finds the faults it is there for",
     "tests/_ops/test_triton_targets.py": "each option compiles with Triton for each layout",
@@ -46,6 +46,9 @@ SLOW = {
     "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",
+    "keep_their_budgets[80-": "instructions of the row kernels on an A100",
+    "keep_their_budgets[100-": "instructions of the row kernels on a B200",
+    "keep_their_budgets[120-": "instructions of the row kernels on an RTX 5090",
     "cpu_kernels[seed 1-few]": "options under a further order of the threads",
     "cpu_kernels[seed 2-few]": "options under a further order of the threads",
     "cpu_kernels[upsample-few]": "options of the upsampled loss in Triton's interpreter: 6 minutes",

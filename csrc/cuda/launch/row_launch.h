@@ -125,20 +125,20 @@ static inline int64_t row_blocks(const RowArgs& args, const RowPlan& plan, int64
   return std::max<int64_t>(up > most ? up - plan.period : up, plan.period);
 }
 
+// Tiles that leave more than a tenth of the device without work are made smaller, and as many as
+// fill it. Costs the lanes that smaller tiles leave idle, and the tiles' sums.
 template <class T, class Launcher, class Args>
 void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, RowPlan& plan) {
-  const int64_t resident = resident_blocks(launcher, kernel, plan);
-  plan.shape.grid_x = row_blocks(args, plan, resident);
-  if (plan.tiles == 1 || plan.shape.clustered) return;
-  // Tiles that leave more than a tenth of the device without work are made smaller, and as many as
-  // fill it. Costs the lanes that smaller tiles leave idle, and the tiles' sums.
-  const int64_t blocks = plan.shape.grid_x;
-  const int64_t filling = std::min(divide_up(blocks * plan.tiles, resident) * resident / blocks,
-                                   divide_up(plan.vectors, 32 * kKept<T>));
-  if (10 * filling <= 11 * plan.tiles) return;
-  set_tiles<T>(plan, args, filling);
-  // Of smaller blocks more may run at once.
-  plan.shape.grid_x = row_blocks(args, plan, resident_blocks(launcher, kernel, plan));
+  for (;;) {  // of smaller blocks more may run at once
+    const int64_t resident = resident_blocks(launcher, kernel, plan);
+    const int64_t blocks = row_blocks(args, plan, resident);
+    plan.shape.grid_x = blocks;
+    if (plan.tiles == 1 || plan.shape.clustered) return;
+    const int64_t filling = std::min(divide_up(blocks * plan.tiles, resident) * resident / blocks,
+                                     divide_up(plan.vectors, 32 * kKept<T>));
+    if (10 * filling <= 11 * plan.tiles) return;
+    set_tiles<T>(plan, args, filling);
+  }
 }
 
 static inline void apply(const RowPlan& plan, RowArgs& args) {
