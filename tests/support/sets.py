@@ -46,6 +46,8 @@ SLOW = {
     "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",
+    "test_peak_memory_is_chunk_bytes[reference": "peak memory of the reference in chunks",
+    "tests/_sharded/test_scaling.py::test_the_example": "the example of classes over processes",
     "keep_their_budgets[80-": "instructions of the row kernels on an A100",
     "keep_their_budgets[100-": "instructions of the row kernels on a B200",
     "keep_their_budgets[120-": "instructions of the row kernels on an RTX 5090",
@@ -62,6 +64,7 @@ GROUPS = {
     "tests/_ops/test_triton.py::test_aligned_rows": "triton registers",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier": "simt",
     "tests/cuda/test_cuda_simt.py::test_row": "simt",
+    "tests/cuda/test_simt.py": "planted",
 }
 
 # How much of the tests of the CPU kernels runs with other operators or another instruction set.
