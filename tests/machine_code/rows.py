@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpus import GPUS
 from simt import build
 
 from . import disassembly
@@ -41,23 +42,13 @@ STEPS = {
 }
 
 
-@dataclass(frozen=True)
-class Device:
-    """The device of an architecture that the launches are made for; sizes in bytes."""
-
-    name: str
-    multiprocessors: int
-    shared: int  # of a multiprocessor, as are warps and blocks
-    warps: int
-    blocks: int
-    sizes: tuple[int, int]  # where the constant bank has the block's and the grid's
-
-
+# Architecture -> the GPU that the launches are made for, and where its constant bank has the sizes
+# of the block and of the grid.
 DEVICES = {
-    "80": Device("A100", 108, 164 << 10, 64, 32, (0, 12)),
-    "90": Device("H100", 132, 228 << 10, 64, 32, (0, 12)),
-    "100": Device("B200", 148, 228 << 10, 64, 32, (0x360, 0x370)),
-    "120": Device("RTX 5090", 170, 100 << 10, 48, 24, (0x360, 0x370)),
+    "80": (GPUS["A100 SXM 80 GB"], (0, 12)),
+    "90": (GPUS["H100 SXM"], (0, 12)),
+    "100": (GPUS["B200"], (0x360, 0x370)),
+    "120": (GPUS["RTX 5090"], (0x360, 0x370)),
 }
 
 # What the ordinary case makes of predicates that data decide: a pattern of the instruction that
@@ -122,10 +113,11 @@ def _program() -> Path:
 
 def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
     """The step's first launch, that of the row kernel. registers: of a thread."""
-    device = DEVICES[architecture]
+    gpu, _ = DEVICES[architecture]
+    limits = gpu.capability
     line = (
-        f"{DTYPES[dtype][0]} {ROWS} {classes} {step} {registers} {device.multiprocessors} "
-        f"{int(int(architecture) >= 90)} {device.shared} {device.warps} {device.blocks}\n"
+        f"{DTYPES[dtype][0]} {ROWS} {classes} {step} {registers} {gpu.multiprocessors} "
+        f"{int(limits.has_clusters)} {limits.shared_bytes} {limits.threads // 32} {limits.blocks}\n"
     )
     run = subprocess.run([_program()], input=line, capture_output=True, text=True, check=True)
     symbol, declaration, x, y, threads, shared, arguments = run.stdout.splitlines()[0].split("\t")
@@ -241,7 +233,7 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
     warps, tiles = kernel.threads // 32, kernel.grid[1]
     size = DTYPES[dtype][1]
     alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
-    constants = _constants(kernel, code, DEVICES[architecture].sizes, rounds)
+    constants = _constants(kernel, code, DEVICES[architecture][1], rounds)
     total: Counter[str] = Counter()
 
     def walk(times: float, block: int, tile: int, warp: int, holder: int) -> None:

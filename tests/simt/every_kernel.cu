@@ -4,29 +4,9 @@
 #include "cuda/launch/row_launch.h"
 #include "cuda/launch/upsample_launch.h"
 
+#include "report_launcher.h"
+
 using namespace disalign::cuda;
-
-namespace {
-
-struct Launcher {
-  Limits limits() const { return {}; }
-  template <class Args>
-  int blocks_per_multiprocessor(void (*)(Args), int, size_t) const {
-    return 1;
-  }
-  template <class Args>
-  int clusters(void (*)(Args), const Shape&) const {
-    return 1;
-  }
-  template <class Args>
-  void launch(void (*kernel)(Args), const Shape& shape, const Args& args) const {
-    void* arguments[] = {const_cast<Args*>(&args)};
-    cudaLaunchKernel(kernel, dim3(), dim3(), arguments, shape.shared_bytes, nullptr);
-  }
-  void* allocate(size_t) const { return nullptr; }
-};
-
-}  // namespace
 
 void every_kernel(Dtype dtype, const RowArgs& row, const DenseArgs& dense,
                   const UpsampleArgs& upsample) {

@@ -161,7 +161,8 @@ struct PositionFactors {
   A softmax = 0, smooth = 0, at_target = 0;
   A target_slope = 0;  // d_t, where the confidence's gradient is wanted
 
-  // Those of another lane of a group; what is not wanted stays as it is.
+  // The factors that lane `lane` of the group has read. smooth, c and target_slope keep their
+  // defaults where the kernel does not use them.
   __device__ __forceinline__ PositionFactors of_lane(int lane, int lanes, bool calibrated,
                                                      bool smoothing, bool slopes) const {
     const auto from = [=](auto v) { return __shfl_sync(kFullWarp, v, lane, lanes); };

@@ -113,11 +113,12 @@ struct Tile {
     if constexpr (Wide) {
       const bool here = distance % 32 == 0 && distance / 32 < K;
       return here ? static_cast<int>(distance / 32 * V + element % V) : -1;
-    }
+    } else {
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      if (distance == static_cast<unsigned>(lanes * k)) return k * V + element % V;
-    return -1;
+      for (int k = 0; k < K; ++k)
+        if (distance == static_cast<unsigned>(lanes * k)) return k * V + element % V;
+      return -1;
+    }
   }
 
   // This thread's vectors of a row, whose vectors lie like the logits' only if `aligned`. What is
