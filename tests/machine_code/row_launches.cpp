@@ -100,7 +100,7 @@ int main() {
     args.denominator = pointer<double>(6);
     args.reduction = disalign::kReduceMean;
     args.normalizer = disalign::kByWeights;
-    if (name == "stage2") {
+    if (name == "stage2" || name == "all") {
       args.scale = pointer<void>(7);
       args.bias = pointer<void>(8);
       args.confidence = pointer<void>(9);
@@ -109,10 +109,10 @@ int main() {
       args.grad_confidence = pointer<void>(12);
       args.class_gradients = true;
     }
+    if (name != "forward" && name != "stage2") args.grad_logits = pointer<void>(14);
     Launcher launcher(device, registers);
     if (name == "backward") {
       args.upstream = pointer<void>(13);
-      args.grad_logits = pointer<void>(14);
       launch_row_backward(launcher, static_cast<Dtype>(dtype), args);
     } else {
       args.reduced_loss = pointer<void>(15);

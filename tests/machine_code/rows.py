@@ -37,7 +37,9 @@ CLASSES = (1000, 1203, 8142, 8192)
 DTYPES = {"float32": (1, 4), "bfloat16": (2, 2)}  # number in launch.h, bytes
 STEPS = {
     "forward": "the loss, weights a class",
-    "stage2": "the same, calibrated, with the gradients of scale, bias and confidence",
+    "gradient": "the same, with the gradient of the logits",
+    "stage2": "the loss, calibrated, with the gradients of scale, bias and confidence",
+    "all": "the same, with the gradient of the logits",
     "backward": "the gradient of the logits, not calibrated; the upstream gradient is a scalar",
 }
 
@@ -61,6 +63,8 @@ ORDINARY = {
     r"FSETP\.GEU\.AND P, PT, \|R\|, 5\.87\d*e-39, PT": True,  # 1 / a double that is no subnormal
     r"ISETP\.GT\.U32\.AND P, PT, R, 0x1ffffff, PT": True,  # 1 / a float that is no subnormal
     r"FSETP\.GE\.AND P, PT, R, RZ, PT": True,  # the sigmoid of a positive number
+    r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
+    r"FSETP\.EQ\.OR P, PT, R, RZ, !P": False,  # the inverse of the denominator is not 0
 }
 
 
@@ -91,6 +95,11 @@ class Kernel:
     shared: int
     arguments: bytes
 
+    @property
+    def rows(self) -> int:
+        """That its block works on at a time."""
+        return self.threads // 32 if "row_warp_kernel" in self.declaration else 1
+
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
@@ -112,7 +121,7 @@ def _program() -> Path:
 
 
 def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
-    """The step's first launch, that of the row kernel. registers: of a thread."""
+    """The launch of the step's row kernel. registers: of a thread."""
     gpu, _ = DEVICES[architecture]
     limits = gpu.capability
     line = (
@@ -120,7 +129,10 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
         f"{int(limits.has_clusters)} {limits.shared_bytes} {limits.threads // 32} {limits.blocks}\n"
     )
     run = subprocess.run([_program()], input=line, capture_output=True, text=True, check=True)
-    symbol, declaration, x, y, threads, shared, arguments = run.stdout.splitlines()[0].split("\t")
+    launches = [line.split("\t") for line in run.stdout.splitlines() if line]
+    symbol, declaration, x, y, threads, shared, arguments = next(
+        launch for launch in launches if "row_divisor_kernel" not in launch[1]
+    )
     return Kernel(
         symbol, declaration, (int(x), int(y)), int(threads), int(shared), bytes.fromhex(arguments)
     )
@@ -142,7 +154,7 @@ def _compiled(
     home = build.cuda_home()
     assert home is not None
     source = Path(_folder().name, f"{dtype}_{architecture}.cu")
-    headers = ("row_kernel.cuh", "row_backward_kernel.cuh")
+    headers = ("row_kernel.cuh", "row_backward_kernel.cuh", "row_warp_kernel.cuh")
     source.write_text("".join(
         [f'#include "cuda/kernels/{h}"\n' for h in headers]
         + [f"template __global__ {d};\n" for d in _declarations(dtype)]
@@ -192,7 +204,7 @@ def _constants(kernel: Kernel, code: disassembly.Kernel, sizes: tuple[int, int],
     struct.pack_into("<3I", constants, sizes[1], *kernel.grid, 1)
     arguments = bytearray(kernel.arguments)
     assert struct.unpack_from("<q", arguments, OUTER) == (ROWS,)
-    struct.pack_into("<q", arguments, OUTER, rounds * kernel.grid[0])
+    struct.pack_into("<q", arguments, OUTER, rounds * kernel.grid[0] * kernel.rows)
     constants[len(constants) - len(arguments) :] = arguments
     return bytes(constants)
 
@@ -217,13 +229,13 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     code = codes[kernel.symbol]
     # With so many rows a block: the difference is that of the rows, the rest is set-up.
     few, many = (_block(kernel, n, code, architecture, dtype, classes) for n in (1, 3))
-    row = {opcode: (many[opcode] - few[opcode]) / 2 for opcode in many}
-    setup = {opcode: few[opcode] - row[opcode] for opcode in many}
-    warps = kernel.threads // 32 * kernel.grid[1]
+    row = {opcode: (many[opcode] - few[opcode]) / 2 / kernel.rows for opcode in many}
+    setup = {opcode: few[opcode] - kernel.rows * row[opcode] for opcode in many}
+    warps = kernel.threads // 32 * kernel.grid[1] / kernel.rows
     vectors = ROWS * classes * DTYPES[dtype][1] / BYTES
     opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * ROWS) / vectors for o in many}
     return Count(
-        sum(setup.values()) / warps, sum(row.values()) / warps, sum(opcodes.values()), opcodes
+        sum(setup.values()) / warps / kernel.rows, sum(row.values()) / warps, sum(opcodes.values()), opcodes
     )
 
 

@@ -9,7 +9,8 @@ namespace disalign::cuda {
 // row_tile.cuh
 struct RowArgs : LossArgs {
   int32_t lanes = 0;         // threads of a group
-  int32_t period = 1;        // rows this far apart are aligned alike
+  int32_t period = 1;        // rows this far apart are aligned alike: a power of two,
+  int32_t period_bits = 0;   // of this exponent
   int32_t tiles = 1;         // of a row
   int32_t tile_vectors = 0;  // of a tile
   bool backward = false;     // row_warp_kernel.cuh: its gradients alone, for the upstream gradient

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_forward_kernel(const D
     }
     const A target_weight = valid ? vector_entry<A>(args.weight, t, A(1)) : A(1);
     const A v = valid ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
-    const PositionResult<A> result = position_result(args, sums, target_weight);
+    const PositionResult<A> result = position_result(RowOptions<A>(args), sums, target_weight);
     if (tile.slice == 0 && tile.inside) {
       write_position(args, i, t, sums, result, v, c);
       if (valid)

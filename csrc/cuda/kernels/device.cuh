@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/loss_args.h"
 
@@ -106,21 +107,39 @@ __device__ __forceinline__ Raw load_vector(const void* p) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// 16 bytes to shared memory that are on their way until wait_for_copies: what a thread copies it sees
-// after its own wait, other threads after a barrier that follows. sm_75 has no such copies, and
-// waits here.
-__device__ __forceinline__ void copy_vector(void* shared, const void* from) {
-  DISALIGN_NOTE_LOAD(from, kVectorBytes);
-#if defined(DISALIGN_SIMT)
-  ::simt::copy_async(shared, from, kVectorBytes);
-#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(from);
+// Vector `At` after `from` to the same place after `shared`, if there are more than so many. It is on
+// its way until wait_for_copies: what a thread copies it sees after its own wait, other threads
+// after a barrier that follows. sm_75 has no such copies, and waits here.
+template <int At, int Middle>
+__device__ __forceinline__ void copy_vector(unsigned char* shared, const unsigned char* from,
+                                            int vectors) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  // In one piece, or there would be a branch and an addition of 64 bits for each vector.
+  asm volatile(
+      "{ .reg .pred there; setp.gt.s32 there, %2, %3;\n"
+      "@there cp.async.cg.shared.global [%0 + %4], [%1 + %5], 16; }" ::"r"(
+          static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(from), "r"(vectors), "n"(At), "n"(At * kVectorBytes), "n"((At - Middle) * kVectorBytes)
+      : "memory");
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(from)
-               : "memory");
+  if (vectors <= At) return;
+  const unsigned char* begin = from + (At - Middle) * kVectorBytes;
+  DISALIGN_NOTE_LOAD(begin, kVectorBytes);
+#if defined(DISALIGN_SIMT)
+  ::simt::copy_async(shared + At * kVectorBytes, begin, kVectorBytes);
+#else
+  *reinterpret_cast<uint4*>(shared + At * kVectorBytes) = *reinterpret_cast<const uint4*>(begin);
 #endif
+#endif
+}
+
+// Every 32nd vector. The addresses are made from the middle one: an instruction adds 4 KB at most.
+template <int... k>
+__device__ __forceinline__ void copy_vectors(unsigned char* shared, const void* from, int vectors,
+                                             std::integer_sequence<int, k...>) {
+  constexpr int kMiddle = 32 * (sizeof...(k) / 2);
+  const unsigned char* middle = static_cast<const unsigned char*>(from) + kMiddle * kVectorBytes;
+  (copy_vector<32 * k, kMiddle>(shared, middle, vectors), ...);
 }
 
 // Ends a group of copies; a group may be empty.
@@ -215,6 +234,9 @@ __device__ __forceinline__ Raw read_shared(const unsigned char* from) {
 __device__ __forceinline__ void write_shared(unsigned char* to, Raw raw) {
   *reinterpret_cast<uint4*>(to) = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
 }
+
+// What is in shared memory is loaded again after this: registers that would keep it are few.
+__device__ __forceinline__ void forget_loads() { __syncwarp(); }
 
 template <class A>
 __device__ __forceinline__ void load_shared(const A* from, A (&out)[kVector<A>]) {

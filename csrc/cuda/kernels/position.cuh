@@ -104,8 +104,19 @@ struct PositionResult {
   A loss, sum, softmax, smooth, at_target, confidence;
 };
 
+// Numbers of the loss in the arithmetic: a conversion from double costs as much as 32 additions.
 template <class A>
-__device__ __forceinline__ PositionResult<A> position_result(const LossArgs& args,
+struct RowOptions {
+  A label_smoothing, focal_gamma, classes;
+
+  __device__ __forceinline__ explicit RowOptions(const LossArgs& args)
+      : label_smoothing(static_cast<A>(args.label_smoothing)),
+        focal_gamma(static_cast<A>(args.focal_gamma)),
+        classes(static_cast<A>(args.classes)) {}
+};
+
+template <class A>
+__device__ __forceinline__ PositionResult<A> position_result(const RowOptions<A>& options,
                                                              const PositionSums<A>& sums,
                                                              A target_weight,
                                                              bool needs_loss = true) {
@@ -113,15 +124,15 @@ __device__ __forceinline__ PositionResult<A> position_result(const LossArgs& arg
   PositionResult<A> out;
   out.sum = sums.rest + at_target;
   A log_sum = 0, nll = 0;
-  if (needs_loss || args.focal_gamma > 0) {
+  if (needs_loss || options.focal_gamma > 0) {
     log_sum = std::log(out.sum);
     // inf - inf is NaN, as in PyTorch, where the target's logit is infinite.
     nll = (sums.maximum - sums.target_logit) +
           (sums.target_logit == sums.maximum ? std::log1p(sums.rest) : log_sum);
   }
   const RowTerms<A> terms =
-      row_terms<A>(nll, log_sum, target_weight, static_cast<A>(args.label_smoothing), sums.weight,
-                   sums.smooth, static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
+      row_terms<A>(nll, log_sum, target_weight, options.label_smoothing, sums.weight, sums.smooth,
+                   options.classes, options.focal_gamma);
   out.loss = terms.loss;
   const A inverse = reciprocal(out.sum);
   out.softmax = terms.softmax * inverse;

@@ -256,7 +256,8 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     if (!first && !sum_classes && !writes_logits) continue;
     const A target_weight = target >= 0 && class_weight ? class_weight[target] : A(1);
     const A v_i = valid ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
-    const PositionResult<A> result = position_result(args, sums, target_weight, first);
+    const PositionResult<A> result =
+        position_result(RowOptions<A>(args), sums, target_weight, first);
     if (first) {
       if (args.shard_sums)
         write_shard_sums(args, i, valid, sums);
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const Ro
     if (lane > 0) continue;
     const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
     const A v_i = is_valid(t) ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
-    const PositionResult<A> result = position_result(args, sums, target_weight);
+    const PositionResult<A> result = position_result(RowOptions<A>(args), sums, target_weight);
     if (args.shard_sums)
       write_shard_sums(args, i, is_valid(t), sums);
     else

@@ -52,19 +52,19 @@ struct GroupRows {
   template <class T>
   __device__ __forceinline__ GroupRows(const RowArgs& args, const T* logits, int64_t first,
                                        int64_t step, int64_t counted) {
-    const int64_t residue = blockIdx.x % args.period;
-    const int64_t left = (args.outer - residue + args.period - 1) / args.period - counted;
-    row = residue + args.period * first;
-    row_step = args.period * step;
+    const int64_t residue = blockIdx.x & (args.period - 1);
+    const int64_t left = ((args.outer - residue + args.period - 1) >> args.period_bits) - counted;
+    row = residue + (first << args.period_bits);
+    row_step = step << args.period_bits;
     rounds = left > 0 ? static_cast<int>((left + step - 1) / step) : 0;
     phase = reinterpret_cast<uintptr_t>(logits + residue * args.outer_stride) % kVectorBytes /
             sizeof(T);
   }
   static __device__ __forceinline__ int64_t block(const RowArgs& args) {
-    return blockIdx.x / args.period;
+    return blockIdx.x >> args.period_bits;
   }
   static __device__ __forceinline__ int64_t blocks(const RowArgs& args) {
-    return gridDim.x / args.period;
+    return gridDim.x >> args.period_bits;
   }
 };
 
@@ -226,10 +226,10 @@ struct ClassVectors {
     load_shared(from + (part * capacity + vector) * Q, out);
   }
 
-  // u = (1 + c a) z + c b + o
+  // (1 + c a) z + c b
   template <bool Calibrated>
-  __device__ __forceinline__ void affine(int vector, int part, const A (&z)[Q], A c,
-                                         A (&u)[Q]) const {
+  __device__ __forceinline__ void calibrate(int vector, int part, const A (&z)[Q], A c,
+                                            A (&u)[Q]) const {
     if constexpr (Calibrated) {
       A a[Q], b[Q];
       load(scale, vector, part, a);
@@ -240,6 +240,13 @@ struct ClassVectors {
 #pragma unroll
       for (int q = 0; q < Q; ++q) u[q] = z[q];
     }
+  }
+
+  // u = (1 + c a) z + c b + o
+  template <bool Calibrated>
+  __device__ __forceinline__ void affine(int vector, int part, const A (&z)[Q], A c,
+                                         A (&u)[Q]) const {
+    calibrate<Calibrated>(vector, part, z, c, u);
     if (!prior) return;  // a sum with 0 is an instruction
     __syncwarp();        // keeps the compiler from making predicated instructions of this
     A o[Q];

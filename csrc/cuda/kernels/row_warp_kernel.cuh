@@ -33,9 +33,10 @@ template <class T, int K>
 struct WarpTile : GroupRows {
   static constexpr int V = kVector<T>;
 
-  int lane;
+  int warp, lane;
   int first_class;  // of the row's first whole vector
   int vectors;      // whole ones
+  int left;         // of them from this lane's first on
   int edge;         // this lane's class at the row's edges, or -1
   int classes;
 
@@ -44,19 +45,24 @@ struct WarpTile : GroupRows {
       : GroupRows(args, static_cast<const T*>(args.logits),
                   block(args) + blocks(args) * (threadIdx.x / 32), blocks(args) * (blockDim.x / 32),
                   block(args) + blocks(args) * (threadIdx.x / 32)),
+        warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         first_class((V - phase) % V),
         vectors((static_cast<int>(args.classes) - first_class) / V),
         classes(static_cast<int>(args.classes)) {
-    // Of a number below V the compiler would make `first | 32 k V`, in a register for each k.
+    // Of numbers whose upper bits it knows the compiler makes `lane | 32 k` and the like, in a
+    // register for each k and not in an address's offset.
     asm("" : "+r"(first_class));
+    asm("" : "+r"(lane));
+    asm("" : "+r"(warp));  // and this it would make anew wherever it is used
+    left = vectors - lane;
     const int after = classes - first_class - vectors * V;
     edge = lane < first_class ? lane : lane >= 32 - after ? classes - 32 + lane : -1;
   }
 
   static __device__ __forceinline__ int capacity() { return 32 * K; }
   __device__ __forceinline__ bool own(int j) const { return j < classes; }  // of class vectors
-  __device__ __forceinline__ bool has(int k) const { return lane + 32 * k < vectors; }
+  __device__ __forceinline__ bool has(int k) const { return left > 32 * k; }
   // Of this lane's first vector, from the row's first element.
   __device__ __forceinline__ int first() const { return first_class + lane * V; }
 };
@@ -68,7 +74,6 @@ class Turn {
  public:
   using A = Accumulate<T>;
   enum Value {
-    kClass,    // the target, an int
     kC,        // confidence after the sigmoid
     kWeight,   // of the target's class
     kFactor,   // sample weight; backward: times the upstream gradient over the denominator
@@ -88,15 +93,11 @@ class Turn {
       : memory_(reinterpret_cast<A*>(memory)) {}
 
   __device__ __forceinline__ A& at(Value value, int row) const { return memory_[value * 32 + row]; }
-  __device__ __forceinline__ int& target(int row) const {
-    return reinterpret_cast<int*>(memory_ + kClass * 32)[row];
-  }
-
-  // Row i of the logits, as row `row` of the turn. Other lanes see it after a __syncwarp.
-  __device__ __forceinline__ void read(const RowArgs& args, int64_t i, int row, A inverse) const {
+  // Row i of the logits, as row `row` of the turn; returns its target. Other lanes see the rest
+  // after a __syncwarp.
+  __device__ __forceinline__ int read(const RowArgs& args, int64_t i, int row, A inverse) const {
     const int t = i < args.outer ? target_of(args, i) : kNoTarget;
-    target(row) = t;
-    if (!is_valid(t)) return;
+    if (!is_valid(t)) return t;
     const A c = confidence_of<A>(args, i);
     A factor = vector_entry<A>(args.sample_weight, i, A(1));
     if (args.backward)
@@ -112,6 +113,7 @@ class Turn {
     at(kTargetLogit, row) = target_logit_of(args, t, z, c);
     at(kTargetSlope, row) = finite_or_zero(vector_entry<A>(args.scale, t, A(0)) * z +
                                            vector_entry<A>(args.bias, t, A(0)));
+    return t;
   }
 
   // By the row's lane.
@@ -223,6 +225,15 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpT
   }
 }
 
+// A vector of V elements.
+template <class T>
+__device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
+  Raw raw = {};
+#pragma unroll
+  for (int v = 0; v < kVector<T>; ++v) set_element(raw, v, from_accumulate<T>(values[v]));
+  return raw;
+}
+
 template <class A>
 __device__ __forceinline__ A warp_sum(A v) {
 #pragma unroll
@@ -240,15 +251,16 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>, P = K * V;
   constexpr int kStages = kWarpStages<K>;
   DISALIGN_SHARED_MEMORY(memory);
-  unsigned char* areas = memory + kWarpScratchBytes;
-  unsigned char* staged = areas + threadIdx.x / 32 * kWarpBytes;
-  A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kWarpBytes);
-
   const WarpTile<T, K> tile(args);
   const int lane = tile.lane;
+  unsigned char* areas = memory + kWarpScratchBytes;
+  unsigned char* staged = areas + tile.warp * kWarpBytes;
+  A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kWarpBytes);
+
   const ClassVectors<T> classes(args, tile, class_memory);
   const EdgeVectors<A> edge(args, tile.edge);
-  const bool smoothing = args.label_smoothing > 0;
+  const RowOptions<A> options(args);
+  const bool smoothing = options.label_smoothing > 0;
   const bool slopes = Calibrated && args.grad_confidence;
   A weights = 0;
   if (smoothing) {
@@ -265,71 +277,80 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
   const auto vector_at = [&](int round, int k) {
     return staged + ((round % kStages * K + k) * 32 + lane) * kVectorBytes;
   };
-  Raw nothing;
+  if (!tile.has(K - 1)) {  // what is no vector is -inf, for good
+    Raw nothing;
 #pragma unroll
-  for (int v = 0; v < V; ++v) set_element(nothing, v, from_accumulate<T>(negative_infinity<A>()));
-  for (int at = 0; at < kWarpStaged; ++at)  // what is no vector, for good
-    if (!tile.has(at % K)) write_shared(staged + (at * 32 + lane) * kVectorBytes, nothing);
+    for (int v = 0; v < V; ++v) set_element(nothing, v, from_accumulate<T>(negative_infinity<A>()));
+    for (int k = max(tile.left + 31, 0) / 32; k < K; ++k) {
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) write_shared(vector_at(stage, k), nothing);
+    }
+  }
 
   const T* logits = static_cast<const T*>(args.logits);
   int ahead = kNoTarget;  // of this lane's row around the one that is asked for
+  const int64_t step = tile.row_step * args.outer_stride;
+  // Of the row that is asked for next: its first vector of this lane; of the one after this: its edge.
+  const T* from = logits + tile.row * args.outer_stride + tile.first();
+  const T* edge_from = logits + tile.row * args.outer_stride + tile.edge;
   const auto ask_for = [&](int round, int64_t i) {
     if (round < tile.rounds) {
       if (round % 32 == 0) {
         const int64_t own = i + lane * tile.row_step;
         ahead = own < args.outer ? target_of(args, own) : kNoTarget;
       }
-      if (is_valid(__shfl_sync(kFullWarp, ahead, round % 32))) {
-        const T* from = logits + i * args.outer_stride + tile.first();
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-          if (tile.has(k)) copy_vector(vector_at(round, k), from + 32 * k * V);
-      }
+      if (is_valid(__shfl_sync(kFullWarp, ahead, round % 32)))
+        copy_vectors(vector_at(round, 0), from, tile.left, std::make_integer_sequence<int, K>{});
+      from += step;
     }
     commit_copies();
   };
-  const auto edge_of = [&](int round, int64_t i) {
-    return tile.edge >= 0 && round < tile.rounds
-               ? to_accumulate(load_one(logits + i * args.outer_stride + tile.edge))
-               : negative_infinity<A>();
+  const auto edge_of = [&](int round) {
+    A z = negative_infinity<A>();
+    if (tile.edge >= 0 && round < tile.rounds) z = to_accumulate(load_one(edge_from));
+    edge_from += step;
+    return z;
   };
 #pragma unroll
   for (int round = 0; round < kStages - 1; ++round)
     ask_for(round, tile.row + round * tile.row_step);
-  A next_edge = edge_of(0, tile.row);
+  A next_edge = edge_of(0);
+  T* grad = static_cast<T*>(args.grad_logits) + tile.row * args.grad_outer_stride;
+  const int64_t grad_step = tile.row_step * args.grad_outer_stride;
 
+  int own_target = kNoTarget;  // of this lane's row of the turn
   const Turn<T> turn(staged + 32 * kWarpStaged * kVectorBytes);
   A grad_scale[Sums ? P + 1 : 1] = {}, grad_bias[Sums ? P + 1 : 1] = {};  // the last: the edge's
   int64_t i = tile.row;
-  for (int round = 0; round < tile.rounds; ++round, i += tile.row_step) {
+  for (int round = 0; round < tile.rounds; ++round, i += tile.row_step, grad += grad_step) {
     const int at_turn = round % 32;
     if (at_turn == 0) {
       __syncwarp();
-      turn.read(args, i + lane * tile.row_step, lane, inverse);
+      own_target = turn.read(args, i + lane * tile.row_step, lane, inverse);
       __syncwarp();
     }
     ask_for(round + kStages - 1, i + (kStages - 1) * tile.row_step);
     const A z_edge = next_edge;
-    next_edge = edge_of(round + 1, i + tile.row_step);
-    const int target = turn.target(at_turn);
+    next_edge = edge_of(round + 1);
+    const int target = __shfl_sync(kFullWarp, own_target, at_turn);
     const auto of_row = [&](auto value) { return turn.at(value, at_turn); };
-    T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
-    const auto write_vector = [&](int k, const Raw& raw) {
-      if (!tile.has(k)) return;
-      T* to = grad + tile.first() + 32 * k * V;
-      if (reinterpret_cast<uintptr_t>(grad + tile.first_class) % kVectorBytes == 0)
-        return store_vector(to, raw);
+    const auto write = [&](const A(&g)[P + 1]) {
+      T* to = grad + tile.first();
+      if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) store_one(to + v, element<T>(raw, v));
+        for (int k = 0; k < K; ++k)
+          if (tile.has(k)) store_vector(to + 32 * k * V, packed<T>(&g[k * V]));
+      } else {
+#pragma unroll
+        for (int p = 0; p < P; ++p)
+          if (tile.has(p / V)) store_one(to + p / V * 32 * V + p % V, from_accumulate<T>(g[p]));
+      }
+      if (tile.edge >= 0) store_one(grad + tile.edge, from_accumulate<T>(g[P]));
     };
     wait_for_copies<kStages - 1>();
 
     if (!is_valid(target)) {
-      if (writes_logits) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) write_vector(k, Raw{});
-        if (tile.edge >= 0) store_one(grad + tile.edge, from_accumulate<T>(A(0)));
-      }
+      if (writes_logits) write({});
     } else {
       const A c = Calibrated ? of_row(Turn<T>::kC) : A(0);
       const TargetPlace<T, K> place(tile, target);
@@ -348,12 +369,21 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
       for (int part = 0; part < K * N; ++part) {
         A z[Q], u[Q];
         unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-        classes.template affine<Calibrated>(lane + 32 * (part / N), part % N, z, c, u);
-        A most = u[0];
+        classes.template calibrate<Calibrated>(lane + 32 * (part / N), part % N, z, c, u);
 #pragma unroll
-        for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q], most = larger(most, u[q]);
-        sums.maximum = larger(sums.maximum, most);
+        for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
       }
+      if (classes.prior) {
+#pragma unroll
+        for (int part = 0; part < K * N; ++part) {
+          A o[Q];
+          classes.load(classes.prior, lane + 32 * (part / N), part % N, o);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) e[part * Q + q] += o[q];
+        }
+      }
+#pragma unroll
+      for (int p = 0; p < P; p += 2) sums.maximum = larger(sums.maximum, larger(e[p], e[p + 1]));
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2)
         sums.maximum = larger(sums.maximum, __shfl_xor_sync(kFullWarp, sums.maximum, distance));
@@ -377,22 +407,49 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
       const Exponentials<A> exponentials(sums.maximum);
       exponentials.apply(e);
       sums.rest = warp_sum(sum_of(e)) * exponentials.correction;
-      if (Calibrated && slopes) {
+      // exp(u - maximum) z, 0 of the target and of a masked class and not 0 * -inf.
+      A ez[Sums ? P + 1 : 1];
+      if constexpr (Sums) {
+        forget_loads();
 #pragma unroll
         for (int part = 0; part < K * N; ++part) {
-          A z[Q], d[Q], w[Q] = {};
+          A z[Q];
           unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-          classes.slope(lane + 32 * (part / N), part % N, z, d);  // 0 of the target
-          if (smoothing) classes.load(classes.weight, lane + 32 * (part / N), part % N, w);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) ez[part * Q + q] = e[part * Q + q] * larger(z[q], kLowest<A>);
+        }
+        ez[P] = e[P] * larger(z_edge, kLowest<A>);
+      }
+      if (Calibrated && slopes) {
+        forget_loads();
+#pragma unroll
+        for (int part = 0; part < K * N; ++part) {
+          A z[Q], a[Q], b[Q];
+          unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
+          classes.load(classes.scale, lane + 32 * (part / N), part % N, a);
+          classes.load(classes.bias, lane + 32 * (part / N), part % N, b);
 #pragma unroll
           for (int q = 0; q < Q; ++q) {
-            sums.rest_slope += e[part * Q + q] * d[q];
-            if (smoothing) sums.smooth_slope += w[q] * d[q];
+            const int p = part * Q + q;
+            const A weighted = Sums ? ez[Sums ? p : 0] : e[p] * larger(z[q], kLowest<A>);
+            sums.rest_slope += a[q] * weighted + b[q] * e[p];
           }
         }
-        const A d = finite_or_zero(edge.scale * z_edge + edge.bias);
-        sums.rest_slope = warp_sum(sums.rest_slope + e[P] * d) * exponentials.correction;
+        const A weighted = e[P] * larger(z_edge, kLowest<A>);
+        sums.rest_slope += edge.scale * weighted + edge.bias * e[P];
+        sums.rest_slope = warp_sum(sums.rest_slope) * exponentials.correction;
         if (smoothing) {
+          forget_loads();
+#pragma unroll
+          for (int part = 0; part < K * N; ++part) {
+            A z[Q], d[Q], w[Q];
+            unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
+            classes.slope(lane + 32 * (part / N), part % N, z, d);  // 0 of the target
+            classes.load(classes.weight, lane + 32 * (part / N), part % N, w);
+#pragma unroll
+            for (int q = 0; q < Q; ++q) sums.smooth_slope += w[q] * d[q];
+          }
+          const A d = finite_or_zero(edge.scale * z_edge + edge.bias);
           if (!place.at_edge) sums.smooth_slope += edge.weight * d;
           const A w_t = of_row(Turn<T>::kWeight), d_t = of_row(Turn<T>::kTargetSlope);
           sums.smooth_slope = warp_sum(sums.smooth_slope) + w_t * d_t;
@@ -401,40 +458,37 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
       if (lane == at_turn) turn.keep(at_turn, sums, slopes, smoothing);
 
       if (writes_logits || Sums) {
+        forget_loads();
         const A w_t = of_row(Turn<T>::kWeight), v_i = of_row(Turn<T>::kFactor);
-        const PositionResult<A> result = position_result(args, sums, w_t, false);
+        const PositionResult<A> result = position_result(options, sums, w_t, false);
         const A of_e = result.softmax * exponentials.correction;
         if (writes_logits) {
           const A factor = args.backward ? v_i : v_i * inverse;
           const A softmax = factor * of_e, smooth = factor * result.smooth;
+          A g[P + 1];
 #pragma unroll
-          for (int k = 0; k < K; ++k) {
-            Raw out = {};
+          for (int p = 0; p <= P; ++p) g[p] = softmax * e[p];
+          if (smoothing) {
 #pragma unroll
-            for (int part = 0; part < N; ++part) {
-              A g[Q];
+            for (int part = 0; part < K * N; ++part) {
+              A w[Q];
+              classes.load(classes.weight, lane + 32 * (part / N), part % N, w);
 #pragma unroll
-              for (int q = 0; q < Q; ++q) g[q] = softmax * e[k * V + part * Q + q];
-              if (smoothing) {
-                A w[Q];
-                classes.load(classes.weight, lane + 32 * k, part, w);
-#pragma unroll
-                for (int q = 0; q < Q; ++q) g[q] -= smooth * w[q];
-              }
-              if constexpr (Calibrated) {
-                A a[Q];
-                classes.load(classes.scale, lane + 32 * k, part, a);
-#pragma unroll
-                for (int q = 0; q < Q; ++q) g[q] *= a[q] * c + A(1);
-              }
-              pack<T>(g, part, out);
+              for (int q = 0; q < Q; ++q) g[part * Q + q] -= smooth * w[q];
             }
-            write_vector(k, out);
+            g[P] -= smooth * edge.weight;
           }
-          if (tile.edge >= 0) {
-            const A g = (softmax * e[P] - smooth * edge.weight) * (edge.scale * c + A(1));
-            store_one(grad + tile.edge, from_accumulate<T>(g));
+          if constexpr (Calibrated) {
+#pragma unroll
+            for (int part = 0; part < K * N; ++part) {
+              A a[Q];
+              classes.load(classes.scale, lane + 32 * (part / N), part % N, a);
+#pragma unroll
+              for (int q = 0; q < Q; ++q) g[part * Q + q] *= a[q] * c + A(1);
+            }
+            g[P] *= edge.scale * c + A(1);
           }
+          write(g);
           if (place.holds || place.at_edge) {  // over what it has written of the marked one
             const A a = vector_entry<A>(args.scale, target, A(0));
             store_one(grad + target,
@@ -444,21 +498,10 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
         if constexpr (Sums) {
           const A softmax = v_i * c * of_e, smooth = v_i * c * result.smooth;
 #pragma unroll
-          for (int part = 0; part < K * N; ++part) {
-            A z[Q];
-            unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-#pragma unroll
-            for (int q = 0; q < Q; ++q) {
-              const int p = part * Q + q;
-              const A g = softmax * e[p];
-              // A masked class, of which g is 0, adds 0 and not 0 * -inf.
-              grad_scale[p] += g * larger(z[q], kLowest<A>);
-              grad_bias[p] += g;
-            }
+          for (int p = 0; p <= P; ++p) {
+            grad_scale[p] += softmax * ez[p];
+            grad_bias[p] += softmax * e[p];
           }
-          A g = softmax * e[P];
-          grad_scale[P] += g * larger(z_edge, kLowest<A>);
-          grad_bias[P] += g;
           if (smoothing) {
 #pragma unroll
             for (int part = 0; part < K * N; ++part) {
@@ -468,16 +511,16 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
 #pragma unroll
               for (int q = 0; q < Q; ++q) {
                 const int p = part * Q + q;
-                g = place.is(p) ? A(0) : -smooth * w[q];
+                const A g = place.is(p) ? A(0) : -smooth * w[q];
                 grad_scale[p] += g * (z[q] == negative_infinity<A>() ? A(0) : z[q]);
                 grad_bias[p] += g;
               }
             }
-            g = place.at_edge ? A(0) : -smooth * edge.weight;
+            const A g = place.at_edge ? A(0) : -smooth * edge.weight;
             grad_scale[P] += g * (z_edge == negative_infinity<A>() ? A(0) : z_edge);
             grad_bias[P] += g;
           }
-          g = v_i * c * result.at_target;
+          const A g = v_i * c * result.at_target;
           const A g_z = g * of_row(Turn<T>::kTargetZ);
           // A branch on k, the same for all lanes; selects on what differs, which must not index
           // registers.
@@ -501,14 +544,13 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
     double loss = 0, divisor = 0;
     if (lane <= at_turn) {
       const int64_t own = i + (lane - at_turn) * tile.row_step;
-      const int t = turn.target(lane);
-      const bool valid = is_valid(t);
+      const bool valid = is_valid(own_target);
       const PositionSums<A> sums = turn.kept(lane, slopes, smoothing, weights);
       const A w_t = turn.at(Turn<T>::kWeight, lane), v_i = turn.at(Turn<T>::kFactor, lane);
       const A c = turn.at(Turn<T>::kC, lane);
-      const PositionResult<A> result = position_result(args, sums, w_t, !args.backward);
+      const PositionResult<A> result = position_result(options, sums, w_t, !args.backward);
       if (!args.backward) {
-        write_position(args, own, t, sums, result, v_i, c);
+        write_position(args, own, own_target, sums, result, v_i, c);
         if (valid) {
           loss = static_cast<double>(result.loss * v_i);
           divisor = divisor_share(args, w_t, v_i);

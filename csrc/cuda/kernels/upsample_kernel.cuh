@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kUpsampleThreads, 1)
       if (!args.target) continue;
       const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
       const A v = t < 0 ? A(0) : vector_entry<A>(args.sample_weight, i, A(1));
-      const PositionResult<A> result = position_result(args, sums, target_weight);
+      const PositionResult<A> result = position_result(RowOptions<A>(args), sums, target_weight);
       write_position(args, i, t, sums, result, v, A(0));
       if (args.probability) {
         // Without the margin, which only training knows.

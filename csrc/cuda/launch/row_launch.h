@@ -13,10 +13,11 @@
 
 namespace disalign::cuda {
 
-// After how many rows of this stride, in bytes, addresses are alike modulo 16.
-static inline int row_period(int64_t stride_bytes) {
+// After how many rows of this stride, in bytes, addresses are alike modulo 16: a power of two. No
+// more than are needed for so many rows.
+static inline int row_period(int64_t stride_bytes, int64_t rows) {
   int period = 1;
-  while (period * stride_bytes % kVectorBytes != 0) ++period;
+  while (period * stride_bytes % kVectorBytes != 0 && period < rows) period *= 2;
   return period;
 }
 
@@ -63,9 +64,7 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   using A = Accumulate<T>;
   constexpr int K = kKept<T>;
   RowPlan plan;
-  plan.period = static_cast<int>(
-      std::min<int64_t>(row_period(args.outer_stride * static_cast<int64_t>(sizeof(T))),
-                        std::max<int64_t>(args.outer, 1)));
+  plan.period = row_period(args.outer_stride * static_cast<int64_t>(sizeof(T)), args.outer);
   // Where rows are not all aligned alike, one of them may begin just before an aligned address.
   const auto address = reinterpret_cast<uintptr_t>(args.logits);
   const int64_t phase = plan.period == 1 ? address % kVectorBytes / sizeof(T) : kVector<T> - 1;
@@ -179,6 +178,7 @@ void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, Ro
 static inline void apply(const RowPlan& plan, RowArgs& args) {
   args.lanes = plan.lanes;
   args.period = plan.period;
+  while (1 << args.period_bits < plan.period) ++args.period_bits;
   args.tiles = plan.tiles;
   args.tile_vectors = plan.tile_vectors;
 }
