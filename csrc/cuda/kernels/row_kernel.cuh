@@ -192,38 +192,40 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     sums.target_logit = target_terms[0];
     if constexpr (Calibrated) sums.target_slope = target_terms[1];
 
+    if (smoothing) {
 #pragma unroll
-    for (int part = 0; part < kParts<T>; ++part) {
-      const int k = part / N, first = part * Q;
-      A d[Q];
-      if constexpr (Calibrated) {
-        if (slopes) {
+      for (int part = 0; part < kParts<T>; ++part) {
+        const int k = part / N, first = part * Q;
+        A w[Q], d[Q] = {};
+        classes.load(classes.weight, tile.vector(k), part % N, w);
+        if constexpr (Calibrated) {
           A z[Q];
           unpack<T>(row.raw[k], part % N, z);
-          classes.slope(tile.vector(k), part % N, z, d);
+          if (slopes) classes.slope(tile.vector(k), part % N, z, d);
         }
-      }
-      if (smoothing) {
-        A w[Q];
-        classes.load(classes.weight, tile.vector(k), part % N, w);
 #pragma unroll
         for (int q = 0; q < Q; ++q) {
           // What is not the row's own is -inf, and would add 0 * -inf; the target is added below.
           const bool own = first + q != slot && tile.vector(k) < tile.vectors &&
                            tile.own(tile.class_of(k) + part % N * Q + q);
           sums.smooth += own ? w[q] * (e[first + q] - sums.maximum) : A(0);
-          if constexpr (Calibrated) sums.smooth_slope += slopes ? w[q] * d[q] : A(0);
+          sums.smooth_slope += w[q] * d[q];
         }
       }
+    }
+    const Exponentials<A> exponentials(sums.maximum);
+    exponentials.apply(e);
 #pragma unroll
-      for (int q = 0; q < Q; ++q) {
-        e[first + q] = exponential(e[first + q] - sums.maximum);
-        sums.rest += e[first + q];
-      }
-      if constexpr (Calibrated) {
-        if (slopes) {
+    for (int p = 0; p < kElements<T>; ++p) sums.rest += e[p];
+    if constexpr (Calibrated) {
+      if (slopes) {
 #pragma unroll
-          for (int q = 0; q < Q; ++q) sums.rest_slope += e[first + q] * d[q];
+        for (int part = 0; part < kParts<T>; ++part) {
+          A z[Q], d[Q];
+          unpack<T>(row.raw[part / N], part % N, z);
+          classes.slope(tile.vector(part / N), part % N, z, d);
+#pragma unroll
+          for (int q = 0; q < Q; ++q) sums.rest_slope += e[part * Q + q] * d[q];
         }
       }
     }
@@ -237,7 +239,8 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       sum_first<2>(group, values);
     else
       sum_first<1>(group, values);
-    sums.rest = values[0], sums.rest_slope = values[1];
+    sums.rest = values[0] * exponentials.correction;
+    sums.rest_slope = values[1] * exponentials.correction;
     sums.smooth = values[2], sums.smooth_slope = values[3], sums.weight = weights;
 
     if (tiled) {
@@ -247,10 +250,10 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       continue;
     }
 
-    A rescale = 1;  // of e, which is relative to the tile's maximum
+    A rescale = exponentials.correction;  // of e, which is relative to the tile's maximum
     if constexpr (Clustered) {
       sums = cluster.add(sums, smoothing, round);
-      rescale = exponential(cluster.own_maximum(round) - sums.maximum);
+      rescale *= exponential(cluster.own_maximum(round) - sums.maximum);
     }
     const bool first = writes && tile.lane == 0 && i < args.outer;
     if (!first && !sum_classes && !writes_logits) continue;

@@ -499,8 +499,8 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
           const A softmax = v_i * c * of_e, smooth = v_i * c * result.smooth;
 #pragma unroll
           for (int p = 0; p <= P; ++p) {
-            grad_scale[p] += softmax * ez[p];
-            grad_bias[p] += softmax * e[p];
+            grad_scale[p] = std::fma(softmax, ez[p], grad_scale[p]);
+            grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
           }
           if (smoothing) {
 #pragma unroll
