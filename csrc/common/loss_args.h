@@ -63,6 +63,8 @@ struct LossArgs {
   // backward: dL/dloss of A, one a position (stride 1) or one for all (stride 0). null: 1.
   const void* upstream = nullptr;
   int64_t upstream_stride = 0;
+  // backward: grad_logits holds the gradient for an upstream gradient of 1.
+  bool gradient_made = false;
 
   // Gradients wanted; null where not. grad_logits is contiguous, or is the logits.
   void* grad_logits = nullptr;
