@@ -84,8 +84,8 @@ def schemas(layout: Layout) -> tuple[str, ...]:
     )
 
 
-# row_backward, where forward made the gradient of the logits for an upstream gradient of 1: backward
-# reads its one upstream gradient on the device, and makes grad_logits anew where that is not 1.
+# row_backward where grad_logits holds what forward made: it is made anew where the one upstream
+# gradient, read on the device, is not 1.
 MADE_SCHEMA = schemas(ROW)[1].replace(
     "backward(Tensor grad_loss, ", "backward_made(Tensor grad_loss, Tensor(a!) grad_logits, "
 )
@@ -190,7 +190,7 @@ def _shard_forward_fake(logits: Tensor, *args: Any) -> Tensor:
 
 
 def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:
-    """The fake of every operator, by its name without prefix; `native`: those that Triton lacks too."""
+    """The fake of every operator, by its name without prefix. `native`: Triton lacks some."""
     found: dict[str, Callable[..., Any]] = {"upsample_predict": _predict_fake}
     if native:
         found["row_backward_made"] = _made_fake
