@@ -11,6 +11,8 @@ from .codes import CALIBRATION, LOGITS, REDUCTIONS
 from .problem import Inputs, Problem
 from .schemas import LAYOUTS, ROW, UPSAMPLE, Layout
 
+_NONE = REDUCTIONS["none"]
+
 
 class Kernels(NamedTuple):
     """What a device's kernels make in forward.
@@ -46,12 +48,12 @@ def kernels_of(layout: Layout, logits: Tensor) -> Kernels:
 
 def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
     """What forward makes of the gradients that are needed."""
-    if problem.reduction == REDUCTIONS["none"]:
+    if problem.reduction == _NONE:
         return 0
     layout, logits, gradient = problem.layout, inputs.logits, problem.gradient
     kernels = kernels_of(layout, logits)
-    upsampled = layout.name == UPSAMPLE.name
-    made = need & CALIBRATION if kernels.upsampled_calibration or not upsampled else 0
+    calibration = kernels.upsampled_calibration or layout.name != UPSAMPLE.name
+    made = need & CALIBRATION if calibration else 0
     if not need & LOGITS or compiling or problem.in_place or layout.name not in kernels.layouts:
         return made
     if gradient == "auto":
