@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "async_copy.h"
 #include "basics.h"
 #include "block.h"
 #include "cluster.h"

@@ -68,6 +68,14 @@ class Stacks {
   uint32_t count_ = 0;
 };
 
+// A copy to shared memory that is under way (async_copy.h).
+struct Copy {
+  void* to = nullptr;
+  const void* from = nullptr;
+  size_t bytes = 0;
+  uint64_t group = 0;
+};
+
 struct Fiber {
   void* stack_pointer = nullptr;
   uint3 thread{};
@@ -81,6 +89,10 @@ struct Fiber {
   uint64_t cluster_generation = 0;
   void* timeline = nullptr;
   void* fake_stack = nullptr;
+  static constexpr int kMostCopies = 128;
+  Copy copies[kMostCopies];  // under way
+  int copy_count = 0;
+  uint64_t copy_group = 0;
 };
 
 }  // namespace simt

@@ -12,9 +12,13 @@ struct RowArgs : LossArgs {
   int32_t period = 1;        // rows this far apart are aligned alike
   int32_t tiles = 1;         // of a row
   int32_t tile_vectors = 0;  // of a tile
+  bool backward = false;     // row_warp_kernel.cuh: its gradients alone, for the upstream gradient
   // Workspace; blocks are those along grid_x.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+  double* divisors =
+      nullptr;  // [divisor_blocks]: shares of the denominator, where forward needs it
+  int32_t divisor_blocks = 0;
   void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
   void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
   void* output = nullptr;             // calibrate, forward; contiguous
@@ -67,6 +71,8 @@ struct FinishArgs : LossArgs {
   bool forward = false;                // loss and denominator are wanted
   const double* block_sums = nullptr;  // [blocks][2: loss, denominator]; null for 'none'
   int64_t blocks = 0;
+  const double* divisors = nullptr;  // RowArgs; null: the denominator is in block_sums
+  int32_t divisor_blocks = 0;
   const void* class_sums = nullptr;  // of A: [class_blocks][2: scale, bias][classes]
   int64_t class_blocks = 0;
   int64_t class_grid = 0;                 // blocks of this launch that go over classes

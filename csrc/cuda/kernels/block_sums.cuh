@@ -1,6 +1,7 @@
 // A block's share of the reduced loss, handed to finish_kernel.cuh.
 #pragma once
 
+#include "cuda/kernels/arguments.h"
 #include "cuda/kernels/device.cuh"
 #include "cuda/kernels/launch.h"
 
@@ -11,6 +12,26 @@ template <class A>
 __device__ __forceinline__ double divisor_share(const LossArgs& args, A target_weight,
                                                 A sample_weight) {
   return args.normalizer == kByWeights ? static_cast<double>(target_weight * sample_weight) : 1.0;
+}
+
+constexpr int kDivisorThreads = 256;
+constexpr int kDivisorBlocks = 64;  // at most
+
+// The sum of what row_divisor_kernel has written; every thread of every kernel gets the same bits.
+__device__ __forceinline__ double total_of_divisors(const double* divisors, int blocks) {
+  double sum = 0;
+  for (int block = threadIdx.x % 32; block < blocks; block += 32) sum += divisors[block];
+  for (int distance = 16; distance > 0; distance /= 2)
+    sum += __shfl_xor_sync(kFullWarp, sum, distance);
+  return sum;
+}
+
+// Of forward, what the summed loss is divided by, before args.denominator is written.
+__device__ __forceinline__ double forward_denominator(const RowArgs& args) {
+  if (args.reduction != kReduceMean) return 1;
+  if (args.normalizer == kByGiven) return *args.given_denominator;
+  if (args.normalizer == kByCount) return static_cast<double>(args.positions());
+  return total_of_divisors(args.divisors, args.divisor_blocks);
 }
 
 // The sums of a block's groups, in shared memory: registers are for the logits.

@@ -106,6 +106,42 @@ __device__ __forceinline__ Raw load_vector(const void* p) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
+// 16 bytes to shared memory that are on their way until wait_for_copies: what a thread copies it sees
+// after its own wait, other threads after a barrier that follows. sm_75 has no such copies, and
+// waits here.
+__device__ __forceinline__ void copy_vector(void* shared, const void* from) {
+  DISALIGN_NOTE_LOAD(from, kVectorBytes);
+#if defined(DISALIGN_SIMT)
+  ::simt::copy_async(shared, from, kVectorBytes);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(from);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(from)
+               : "memory");
+#endif
+}
+
+// Ends a group of copies; a group may be empty.
+__device__ __forceinline__ void commit_copies() {
+#if defined(DISALIGN_SIMT)
+  ::simt::commit_copies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until all of this thread's groups but the last `Pending` have arrived.
+template <int Pending>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(DISALIGN_SIMT)
+  ::simt::wait_for_copies(Pending);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void store_vector(void* p, Raw raw) {
   DISALIGN_NOTE_STORE(p, kVectorBytes);
   *static_cast<uint4*>(p) = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
@@ -172,25 +208,49 @@ __device__ __forceinline__ void pack(const Accumulate<T> (&in)[kPart<T>], int pa
     set_element(raw, part * kPart<T> + q, from_accumulate<T>(in[q]));
 }
 
+__device__ __forceinline__ Raw read_shared(const unsigned char* from) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ void write_shared(unsigned char* to, Raw raw) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
+}
+
 template <class A>
 __device__ __forceinline__ void load_shared(const A* from, A (&out)[kVector<A>]) {
   const uint4 v = *reinterpret_cast<const uint4*>(from);
   unpack<A>(Raw{{v.x, v.y, v.z, v.w}}, 0, out);
 }
 
-// A product and MUFU.EX2: __expf is twice as many, so as to keep subnormal results, which are 0 here.
-__device__ __forceinline__ float exponential(float x) {
-  constexpr float kLog2E = 1.4426950408889634f;
+// MUFU.EX2. Subnormal results are 0.
+__device__ __forceinline__ float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2E));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 #else
-  const float power = std::exp2(x * kLog2E);
+  const float power = std::exp2(x);
   return power < FLT_MIN ? 0.0f : power;
 #endif
 }
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A product and MUFU.EX2: __expf is twice as many, so as to keep subnormal results.
+__device__ __forceinline__ float exponential(float x) { return power_of_two(x * kLog2E); }
 __device__ __forceinline__ double exponential(double x) { return std::exp(x); }
+
+// 1 / x to the last bit but one, of a normal x: a division is ten instructions and a branch.
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+#else
+  return 1.0f / x;
+#endif
+}
+__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
 
 template <class A>
 constexpr A kLowest = static_cast<A>(-FLT_MAX);
@@ -202,6 +262,39 @@ template <class A>
 __device__ __forceinline__ A larger(A a, A b) {
   return std::fmax(a, b);
 }
+
+// exp(u - maximum) of a row's u, the difference and the product with log2 e in one multiply-add. The
+// rounding of maximum * log2 e is a factor that all of them share: `correction` takes it off.
+template <class A>
+struct Exponentials {
+  A maximum;
+  A correction = 1;
+
+  __device__ __forceinline__ explicit Exponentials(A maximum) : maximum(maximum) {
+    if constexpr (std::is_same_v<A, float>) {
+      product_ = maximum * kLog2E;
+      large_ = !(std::fabs(maximum) < 1e6f);  // beyond, the factor would leave the range of floats
+      if (!large_) correction = power_of_two(std::fma(-maximum, kLog2E, product_));
+    }
+  }
+
+  template <int Count>
+  __device__ __forceinline__ void apply(A (&u)[Count]) const {
+    if constexpr (std::is_same_v<A, float>) {
+      if (!large_) {
+#pragma unroll
+        for (int p = 0; p < Count; ++p) u[p] = power_of_two(std::fma(u[p], kLog2E, -product_));
+        return;
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < Count; ++p) u[p] = exponential(u[p] - maximum);
+  }
+
+ private:
+  float product_ = 0;
+  bool large_ = true;
+};
 
 template <class A>
 __device__ __forceinline__ A negative_infinity() {

@@ -9,6 +9,7 @@
 
 #include "common/mean.h"
 #include "cuda/kernels/arguments.h"
+#include "cuda/kernels/block_sums.cuh"
 #include "cuda/kernels/device.cuh"
 
 namespace disalign::cuda {
@@ -40,7 +41,8 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishA
       else if (args.normalizer == kByCount)
         denominator = static_cast<double>(args.positions());
       else
-        denominator = total_of(args, 1, scratch);
+        denominator = args.divisors ? total_of_divisors(args.divisors, args.divisor_blocks)
+                                    : total_of(args, 1, scratch);
     }
     inverse = denominator == 0 ? 0.0 : 1.0 / denominator;
     if (blockIdx.x == 0 && threadIdx.x == 0) *args.denominator = denominator;

@@ -123,7 +123,7 @@ __device__ __forceinline__ PositionResult<A> position_result(const LossArgs& arg
       row_terms<A>(nll, log_sum, target_weight, static_cast<A>(args.label_smoothing), sums.weight,
                    sums.smooth, static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
   out.loss = terms.loss;
-  const A inverse = A(1) / out.sum;
+  const A inverse = reciprocal(out.sum);
   out.softmax = terms.softmax * inverse;
   out.smooth = terms.smooth;
   // softmax p_t - target = (softmax - target) p_t - target (1 - p_t), without cancellation
@@ -184,10 +184,18 @@ __device__ __forceinline__ A confidence_of(const LossArgs& args, int64_t i) {
 // 1 / denominator, and 0 where nothing is left to divide by: every gradient is 0 then, whatever
 // stands above.
 template <class A>
-__device__ __forceinline__ A inverse_denominator(const LossArgs& args) {
-  if (!args.denominator) return 1;
-  const double denominator = *args.denominator;
+__device__ __forceinline__ A inverse_of(double denominator) {
   return denominator == 0 ? A(0) : static_cast<A>(1.0 / denominator);
+}
+template <class A>
+__device__ __forceinline__ A inverse_denominator(const LossArgs& args) {
+  return args.denominator ? inverse_of<A>(*args.denominator) : A(1);
+}
+
+// Whether the gradient of the logits is there already: backward after a forward that has made it.
+template <class A>
+__device__ __forceinline__ bool is_made(const LossArgs& args) {
+  return args.gradient_made && *static_cast<const A*>(args.upstream) == A(1);
 }
 
 // target_logit(t): z_t and u_t, called where they are needed. weights: sum_j w_j.

@@ -68,6 +68,8 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
   Group<A, Wide> group(tile.lanes, class_memory - Group<A, Wide>::kScratchEntries);
   const bool smoothing = args.label_smoothing > 0;
   const bool slopes = Calibrated && args.confidence_sums;
+  const bool writes_logits = args.grad_logits && !is_made<A>(args);
+  if (!writes_logits && !slopes && !Sums) return;
   A weights = 0;
   if (smoothing) {
     weights = weight_sum<A>(args, 0, tile.classes, reinterpret_cast<A*>(memory));
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(Wide ? kBackwardThreads : kNarrowThreads,
     }
     const int slot = tile.slot_of(row.target);
     T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
-    const bool aligned = tile.aligned(grad), writes = args.grad_logits && i < args.outer;
+    const bool aligned = tile.aligned(grad), writes = writes_logits && i < args.outer;
     A slope = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) {

@@ -135,6 +135,8 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
   const bool tiled = !Clustered && args.tiles > 1;
   const bool writes = !Clustered || blockIdx.y == 0;  // what is the whole row's
   const bool sum_classes = Calibrated && args.class_gradients && !tiled;
+  const bool writes_logits = args.grad_logits && !tiled;
+  const A inverse = writes_logits ? inverse_of<A>(forward_denominator(args)) : A(1);
   const bool slopes = Calibrated && args.grad_confidence;
   const A* class_weight = static_cast<const A*>(args.weight);
   A grad_scale[kElements<T>] = {}, grad_bias[kElements<T>] = {};
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       rescale = exponential(cluster.own_maximum(round) - sums.maximum);
     }
     const bool first = writes && tile.lane == 0 && i < args.outer;
-    if (!first && !sum_classes) continue;
+    if (!first && !sum_classes && !writes_logits) continue;
     const A target_weight = target >= 0 && class_weight ? class_weight[target] : A(1);
     const A v_i = valid ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
     const PositionResult<A> result = position_result(args, sums, target_weight, first);
@@ -262,6 +264,40 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
         write_position(args, i, target, sums, result, v_i, c);
       if (valid)
         block_sums.add(tile.group, result.loss * v_i, divisor_share(args, target_weight, v_i));
+    }
+    if (writes_logits && i < args.outer) {
+      T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
+      const bool aligned = tile.aligned(grad);
+      const A factor = v_i * inverse;
+      const A of_e = factor * result.softmax * rescale, of_w = factor * result.smooth;
+#pragma unroll
+      for (int k = 0; k < kKept<T>; ++k) {
+        Raw out = {};
+#pragma unroll
+        for (int part = 0; part < N; ++part) {
+          A g[Q];
+#pragma unroll
+          for (int q = 0; q < Q; ++q) g[q] = valid ? of_e * e[k * V + part * Q + q] : A(0);
+          if (smoothing) {
+            A w[Q];
+            classes.load(classes.weight, tile.vector(k), part, w);
+#pragma unroll
+            for (int q = 0; q < Q; ++q) g[q] -= of_w * w[q];
+          }
+          if constexpr (Calibrated) {
+            A a[Q];
+            classes.load(classes.scale, tile.vector(k), part, a);
+#pragma unroll
+            for (int q = 0; q < Q; ++q) g[q] *= a[q] * c + A(1);
+          }
+          pack<T>(g, part, out);
+        }
+        tile.store(grad, k, aligned, out);
+      }
+      if (slot >= 0) {  // over what this thread has written there
+        const A a = vector_entry<A>(args.scale, target, A(0));
+        store_one(grad + target, from_accumulate<T>(factor * result.at_target * (a * c + A(1))));
+      }
     }
     if (!sum_classes || !valid) continue;
     const A softmax = v_i * c * result.softmax * rescale, smooth = v_i * c * result.smooth;

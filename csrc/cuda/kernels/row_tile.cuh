@@ -42,8 +42,34 @@ constexpr int kRowScratchBytes =
     (Wide ? kClusterSumsEntries : 0) * static_cast<int>(sizeof(A)) +
     Group<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
 
+// The rows of a group, all aligned alike: of the rows that the block's may be, the `first` and every
+// `step`-th after it. counted: the first row of that group of its warp that has the most.
+struct GroupRows {
+  int64_t row, row_step;  // the first, the distance to the next
+  int rounds;             // how many: far below 2^31, of which a grid has few each
+  int phase;              // elements between an aligned address and the row
+
+  template <class T>
+  __device__ __forceinline__ GroupRows(const RowArgs& args, const T* logits, int64_t first,
+                                       int64_t step, int64_t counted) {
+    const int64_t residue = blockIdx.x % args.period;
+    const int64_t left = (args.outer - residue + args.period - 1) / args.period - counted;
+    row = residue + args.period * first;
+    row_step = args.period * step;
+    rounds = left > 0 ? static_cast<int>((left + step - 1) / step) : 0;
+    phase = reinterpret_cast<uintptr_t>(logits + residue * args.outer_stride) % kVectorBytes /
+            sizeof(T);
+  }
+  static __device__ __forceinline__ int64_t block(const RowArgs& args) {
+    return blockIdx.x / args.period;
+  }
+  static __device__ __forceinline__ int64_t blocks(const RowArgs& args) {
+    return gridDim.x / args.period;
+  }
+};
+
 template <class T, bool Wide>
-struct Tile {
+struct Tile : GroupRows {
   static constexpr int V = kVector<T>;
   static constexpr int K = kKept<T>;
 
@@ -52,25 +78,18 @@ struct Tile {
   int all_whole;     // none of this thread's vectors is the row's first or last, or past it (bool)
   int first_class;   // of the tile's first element; below 0 where that is not the row's own
   int vectors, classes;
-  int64_t row, row_step;  // the group's first row, the distance to its next
-  int rounds;             // how many rows: far below 2^31, of which a grid has few each
 
   __device__ __forceinline__ explicit Tile(const RowArgs& args)
-      : lanes(Wide ? static_cast<int>(blockDim.x) : args.lanes),
+      : GroupRows(
+            args, static_cast<const T*>(args.logits),
+            Wide ? block(args) : block(args) * (blockDim.x / args.lanes) + threadIdx.x / args.lanes,
+            Wide ? blocks(args) : blocks(args) * (blockDim.x / args.lanes),
+            Wide ? block(args) : block(args) * (blockDim.x / args.lanes)),
+        lanes(Wide ? static_cast<int>(blockDim.x) : args.lanes),
         lane(threadIdx.x % lanes),
         group(Wide ? 0 : threadIdx.x / lanes),
         groups(Wide ? 1 : blockDim.x / lanes),
         classes(static_cast<int>(args.classes)) {
-    const int64_t residue = blockIdx.x % args.period;
-    const int64_t block = blockIdx.x / args.period, blocks = gridDim.x / args.period;
-    const int64_t rows = (args.outer - residue + args.period - 1) / args.period;
-    row = residue + args.period * (block * groups + group);
-    row_step = args.period * blocks * groups;
-    const int64_t left = rows - block * groups;
-    rounds = left > 0 ? static_cast<int>((left + blocks * groups - 1) / (blocks * groups)) : 0;
-    const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(args.logits) +
-                                                     residue * args.outer_stride);
-    const int phase = static_cast<int>(address % kVectorBytes / sizeof(T));
     const int all = (phase + classes + V - 1) / V;
     const int before = static_cast<int>(blockIdx.y) * args.tile_vectors;
     first_class = before * V - phase;

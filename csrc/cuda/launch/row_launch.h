@@ -7,6 +7,7 @@
 
 #include "cuda/kernels/row_backward_kernel.cuh"
 #include "cuda/kernels/row_kernel.cuh"
+#include "cuda/kernels/row_warp_kernel.cuh"
 #include "cuda/launch/dispatch.h"
 #include "cuda/launch/finish_launch.h"
 
@@ -22,6 +23,7 @@ static inline int row_period(int64_t stride_bytes) {
 struct RowPlan {
   Shape shape;
   bool wide = false;
+  int warp_vectors = 0;  // of a lane, where a warp keeps a row (row_warp_kernel.cuh); else 0
   int lanes = 0, period = 1, tiles = 1, tile_vectors = 0;
   int64_t vectors = 0;  // of a row
 };
@@ -92,6 +94,39 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   return plan;
 }
 
+// Vectors of a lane where a warp keeps a row: 0 where it cannot. Rows of fewer vectors than a narrow
+// group keeps are left to it, and float64 to the others.
+template <class T>
+int warp_vectors(const RowArgs& args) {
+  if (sizeof(T) == 8 || args.shard_sums || args.shard_factors) return 0;
+  const int64_t vectors = args.classes / kVector<T>;
+  if (vectors <= 32 * kKept<T> || vectors > 32 * kWarpRowVectors) return 0;
+  if (sizeof(T) == 4) return kWarpRowVectors;
+  if (vectors <= 32 * kWarpRowVectors / 2) return kWarpRowVectors / 2;
+  return args.class_gradients ? 0 : kWarpRowVectors;  // of more the sums do not fit into registers
+}
+
+// The same rows, a warp a row; no row is cut. None where there is too little shared memory.
+template <class T>
+std::optional<RowPlan> row_warp_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
+  plan.warp_vectors = warp_vectors<T>(args);
+  if (plan.warp_vectors == 0) return std::nullopt;
+  const int64_t class_bytes = ClassVectors<T>::count(args) * 32 * plan.warp_vectors * kVector<T> *
+                              static_cast<int64_t>(sizeof(Accumulate<T>));
+  const int64_t fixed = kWarpScratchBytes + class_bytes;
+  const int64_t most = (static_cast<int64_t>(limits.shared_bytes) - fixed) / kWarpBytes;
+  const int64_t warps =
+      std::min<int64_t>(most, (args.class_gradients ? kWarpSumsThreads : kWarpRowThreads) / 32);
+  if (warps <= 0) return std::nullopt;
+  plan.wide = false;
+  plan.lanes = 32;
+  plan.tiles = 1;
+  plan.shape = Shape{};
+  plan.shape.threads = static_cast<int>(32 * warps);
+  plan.shape.shared_bytes = fixed + warps * kWarpBytes;
+  return plan;
+}
+
 // The same rows by clusters: a tile as large as a block can keep, all tiles of a row at once. None
 // where they are too many, or there is too little shared memory.
 template <class T>
@@ -117,8 +152,8 @@ int64_t resident_blocks(Launcher& launcher, void (*kernel)(Args), const RowPlan&
 static inline int64_t row_blocks(const RowArgs& args, const RowPlan& plan, int64_t resident) {
   // Class sums are written and read once a block: worth the rows that it has.
   constexpr int64_t kRowsOfSums = 4;
-  const int64_t groups =
-      (plan.wide ? 1 : plan.shape.threads / plan.lanes) * (args.class_gradients ? kRowsOfSums : 1);
+  const int64_t groups = (plan.wide ? 1 : plan.shape.threads / plan.lanes) *
+                         (args.class_gradients && !plan.warp_vectors ? kRowsOfSums : 1);
   const int64_t most = resident / plan.tiles;
   const int64_t wanted = std::min(most, divide_up(args.outer, groups));
   const int64_t up = divide_up(wanted, plan.period) * plan.period;
@@ -148,59 +183,114 @@ static inline void apply(const RowPlan& plan, RowArgs& args) {
   args.tile_vectors = plan.tile_vectors;
 }
 
-// A row's gradients, and with `sums_only` just those of the classes. Returns the blocks whose
-// class sums are in args.class_sums.
+using RowKernel = void (*)(RowArgs);
+
+template <class T, bool Calibrated>
+RowKernel row_warp_kernel_of(const RowArgs& args, const RowPlan& plan) {
+  constexpr int kAll = kWarpRowVectors, kHalf = kAll / 2;
+  if constexpr (sizeof(T) == 4) {
+    if constexpr (Calibrated) {
+      if (args.class_gradients) return row_warp_kernel<T, kAll, true, true>;
+    }
+    return row_warp_kernel<T, kAll, Calibrated, false>;
+  } else if constexpr (sizeof(T) == 2) {
+    if (plan.warp_vectors == kAll) return row_warp_kernel<T, kAll, Calibrated, false>;
+    if constexpr (Calibrated) {
+      if (args.class_gradients) return row_warp_kernel<T, kHalf, true, true>;
+    }
+    return row_warp_kernel<T, kHalf, Calibrated, false>;
+  } else {
+    return nullptr;  // warp_vectors
+  }
+}
+
+template <class T, bool Calibrated>
+RowKernel row_forward_kernel_of(const RowArgs& args, const RowPlan& plan) {
+  if (plan.warp_vectors) return row_warp_kernel_of<T, Calibrated>(args, plan);
+  if (plan.shape.clustered) return row_forward_kernel<T, Calibrated, true, true>;
+  return plan.wide ? row_forward_kernel<T, Calibrated, true>
+                   : row_forward_kernel<T, Calibrated, false>;
+}
+
+template <class T, bool Calibrated>
+RowKernel row_backward_kernel_of(const RowArgs& args, const RowPlan& plan) {
+  if constexpr (Calibrated) {
+    if (args.class_gradients)
+      return plan.wide ? row_backward_kernel<T, true, true, true>
+                       : row_backward_kernel<T, true, false, true>;
+  }
+  return plan.wide ? row_backward_kernel<T, Calibrated, true, false>
+                   : row_backward_kernel<T, Calibrated, false, false>;
+}
+
+// For the class sums of so many blocks.
+template <class T, class Launcher>
+void* new_class_sums(Launcher& launcher, const RowArgs& args, int64_t blocks) {
+  return launcher.allocate(2 * blocks * args.classes * sizeof(Accumulate<T>));
+}
+
+// A row's gradients by row_backward_kernel. Returns the blocks whose class sums are in
+// args.class_sums.
 template <class T, bool Calibrated, class Launcher>
 int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
-  int64_t blocks = 0;
   RowPlan plan = row_plan<T>(args, launcher.limits(), kBackwardThreads);
-  const auto launch = [&](auto kernel) {
-    fill_grid<T>(launcher, kernel, args, plan);
-    apply(plan, args);
-    blocks = plan.shape.grid_x;
-    constexpr int64_t bytes = sizeof(Accumulate<T>);
-    if (args.class_gradients)
-      args.class_sums = launcher.allocate(2 * blocks * args.classes * bytes);
-    if (args.grad_confidence)
-      args.confidence_sums = launcher.allocate(plan.tiles * args.outer * bytes);
-    launcher.launch(kernel, plan.shape, args);
-  };
-  for_bool(plan.wide, [&](auto wide) {
-    constexpr bool kWide = decltype(wide)::value;
-    if constexpr (Calibrated) {
-      if (args.class_gradients) return launch(row_backward_kernel<T, true, kWide, true>);
-    }
-    launch(row_backward_kernel<T, Calibrated, kWide, false>);
-  });
-  return blocks;
+  const RowKernel kernel = row_backward_kernel_of<T, Calibrated>(args, plan);
+  fill_grid<T>(launcher, kernel, args, plan);
+  apply(plan, args);
+  if (args.class_gradients) args.class_sums = new_class_sums<T>(launcher, args, plan.shape.grid_x);
+  if (args.grad_confidence)
+    args.confidence_sums = launcher.allocate(plan.tiles * args.outer * sizeof(Accumulate<T>));
+  launcher.launch(kernel, plan.shape, args);
+  return plan.shape.grid_x;
 }
+
+// The plan of forward, and the tiles of a row that are several blocks' work but no cluster's.
+template <class T, bool Calibrated, class Launcher>
+RowPlan row_forward_plan(Launcher& launcher, const RowArgs& args) {
+  const Limits limits = launcher.limits();
+  const RowPlan plan = row_plan<T>(args, limits, kWideThreads<T>);
+  if (const auto warp = row_warp_plan<T>(args, limits, plan)) return *warp;
+  if (plan.tiles == 1 || !(args.class_gradients || args.grad_logits)) return plan;
+  const auto cluster = row_cluster_plan<T>(args, limits, plan);
+  const bool runs = cluster && launcher.clusters(row_forward_kernel<T, Calibrated, true, true>,
+                                                 cluster->shape) > 0;
+  return runs ? *cluster : plan;
+}
+
+template <class T, bool Calibrated, class Launcher>
+void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype);
 
 template <class T, bool Calibrated, class Launcher>
 void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   using A = Accumulate<T>;
   const bool reduce = args.reduction != kReduceNone;
   FinishArgs last;
-  RowPlan plan = row_plan<T>(args, launcher.limits(), kWideThreads<T>);
-  bool clustered = false;
-  if constexpr (Calibrated) {
-    if (plan.tiles > 1 && args.class_gradients) {
-      const auto cluster = row_cluster_plan<T>(args, launcher.limits(), plan);
-      clustered =
-          cluster && launcher.clusters(row_forward_kernel<T, true, true, true>, cluster->shape) > 0;
-      if (clustered) plan = *cluster;
-    }
+  RowPlan plan = row_forward_plan<T, Calibrated>(launcher, args);
+  const bool tiled = plan.tiles > 1 && !plan.shape.clustered;
+  if (tiled && args.grad_logits) {
+    // The row leaves the chip before its sums are known: forward, then backward.
+    RowArgs loss = args;
+    loss.grad_logits = loss.grad_scale = loss.grad_bias = loss.grad_confidence = nullptr;
+    loss.class_gradients = false;
+    launch_row_forward<T, Calibrated>(launcher, loss, dtype);
+    return launch_row_backward<T, Calibrated>(launcher, args, dtype);
   }
-  for_bool(plan.wide, [&](auto wide) {
-    auto kernel = row_forward_kernel<T, Calibrated, decltype(wide)::value>;
-    if constexpr (Calibrated && decltype(wide)::value) {
-      if (clustered) kernel = row_forward_kernel<T, true, true, true>;
+  if (args.outer > 0) {
+    if (args.grad_logits && args.reduction == kReduceMean &&
+        (args.normalizer == kByWeights || args.normalizer == kByValid)) {
+      Shape shape;
+      shape.threads = kDivisorThreads;
+      shape.shared_bytes = kDivisorThreads / 32 * sizeof(double);
+      shape.grid_x = std::min<int64_t>(divide_up(args.outer, kDivisorThreads), kDivisorBlocks);
+      args.divisor_blocks = static_cast<int32_t>(shape.grid_x);
+      args.divisors = static_cast<double*>(launcher.allocate(shape.grid_x * sizeof(double)));
+      launcher.launch(row_divisor_kernel<A>, shape, args);
     }
+    const RowKernel kernel = row_forward_kernel_of<T, Calibrated>(args, plan);
     fill_grid<T>(launcher, kernel, args, plan);
     apply(plan, args);
-    if (args.outer == 0) return;
     last.blocks = plan.shape.grid_x;
     Shape combine;
-    const bool tiled = plan.tiles > 1 && !clustered;
     if (tiled) {
       args.tile_sums =
           launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.outer * sizeof(A));
@@ -210,26 +300,27 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
       last.blocks = combine.grid_x;
     } else if (args.class_gradients) {
       last.class_blocks = plan.shape.grid_x;
-      args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));
+      args.class_sums = new_class_sums<T>(launcher, args, last.class_blocks);
     }
     if (reduce)
       args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
     launcher.launch(kernel, plan.shape, args);
-    if (!tiled) return;
-    launcher.launch(row_combine_kernel<A>, combine, args);
-    if (!args.class_gradients) return;
-    // Their sums, not yet divided: the loss's gradient for an upstream gradient of 1.
-    RowArgs sums = args;
-    sums.denominator = nullptr;
-    sums.grad_logits = nullptr;
-    sums.grad_confidence = nullptr;
-    last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, sums);
-    args.class_sums = sums.class_sums;
-  });
+    if (tiled) launcher.launch(row_combine_kernel<A>, combine, args);
+    if (tiled && args.class_gradients) {
+      // Their sums, not yet divided: the loss's gradient for an upstream gradient of 1.
+      RowArgs sums = args;
+      sums.denominator = nullptr;
+      sums.grad_confidence = nullptr;
+      last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, sums);
+      args.class_sums = sums.class_sums;
+    }
+  }
   if (args.shard_sums) return;  // nothing to divide
   static_cast<LossArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
+  last.divisors = args.divisors;
+  last.divisor_blocks = args.divisor_blocks;
   last.class_sums = args.class_sums;
   last.confidences = args.outer;
   finish(launcher, dtype, last);
@@ -239,15 +330,29 @@ template <class T, bool Calibrated, class Launcher>
 void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
   FinishArgs last;
   if (args.outer > 0) {
-    if (args.grad_logits == args.logits && !args.shard_factors &&
-        (args.focal_gamma > 0 || args.grad_confidence)) {
-      args.target_logits = launcher.allocate(args.outer * sizeof(Accumulate<T>));
-      Shape shape;
-      shape.threads = kNarrowThreads;
-      shape.grid_x = std::min(divide_up(args.outer, kNarrowThreads), int64_t{1} << 10);
-      launcher.launch(row_target_kernel<T>, shape, args);
+    auto plan = row_warp_plan<T>(args, launcher.limits(),
+                                 row_plan<T>(args, launcher.limits(), kWideThreads<T>));
+    if (plan) {
+      args.backward = true;
+      const RowKernel kernel = row_warp_kernel_of<T, Calibrated>(args, *plan);
+      fill_grid<T>(launcher, kernel, args, *plan);
+      apply(*plan, args);
+      last.class_blocks = plan->shape.grid_x;
+      if (args.class_gradients)
+        args.class_sums = new_class_sums<T>(launcher, args, last.class_blocks);
+      launcher.launch(kernel, plan->shape, args);
+      args.grad_confidence = nullptr;  // is done
+    } else {
+      if (args.grad_logits == args.logits && !args.shard_factors &&
+          (args.focal_gamma > 0 || args.grad_confidence)) {
+        args.target_logits = launcher.allocate(args.outer * sizeof(Accumulate<T>));
+        Shape shape;
+        shape.threads = kNarrowThreads;
+        shape.grid_x = std::min(divide_up(args.outer, kNarrowThreads), int64_t{1} << 10);
+        launcher.launch(row_target_kernel<T>, shape, args);
+      }
+      last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, args);
     }
-    last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, args);
   }
   if (!args.class_gradients && !args.grad_confidence) return;
   static_cast<LossArgs&>(last) = args;

@@ -10,7 +10,8 @@ struct Row {
   using Layout = RowLayout;
   using Args = RowArgs;
   using Device = Cuda;
-  static constexpr int64_t kWantedOfForward = kWantScale | kWantBias | kWantConfidence;
+  static constexpr int64_t kWantedOfForward =
+      kWantLogits | kWantScale | kWantBias | kWantConfidence;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
