@@ -74,8 +74,6 @@ struct LossArgs {
   void* grad_bias = nullptr;        // of A
   void* grad_confidence = nullptr;  // of A
   bool class_gradients = false;     // of scale or bias: the kernels sum both
-  bool gradient_made =
-      false;  // backward: grad_logits holds the gradient for an upstream gradient of 1
 
   // Of a shard, whose logits are some of the rows' classes: forward writes its sums, backward reads
   // factors made of all shards' sums. Both [kShardValues][positions] of A; null where the logits
