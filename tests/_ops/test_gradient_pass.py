@@ -239,7 +239,7 @@ AUTO: dict[tuple[str, schemas.Layout], tuple[torch.dtype, ...]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("device", "layout"), AUTO, ids=lambda v: getattr(v, "name", v))
-def test_what_forward_makes_in_fake_tensors(
+def test_what_auto_means(
     device: str, layout: schemas.Layout, dtype: torch.dtype, fake: FakeTensorMode
 ) -> None:
     by_default = LOGITS * (dtype in AUTO[device, layout])
@@ -258,7 +258,7 @@ def test_what_forward_makes_in_fake_tensors(
     ) == CALIBRATION  # fmt: skip
 
 
-def test_float16_autocast_makes_it_in_backward_in_fake_tensors(fake: FakeTensorMode) -> None:
+def test_auto_means_backward_under_float16_autocast(fake: FakeTensorMode) -> None:
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     try:
         torch.set_autocast_enabled("cuda", True)
