@@ -4,11 +4,12 @@ A layout's forward reads the logits once. With a scalar reduction it also yields
 scale, bias and confidence for an upstream gradient of 1, which backward multiplies by the real one.
 The gradient of the logits is made by the layout's backward, or, where in_forward.py says so, in
 forward while the logits are at hand (which costs one read of the logits and one exponential less).
-The first backward hands it over, the very tensor; a second one makes it anew.
+The first backward hands it over, the very tensor; a second one makes another.
 
 On the CPU the first backward multiplies it by the upstream gradient. On a GPU the host does not
 know that, and leaves it to `backward_made`, which returns at once where it is 1 and else makes the
-gradient from the logits with it: what it writes is rounded once, as a second backward's is.
+gradient from the logits with it, rounded once. A second backward does the same to a gradient that
+it has forward's kernel make again, so that it has the same bits.
 """
 
 from __future__ import annotations
@@ -89,6 +90,17 @@ class Saved(NamedTuple):
         """Of backward, between the upstream gradient and the numbers."""
         return (*self[:9], self.statistics, self.denominator)
 
+    @property
+    def inputs(self) -> Inputs:
+        """Of forward."""
+        return Inputs(*self[:10])
+
+    @property
+    def wanted(self) -> int:
+        """The gradients that forward made."""
+        made = (self.grad_logits, self.grad_scale, self.grad_bias, self.grad_confidence)
+        return sum(bit for bit, grad in zip(GRADIENTS, made, strict=True) if grad is not None)
+
 
 def _save(
     ctx: Any,
@@ -116,7 +128,8 @@ def _is_batched(grad_loss: Tensor) -> bool:
 def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tensor | None:
     """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
-    The stored tensor itself is returned, so only the first call gets it; later calls return None.
+    The stored tensor itself is returned, so only the first call gets it. Later calls return None on
+    the CPU; on a GPU they repeat what made it, since backward's kernel would round it otherwise.
     """
     made, problem = saved.grad_logits, ctx.problem
     if made is None:
@@ -124,14 +137,17 @@ def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tenso
     if type(made) is not Tensor or _modes() or _is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return None if not ctx.precomputed_available else made * grad_loss
+    by_operator = in_forward.kernels_of(problem.layout, made).finished_by_operator
     try:
         ctx.precomputed_available.pop()  # atomic: of several threads' backwards, one has it
+        # .data: a tensor of its own over the same memory, so that autograd may keep it as the
+        # leaf's .grad without a copy, and changes to it are not changes to what we saved.
+        whole = made.data
     except IndexError:
-        return None
-    # .data: a tensor of its own over the same memory, so that autograd may keep it as the leaf's
-    # .grad without a copy, and changes to it are not changes to what we saved.
-    whole = made.data
-    if in_forward.kernels_of(problem.layout, made).finished_by_operator:
+        if not by_operator:
+            return None
+        whole = _forward(saved.inputs, problem, saved.wanted)[_FIRST_GRADIENT]
+    if by_operator:
         finish = problem.layout.operator("backward_made")
         finish(grad_loss, whole, *saved.operator_inputs, *problem.numbers, LOGITS)
         return whole
