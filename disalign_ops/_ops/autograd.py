@@ -129,7 +129,7 @@ def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tenso
     """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
     The stored tensor itself is returned, so only the first call gets it. Later calls return None on
-    the CPU; on a GPU they repeat what made it, since backward's kernel would round it otherwise.
+    the CPU; on a GPU they repeat what made it: backward's kernel may round it differently.
     """
     made, problem = saved.grad_logits, ctx.problem
     if made is None:
