@@ -27,7 +27,7 @@ CLASSES = (1203, 1204, 4096, 8142, 8192, 16384, 65536)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY = "copy"
 # Passes over the logits: reads and writes.
-PASSES = {"forward": 1, "forward, stage 2": 1, "backward": 2}
+PASSES = {"forward": 1, "forward, stage 2": 1, "forward with the gradient": 2, "backward": 2}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _steps(
     z = (torch.randn(rows, classes, device=device) * 3).to(dtype)
     target = torch.randint(0, classes, (rows,), device=device)
     leaf = z.clone().requires_grad_()
-    loss = disalign_ops.cross_entropy(leaf, target)
+    loss = disalign_ops.cross_entropy(leaf, target, gradient="backward")
     confidence, scale, bias = (
         torch.randn(n, device=device).requires_grad_() for n in (rows, classes, classes)
     )
@@ -60,6 +60,9 @@ def _steps(
         COPY: partial(out.copy_, z),
         "forward": partial(disalign_ops.cross_entropy, z, target),
         "forward, stage 2": stage2,
+        "forward with the gradient": partial(
+            disalign_ops.cross_entropy, leaf, target, gradient="forward"
+        ),
         "backward": partial(torch.autograd.grad, loss, leaf, retain_graph=True),
     }
 

@@ -55,7 +55,8 @@ class Case:
 
     The logits are (rows, classes), or with a `size` (rows, classes, *size), the target of that size
     or, where it has another, of `target_size`. With `features` they are a linear head's: the loss
-    is given so many features a row, and the head.
+    is given so many features a row, and the head. upstream: the gradient of the loss, which forward
+    does not know.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Case:
     size: tuple[int, ...] = ()
     target_size: tuple[int, ...] = ()
     features: int = 0
+    upstream: float = 1.0
 
     @property
     def dtype_name(self) -> str:
@@ -88,7 +90,8 @@ class Case:
             head = f"{self.features} features to {self.classes} classes"
             return f"{WORK[self.mode]} of a linear head, {self.rows} x {head} {self.dtype_name}"
         to = " to " + " x ".join(str(n) for n in self.target_size) if self.target_size else ""
-        return f"{WORK[self.mode]}, {shape}{to} {self.dtype_name}"
+        times = "" if self.upstream == 1 else f", upstream gradient {self.upstream:g}"
+        return f"{WORK[self.mode]}, {shape}{to} {self.dtype_name}{times}"
 
     @property
     def logits_bytes(self) -> int:
@@ -120,6 +123,10 @@ _SHAPES = (
     ),
 )
 _ROW_MODES = (Mode.FULL, Mode.STAGE2, Mode.PLAIN, Mode.IN_PLACE)
+_UPSTREAM = (
+    ("third", 171 / 512, "1/3 in bfloat16: the mean of three losses"),
+    ("65536", 65536.0, "GradScaler's first factor"),
+)
 _ADE = "ADE20K, 150 classes, ignored frame"
 _DENSE = (
     ("dense-plain", 2, (256, 256), (), Mode.PLAIN, "logits at the target's size", True),
@@ -147,6 +154,11 @@ def _registry() -> dict[str, Case]:
                 name = f"{data}-{mode.value}" + ("" if dtype == torch.float32 else f"-{dtype_name}")
                 reason = f"{why}; {_MODE_REASONS[mode]}"
                 cases.append(Case(name, rows, classes, dtype, mode, reason, name in _QUICK))
+    for dtype, dtype_name in _DTYPE_NAMES.items():
+        for times, upstream, why in _UPSTREAM:
+            name = f"lvis-plain-{dtype_name}-upstream-{times}"
+            case = Case(name, 4096, 1204, dtype, Mode.PLAIN, why, upstream=upstream)
+            cases.append(case)
     for mode in (Mode.PLAIN, Mode.FULL, Mode.STAGE2):
         cases.append(
             Case(
@@ -195,6 +207,7 @@ class Inputs:
     """
 
     mode: Mode
+    upstream: float
     logits: Tensor
     head: Tensor | None
     target: Tensor
@@ -244,6 +257,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     }
     return Inputs(
         case.mode,
+        case.upstream,
         logits.requires_grad_(case.mode is not Mode.STAGE2),
         head,
         target.to(device),

@@ -35,7 +35,7 @@ def exact(inputs: Inputs) -> dict[str, Tensor]:
     loss = torch.zeros((), dtype=torch.float64, device=logits.device)
     for part, target, part_calibration in _parts(inputs, given, calibration):
         value = _part_loss(inputs, part, target, part_calibration)
-        value.backward()
+        value.backward(torch.full_like(value, inputs.upstream))
         loss += value.detach()
     return {
         "loss": loss,
@@ -81,7 +81,8 @@ def computed(contestant: Contestant, inputs: Inputs, logits: Tensor) -> dict[str
     """Loss and wanted gradients by a contestant; it may overwrite `logits`."""
     loss = contestant.loss(inputs, logits)
     wanted = inputs.wanted(logits)
-    grads = torch.autograd.grad(loss, list(wanted.values()))
+    upstream = torch.full_like(loss, inputs.upstream)
+    grads = torch.autograd.grad(loss, list(wanted.values()), upstream)
     return {"loss": loss.detach(), **dict(zip(wanted, grads, strict=True))}
 
 

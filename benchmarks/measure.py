@@ -196,13 +196,13 @@ def counted_passes(case: Case, device: torch.device) -> tuple[int, int]:
     """Reads and writes of the logits that the mode needs, at least, as design.md counts them."""
     if case.mode is Mode.STAGE2:
         return 1, 0
-    # On the CPU a float32 gradient is made in forward, while the row is in the cache. Elsewhere
-    # backward makes it, which reads again: a half gradient made before the loss scale is known
-    # would flush to zero.
-    in_forward = device.type == "cpu" and case.dtype == torch.float32
-    if in_forward and not case.mode.in_place:
-        return 1, 1
-    return 2, 1
+    on_cpu = device.type == "cpu"
+    # As _ops/in_forward.py has it; else backward reads the logits again.
+    in_forward = case.dtype == torch.float32 if on_cpu else not (case.size or case.features)
+    if not in_forward or case.mode.in_place:
+        return 2, 1
+    # A GPU makes it again where it turns out in backward that the upstream gradient is not 1.
+    return (1, 1) if on_cpu or case.upstream == 1 else (2, 2)
 
 
 def counted_bytes(case: Case, device: torch.device) -> int:

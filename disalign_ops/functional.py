@@ -9,7 +9,7 @@ from ._call import entry, tracing
 from ._call.arguments import check_input, positions_shape
 from ._call.options import Calibration, Options, calibration_vectors, validate_calibration
 from ._call.shard import Shard
-from ._call.types import Background, Form, Normalizer, ReductionName
+from ._call.types import Background, Form, GradientPass, Normalizer, ReductionName
 from ._ops import autograd, composed, dispatch, layouts, reference
 
 
@@ -30,6 +30,7 @@ def cross_entropy(
     margin: Tensor | float | None = None,
     focal_gamma: float = 0.0,
     inplace_backward: bool = False,
+    gradient: GradientPass = "auto",
     shard: Shard | None = None,
 ) -> Tensor:
     """Class-weighted softmax cross-entropy; takes the place of `torch.nn.functional.cross_entropy`.
@@ -57,6 +58,15 @@ def cross_entropy(
         inplace_backward: backward writes the gradient over the logits' memory. The logits must not
             be used afterwards: a second backward, a second loss on them, or a layer that needs its
             own output raises. Not under torch.compile.
+        gradient: the pass that makes the gradient of the logits: "forward", from the one read that
+            the loss takes; "backward", from a second one; or "auto", forward in eager mode with a
+            scalar reduction, for float32 and float64, and on GPUs for bfloat16 (on GPUs for rows
+            alone, and not under float16 autocast). Made in forward, it takes its memory from then
+            on, a GPU makes it again where the upstream gradient is not 1, and in float16 what
+            GradScaler's factor would have saved flushes to zero. "forward" raises where forward
+            cannot make it: reduction "none", inplace_backward, torch.compile, shard, class
+            probabilities, upsampled or contiguous (N, C, d1, ...) logits on a GPU, and the backends
+            "triton" and "reference".
         shard: of `Shard`: input, weight, prior and margin are one process's classes; the loss is
             that over all processes of the group.
 
@@ -78,7 +88,7 @@ def cross_entropy(
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)  # type: ignore[assignment]
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
-        focal_gamma, inplace_backward,
+        focal_gamma, inplace_backward, gradient,
     )  # fmt: skip
     return entry.loss(input, target, options, None, shard)
 
@@ -103,6 +113,7 @@ def disalign_cross_entropy(
     margin: Tensor | float | None = None,
     focal_gamma: float = 0.0,
     inplace_backward: bool = False,
+    gradient: GradientPass = "auto",
     shard: Shard | None = None,
 ) -> Tensor:
     """The loss of DisAlign's calibrated logits, without building them.
@@ -127,7 +138,7 @@ def disalign_cross_entropy(
     """
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
-        focal_gamma, inplace_backward,
+        focal_gamma, inplace_backward, gradient,
     )  # fmt: skip
     calibration = Calibration(confidence, scale, bias, form, background)
     return entry.loss(input, target, options, calibration, shard)

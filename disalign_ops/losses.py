@@ -168,6 +168,7 @@ class ScaledCrossEntropyLoss(CrossEntropyLoss):
             self.reduction, self.label_smoothing, form="residual", sample_weight=sample_weight,
             normalizer=self.normalizer, prior=self.prior, margin=self.margin,
             focal_gamma=self.focal_gamma, inplace_backward=self.inplace_backward,
+            gradient=self.gradient,
         )  # fmt: skip
 
     def _weight(self) -> Tensor | None:

@@ -25,12 +25,13 @@ from ._call.options import (
     Calibration,
     Options,
     calibration_vectors,
+    check_gradient,
     normalizer_code,
     output,
     validate_options,
 )
 from ._call.shard import refuse_shard
-from ._call.types import Background, Form, Normalizer, ReductionName, UpsampleOptions
+from ._call.types import Background, Form, GradientPass, Normalizer, ReductionName, UpsampleOptions
 from ._ops import composed, dispatch, layouts, reference
 from ._ops.codes import REDUCTIONS
 from ._ops.problem import Inputs, Problem
@@ -96,6 +97,7 @@ def upsample_cross_entropy(
     margin: Tensor | float | None = None,
     focal_gamma: float = 0.0,
     inplace_backward: bool = False,
+    gradient: GradientPass = "auto",
     return_details: bool = False,
     shard: None = None,
 ) -> Tensor | UpsampleDetails:
@@ -136,7 +138,7 @@ def upsample_cross_entropy(
     refuse_shard(shard, "upsample_cross_entropy", "which needs all classes of a position")
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
-        focal_gamma, inplace_backward,
+        focal_gamma, inplace_backward, gradient,
     )  # fmt: skip
     calibration = _calibration(confidence, scale, bias, form, background)
     if composed.is_tracing():
@@ -176,6 +178,7 @@ def _validate(
     dtype = reference.accumulate_dtype(input.dtype)
     v = row_vector("sample_weight", options.sample_weight, input, shape, dtype)
     a, b, c = calibration_vectors(input, classes, calibration)
+    check_gradient(given, UPSAMPLE, input)
     in_place = given.in_place and layouts.check_in_place(input, input, False)
     code, denominator = normalizer_code(given.normalizer)
     return (
@@ -185,7 +188,7 @@ def _validate(
         ),
         Problem(
             UPSAMPLE, (*given.numbers, align_corners), REDUCTIONS[given.reduction], code,
-            in_place=in_place, details=details,
+            in_place=in_place, details=details, gradient=given.gradient,
         ),
     )  # fmt: skip
 

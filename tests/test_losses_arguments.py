@@ -134,6 +134,7 @@ def test_print_of_the_other_losses() -> None:
             "CrossEntropyLoss(weight=3 entries (min 0.5, max 2, sum 3.5), normalizer=5.0, "
             "margin=0.2, inplace_backward=True)",
         ),
+        (nn.CrossEntropyLoss(gradient="backward"), "CrossEntropyLoss(gradient='backward')"),
         (nn.CrossEntropyLoss(normalizer=torch.tensor(7.0)), "CrossEntropyLoss(normalizer=7)"),
         (nn.CrossEntropyLoss(prior=weight).to("meta"), "CrossEntropyLoss(prior=3 entries)"),
         (
@@ -182,6 +183,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "normalizer a class": (torch.ones(C), ArgumentError),
     "inplace_backward": ("no", ArgumentTypeError),
     "inplace_backward a number": (1, ArgumentTypeError),
+    "gradient": ("both", ArgumentError),
     "prior of integers": (torch.arange(C), ArgumentTypeError),
     "prior a list": ([0.0] * C, ArgumentTypeError),
     "margin": ("wide", ArgumentTypeError),
@@ -191,6 +193,18 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "weight a list": ([1.0] * C, ArgumentTypeError),
     "weight of two dimensions": (torch.ones(1, C), ArgumentError),
 }
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_gradients_pass_is_chosen(name: str) -> None:
+    criterion = MAKE[name](gradient="forward")
+    z, t = problem()
+    if isinstance(criterion, nn.UpsampleCrossEntropyLoss):
+        z, t = z[..., None, None], t[:, None, None]
+    criterion(z.requires_grad_(), t)
+    criterion.reduction = "none"
+    with pytest.raises(ArgumentError, match="gradient must be 'auto' or 'backward' where reduct"):
+        criterion(z, t)
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -63,6 +63,8 @@ struct LossArgs {
   // backward: dL/dloss of A, one a position (stride 1) or one for all (stride 0). null: 1.
   const void* upstream = nullptr;
   int64_t upstream_stride = 0;
+  // backward: grad_logits holds the gradient for an upstream gradient of 1.
+  bool gradient_made = false;
 
   // Gradients wanted; null where not. grad_logits is contiguous, or is the logits.
   void* grad_logits = nullptr;
@@ -72,8 +74,6 @@ struct LossArgs {
   void* grad_bias = nullptr;        // of A
   void* grad_confidence = nullptr;  // of A
   bool class_gradients = false;     // of scale or bias: the kernels sum both
-  bool gradient_made =
-      false;  // backward: grad_logits holds the gradient for an upstream gradient of 1
 
   // Of a shard, whose logits are some of the rows' classes: forward writes its sums, backward reads
   // factors made of all shards' sums. Both [kShardValues][positions] of A; null where the logits

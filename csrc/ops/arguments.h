@@ -134,4 +134,11 @@ inline Tensor new_like(const Tensor& z) {
   return new_tensor(size, z.dim(), shim_dtype(z.scalar_type()), place_of(z));
 }
 
+inline void require_like(const Tensor& gradient, const Tensor& logits) {
+  bool alike = gradient.dim() == logits.dim() && gradient.scalar_type() == logits.scalar_type() &&
+               gradient.device() == logits.device() && gradient.is_contiguous();
+  for (int64_t d = 0; alike && d < logits.dim(); ++d) alike = gradient.size(d) == logits.size(d);
+  require(alike, "grad_logits is not a contiguous tensor of the logits' shape, dtype and device");
+}
+
 }  // namespace disalign

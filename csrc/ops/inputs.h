@@ -86,18 +86,19 @@ inline Tensor new_vector(const Tensor& logits, int64_t entries) {
   return new_tensor({entries}, accumulate_dtype(logits.scalar_type()), place_of(logits));
 }
 
-// Adds the gradients that are wanted to the results and tells args where to write them. over: that
-// of the logits is written over them, and is no result.
+// Adds the gradients that are wanted to the results and tells args where to write them. grad_logits:
+// the memory for that of the logits, which is then no result.
 template <class Args>
-void add_gradients(const Tensor& logits, int64_t confidences, Wanted wanted, bool over, Args& args,
-                   Results& results) {
+void add_gradients(const Tensor& logits, int64_t confidences, Wanted wanted,
+                   const Tensor* grad_logits, Args& args, Results& results) {
   require(args.scale != nullptr || !wanted.calibration(),
           "gradients are wanted of a calibration that is not given");
   const auto add = [&](Tensor tensor) {
     results.push_back(tensor);
     return tensor.mutable_data_ptr();
   };
-  if (wanted.logits) args.grad_logits = over ? logits.mutable_data_ptr() : add(new_like(logits));
+  if (wanted.logits)
+    args.grad_logits = grad_logits ? grad_logits->mutable_data_ptr() : add(new_like(logits));
   if (wanted.scale) args.grad_scale = add(new_vector(logits, args.classes));
   if (wanted.bias) args.grad_bias = add(new_vector(logits, args.classes));
   if (wanted.confidence) args.grad_confidence = add(new_vector(logits, confidences));

@@ -58,7 +58,7 @@ struct LossOperator {
     (each ? args.loss : args.reduced_loss) = loss;
     set_statistics(add(new_tensor({2, positions}, dtype, place)), dtype, args);
     args.denominator = static_cast<double*>(add(new_tensor({}, ScalarType::Double, place)));
-    add_gradients(logits, confidences, wanted, false, args, results);
+    add_gradients(logits, confidences, wanted, nullptr, args, results);
     if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
       if (wanted.details) {
         if (!each) args.loss = add(new_vector(logits, positions));
@@ -71,15 +71,17 @@ struct LossOperator {
     return results;
   }
 
-  // {gradients}; InPlace: that of the logits is written over them.
-  template <bool InPlace>
-  static Results backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                          const OptionalTensor& weight, const OptionalTensor& scale,
-                          const OptionalTensor& bias, const OptionalTensor& confidence,
-                          const OptionalTensor& prior, const OptionalTensor& margin,
-                          const OptionalTensor& sample_weight, const Tensor& statistics,
-                          const Tensor& denominator, int64_t ignore_index, double label_smoothing,
-                          double focal_gamma, Options... options, int64_t wanted_bits) {
+  // {gradients}; InPlace: that of the logits is written over them. Made: one Tensor, the gradient of
+  // the logits that forward made, which is written over where the upstream gradient is not 1.
+  template <bool InPlace, class... Made>
+  static Results backward(const Tensor& grad_loss, const Made&... made, const Tensor& logits,
+                          const Tensor& target, const OptionalTensor& weight,
+                          const OptionalTensor& scale, const OptionalTensor& bias,
+                          const OptionalTensor& confidence, const OptionalTensor& prior,
+                          const OptionalTensor& margin, const OptionalTensor& sample_weight,
+                          const Tensor& statistics, const Tensor& denominator, int64_t ignore_index,
+                          double label_smoothing, double focal_gamma, Options... options,
+                          int64_t wanted_bits) {
     Args args;
     Layout::set(logits, target, args, options...);
     const int64_t confidences = Layout::confidences(args), positions = args.positions();
@@ -95,9 +97,18 @@ struct LossOperator {
     set_statistics(statistics.mutable_data_ptr(), dtype, args);
     vector_data(denominator, "denominator", 1, ScalarType::Double, logits);
     args.denominator = static_cast<double*>(denominator.mutable_data_ptr());
+    const Wanted wanted(wanted_bits);
+    const Tensor* grad_logits = InPlace ? &logits : nullptr;
+    if constexpr (sizeof...(Made) > 0) {
+      require(one_upstream && wanted.logits,
+              "a gradient of the logits that forward made has one upstream gradient");
+      (require_like(made, logits), ...);
+      grad_logits = (&made, ...);
+      args.gradient_made = true;
+    }
     Device device(logits);
     Results results;
-    set_gradients<InPlace>(logits, Wanted(wanted_bits), args, results);
+    set_gradients(logits, grad_logits, wanted, args, results);
     device.template backward<Operator>(logits, args);
     return results;
   }
@@ -132,7 +143,7 @@ struct LossOperator {
     args.row_shift = factors.mutable_data_ptr();
     Device device(logits);
     Results results;
-    set_gradients<InPlace>(logits, Wanted(wanted_bits), args, results);
+    set_gradients(logits, InPlace ? &logits : nullptr, Wanted(wanted_bits), args, results);
     device.template backward<Operator>(logits, args);
     return results;
   }
@@ -143,11 +154,11 @@ struct LossOperator {
     args.row_sum = static_cast<char*>(memory) + args.positions() * size_of(dtype);
   }
 
-  template <bool InPlace>
-  static void set_gradients(const Tensor& logits, Wanted wanted, Args& args, Results& results) {
+  static void set_gradients(const Tensor& logits, const Tensor* grad_logits, Wanted wanted,
+                            Args& args, Results& results) {
     results.reserve(4);
-    add_gradients(logits, Layout::confidences(args), wanted, InPlace, args, results);
-    if (!InPlace || !wanted.logits) return;
+    add_gradients(logits, Layout::confidences(args), wanted, grad_logits, args, results);
+    if (grad_logits != &logits || !wanted.logits) return;
     require(!overlaps(logits),
             "the logits overlap in memory: a gradient cannot be written over them");
     Layout::set_over_logits(args);
@@ -174,6 +185,13 @@ void register_loss(torch::stable::detail::StableLibrary& library, const std::str
   library.impl((layout + "_forward").c_str(), TORCH_BOX(&Loss::forward));
   library.impl((layout + "_backward").c_str(), TORCH_BOX(&Loss::template backward<false>));
   library.impl((layout + "_backward_").c_str(), TORCH_BOX(&Loss::template backward<true>));
+}
+
+// Backward where forward makes the gradient of the logits, too.
+template <class Operator>
+void register_made(torch::stable::detail::StableLibrary& library, const std::string& layout) {
+  library.impl((layout + "_backward_made").c_str(),
+               TORCH_BOX((&LossOperator<Operator>::template backward<false, Tensor>)));
 }
 
 template <class Operator>

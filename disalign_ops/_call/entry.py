@@ -20,14 +20,17 @@ from .options import (
     Options,
     Validated,
     calibration_vectors,
+    check_gradient,
     normalizer_code,
     output,
+    refuse_in_forward,
     validate_calibration,
     validate_options,
 )
 from .shard import Shard
 from .types import BACKGROUNDS, FORMS
 
+_AUTO = Options().gradient
 _MEAN, _NONE, _WEIGHTS = REDUCTIONS["mean"], REDUCTIONS["none"], NORMALIZERS["weights"]
 # `type(x) in`, not isinstance: a subclass may mean anything by its attributes.
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -70,7 +73,7 @@ def validate(
     # a tenth of its step.
     (
         weight, ignore_index, reduction, smoothing, sample_weight, normalizer, prior, margin, gamma,
-        inplace_backward,
+        inplace_backward, gradient,
     ) = options  # fmt: skip
     if (
         type(input) is type(target) is Tensor
@@ -79,6 +82,7 @@ def validate(
         and type(normalizer) is str
         and normalizer == "weights"
         and inplace_backward is False
+        and gradient is _AUTO
         and type(gamma) is type(smoothing) is float
         and not gamma
         and 0.0 <= smoothing <= 1.0
@@ -135,6 +139,7 @@ def validate(
     if calibration is not None:
         a, b, c, calibration_form = validate_calibration(input, classes, calibration)
     layout, flat, copied = layouts.flatten(input)
+    check_gradient(given, layout, flat)
     in_place = given.in_place and layouts.check_in_place(input, flat, copied)
     code, denominator = normalizer_code(given.normalizer)
     return (
@@ -143,7 +148,8 @@ def validate(
             denominator,
         ),
         Problem(
-            layout, given.numbers, REDUCTIONS[given.reduction], code, calibration_form, in_place
+            layout, given.numbers, REDUCTIONS[given.reduction], code, calibration_form, in_place,
+            gradient=given.gradient,
         ),
     )  # fmt: skip
 
@@ -175,6 +181,8 @@ def _probability_loss(
     check_target(input, target, positions)
     given = validate_options(input, classes, options)
     _check_probability_options(options, given)
+    if given.gradient == "forward":
+        refuse_in_forward("where target holds class probabilities")
     a, b, c = calibration_vectors(input, classes, calibration)
     rows = layouts.rows(input)
     if given.in_place:

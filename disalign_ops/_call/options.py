@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from .._ops import reference
+from .._ops import dispatch, reference
 from .._ops.calibration_form import CalibrationForm
 from .._ops.codes import NORMALIZERS
+from .._ops.schemas import Layout
 from ..errors import ArgumentError
 from .arguments import (
     check_bool,
@@ -23,7 +24,7 @@ from .arguments import (
     positions_shape,
     row_vector,
 )
-from .types import BACKGROUNDS, FORMS, Normalizer
+from .types import BACKGROUNDS, FORMS, GRADIENT_PASSES, Normalizer
 
 
 class Options(NamedTuple):
@@ -39,6 +40,7 @@ class Options(NamedTuple):
     margin: Tensor | float | None = None
     focal_gamma: float = 0.0
     inplace_backward: bool = False
+    gradient: str = "auto"
 
 
 class Calibration(NamedTuple):
@@ -63,6 +65,7 @@ class Validated(NamedTuple):
     label_smoothing: float
     focal_gamma: float
     in_place: bool
+    gradient: str
 
     @property
     def numbers(self) -> tuple[int, float, float]:
@@ -80,6 +83,7 @@ def validate_options(input: Tensor, classes: int, options: Options) -> Validated
     """Everything of `options` but sample_weight."""
     reduction = check_reduction(options.reduction)
     check_bool("inplace_backward", options.inplace_backward)
+    check_choice("gradient", options.gradient, GRADIENT_PASSES)
     ignore_index = check_integer("ignore_index", options.ignore_index)
     smoothing = check_number("label_smoothing", options.label_smoothing, 0.0, 1.0)
     gamma = check_number("focal_gamma", options.focal_gamma, 0.0)
@@ -94,7 +98,29 @@ def validate_options(input: Tensor, classes: int, options: Options) -> Validated
         smoothing,
         gamma,
         options.inplace_backward,
+        options.gradient,
     )
+
+
+def check_gradient(given: Validated, layout: Layout, logits: Tensor) -> None:
+    """Refuses gradient="forward" where forward cannot make the gradient of these logits."""
+    if given.gradient != "forward":
+        return
+    if torch.compiler.is_compiling():
+        refuse_in_forward("under torch.compile")
+    if given.reduction == "none":
+        refuse_in_forward("where reduction is 'none'")
+    if given.in_place:
+        refuse_in_forward("where inplace_backward is True")
+    if not dispatch.makes_in_forward(layout, logits):
+        refuse_in_forward(
+            f"for {layout.name} logits on {logits.device.type} by the "
+            f"{dispatch.serving_backend(logits)} backend"
+        )
+
+
+def refuse_in_forward(where: str) -> NoReturn:
+    raise ArgumentError(f"gradient must be 'auto' or 'backward' {where}, got 'forward'")
 
 
 def validate_calibration(

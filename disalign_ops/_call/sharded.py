@@ -18,7 +18,14 @@ from .arguments import (
     positions_shape,
     row_vector,
 )
-from .options import Calibration, Options, calibration_vectors, output, validate_options
+from .options import (
+    Calibration,
+    Options,
+    calibration_vectors,
+    output,
+    refuse_in_forward,
+    validate_options,
+)
 from .shard import (
     Shard,
     check_shard,
@@ -43,6 +50,8 @@ def loss(
         raise ArgumentError("inplace_backward must be False where input is a DTensor, got True")
     dim = input.dim() - 1 if isinstance(input, Tensor) else 0
     input = check_tensor("input", local_classes("input", input, shard, dim))
+    if options.gradient == "forward":
+        refuse_in_forward("where shard is given")
     target = local_rows("target", target)
     options, calibration = local_options(options, shard), local_calibration(calibration, shard)
     if input.dim() not in (1, 2):

@@ -13,6 +13,8 @@ Background: TypeAlias = Literal["first", "last"]
 FORMS: tuple[Form, ...] = ("interpolated", "residual")
 BACKGROUNDS: tuple[Background | None, ...] = (None, "first", "last")
 BatchNormMode: TypeAlias = Literal["eval", "train"]
+GradientPass: TypeAlias = Literal["auto", "forward", "backward"]
+GRADIENT_PASSES: tuple[GradientPass, ...] = ("auto", "forward", "backward")
 Normalizer: TypeAlias = Literal["weights", "valid", "count"] | float | Tensor
 
 
@@ -24,6 +26,7 @@ class ExtendedOptions(TypedDict, total=False):
     margin: Tensor | float | None
     focal_gamma: float
     inplace_backward: bool
+    gradient: GradientPass
 
 
 class CriterionOptions(ExtendedOptions, total=False):

@@ -91,7 +91,7 @@ class LabelAwareSmoothingLoss(CrossEntropyLoss):
                 input, target, weight, None, self.ignore_index, None, self.reduction, smoothing,
                 sample_weight=(share if v is None else v * share).reshape(shape),
                 normalizer=normalizer, prior=self.prior, margin=self.margin,
-                focal_gamma=self.focal_gamma,
+                focal_gamma=self.focal_gamma, gradient=self.gradient,
             )  # fmt: skip
             ends.append(end)
         loss = ends[0] + ends[1]

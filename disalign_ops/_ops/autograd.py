@@ -1,11 +1,15 @@
 """Autograd of the operators: what forward keeps, what backward makes of it.
 
 A layout's forward reads the logits once. With a scalar reduction it also yields the gradients of
-scale, bias and confidence for an upstream gradient of 1. The gradient of the logits is made by the
-layout's backward, or, in eager mode on the CPU for float32 and float64, in forward while the logits
-are in the cache (which costs one read of the logits and one exponential less). What forward made,
-backward multiplies by the real upstream gradient, without a second read. The gradient of the logits
-is handed over by the first backward, the very tensor; a second one makes it anew.
+scale, bias and confidence for an upstream gradient of 1, which backward multiplies by the real one.
+The gradient of the logits is made by the layout's backward, or, where in_forward.py says so, in
+forward while the logits are at hand (which costs one read of the logits and one exponential less).
+The first backward hands it over, the very tensor; a second one makes another.
+
+On the CPU the first backward multiplies it by the upstream gradient. On a GPU the host does not
+know that, and leaves it to `backward_made`, which returns at once where it is 1 and else makes the
+gradient from the logits with it, rounded once. A second backward does the same to a gradient that
+it has forward's kernel make again, so that it has the same bits.
 """
 
 from __future__ import annotations
@@ -17,11 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import in_forward, reference
 from .calibration_form import UNCHANGED
 from .codes import (
     BIAS,
-    CALIBRATION,
     CONFIDENCE,
     DETAILS,
     GRADIENTS,
@@ -87,6 +90,17 @@ class Saved(NamedTuple):
         """Of backward, between the upstream gradient and the numbers."""
         return (*self[:9], self.statistics, self.denominator)
 
+    @property
+    def inputs(self) -> Inputs:
+        """Of forward."""
+        return Inputs(*self[:10])
+
+    @property
+    def wanted(self) -> int:
+        """The gradients that forward made."""
+        made = (self.grad_logits, self.grad_scale, self.grad_bias, self.grad_confidence)
+        return sum(bit for bit, grad in zip(GRADIENTS, made, strict=True) if grad is not None)
+
 
 def _save(
     ctx: Any,
@@ -111,21 +125,32 @@ def _is_batched(grad_loss: Tensor) -> bool:
     )
 
 
-def consume_precomputed_grad(ctx: Any, made: Tensor, grad_loss: Tensor) -> Tensor | None:
-    """The gradient of the logits that forward made, scaled by grad_loss.
+def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tensor | None:
+    """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
-    The stored tensor itself is returned, so only the first call gets it; later calls return None.
+    The stored tensor itself is returned, so only the first call gets it. Later calls return None on
+    the CPU; on a GPU they repeat what made it: backward's kernel may round it differently.
     """
+    made, problem = saved.grad_logits, ctx.problem
+    if made is None:
+        return None
     if type(made) is not Tensor or _modes() or _is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return None if not ctx.precomputed_available else made * grad_loss
+    by_operator = in_forward.kernels_of(problem.layout, made).finished_by_operator
     try:
         ctx.precomputed_available.pop()  # atomic: of several threads' backwards, one has it
+        # .data: a tensor of its own over the same memory, so that autograd may keep it as the
+        # leaf's .grad without a copy, and changes to it are not changes to what we saved.
+        whole = made.data
     except IndexError:
-        return None
-    # .data: a tensor of its own over the same memory, so that autograd may keep it as the leaf's
-    # .grad without a copy, and changes to it are not changes to what we saved.
-    whole = made.data
+        if not by_operator:
+            return None
+        whole = _forward(saved.inputs, problem, saved.wanted)[_FIRST_GRADIENT]
+    if by_operator:
+        finish = problem.layout.operator("backward_made")
+        finish(grad_loss, whole, *saved.operator_inputs, *problem.numbers, LOGITS)
+        return whole
     return whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
 
 
@@ -152,8 +177,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
     grads: list[Tensor | None] = [None, None, None, None]
     missing = 0
     if need[0]:
-        if saved.grad_logits is not None:
-            grads[0] = consume_precomputed_grad(ctx, saved.grad_logits, grad_loss)
+        grads[0] = consume_precomputed_grad(ctx, saved, grad_loss)
         # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
         if grads[0] is None:
             missing = LOGITS
@@ -290,28 +314,6 @@ def _forward(inputs: Inputs, problem: Problem, wanted: int) -> list[Tensor]:
     return results
 
 
-# Where the native kernels make the gradient of the logits, and that of an upsampled calibration, in
-# forward: on the CPU, the logits are in the cache. (Tests that run other kernels there change it.)
-IN_FORWARD = [True]
-
-
-def _wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
-    """What forward makes of the gradients that are needed.
-
-    That of the logits in eager mode; half precision would underflow. Upsampling on a GPU makes
-    those of the calibration in backward: there they cost the low-resolution logits once more, in
-    forward every output position.
-    """
-    layout, logits = problem.layout, inputs.logits
-    if problem.reduction == _NONE:
-        return 0
-    here = not layout.prefix and logits.is_cpu and IN_FORWARD[0]
-    wanted = need & CALIBRATION if here or layout.name != UPSAMPLE.name else 0
-    if need & LOGITS and here and not problem.in_place and not compiling:
-        wanted |= LOGITS * (logits.dtype in (torch.float32, torch.float64))
-    return wanted
-
-
 def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     """The loss through a layout's operators, in the accumulation dtype ('none': flat), and details.
 
@@ -329,7 +331,7 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
                 | CONFIDENCE * confidence.requires_grad
             )
     compiling = _is_compiling()
-    wanted = _wanted(inputs, problem, need, compiling) if need else 0
+    wanted = in_forward.wanted(inputs, problem, need, compiling) if need else 0
     if problem.details:
         wanted |= DETAILS
     if compiling:

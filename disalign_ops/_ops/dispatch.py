@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import autograd, backends, composed, reference
+from . import autograd, backends, composed, in_forward, reference
 from .codes import REDUCTIONS
 from .problem import Inputs, Problem, reference_loss
 from .schemas import DENSE, UPSAMPLE, Layout
@@ -60,6 +60,12 @@ def serving_backend(input: Tensor) -> str:
     if input.is_cpu and backends.cpu_is_native():
         return "native"  # what the rest finds, without its cost to a small batch
     return backends.serving(input.device)
+
+
+def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
+    """Whether the kernels that these logits go to can make their gradient in forward."""
+    native = serving_backend(logits) == "native"
+    return native and layout.name in in_forward.kernels_of(layout, logits).layouts
 
 
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing

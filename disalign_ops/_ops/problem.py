@@ -39,6 +39,7 @@ class Problem(NamedTuple):
 
     numbers: ignore_index, label_smoothing, focal_gamma, and the layout's options. reduction and
     normalizer: codes.py. details: of an upsampled loss. in_place: backward writes over the logits.
+    gradient: the pass that makes the gradient of the logits, "auto", "forward" or "backward".
     """
 
     layout: Layout
@@ -48,6 +49,7 @@ class Problem(NamedTuple):
     form: CalibrationForm = UNCHANGED
     in_place: bool = False
     details: bool = False
+    gradient: str = "auto"
 
     @property
     def reduction_name(self) -> str:

@@ -2,8 +2,8 @@
 triton/registration.py registers the same operators as Triton kernels, under names of their own.
 
 Each layout of logits has `<layout>_forward`, `<layout>_backward` and `<layout>_backward_`: row
-(N, C), dense (N, C, S) and upsample (N, C, h, w) under a target of another size. `autograd.py` says
-what forward and backward leave to each other.
+(N, C), dense (N, C, S) and upsample (N, C, h, w) under a target of another size. Rows have
+`row_backward_made` too. `autograd.py` says what forward and backward leave to each other.
 
 Below autograd an operator cannot know which gradients are wanted, so it is told by the bits of
 `wanted` (codes.py). Results are what is wanted, in this order, and nothing else.
@@ -84,6 +84,12 @@ def schemas(layout: Layout) -> tuple[str, ...]:
     )
 
 
+# row_backward where grad_logits holds what forward made: it is made anew where the one upstream
+# gradient, read on the device, is not 1.
+MADE_SCHEMA = schemas(ROW)[1].replace(
+    "backward(Tensor grad_loss, ", "backward_made(Tensor grad_loss, Tensor(a!) grad_logits, "
+)
+
 _SHARD = f"logits, Tensor target, {_CLASS_VECTORS}, bool smoothing"
 # Rows of which the logits are some of the classes; shards.py combines the sums, reference.py
 # (shard_sums, shard_gradients) says what is computed.
@@ -113,7 +119,7 @@ for _layout in LAYOUTS:
 for _layout in (ROW, DENSE):
     for _schema in calibrate_schemas(_layout):
         library.define(_schema)
-for _schema in SHARD_SCHEMAS:
+for _schema in (MADE_SCHEMA, *SHARD_SCHEMAS):
     library.define(_schema)
 library.define(PREDICT_SCHEMA)
 backends.load_native()
@@ -157,6 +163,10 @@ def _in_place_fake(upstream: Tensor, logits: Tensor, *rest: Any) -> list[Tensor]
     return _gradient_fakes(logits, rest[-1] & ~LOGITS)
 
 
+def _made_fake(upstream: Tensor, made: Tensor, logits: Tensor, *rest: Any) -> list[Tensor]:
+    return _gradient_fakes(logits, rest[-1] & ~LOGITS)
+
+
 def _predict_fake(
     logits: Tensor,
     scale: Tensor | None,
@@ -179,9 +189,11 @@ def _shard_forward_fake(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty((SHARD_VALUES, logits.shape[0]), dtype=dtype)
 
 
-def fakes() -> dict[str, Callable[..., Any]]:
-    """The fake of every operator, by its name without prefix."""
+def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:
+    """The fake of every operator, by its name without prefix. `native`: Triton lacks some."""
     found: dict[str, Callable[..., Any]] = {"upsample_predict": _predict_fake}
+    if native:
+        found["row_backward_made"] = _made_fake
     for layout in LAYOUTS:
         found[f"{layout.name}_forward"] = _forward_fake
         found[f"{layout.name}_backward"] = _backward_fake

@@ -115,7 +115,7 @@ class _DisAlign(Calibration):
             x, target: features (N, in_features) or (in_features,); target as in `cross_entropy`.
             options: weight and every other keyword of `disalign_ops.disalign_cross_entropy` but
                 form, background and shard. inplace_backward is safe: only this loss has the raw
-                logits.
+                logits. In chunks it has no effect, and neither has gradient.
         Raises ArgumentError for x of another shape, and what `disalign_cross_entropy` raises.
         """
         refuse_shard(
@@ -137,7 +137,8 @@ class _DisAlign(Calibration):
             rows = x.shape[0] if x.dim() == 2 else 1
             if rows * self.out_features * itemsize > chunk_bytes:
                 others: dict[str, Any] = {**options}
-                others.pop("inplace_backward", None)  # as it is in chunks
+                for name in ("inplace_backward", "gradient"):  # chunks have their own way
+                    others.pop(name, None)
                 confidence = self._confidence(self._confidence_features(x))
                 return disalign_linear_cross_entropy(
                     x, self.weight, target, confidence, self.logit_scale, self.logit_bias,

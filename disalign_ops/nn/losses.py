@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._call.arguments import (
     check_bool,
+    check_choice,
     check_class_indices,
     check_input,
     check_integer,
@@ -20,9 +21,11 @@ from .._call.arguments import (
     check_tensor,
 )
 from .._call.types import (
+    GRADIENT_PASSES,
     Background,
     CriterionOptions,
     ExtendedOptions,
+    GradientPass,
     Normalizer,
     ReductionName,
 )
@@ -53,6 +56,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     margin: Tensor | float | None
     normalizer: Normalizer
     reduction: ReductionName
+    gradient: GradientPass = "auto"  # of criteria that an earlier version pickled
 
     # What print shows: the arguments of a subclass (_made_of), and the options whose values differ
     # from _defaults, without those that the subclass derives from its arguments.
@@ -60,7 +64,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     _defaults: ClassVar[dict[str, object]] = {
         "weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0,
         "normalizer": "weights", "prior": None, "margin": None, "focal_gamma": 0.0,
-        "inplace_backward": False,
+        "inplace_backward": False, "gradient": "auto",
     }  # fmt: skip
     _derived: tuple[str, ...] = ()
     _needs_indices: bool = False  # probabilities as targets have no meaning
@@ -71,7 +75,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         ignore_index: int = -100, reduce: bool | None = None, reduction: ReductionName = "mean",
         label_smoothing: float = 0.0, *, normalizer: Normalizer = "weights",
         prior: Tensor | None = None, margin: Tensor | float | None = None,
-        focal_gamma: float = 0.0, inplace_backward: bool = False,
+        focal_gamma: float = 0.0, inplace_backward: bool = False, gradient: GradientPass = "auto",
     ) -> None:  # fmt: skip
         if weight is not None:
             check_tensor("weight", weight)
@@ -83,6 +87,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.normalizer = _normalizer(normalizer)
         check_bool("inplace_backward", inplace_backward)
         self.inplace_backward = inplace_backward
+        check_choice("gradient", gradient, GRADIENT_PASSES)
+        self.gradient = gradient
         for name, value in (("prior", prior), ("margin", margin)):
             if value is None or (isinstance(value, Tensor) and value.is_floating_point()):
                 self.register_buffer(name, value, persistent=False)
@@ -155,7 +161,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             input, target, self.weight, None, self.ignore_index, None, self.reduction,
             self.label_smoothing, sample_weight=sample_weight, normalizer=self.normalizer,
             prior=self.prior, margin=self.margin, focal_gamma=self.focal_gamma,
-            inplace_backward=self.inplace_backward,
+            inplace_backward=self.inplace_backward, gradient=self.gradient,
         )  # fmt: skip
 
     def __prepare_scriptable__(self) -> nn.Module:  # torch.jit.script calls it
@@ -192,7 +198,7 @@ class UpsampleCrossEntropyLoss(CrossEntropyLoss):
             input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing,
             align_corners=self.align_corners, normalizer=self.normalizer, prior=self.prior,
             margin=self.margin, focal_gamma=self.focal_gamma,
-            inplace_backward=self.inplace_backward, **options,
+            inplace_backward=self.inplace_backward, gradient=self.gradient, **options,
         )  # fmt: skip
         return found
 

@@ -172,6 +172,7 @@ NO_DEFAULTS: dict[str, Any] = {
     "margin": 0.0,
     "focal_gamma": 1,
     "inplace_backward": True,
+    "gradient": "backward",
 }
 
 

@@ -72,10 +72,17 @@ def test_gradcheck_of_calibrate(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_upstream_gradient_that_is_not_one(dtype: torch.dtype) -> None:
     r = rows(5, 33, torch.float32).to(dtype)
-    once = torch.autograd.grad(loss_of(*r.learned), r.learned)
-    scaled = torch.autograd.grad(loss_of(*r.learned) * -8, r.learned)  # 8: exact in every dtype
+    once, scaled = (
+        torch.autograd.grad(loss_of(*r.learned, gradient="backward") * factor, r.learned)
+        for factor in (1, -8)  # 8: exact in every dtype
+    )
     for a, b in zip(once, scaled, strict=True):
         assert torch.equal(a * -8, b)
+    in_forward = torch.autograd.grad(loss_of(*r.learned) * -8, r.learned)
+    for a, b in zip(in_forward, scaled, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=1e-5 if dtype == torch.float32 else 2.0**-7, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

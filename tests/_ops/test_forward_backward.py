@@ -50,6 +50,10 @@ def forward_makes(loss: Callable[..., Tensor], learned: list[Tensor]) -> Tensor:
     return torch.autograd.grad(loss(reduction="sum"), learned)[0]
 
 
+def backward_makes_all(loss: Callable[..., Tensor], learned: list[Tensor]) -> Tensor:
+    return torch.autograd.grad(loss(reduction="sum", gradient="backward"), learned)[0]
+
+
 def backward_makes(loss: Callable[..., Tensor], learned: list[Tensor]) -> Tensor:
     return torch.autograd.grad(loss(reduction="none").sum(), learned)[0]
 
@@ -75,8 +79,8 @@ def in_place(loss: Callable[..., Tensor], learned: list[Tensor]) -> Tensor:
 
 
 WAYS = (
-    forward_makes, backward_makes, backward_makes_it_alone, backward_makes_it_again,
-    backward_makes_it_again_alone, in_place,
+    forward_makes, backward_makes_all, backward_makes, backward_makes_it_alone,
+    backward_makes_it_again, backward_makes_it_again_alone, in_place,
 )  # fmt: skip
 EXTRAS = {"none": {}, "prior": {"prior": torch.randn(C)}, "margin": {"margin": 0.3}}
 

@@ -55,6 +55,12 @@ def backward_arguments(**changes: Any) -> dict[str, Any]:
     return detached | changes
 
 
+def made_arguments(**changes: Any) -> dict[str, Any]:
+    """Of row_backward_made; what forward made is told from what backward makes."""
+    arguments = backward_arguments(wanted=LOGITS)
+    return arguments | {"grad_logits": torch.full((5, 19), 7.0, dtype=torch.float64)} | changes
+
+
 NONE = {"reduction": 0, "wanted": 0}
 UNCALIBRATED = {"scale": None, "bias": None, "confidence": None} | NONE | {"reduction": 2}
 
@@ -85,6 +91,15 @@ def test_opcheck_row_backward() -> None:
         OPS.row_backward_.default, (), backward_arguments(),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+def test_opcheck_row_backward_made() -> None:
+    for upstream in (1.0, 3.0):
+        torch.library.opcheck(
+            OPS.row_backward_made.default, (),
+            made_arguments(grad_loss=torch.tensor(upstream, dtype=torch.float64)),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
 
 
 def test_opcheck_calibrate() -> None:
@@ -135,6 +150,33 @@ def test_backward_refuses_statistics_of_other_rows() -> None:
     overlapping = torch.randn(1, 19, dtype=torch.float64).expand(5, 19)
     with pytest.raises(RuntimeError, match="logits overlap in memory"):
         OPS.row_backward_(**backward_arguments(logits=overlapping))
+
+
+@pytest.mark.parametrize("wanted", [LOGITS, LOGITS | CALIBRATION])
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_what_forward_made_is_kept_where_the_upstream_gradient_is_one(
+    upstream: float, wanted: int
+) -> None:
+    arguments = backward_arguments(
+        grad_loss=torch.tensor(upstream, dtype=torch.float64), wanted=wanted
+    )
+    expected, *others = OPS.row_backward(**arguments)
+    kept = torch.full_like(expected, 7.0)
+    found = OPS.row_backward_made(**arguments, grad_logits=kept)
+    assert torch.equal(kept, torch.full_like(kept, 7.0) if upstream == 1 else expected)
+    for gradient, other in zip(found, others, strict=True):
+        assert_close(gradient, other, torch.float64, "beside it")
+
+
+def test_what_is_no_gradient_of_the_logits_is_refused() -> None:
+    z = torch.zeros(5, 19, dtype=torch.float64)
+    for other in (z[:4], z[:, :18], z.float(), z.t().contiguous().t(), z[0]):
+        with pytest.raises(RuntimeError, match="grad_logits is not a contiguous tensor of the log"):
+            OPS.row_backward_made(**made_arguments(grad_logits=other))
+    each = torch.ones(5, dtype=torch.float64)
+    for changes in ({"grad_loss": each}, {"wanted": SCALE}):
+        with pytest.raises(RuntimeError, match="that forward made has one upstream gradient"):
+            OPS.row_backward_made(**made_arguments(**changes))
 
 
 def step(z: Tensor, target: Tensor, confidence: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

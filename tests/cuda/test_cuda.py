@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from support.dense_cases import dense
 from support.places import TESTS, test_files
 from support.tolerances import assert_close
 
-FILES = ["row", "dense", "upsample", "in_place", "autograd", "stage2"]
+FILES = ["row", "dense", "upsample", "in_place", "autograd", "stage2", "gradient_pass"]
 
 pytestmark = [
     pytest.mark.cuda,
@@ -117,6 +118,64 @@ def test_cuda_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_same(results, step(r), "graph")
+
+
+UPSTREAM = (1.0, 1 / 3, 65536.0)
+
+
+def training_step(r: Rows, upstream: Tensor, gradient: Any) -> list[Tensor]:
+    """Forward, and backward with an upstream gradient that lies on the device."""
+    loss = disalign_ops.disalign_cross_entropy(
+        r.logits, r.target, r.confidence, r.scale, r.bias, gradient=gradient, **r.options
+    )
+    return [loss.detach(), *torch.autograd.grad(loss, r.learned, upstream.to(loss.dtype))]
+
+
+@pytest.mark.parametrize("gradient", ["auto", "forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [133, 1203, 8192, 60_000])
+def test_a_captured_step_takes_any_upstream_gradient(
+    classes: int, dtype: torch.dtype, gradient: str
+) -> None:
+    r = on_gpu(rows(64, classes, torch.float32), dtype)
+    upstream = torch.ones((), device="cuda")
+    graph, results = _captured(lambda: training_step(r, upstream, gradient))
+    for factor in UPSTREAM:  # of one graph: whether it is 1 is found out on the device
+        upstream.fill_(factor)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = training_step(r, upstream, gradient)
+        for captured, eager in zip(results, expected, strict=True):
+            assert torch.equal(captured.nan_to_num(), eager.nan_to_num())
+
+
+@pytest.mark.parametrize("gradient", ["auto", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [133, 1203, 8192, 60_000])
+def test_every_run_gives_the_same_bits(classes: int, dtype: torch.dtype, gradient: str) -> None:
+    r = on_gpu(rows(300, classes, torch.float32), dtype)
+    for factor in UPSTREAM:
+        upstream = torch.tensor(factor, device="cuda", dtype=torch.float64)
+        first = training_step(r, upstream, gradient)
+        for _ in range(5):
+            for a, b in zip(training_step(r, upstream, gradient), first, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_forward_makes_the_gradient_and_backward_takes_no_memory() -> None:
+    # Beyond the one gradient there are a few values a row.
+    z = torch.randn(512, 8142, device="cuda", requires_grad=True)
+    t = torch.randint(0, 8142, (512,), device="cuda")
+    held = {}
+    for gradient in ("auto", "backward"):
+        before = torch.cuda.memory_allocated()
+        loss = disalign_ops.cross_entropy(z, t, gradient=gradient)  # type: ignore[arg-type]
+        held[gradient] = torch.cuda.memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        (grad,) = torch.autograd.grad(loss, z)
+        assert torch.cuda.max_memory_allocated() - before < 1.1 * z.numel() * z.itemsize
+        del loss, grad
+    assert held["auto"] - held["backward"] >= z.numel() * z.itemsize
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -81,7 +81,7 @@ def test_the_registry_covers_what_it_promises() -> None:
 
 def test_cases_are_selected_by_name_and_wildcard() -> None:
     assert [c.name for c in select(["inat-full"], full=False)] == ["inat-full"]
-    assert len(select(["lvis-*", "inat-full"], full=False)) == 9
+    assert len(select(["lvis-*", "inat-full"], full=False)) == 13
     with pytest.raises(ValueError, match=r"a case must be one of imagenet-full, .*, got 'lviss'"):
         select(["lvis-full", "lviss"], full=False)
 
@@ -233,7 +233,9 @@ def test_peak_extra_bytes_sees_the_backward_pass() -> None:
         (Mode.IN_PLACE, torch.float32, "cpu", (2, 1)),
         (Mode.FULL, torch.bfloat16, "cpu", (2, 1)),
         (Mode.STAGE2, torch.bfloat16, "cuda", (1, 0)),
-        (Mode.FULL, torch.float32, "cuda", (2, 1)),
+        (Mode.FULL, torch.float32, "cuda", (1, 1)),
+        (Mode.PLAIN, torch.bfloat16, "cuda", (1, 1)),
+        (Mode.IN_PLACE, torch.bfloat16, "cuda", (2, 1)),
     ],
 )
 def test_counted_bytes(
@@ -246,7 +248,26 @@ def test_counted_bytes(
     )
 
 
+def test_a_gpu_makes_the_gradient_again_for_another_upstream_gradient() -> None:
+    case = replace(tiny(Mode.PLAIN), upstream=65536.0)
+    assert measure.counted_passes(case, torch.device("cuda")) == (2, 2)
+    assert measure.counted_passes(case, CPU) == (1, 1)
+    assert case.title.endswith("fp32, upstream gradient 65536")
+
+
 # --- the gate
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("upstream", [171 / 512, 65536.0])
+def test_the_gate_takes_the_upstream_gradient(upstream: float, dtype: torch.dtype) -> None:
+    inputs = make_inputs(replace(tiny(Mode.FULL, dtype), upstream=upstream), CPU)
+    expected = gate.exact(inputs)
+    outputs = gate.computed(Contestant("any", our_loss), inputs, inputs.logits)
+    assert gate.objections(outputs, expected, dtype) == ""
+    assert "relative error" in gate.objections(
+        outputs, gate.exact(replace(inputs, upstream=1.0)), dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

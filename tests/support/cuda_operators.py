@@ -33,8 +33,8 @@ def _remote(name: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         moved = [_to_gpu(a.detach() if isinstance(a, Tensor) else a) for a in arguments]
         results = operator(*moved)
-        if name.endswith("_backward_"):
-            arguments[1].data.copy_(moved[1])  # the gradient, over the logits
+        if name.endswith(("_backward_", "_backward_made")):
+            arguments[1].data.copy_(moved[1])  # the gradient, over the logits or what forward made
         if isinstance(results, Tensor):
             return results.cpu()
         return [r.cpu() for r in results]

@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from disalign_ops._ops.triton import registration
 
     assert registration.layout_of(schemas.ROW).prefix == "triton_"
-    operator_swap.swap(lambda name: schemas._OPERATORS[f"triton_{name}"])
+    operator_swap.swap(lambda name: schemas._OPERATORS[f"triton_{name}"], native=False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

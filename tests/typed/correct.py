@@ -22,6 +22,7 @@ def losses(
     ops.cross_entropy(z, t, margin=w, prior=w, normalizer=4).backward()
     ops.cross_entropy(z, t, margin=0.5, normalizer=z.new_tensor(4.0), sample_weight=c).backward()
     ops.disalign_cross_entropy(z, t, c, w, w, form="residual", background="last").backward()
+    ops.disalign_cross_entropy(z, t, c, w, w, gradient="forward").backward()
     ops.linear_cross_entropy(z, w, t, sample_rate=0.1, cosine_scale=64, reduction="sum").backward()
     ops.cross_entropy(z, t, w, reduction="sum", shard=ops.Shard()).backward()
     ops.disalign_cross_entropy(z, t, c, w, w, shard=ops.Shard(offset=3)).backward()
@@ -30,6 +31,7 @@ def losses(
     for reduction in ("mean", "sum"):
         assert_type(ops.cross_entropy(z, t, reduction=reduction), Tensor)
     dnn.CrossEntropyLoss(w, reduction="sum", normalizer=2.0, margin=w)
+    dnn.GRWCrossEntropyLoss([5, 3, 1], gradient="backward")
     dnn.GRWCrossEntropyLoss([5, 3, 1], rho=1.2, background="first", label_smoothing=0.1)
     class_stats.grw_weights(torch.tensor([5, 3, 1]), background="last")
     metrics.LongTailAccuracy([5, 3, 1], topk=(1, 5))

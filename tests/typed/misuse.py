@@ -13,6 +13,7 @@ def losses(z: Tensor, t: Tensor, w: Tensor, c: Tensor) -> None:
     ops.cross_entropy(z, t, reduction="avg")  # wrong
     ops.cross_entropy(z, t, normalizer="all")  # wrong
     ops.cross_entropy(z, t, label_smoothing="0.1")  # wrong
+    ops.cross_entropy(z, t, gradient="both")  # wrong
     ops.cross_entropy(z.numpy(), t)  # wrong
     ops.disalign_cross_entropy(z, t, c, w, w, form="both")  # wrong
     ops.disalign_cross_entropy(z, t, c, w, w, background="middle")  # wrong
@@ -24,6 +25,7 @@ def losses(z: Tensor, t: Tensor, w: Tensor, c: Tensor) -> None:
     ops.Shard.of(z)  # wrong
     dnn.CrossEntropyLoss(reduction="avg")  # wrong
     dnn.CrossEntropyLoss(normalizer="all")  # wrong
+    dnn.CrossEntropyLoss(gradient=True)  # wrong
     dnn.GRWCrossEntropyLoss([5, 3, 1], background="middle")  # wrong
     dnn.GRWCrossEntropyLoss([5, 3, 1], reduction="avg")  # wrong
     dnn.GRWCrossEntropyLoss([5, 3, 1], sample_weight=c)  # wrong

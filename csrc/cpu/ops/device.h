@@ -33,6 +33,7 @@ class Cpu {
 
   template <class Operator, class Args>
   void backward(const Tensor& logits, Args& args) {
+    if (args.gradient_made && read(args.upstream, 0) == 1) args.grad_logits = nullptr;
     prepare(logits, args);
     if (args.denominator) divide_by(*args.denominator, args);
     reduce_classes(Operator::run_backward(logits, args), args);

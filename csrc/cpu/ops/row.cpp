@@ -21,6 +21,7 @@ using Row = CpuOperator<RowLayout, RowKernels>;
 
 STABLE_TORCH_LIBRARY_IMPL(disalign_ops, CPU, m) {
   register_loss<Row>(m, "row");
+  register_made<Row>(m, "row");
   register_shard<Row>(m, "row");
 }
 

@@ -26,6 +26,7 @@ struct Row {
 
 STABLE_TORCH_LIBRARY_IMPL(DISALIGN_CUDA_LIBRARY, DISALIGN_CUDA_KEY, m) {
   register_loss<Row>(m, "row");
+  register_made<Row>(m, "row");
   register_shard<Row>(m, "row");
 }
 

@@ -63,7 +63,7 @@ def _typed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return operator
 
 
-for _name, _fake in schemas.fakes().items():
+for _name, _fake in schemas.fakes(native=False).items():
     _operator: Any = torch.library.triton_op(
         f"disalign_ops::{_PREFIX}{_name}",
         _typed(_FUNCTIONS[_name], _name),
