@@ -78,10 +78,13 @@ def caught_by(backend: str, file: str, text: str, fault: str) -> str | None:
             raise RuntimeError(f"{file} has no {text!r}: plant the fault elsewhere")
         (tree / file).write_text(source.replace(text, fault))
         if backend == "native":
-            subprocess.run(
-                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True,
+            build = subprocess.run(
+                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree,
                 env={**os.environ, "DISALIGN_OPS_CUDA": "0"},
+                capture_output=True, text=True, check=False,
             )  # fmt: skip
+            if build.returncode:
+                raise RuntimeError(f"the library was not built:\n{build.stderr[-3000:]}")
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--once",
              "-m", "not standard and not slow", *TESTS[backend]],
@@ -91,7 +94,7 @@ def caught_by(backend: str, file: str, text: str, fault: str) -> str | None:
     if run.returncode == 0:
         return None
     # Under another test's pytest, the test there that fails says more.
-    failed = re.findall(r"^(?:E\s+)?FAILED (\S+)", run.stdout, re.MULTILINE)
+    failed = re.findall(r"^(?:E\s+)?FAILED (.+?)(?: - |$)", run.stdout, re.MULTILINE)
     if run.returncode != 1 or not failed:
         raise RuntimeError(f"the tests did not run:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
     return str(failed[0])
