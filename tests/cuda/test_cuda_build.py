@@ -1,14 +1,11 @@
-"""The CUDA library: built, loaded and registered without a GPU; what its kernels take of one."""
+"""The CUDA library: built, loaded and registered without a GPU."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,9 @@ import torch
 import disalign_ops
 from disalign_ops._ops import backends, schemas
 from simt import build
-from support.places import ROOT, TESTS
+from support.places import ROOT
 
 NATIVE = disalign_ops.backend_info()["native"]
-ARCHITECTURES = ("80", "90")
 
 needs_library = pytest.mark.skipif(
     not backends.CUDA_LIBRARY.exists(),
@@ -230,186 +226,3 @@ def test_the_driver_is_seen_by_its_library_or_its_files(tmp_path: Path) -> None:
             cwd=ROOT, check=True, capture_output=True, text=True,
         )  # fmt: skip
         assert run.stdout.splitlines()[-1] == expected
-
-
-# ---- What the compiler says of the kernels ----
-
-# Registers a thread, at most, over both architectures. Kernels are compiled for as few registers as
-# they need without spilling; a budget keeps a change from halving the threads that run at once.
-# (kernel, storage is float64): the other storage types share their arithmetic.
-REGISTERS = {
-    ("row_forward_kernel plain", False): 128,  # as with 103 or more: 4 blocks a multiprocessor
-    ("row_forward_kernel plain", True): 144,
-    ("row_forward_kernel calibrated", False): 176,
-    ("row_forward_kernel calibrated", True): 208,
-    ("row_forward_kernel clusters", False): 160,  # 168 are there for blocks of 384 threads
-    ("row_forward_kernel clusters", True): 216,
-    ("row_backward_kernel plain", False): 96,
-    ("row_backward_kernel plain", True): 160,
-    ("row_backward_kernel calibrated", False): 128,
-    ("row_backward_kernel calibrated", True): 168,
-    ("row_backward_kernel class sums", False): 200,
-    ("row_backward_kernel class sums", True): 200,
-    ("row_combine_kernel", False): 72,
-    ("row_combine_kernel", True): 88,
-    ("row_target_kernel", False): 32,
-    ("row_target_kernel", True): 32,
-    ("finish_kernel", False): 56,
-    ("finish_kernel", True): 64,
-    ("dense_forward_kernel plain", False): 64,
-    ("dense_forward_kernel plain", True): 80,
-    ("dense_forward_kernel calibrated", False): 88,
-    ("dense_forward_kernel calibrated", True): 128,
-    ("dense_backward_kernel plain", False): 64,
-    ("dense_backward_kernel plain", True): 80,
-    ("dense_backward_kernel calibrated", False): 80,
-    ("dense_backward_kernel calibrated", True): 96,
-    ("row_calibrate_kernel forward", False): 128,
-    ("row_calibrate_kernel forward", True): 128,
-    ("row_calibrate_kernel backward", False): 184,
-    ("row_calibrate_kernel backward", True): 168,
-    ("dense_calibrate_kernel forward", False): 64,
-    ("dense_calibrate_kernel forward", True): 64,
-    ("dense_calibrate_kernel backward", False): 72,
-    ("dense_calibrate_kernel backward", True): 64,
-    ("upsample_axis_kernel", False): 56,
-    ("upsample_axis_kernel", True): 56,
-    ("upsample_forward_kernel", False): 112,
-    ("upsample_forward_kernel", True): 152,
-    ("upsample_factors_kernel", False): 104,
-    ("upsample_factors_kernel", True): 120,
-    ("upsample_backward_kernel", False): 80,
-    ("upsample_backward_kernel", True): 88,
-    ("upsample_overwrite_kernel", False): 48,
-    ("upsample_overwrite_kernel", True): 48,
-}
-_NARROW = ("row_forward_kernel calibrated", False)
-ROW_FORWARD_WIDE = 128  # calibrated: more would leave no room for a block of 512 threads
-
-
-@dataclass
-class Kernel:
-    symbol: str
-    registers: int
-    stack: int
-    spilled: int
-    static_shared: int
-
-    @property
-    def name(self) -> str:
-        return re.search(r"\d+([a-z_]+_kernel)I", self.symbol)[1]  # type: ignore[index]
-
-    @property
-    def type(self) -> str:
-        return re.search(r"_kernelI(d|f|13__nv_bfloat16|6__half)", self.symbol)[1]  # type: ignore[index]
-
-    @property
-    def flags(self) -> list[bool]:
-        return [f == "1" for f in re.findall(r"Lb([01])E", self.symbol)]
-
-    @property
-    def budget(self) -> tuple[str, bool]:
-        kinds = {(): "", (False,): " plain", (True,): " calibrated"}
-        if "calibrate" in self.name:
-            kinds = {(False,): " forward", (True,): " backward"}
-        kind = kinds[tuple(self.flags[:1])]
-        if self.name == "row_backward_kernel" and self.flags[2]:
-            kind = " class sums"
-        if self.name == "row_forward_kernel" and self.flags[2]:
-            kind = " clusters"
-        return self.name + kind, self.type == "d"
-
-
-def _compile(architecture: str, folder: Path) -> tuple[Path, list[Kernel]]:
-    home = build.cuda_home()
-    assert home is not None
-    cubin = folder / f"kernels_{architecture}.cubin"
-    run = subprocess.run(
-        [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin",
-         "-Xptxas", "-v",
-         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
-         str(TESTS / "simt" / "every_kernel.cu"), "-o", str(cubin)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    pattern = (
-        r"Compiling entry function '(\S+)' for.*?(\d+) bytes stack frame, "
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
-    )
-    kernels = []
-    for symbol, stack, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        static = int(shared[1]) if shared else 0
-        kernels.append(Kernel(symbol, int(registers), int(stack), int(stores) + int(loads), static))
-    return cubin, kernels
-
-
-@pytest.fixture(scope="module")
-def compiled(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, tuple[Path, list[Kernel]]]:
-    home = build.cuda_home()
-    if home is None or not (home / "bin" / "nvcc").exists():
-        pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("cubin")
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda architecture: _compile(architecture, folder), ARCHITECTURES)
-        return dict(zip(ARCHITECTURES, found, strict=True))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_spill_nothing_and_keep_their_budgets(
-    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
-) -> None:
-    kernels = compiled[architecture][1]
-    assert {k.budget for k in kernels} == set(REGISTERS)
-    over = []
-    for kernel in kernels:
-        most = REGISTERS[kernel.budget]
-        if kernel.budget == _NARROW and kernel.flags[1]:
-            most = ROW_FORWARD_WIDE
-        if kernel.registers > most or kernel.stack or kernel.spilled or kernel.static_shared:
-            over.append((kernel, most))
-    assert not over
-
-
-def _machine_code(cubin: Path) -> dict[str, str]:
-    """Each kernel's instructions."""
-    tools = Path(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}",
-                 "site-packages", "nvidia", "cu13", "bin")  # fmt: skip
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    cuobjdump = shutil.which("cuobjdump", path=path)
-    if cuobjdump is None or shutil.which("nvdisasm", path=path) is None:
-        pytest.skip("needs cuobjdump and nvdisasm (packages nvidia-cuda-cuobjdump, -nvdisasm)")
-    run = subprocess.run(
-        [cuobjdump, "-sass", str(cubin)], env={**os.environ, "PATH": path},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    parts = re.split(r"Function : (\S+)", run.stdout)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
-    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
-) -> None:
-    cubin, kernels = compiled[architecture]
-    code = _machine_code(cubin)
-    assert set(code) == {k.symbol for k in kernels}
-    for kernel in kernels:
-        found = set(
-            re.findall(r"\b(?:LDG|STG|LDL|STL|ATOMG?|RED)(?:\.[A-Z0-9]+)*", code[kernel.symbol])
-        )
-        local = {i for i in found if i.startswith(("LDL", "STL"))}
-        assert not local, f"{kernel.symbol} keeps registers in memory"
-        assert not {i for i in found if i.startswith(("ATOM", "RED"))}, "no atomics"
-        if "clusters" in kernel.budget[0]:
-            clusters = "UCGABAR_WAIT" in code[kernel.symbol]
-            assert clusters == (int(architecture) >= 90), kernel.symbol
-            if not clusters:
-                continue  # not launched there
-        if kernel.name in ("row_forward_kernel", "row_backward_kernel"):
-            # How often, at C = 1203 and others: test_cuda_simt.py counts.
-            assert "LDG.E.128" in found, kernel.symbol
-        if kernel.name == "row_backward_kernel":
-            assert "STG.E.128" in found, kernel.symbol

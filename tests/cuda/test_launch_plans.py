@@ -14,7 +14,8 @@ import pytest
 from benchmarks import model
 from benchmarks.gpus import GPUS
 from simt import build
-from support import launch_plans
+from support import compiler_report, launch_plans
+from support.compiler_report import Kernel
 from support.launch_plans import Plan
 
 HOME = build.cuda_home()
@@ -58,14 +59,15 @@ def planner() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def registers() -> dict[str, dict[str, int]]:
-    return launch_plans.registers(sorted({gpu.architecture for gpu in GPUS.values()}))
+def reports() -> dict[str, list[Kernel]]:
+    return launch_plans.reports(sorted({gpu.architecture for gpu in GPUS.values()}))
 
 
 @pytest.fixture(scope="module")
 def plans(
-    planner: ModuleType, registers: dict[str, dict[str, int]]
+    planner: ModuleType, reports: dict[str, list[Kernel]]
 ) -> dict[tuple[str, tuple[int, int], str, str], Plan]:
+    registers = {a: {k.symbol: k.registers for k in kernels} for a, kernels in reports.items()}
     return {
         (name, shape, dtype, step): launch_plans.plan(
             planner.row_launches, gpu, registers[gpu.architecture], step, dtype, *shape
@@ -77,6 +79,12 @@ def plans(
 
 
 Plans = dict[tuple[str, tuple[int, int], str, str], Plan]
+
+
+def test_row_kernels_spill_what_is_known(reports: dict[str, list[Kernel]]) -> None:
+    # Of all kernels, types and architectures: test_compiled_kernels.py.
+    for architecture, kernels in reports.items():
+        compiler_report.assert_known_spills(architecture, kernels)
 
 
 def test_every_row_is_one_groups(plans: Plans) -> None:

@@ -1,0 +1,185 @@
+"""What nvcc makes of the CUDA kernels: registers, spills, instructions."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from simt import build
+from support import compiler_report
+from support.compiler_report import Kernel
+from support.places import TESTS
+
+# A minute for two on two cores; launch_plans.py has the row kernels of the others.
+MAIN = ("80", "90")
+ARCHITECTURES = [
+    pytest.param(a, marks=() if a in MAIN else pytest.mark.slow)
+    for a in compiler_report.ARCHITECTURES
+]
+
+# Registers a thread, at most, over both of MAIN. Kernels are compiled for as few registers as
+# they need without spilling; a budget keeps a change from halving the threads that run at once.
+# (kernel, storage is float64): the other storage types share their arithmetic.
+REGISTERS = {
+    ("row_forward_kernel plain", False): 128,  # as with 103 or more: 4 blocks a multiprocessor
+    ("row_forward_kernel plain", True): 144,
+    ("row_forward_kernel calibrated", False): 176,
+    ("row_forward_kernel calibrated", True): 208,
+    ("row_forward_kernel clusters", False): 160,  # 168 are there for blocks of 384 threads
+    ("row_forward_kernel clusters", True): 216,
+    ("row_backward_kernel plain", False): 96,
+    ("row_backward_kernel plain", True): 160,
+    ("row_backward_kernel calibrated", False): 128,
+    ("row_backward_kernel calibrated", True): 168,
+    ("row_backward_kernel class sums", False): 200,
+    ("row_backward_kernel class sums", True): 200,
+    ("row_combine_kernel", False): 72,
+    ("row_combine_kernel", True): 88,
+    ("row_target_kernel", False): 32,
+    ("row_target_kernel", True): 32,
+    ("finish_kernel", False): 56,
+    ("finish_kernel", True): 64,
+    ("dense_forward_kernel plain", False): 64,
+    ("dense_forward_kernel plain", True): 80,
+    ("dense_forward_kernel calibrated", False): 88,
+    ("dense_forward_kernel calibrated", True): 128,
+    ("dense_backward_kernel plain", False): 64,
+    ("dense_backward_kernel plain", True): 80,
+    ("dense_backward_kernel calibrated", False): 80,
+    ("dense_backward_kernel calibrated", True): 96,
+    ("row_calibrate_kernel forward", False): 128,
+    ("row_calibrate_kernel forward", True): 128,
+    ("row_calibrate_kernel backward", False): 184,
+    ("row_calibrate_kernel backward", True): 168,
+    ("dense_calibrate_kernel forward", False): 64,
+    ("dense_calibrate_kernel forward", True): 64,
+    ("dense_calibrate_kernel backward", False): 72,
+    ("dense_calibrate_kernel backward", True): 64,
+    ("upsample_axis_kernel", False): 56,
+    ("upsample_axis_kernel", True): 56,
+    ("upsample_forward_kernel", False): 112,
+    ("upsample_forward_kernel", True): 152,
+    ("upsample_factors_kernel", False): 104,
+    ("upsample_factors_kernel", True): 120,
+    ("upsample_backward_kernel", False): 80,
+    ("upsample_backward_kernel", True): 88,
+    ("upsample_overwrite_kernel", False): 48,
+    ("upsample_overwrite_kernel", True): 48,
+}
+_NARROW = ("row_forward_kernel calibrated", False)
+ROW_FORWARD_WIDE = 128  # calibrated: more would leave no room for a block of 512 threads
+
+
+def _budget(kernel: Kernel) -> tuple[str, bool]:
+    """The kernel's entry of REGISTERS."""
+    kinds = {(): "", (False,): " plain", (True,): " calibrated"}
+    if "calibrate" in kernel.name:
+        kinds = {(False,): " forward", (True,): " backward"}
+    kind = kinds[kernel.flags[:1]]
+    if kernel.name == "row_backward_kernel" and kernel.flags[2]:
+        kind = " class sums"
+    if kernel.name == "row_forward_kernel" and kernel.flags[2]:
+        kind = " clusters"
+    return kernel.name + kind, kernel.type == "d"
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, list[Kernel]]]:
+    """For the architectures of all tests that run."""
+    home = build.cuda_home()
+    if home is None or not (home / "bin" / "nvcc").exists():
+        pytest.skip("needs nvcc")
+    architectures = {
+        item.callspec.params["architecture"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module
+    }
+    folder = tmp_path_factory.mktemp("cubin")
+
+    def compile(architecture: str) -> tuple[Path, list[Kernel]]:
+        cubin = folder / f"kernels_{architecture}.cubin"
+        source = TESTS / "simt" / "every_kernel.cu"
+        return cubin, compiler_report.compile(source, architecture, cubin)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(architectures, pool.map(compile, architectures), strict=True))
+
+
+@pytest.mark.parametrize("architecture", MAIN)
+def test_kernels_keep_their_budgets(
+    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
+) -> None:
+    kernels = compiled[architecture][1]
+    assert {_budget(k) for k in kernels} == set(REGISTERS)
+    over = []
+    for kernel in kernels:
+        most = REGISTERS[_budget(kernel)]
+        if _budget(kernel) == _NARROW and kernel.flags[1]:
+            most = ROW_FORWARD_WIDE
+        if kernel.registers > most:
+            over.append((kernel, most))
+    assert not over
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_spill_what_is_known(
+    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
+) -> None:
+    kernels = compiled[architecture][1]
+    compiler_report.assert_known_spills(architecture, kernels)
+    assert not [kernel for kernel in kernels if kernel.static_shared]
+
+
+def _machine_code(cubin: Path) -> dict[str, str]:
+    """Each kernel's instructions."""
+    tools = Path(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}",
+                 "site-packages", "nvidia", "cu13", "bin")  # fmt: skip
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    cuobjdump = shutil.which("cuobjdump", path=path)
+    if cuobjdump is None or shutil.which("nvdisasm", path=path) is None:
+        pytest.skip("needs cuobjdump and nvdisasm (packages nvidia-cuda-cuobjdump, -nvdisasm)")
+    run = subprocess.run(
+        [cuobjdump, "-sass", str(cubin)], env={**os.environ, "PATH": path},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    parts = re.split(r"Function : (\S+)", run.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
+    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
+) -> None:
+    cubin, kernels = compiled[architecture]
+    code = _machine_code(cubin)
+    assert set(code) == {k.symbol for k in kernels}
+    for kernel in kernels:
+        found = {
+            opcode.removesuffix(".SYS")  # sm_75
+            for opcode in re.findall(
+                r"\b(?:LDG|STG|LDL|STL|ATOMG?|RED)(?:\.[A-Z0-9]+)*", code[kernel.symbol]
+            )
+        }
+        local = {i for i in found if i.startswith(("LDL", "STL"))}
+        spills = compiler_report.spill_of(architecture, kernel) in compiler_report.KNOWN_SPILLS
+        assert spills or not local, f"{kernel.symbol} keeps registers in memory"
+        assert not {i for i in found if i.startswith(("ATOM", "RED"))}, "no atomics"
+        if "clusters" in _budget(kernel)[0]:
+            clusters = "UCGABAR_WAIT" in code[kernel.symbol]
+            assert clusters == (int(architecture) >= 90), kernel.symbol
+            if not clusters:
+                continue  # not launched there
+        if kernel.name in ("row_forward_kernel", "row_backward_kernel"):
+            # How often, at C = 1203 and others: test_cuda_simt.py counts.
+            assert "LDG.E.128" in found, kernel.symbol
+        if kernel.name == "row_backward_kernel":
+            assert "STG.E.128" in found, kernel.symbol
