@@ -84,7 +84,7 @@ Plans = dict[tuple[str, tuple[int, int], str, str], Plan]
 
 
 def test_row_kernels_spill_what_is_known(reports: dict[str, list[Kernel]]) -> None:
-    # Of all kernels, types and architectures: test_compiled_kernels.py.
+    # Of all kernels, types and architectures: test_cuda_build.py.
     for architecture, kernels in reports.items():
         compiler_report.assert_known_spills(architecture, kernels)
 

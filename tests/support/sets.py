@@ -13,8 +13,8 @@ import pytest
 
 # Start of a test's address, or a part of its name -> what the tests show.
 STANDARD = {
-    "tests/cuda/test_cuda_build.py": "the CUDA library without a GPU",
-    "tests/cuda/test_compiled_kernels.py": "what nvcc makes of the CUDA kernels",
+    "tests/cuda/test_cuda_library.py": "the CUDA library without a GPU",
+    "tests/cuda/test_cuda_build.py": "what nvcc makes of the CUDA kernels",
     "tests/cuda/test_launch_plans.py": "waves, balance, bytes in flight of the row kernels on GPUs",
     "tests/cuda/test_machine_code.py": "how many instructions a warp issues",
     "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
@@ -56,7 +56,7 @@ SLOW = {
 }
 # Tests of one group run in one process of pytest-xdist: they share what a fixture or a cache made.
 GROUPS = {
-    "tests/cuda/test_compiled_kernels.py": "nvcc",
+    "tests/cuda/test_cuda_build.py": "nvcc",
     "tests/cuda/test_launch_plans.py": "launch plans",
     "tests/_ops/test_triton_targets.py": "triton",
     "tests/_ops/test_triton.py::test_every_kernel_compiles": "triton registers",
