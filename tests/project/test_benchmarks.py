@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, gate, peers, report, run
+from benchmarks import cases, gate, measure, peers, report, run
 from benchmarks.cases import CASES, Case, Inputs, Mode, make_inputs, select
 from benchmarks.peers import Contestant, eager_loss, our_loss
 from benchmarks.results import run_case
@@ -129,6 +132,120 @@ def test_triton_is_compared_where_it_serves_and_passes_the_gate() -> None:
     assert "GPU" in left_out[0].reason
 
 
+# --- measuring
+
+
+def test_percentiles_are_numpys() -> None:
+    values = torch.randn(23, dtype=torch.float64).tolist()
+    for percent in (0, 20, 50, 80, 100):
+        assert measure.percentile(values, percent) == pytest.approx(
+            float(numpy.percentile(values, percent))
+        )
+    assert measure.percentile([3.0], 80) == 3.0
+    found = measure.timing(values)
+    assert found.median == pytest.approx(statistics.median(values))
+    assert found.p20 < found.median < found.p80
+    assert found.rounds == 23
+
+
+def test_ratios_are_paired_by_round() -> None:
+    # The machine is ten times slower in the last two rounds; the ratio is 2 in every round.
+    assert measure.paired_ratio([2, 2, 20, 20], [1, 1, 10, 10]) == 2
+
+
+def test_rounds_run_each_step_once_prepared_before_the_clock_starts() -> None:
+    log: list[str] = []
+
+    def step(name: str) -> Callable[[], Callable[[], object]]:
+        def prepare() -> Callable[[], object]:
+            log.append(f"prepare {name}")
+            return lambda: log.append(f"run {name}")
+
+        return prepare
+
+    def clock(function: Callable[[], object]) -> float:
+        log.append("start")
+        function()
+        return 1.0
+
+    rounds: list[int] = []
+    paired = measure.paired_seconds({"a": step("a"), "b": step("b")}, clock, 6, rounds.append)
+    assert paired.seconds == {"a": [1.0] * 6, "b": [1.0] * 6}
+    assert rounds == [1, 2, 3, 4, 5, 6]
+    timed = log[-6 * 6 :]  # after the warm-up; prepare, start, run of two steps a round
+    orders = set()
+    for k in range(0, len(timed), 6):
+        first, second = timed[k + 2][-1], timed[k + 5][-1]
+        assert {first, second} == {"a", "b"}
+        orders.add(first)
+        assert timed[k : k + 3] == [f"prepare {first}", "start", f"run {first}"]
+    assert orders == {"a", "b"}, "the order is shuffled: what ran before is not always the same"
+
+
+MIB = 1 << 20
+
+
+def _bytes(mebibytes: float) -> Tensor:
+    return torch.empty(int(mebibytes * MIB), dtype=torch.uint8)
+
+
+def _freed() -> Tensor:
+    first = _bytes(4)
+    second = _bytes(8)  # the peak: 12
+    del first
+    third = _bytes(2)  # 10
+    del second
+    return third
+
+
+@pytest.mark.parametrize(
+    ("function", "mebibytes"),
+    [
+        (_freed, 12),
+        (lambda: _bytes(5), 5),
+        (lambda: [_bytes(1) for _ in range(6)], 6),
+        (lambda: [_bytes(1).numel() for _ in range(6)], 1),
+        (lambda: None, 0),
+    ],
+    ids=["freed", "returned", "kept", "one at a time", "nothing"],
+)
+def test_peak_extra_bytes(function: Callable[[], object], mebibytes: float) -> None:
+    extra = measure.peak_extra_bytes(function, CPU)
+    assert extra == pytest.approx(mebibytes * MIB, abs=4096)
+
+
+def test_peak_extra_bytes_sees_the_backward_pass() -> None:
+    x = torch.randn(MIB // 4, requires_grad=True)
+
+    def step() -> object:
+        return torch.autograd.grad(x.exp().sum(), x)
+
+    # exp(x), kept for backward, and the gradient.
+    assert measure.peak_extra_bytes(step, CPU) == pytest.approx(2 * MIB, abs=4096)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "device", "passes"),
+    [
+        (Mode.FULL, torch.float32, "cpu", (1, 1)),
+        (Mode.PLAIN, torch.float32, "cpu", (1, 1)),
+        (Mode.STAGE2, torch.float32, "cpu", (1, 0)),
+        (Mode.IN_PLACE, torch.float32, "cpu", (2, 1)),
+        (Mode.FULL, torch.bfloat16, "cpu", (2, 1)),
+        (Mode.STAGE2, torch.bfloat16, "cuda", (1, 0)),
+        (Mode.FULL, torch.float32, "cuda", (2, 1)),
+    ],
+)
+def test_counted_bytes(
+    mode: Mode, dtype: torch.dtype, device: str, passes: tuple[int, int]
+) -> None:
+    case = tiny(mode, dtype)
+    assert measure.counted_passes(case, torch.device(device)) == passes
+    assert measure.counted_bytes(case, torch.device(device)) == (
+        sum(passes) * 24 * 67 * dtype.itemsize
+    )
+
+
 # --- the gate
 
 
@@ -208,95 +325,3 @@ def test_our_own_fault_fails_the_run(
     assert ours["median_ms"] is None
     assert eager["median_ms"] > 0
     assert eager["times_ours"] is None
-
-
-# --- results
-
-
-def test_in_place_gets_new_logits_each_time_and_allocates_no_gradient_of_them() -> None:
-    seen: list[int] = []
-
-    def spying(inputs: Inputs, logits: Tensor) -> Tensor:
-        seen.append(logits.data_ptr() if torch.equal(logits, inputs.logits) else -1)
-        return our_loss(inputs, logits)
-
-    case = tiny(Mode.IN_PLACE)
-    contestants = [
-        Contestant(peers.OURS, spying, overwrites=True),
-        Contestant(peers.EAGER, eager_loss),
-    ]
-    result = run_case(case, contestants, CPU, 4, silent)
-    assert not any(r.problem for r in result.results)
-    assert len(seen) == 1 + 1 + 1 + 4  # gate, memory, warm-up, rounds
-    assert -1 not in seen
-    ours, eager = result.results
-    vectors = 4 * (24 + 2 * 67)
-    assert ours.gradient_bytes == vectors
-    assert eager.gradient_bytes == vectors + case.logits_bytes
-
-
-def test_our_extra_memory_is_far_below_the_logits() -> None:
-    case = Case("some", 512, 1204, torch.float32, Mode.FULL, "large enough for the ratio")
-    contestants = [Contestant(peers.OURS, our_loss), Contestant(peers.EAGER, eager_loss)]
-    ours, eager = run_case(case, contestants, CPU, 1, silent).results
-    assert ours.memory_share is not None
-    assert eager.memory_share is not None
-    assert 0 <= ours.memory_share < 0.05 < 2 < eager.memory_share
-
-
-def test_a_busy_machine_is_named() -> None:
-    result = run_case(tiny(Mode.PLAIN), [Contestant(peers.OURS, our_loss)], CPU, 1, silent)
-    assert result.other_cores is None  # too short to know
-    assert report.disturbance([result]) == ""
-    busy = replace(result, other_cores=1.4)
-    assert "used up to 1.4 cores" in report.disturbance([result, busy])
-
-
-def test_the_command_line_writes_files_that_parse(tmp_path: Path) -> None:
-    what = ["--case", "small-plain", "--peer", peers.EAGER, "--peer", "flash-attn"]
-    how = ["--rounds", "3", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks.run", *what, *how]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "weighted cross_entropy, 64 x 1000 fp32" in done.stdout
-    assert "flash-attn" in done.stdout
-    assert done.stderr == ""
-
-    with (tmp_path / "bench.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["contestant"] for row in rows] == [peers.OURS, peers.EAGER]
-    for row in rows:
-        assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
-        assert float(row["copies"]) > 0
-        assert (row["device"] != "", row["torch"]) == (True, torch.__version__)
-    document = json.loads((tmp_path / "bench.json").read_text())
-    assert document["environment"]["disalign_ops"]["version"]
-    assert document["environment"]["threads"] == 2
-    assert [peer["name"] for peer in document["left_out"]] == ["flash-attn"]
-    assert document["results"][0]["relative_errors"].keys() == {"loss", "logits"}
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--case", "nothing-*"], "got 'nothing-*'"),
-        (["--rounds", "0"], "must be at least 1, got 0"),
-        (["--threads", "two"], "invalid positive_integer value: 'two'"),
-        (["--peer", "me"], "invalid choice: 'me'"),
-    ],
-)
-def test_wrong_arguments_are_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run.main(["--device", "cuda"])
-    assert "this PyTorch sees no GPU" in capsys.readouterr().err
