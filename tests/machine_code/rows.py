@@ -104,12 +104,13 @@ def _planner() -> ModuleType:
 
 
 def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
-    """The step's first launch, that of the row kernel. registers: of a thread."""
+    """The step's first launch that walks over the rows. registers: of a thread."""
     device = launch_plans.Device(DEVICES[architecture][0], defaultdict(lambda: registers))
-    found = _planner().row_launches(
+    launches = _planner().row_launches(
         **STEPS[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
         device=device,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    found = next(launch for launch in launches if launch["fills"])
     return Kernel(
         found["kernel"], found["declaration"], (found["grid_x"], found["grid_y"]),
         found["threads"], found["shared_bytes"], found["arguments"],
