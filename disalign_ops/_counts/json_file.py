@@ -1,4 +1,4 @@
-"""Counts in JSON: annotations of COCO's form, lists, {class: count}, lists of records."""
+"""Counts in JSON: annotations (COCO, LVIS, iNaturalist), lists, {class: count}, records."""
 
 from __future__ import annotations
 

@@ -7,14 +7,17 @@ limits those of benchmarks/gpus.py.
 from __future__ import annotations
 
 import itertools
+import subprocess
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from benchmarks import model
-from benchmarks.gpus import GPUS
+from benchmarks.gpus import GPUS, REGISTERS
 from simt import build
-from support import launch_plans
+from support import compiler_report, launch_plans
+from support.compiler_report import Kernel
 from support.launch_plans import Plan
 
 HOME = build.cuda_home()
@@ -58,14 +61,15 @@ def planner() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def registers() -> dict[str, dict[str, int]]:
-    return launch_plans.registers(sorted({gpu.architecture for gpu in GPUS.values()}))
+def reports() -> dict[str, list[Kernel]]:
+    return launch_plans.reports(sorted({gpu.architecture for gpu in GPUS.values()}))
 
 
 @pytest.fixture(scope="module")
 def plans(
-    planner: ModuleType, registers: dict[str, dict[str, int]]
+    planner: ModuleType, reports: dict[str, list[Kernel]]
 ) -> dict[tuple[str, tuple[int, int], str, str], Plan]:
+    registers = {a: {k.symbol: k.registers for k in kernels} for a, kernels in reports.items()}
     return {
         (name, shape, dtype, step): launch_plans.plan(
             planner.row_launches, gpu, registers[gpu.architecture], step, dtype, *shape
@@ -77,6 +81,12 @@ def plans(
 
 
 Plans = dict[tuple[str, tuple[int, int], str, str], Plan]
+
+
+def test_row_kernels_spill_what_is_known(reports: dict[str, list[Kernel]]) -> None:
+    # Of all kernels, types and architectures: test_cuda_build.py.
+    for architecture, kernels in reports.items():
+        compiler_report.assert_known_spills(architecture, kernels)
 
 
 def test_every_row_is_one_groups(plans: Plans) -> None:
@@ -134,26 +144,60 @@ def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:
             assert sums <= 1.02 * model.class_sum_bytes(gpu, rows, classes), (name, step)
 
 
-@pytest.mark.parametrize(
-    ("name", "registers_a_thread", "threads", "shared_bytes", "blocks"),
-    [
-        # By registers: 128 a thread are 4 warps a scheduler.
-        ("H100 SXM", 128, 96, 0, 5),
-        ("H100 SXM", 129, 96, 0, 4),
-        # By threads, blocks and shared memory.
-        ("A100 SXM 80 GB", 32, 1024, 0, 2),
-        ("RTX 4090", 32, 1024, 0, 1),
-        ("T4", 16, 32, 0, 16),
-        ("H100 SXM", 16, 32, 0, 32),
-        ("RTX 4090", 32, 128, 49 * 1024, 2),
-        ("RTX 4090", 32, 128, 49 * 1024 + 1, 1),
-        ("T4", 32, 128, 65 * 1024, 0),
-    ],
-)
-def test_occupancy(
-    name: str, registers_a_thread: int, threads: int, shared_bytes: int, blocks: int
-) -> None:
-    found = launch_plans.blocks_per_multiprocessor(
-        GPUS[name], registers_a_thread, threads, shared_bytes
+# CUDA's own calculator. It knows how many blocks a multiprocessor has at most, and its sizes of
+# shared memory.
+OCCUPANCY = """
+#include <cuda_occupancy.h>
+#include <cstdio>
+int main() {
+  cudaOccDeviceProp device;
+  cudaOccFuncAttributes kernel;
+  const cudaOccDeviceState state;
+  int threads, shared;
+  device.warpSize = 32;
+  device.maxThreadsPerBlock = 1024;
+  device.regsPerBlock = device.regsPerMultiprocessor = 64 << 10;
+  device.sharedMemPerBlock = 48 << 10;
+  device.numSms = 1;
+  kernel.maxThreadsPerBlock = 1024;
+  kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+  while (std::scanf("%d %d %d %zu %zu %d %d %d", &device.computeMajor, &device.computeMinor,
+                    &device.maxThreadsPerMultiprocessor, &device.sharedMemPerMultiprocessor,
+                    &device.reservedSharedMemPerBlock, &kernel.numRegs, &threads, &shared) == 8) {
+    kernel.maxDynamicSharedSizeBytes = device.sharedMemPerBlockOptin =
+        device.sharedMemPerMultiprocessor - device.reservedSharedMemPerBlock;
+    cudaOccResult result;
+    const int status = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state,
+                                                               threads, shared);
+    std::printf("%d\\n", status ? -1 : result.activeBlocksPerMultiprocessor);
+  }
+}
+"""
+
+
+def test_occupancy_is_cudas(tmp_path: Path) -> None:
+    assert HOME is not None
+    source, program = tmp_path / "occupancy.cpp", tmp_path / "occupancy"
+    source.write_text(OCCUPANCY)
+    subprocess.run(
+        [build.compiler(), f"-I{HOME / 'include'}", str(source), "-o", str(program)], check=True
     )
-    assert found == blocks
+    kib = (0, 1, 16, 20, 31, 33, 48, 49, 63, 64, 99, 163, 227)  # those that a block may have
+    cases = [
+        (gpu, registers, threads, shared)
+        for gpu, registers, threads, shared in itertools.product(
+            GPUS.values(), (16, 32, 128, 129, 168, 255),
+            (32, 64, 96, 128, 256, 384, 512, 1024), (n * 1024 + b for n in kib for b in (0, 1)),
+        )
+        if shared <= gpu.capability.shared_bytes_of_a_block and registers * threads <= REGISTERS
+    ]  # fmt: skip
+    asked = "".join(
+        f"{gpu.architecture[:-1]} {gpu.architecture[-1]} {gpu.capability.threads} "
+        f"{gpu.capability.shared_bytes} {gpu.capability.reserved_bytes} {registers} {threads} "
+        f"{shared}\n"
+        for gpu, registers, threads, shared in cases
+    )
+    run = subprocess.run([program], input=asked, capture_output=True, text=True, check=True)
+    found = [launch_plans.blocks_per_multiprocessor(*case) for case in cases]
+    assert found == [int(line) for line in run.stdout.split()]
+    assert {1, 2, 16, 24, 32} <= set(found)

@@ -17,8 +17,8 @@ from simt import build
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> None:
     home = build.cuda_home()
-    if home is None or not (home / "bin" / "nvcc").exists():
-        pytest.skip("needs nvcc")
+    if build.why_not() or home is None or not (home / "bin" / "nvcc").exists():
+        pytest.skip(build.why_not() or "needs nvcc")
     if disassembly.nvdisasm() is None:
         pytest.skip("needs nvdisasm (package nvidia-cuda-nvdisasm)")
 

@@ -5,7 +5,7 @@
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
 logits, which are one 16-byte load of a warp. finish_kernel is not among them. What row_launch.h
-launches comes from row_launches.cpp; the kernels are compiled for an architecture and disassembled,
+launches comes from simt/planner.cpp; the kernels are compiled for an architecture and disassembled,
 and some warps of some blocks walk through them (warp.py): the first and the last of a block, whose
 vectors may be ragged, the one that has the target's class, and one for all others.
 """
@@ -15,32 +15,34 @@ from __future__ import annotations
 import functools
 import re
 import struct
-import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from benchmarks.gpus import GPUS
 from simt import build
+from support import compiler_report, launch_plans
 
 from . import disassembly
 from .warp import Launch, Unknown, Warp
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
 ROWS = 4096
 BYTES = 512
 CLASSES = (1000, 1203, 8142, 8192)
 DTYPES = {"float32": (1, 4), "bfloat16": (2, 2)}  # number in launch.h, bytes
+# The loss, with weights a class; with the gradient of the logits; calibrated, with the gradients of
+# scale, bias and confidence; with all gradients. Backward: the gradient of the logits, not
+# calibrated, of an upstream gradient that is a scalar.
 STEPS = {
-    "forward": "the loss, weights a class",
-    "gradient": "the same, with the gradient of the logits",
-    "stage2": "the loss, calibrated, with the gradients of scale, bias and confidence",
-    "all": "the same, with the gradient of the logits",
-    "backward": "the gradient of the logits, not calibrated; the upstream gradient is a scalar",
+    "forward": launch_plans.FORWARD,
+    "gradient": launch_plans.FORWARD | {"grad_logits": True},
+    "stage2": launch_plans.STAGE_2,
+    "all": launch_plans.STAGE_2 | {"grad_logits": True},
+    "backward": launch_plans.BACKWARD,
 }
 
 
@@ -86,7 +88,7 @@ def decide(unknown: Unknown) -> bool:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A launch: row_launches.cpp."""
+    """A launch: simt/planner.cpp."""
 
     symbol: str
     declaration: str
@@ -107,35 +109,22 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def _program() -> Path:
-    home = build.cuda_home()
-    assert home is not None
-    program = Path(_folder().name, "row_launches")
-    subprocess.run(
-        [build.compiler(), "-std=c++17", "-O0", "-fno-strict-aliasing", "-fno-extern-tls-init",
-         "-w", f"-I{HERE.parent / 'simt'}", f"-I{CSRC}", "-isystem", str(home / "include"),
-         "-rdynamic", "-pthread", str(HERE / "row_launches.cpp"), "-o", str(program), "-ldl"],
-        check=True,
-    )  # fmt: skip
-    return program
+def _planner() -> ModuleType:
+    return build.module("planner")
 
 
 def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
-    """The launch of the step's row kernel. registers: of a thread."""
-    gpu, _ = DEVICES[architecture]
-    limits = gpu.capability
-    line = (
-        f"{DTYPES[dtype][0]} {ROWS} {classes} {step} {registers} {gpu.multiprocessors} "
-        f"{int(limits.has_clusters)} {limits.shared_bytes} {limits.threads // 32} {limits.blocks}\n"
-    )
-    run = subprocess.run([_program()], input=line, capture_output=True, text=True, check=True)
-    launches = [line.split("\t") for line in run.stdout.splitlines() if line]
-    symbol, declaration, x, y, threads, shared, arguments = next(
-        launch for launch in launches if "row_divisor_kernel" not in launch[1]
-    )
+    """The step's first launch that walks over the rows. registers: of a thread."""
+    device = launch_plans.Device(DEVICES[architecture][0], defaultdict(lambda: registers))
+    launches = _planner().row_launches(
+        **STEPS[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
+        device=device,
+    )  # fmt: skip
+    found = next(launch for launch in launches if launch["fills"])
     return Kernel(
-        symbol, declaration, (int(x), int(y)), int(threads), int(shared), bytes.fromhex(arguments)
-    )
+        found["kernel"], found["declaration"], (found["grid_x"], found["grid_y"]),
+        found["threads"], found["shared_bytes"], found["arguments"],
+    )  # fmt: skip
 
 
 @functools.cache
@@ -151,8 +140,6 @@ def _compiled(
     architecture: str, dtype: str
 ) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
     """Kernels and their registers, by symbol."""
-    home = build.cuda_home()
-    assert home is not None
     source = Path(_folder().name, f"{dtype}_{architecture}.cu")
     headers = ("row_kernel.cuh", "row_backward_kernel.cuh", "row_warp_kernel.cuh")
     source.write_text("".join(
@@ -160,16 +147,8 @@ def _compiled(
         + [f"template __global__ {d};\n" for d in _declarations(dtype)]
     ))  # fmt: skip
     cubin = source.with_suffix(".cubin")
-    run = subprocess.run(
-        [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{CSRC}", "-cubin", "-Xptxas", "-v",
-         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", str(source),
-         "-o", str(cubin)], capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = re.findall(
-        r"Compiling entry function '(\S+)' for.*?Used (\d+) registers", run.stderr, re.DOTALL
-    )
-    return disassembly.kernels(cubin), {symbol: int(n) for symbol, n in report}
+    report = compiler_report.compile(source, architecture, cubin)
+    return disassembly.kernels(cubin), {kernel.symbol: kernel.registers for kernel in report}
 
 
 def compile_all() -> None:
@@ -209,14 +188,13 @@ def _constants(kernel: Kernel, code: disassembly.Kernel, sizes: tuple[int, int],
     return bytes(constants)
 
 
-TARGETS = 0x702 << 32  # row_launches.cpp
 MOST = 30_000  # instructions of a warp: more and the walk has gone astray
 OUTER = 8  # where RowArgs has the number of rows
 
 
 def _memory(target: int, address: int, size: int) -> int | None:
     """All targets are the same class; nothing else is known. Little-endian int64."""
-    if not TARGETS <= address < TARGETS + (1 << 32):
+    if not 0 <= address - _planner().TARGETS < 1 << 32:
         return None
     return target >> 8 * (address % 8) & ((1 << 8 * size) - 1)
 

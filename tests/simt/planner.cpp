@@ -3,13 +3,19 @@
 //
 //   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device)
 //
+// A dict a launch: kernel (its symbol, as nvcc has it), declaration, arguments (their bytes, of
+// addresses that nothing reads, all aligned; TARGETS is that of the targets), grid, and more.
+//
 // `device` has multiprocessors, shared_bytes and has_clusters, and the methods
 // blocks_per_multiprocessor(kernel, threads, shared_bytes) and
-// clusters(kernel, threads, shared_bytes, size). A kernel's name is its symbol, as nvcc has it. A
-// launch "fills" the device if the launcher has asked how many of its blocks run at once.
+// clusters(kernel, threads, shared_bytes, size). A launch "fills" the device if the launcher has
+// asked how many of its blocks run at once.
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <memory>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -22,6 +28,9 @@ namespace {
 
 namespace py = pybind11;
 using namespace disalign::cuda;
+
+// Of the first memory; that of each further one is 4 GiB on.
+constexpr uintptr_t kFirst = uintptr_t{0x700} << 32;
 
 class Launcher {
  public:
@@ -50,6 +59,8 @@ class Launcher {
   void launch(void (*kernel)(Args), const Shape& shape, const Args& args) {
     py::dict record;
     record["kernel"] = name(kernel);
+    record["declaration"] = demangled(name(kernel));
+    record["arguments"] = py::bytes(reinterpret_cast<const char*>(&args), sizeof(Args));
     record["grid_x"] = shape.grid_x;
     record["grid_y"] = shape.grid_y;
     record["threads"] = shape.threads;
@@ -60,11 +71,7 @@ class Launcher {
     launches_.append(record);
   }
 
-  // Nothing reads or writes it.
-  void* allocate(size_t bytes) {
-    allocated_ += (bytes + 255) / 256 * 256;
-    return reinterpret_cast<void*>(allocated_);
-  }
+  void* allocate(size_t) { return reinterpret_cast<void*>(kFirst + (allocated_++ << 32)); }
 
   const py::list& launches() const { return launches_; }
 
@@ -75,6 +82,12 @@ class Launcher {
     if (!dladdr(reinterpret_cast<void*>(kernel), &found) || !found.dli_sname)
       throw std::runtime_error("a kernel without a symbol");
     return found.dli_sname;
+  }
+
+  static std::string demangled(const std::string& symbol) {
+    const std::unique_ptr<char, decltype(&std::free)> found(
+        abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, nullptr), std::free);
+    return found.get();
   }
 
   static void add(const RowArgs& args, py::dict& record) {
@@ -89,28 +102,33 @@ class Launcher {
   py::object device_;
   py::list launches_;
   std::set<std::string> asked_;
-  size_t allocated_ = 256;
+  uintptr_t allocated_ = 0;
 };
 
-py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool calibrated,
-                      bool class_gradients, bool grad_logits, const py::object& device) {
+py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool weighted,
+                      bool calibrated, bool class_gradients, bool grad_logits,
+                      const py::object& device) {
   Launcher launcher(device);
-  void* const given = launcher.allocate(1);  // aligned, as torch's memory is
+  const auto memory = [&] { return launcher.allocate(0); };
   RowArgs args;
-  args.logits = given;
-  args.outer = rows, args.classes = classes, args.outer_stride = classes;
-  args.target = args.row_shift = args.row_sum = args.denominator = static_cast<double*>(given);
+  args.target = memory();  // the first
+  args.logits = memory();
+  args.outer = rows, args.classes = classes;
+  args.outer_stride = args.grad_outer_stride = classes;
+  args.row_shift = memory(), args.row_sum = memory();
+  args.denominator = static_cast<double*>(memory());
   args.reduction = disalign::kReduceMean;
-  if (forward) args.reduced_loss = given;
-  if (calibrated) args.scale = args.bias = args.confidence = given;
+  if (weighted) args.weight = memory();
+  if (calibrated) args.scale = memory(), args.bias = memory(), args.confidence = memory();
   if (class_gradients) {
     args.class_gradients = true;
-    args.grad_scale = args.grad_bias = args.grad_confidence = given;
+    args.grad_scale = memory(), args.grad_bias = memory(), args.grad_confidence = memory();
   }
-  if (grad_logits) {
-    args.grad_logits = launcher.allocate(1);
-    args.grad_outer_stride = classes;
-  }
+  if (grad_logits) args.grad_logits = memory();
+  if (forward)
+    args.reduced_loss = memory();
+  else
+    args.upstream = memory();
   if (forward)
     launch_row_forward(launcher, static_cast<Dtype>(dtype), args);
   else
@@ -122,6 +140,7 @@ py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bo
 
 PYBIND11_MODULE(planner, module) {
   module.def("row_launches", row_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
-             py::arg("rows"), py::arg("classes"), py::arg("calibrated"), py::arg("class_gradients"),
-             py::arg("grad_logits"), py::arg("device"));
+             py::arg("rows"), py::arg("classes"), py::arg("weighted"), py::arg("calibrated"),
+             py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"));
+  module.attr("TARGETS") = kFirst;
 }

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import heapq
 import json
 import os
-import re
-import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpus import REGISTERS, SCHEDULERS, Gpu
-from simt import build
 
+from . import compiler_report
+from .compiler_report import Kernel
 from .places import ROOT, TESTS
 
 VECTOR_BYTES = 16
@@ -50,46 +51,31 @@ def _round_up(a: int, b: int) -> int:
     return _divide_up(a, b) * b
 
 
-def registers(architectures: list[str]) -> dict[str, dict[str, int]]:
-    """Architecture -> symbol of a row kernel of float32 or bfloat16 -> registers a thread.
-
-    By nvcc, once for the same sources.
-    """
+def reports(architectures: list[str]) -> dict[str, list[Kernel]]:
+    """Architecture -> the row kernels of float32 and bfloat16. Compiles the same sources once."""
     folders = (ROOT / "csrc" / "common", ROOT / "csrc" / "cuda")
     sources = [_SOURCE, *(path for folder in folders for path in sorted(folder.rglob("*.*h")))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda a: _registers(a, digest), architectures)
+        found = pool.map(lambda a: _report(a, digest), architectures)
         return dict(zip(architectures, found, strict=True))
 
 
-def _registers(architecture: str, digest: str) -> dict[str, int]:
-    home = build.cuda_home()
-    assert home is not None
-    known = ROOT / "build" / "registers" / f"{architecture}_{digest}.json"
+def _report(architecture: str, digest: str) -> list[Kernel]:
+    known = ROOT / "build" / "reports" / f"{architecture}_{digest}.json"
     if not known.exists():
-        run = subprocess.run(
-            [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin",
-             "-Xptxas", "-v", "-o", "/dev/null",
-             "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", str(_SOURCE)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr[-3000:]
-        pattern = r"Compiling entry function '(\S+)' for.*?Used (\d+) registers"
-        counts = {name: int(n) for name, n in re.findall(pattern, run.stderr, re.S)}
+        kernels = compiler_report.compile(_SOURCE, architecture, Path(os.devnull))
         known.parent.mkdir(parents=True, exist_ok=True)
         mine = known.with_suffix(f".{os.getpid()}")
-        mine.write_text(json.dumps(counts))
+        mine.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
         mine.replace(known)
-    counts = json.loads(known.read_text())
-    assert isinstance(counts, dict)
-    return counts
+    return [Kernel(**kernel) for kernel in json.loads(known.read_text())]
 
 
 class Device:
-    """A GPU, as the planner asks for it."""
+    """A GPU, as the planner asks for it. registers: of a thread, by a kernel's symbol."""
 
-    def __init__(self, gpu: Gpu, registers: dict[str, int]) -> None:
+    def __init__(self, gpu: Gpu, registers: Mapping[str, int]) -> None:
         self._gpu, self._registers = gpu, registers
         self.multiprocessors = gpu.multiprocessors
         self.shared_bytes = gpu.capability.shared_bytes_of_a_block
@@ -176,19 +162,17 @@ class Plan:
     walks: list[Launch]
 
 
+FORWARD = {"forward": True, "calibrated": False, "class_gradients": False, "grad_logits": False}
+BACKWARD = FORWARD | {"forward": False, "grad_logits": True}
+STAGE_2 = FORWARD | {"calibrated": True, "class_gradients": True}
+# A training step's calls. Backward is a kernel that returns at once where forward has made the
+# gradient of the logits and the upstream gradient is 1: not among them.
 STEPS: dict[str, list[dict[str, bool]]] = {
-    "plain": [
-        {"forward": True, "calibrated": False, "class_gradients": False, "grad_logits": False},
-        {"forward": False, "calibrated": False, "class_gradients": False, "grad_logits": True},
-    ],
-    # Forward has the gradients of scale, bias and confidence.
-    "all gradients": [
-        {"forward": True, "calibrated": True, "class_gradients": True, "grad_logits": False},
-        {"forward": False, "calibrated": True, "class_gradients": False, "grad_logits": True},
-    ],
-    "stage 2": [
-        {"forward": True, "calibrated": True, "class_gradients": True, "grad_logits": False},
-    ],
+    "plain": [FORWARD | {"grad_logits": True}],
+    "all gradients": [STAGE_2 | {"grad_logits": True}],
+    "stage 2": [STAGE_2],
+    # In half precision, in place, reduction 'none' and under torch.compile.
+    "plain, by backward": [FORWARD, BACKWARD],
 }
 
 
@@ -207,7 +191,7 @@ def plan(
         launch
         for wanted in STEPS[step]
         for launch in record(
-            dtype=_CODES[dtype], rows=rows, classes=classes, device=device, **wanted
+            dtype=_CODES[dtype], rows=rows, classes=classes, weighted=False, device=device, **wanted
         )
     ]
     # The others add up, or read one element of a row.

@@ -26,7 +26,7 @@ TESTS = {
     "triton": ["tests/_ops/test_triton.py", "-k", "few and row"],
     "cuda": ["tests/cuda/test_cuda_simt.py", "-k", "few and order"],
     "composed": ["tests/_ops/test_composed.py"],
-    "native": ["tests/_ops/test_row.py"],
+    "native": ["tests/_ops/test_row.py", "tests/_ops/test_dense.py"],
 }
 # (backend, fault, file, text, text in its place)
 FAULTS = [
@@ -51,6 +51,14 @@ FAULTS = [
     ("cuda", "class weight lost in the gradient", COMMON,
      "out.target = (1 - smoothing) * target_weight * focal.slope;",
      "out.target = (1 - smoothing) * focal.slope;"),
+    ("cuda", "ignore_index missed", "csrc/cuda/kernels/position.cuh",
+     "if (t == args.ignore_index) return kNoTarget;", ""),
+    ("cuda", "denominator without sample weights", "csrc/cuda/kernels/block_sums.cuh",
+     "target_weight * sample_weight", "target_weight"),
+    ("cuda", "confidence's gradient not divided", "csrc/cuda/kernels/finish_kernel.cuh",
+     "out[i] = scaled(static_cast<double>(out[i]));", ""),
+    ("cuda", "sample weight lost in class planes", "csrc/cuda/kernels/dense_kernel.cuh",
+     "vector_entry<A>(args.sample_weight, i, A(1)) : A(0)", "A(1) : A(0)"),
     ("composed", "sample weight lost", COMPOSED,
      "losses = losses * sample_weight", "losses = losses * 1"),
     ("composed", "wrong sign of the margin", COMPOSED, "-margin[at]", "margin[at]"),
@@ -64,6 +72,10 @@ FAULTS = [
     ("native", "ignored rows in the denominator", "csrc/cpu/ops/device.h",
      "if (t == args.ignore_index) continue;\n      if (args.normalizer == kByValid)",
      "if (args.normalizer == kByValid)"),
+    ("native", "confidence's derivative lost", "csrc/cpu/kernels/row_kernel.cpp",
+     "g * c * (1 - c) * slope_sum", "g * c * slope_sum"),
+    ("native", "the same in class planes", "csrc/cpu/kernels/positions.h",
+     "upstream * confidence * (1.0 - confidence) * slopes", "upstream * confidence * slopes"),
 ]  # fmt: skip
 
 
@@ -78,10 +90,13 @@ def caught_by(backend: str, file: str, text: str, fault: str) -> str | None:
             raise RuntimeError(f"{file} has no {text!r}: plant the fault elsewhere")
         (tree / file).write_text(source.replace(text, fault))
         if backend == "native":
-            subprocess.run(
-                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True,
+            build = subprocess.run(
+                [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree,
                 env={**os.environ, "DISALIGN_OPS_CUDA": "0"},
+                capture_output=True, text=True, check=False,
             )  # fmt: skip
+            if build.returncode:
+                raise RuntimeError(f"the library was not built:\n{build.stderr[-3000:]}")
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--once",
              "-m", "not standard and not slow", *TESTS[backend]],
@@ -91,7 +106,7 @@ def caught_by(backend: str, file: str, text: str, fault: str) -> str | None:
     if run.returncode == 0:
         return None
     # Under another test's pytest, the test there that fails says more.
-    failed = re.findall(r"^(?:E\s+)?FAILED (\S+)", run.stdout, re.MULTILINE)
+    failed = re.findall(r"^(?:E\s+)?FAILED (.+?)(?: - |$)", run.stdout, re.MULTILINE)
     if run.returncode != 1 or not failed:
         raise RuntimeError(f"the tests did not run:\n{run.stdout[-3000:]}{run.stderr[-2000:]}")
     return str(failed[0])

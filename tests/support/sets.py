@@ -13,7 +13,8 @@ import pytest
 
 # Start of a test's address, or a part of its name -> what the tests show.
 STANDARD = {
-    "tests/cuda/test_cuda_build.py": "what nvcc makes of the CUDA kernels: registers, instructions",
+    "tests/cuda/test_cuda_library.py": "the CUDA library without a GPU",
+    "tests/cuda/test_cuda_build.py": "what nvcc makes of the CUDA kernels",
     "tests/cuda/test_launch_plans.py": "waves, balance, bytes in flight of the row kernels on GPUs",
     "tests/cuda/test_machine_code.py": "how many instructions a warp issues",
     "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
@@ -41,8 +42,6 @@ STANDARD = {
     "opcheck": "torch.library.opcheck",
 }
 SLOW = {
-    "tests/cuda/test_machine_code.py::test_row_kernels_keep_their_budgets[80": "as sm_90",
-    "tests/cuda/test_machine_code.py::test_row_kernels_keep_their_budgets[120": "as sm_100",
     "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",

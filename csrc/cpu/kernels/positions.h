@@ -1,5 +1,6 @@
 // The scalars of loss_math.h for many positions at a time, once their sums over classes are known:
-// the loss, and the factors of the gradients. A register of doubles at a time.
+// the loss, the factors of the gradients, the gradient of the confidence. A register of doubles at
+// a time.
 #pragma once
 
 #include "common/loss_math.h"

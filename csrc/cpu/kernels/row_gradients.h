@@ -1,5 +1,6 @@
 // The last pass of the row kernels over the classes of a block of rows: emit, which makes the
-// gradients, and the sums of the class gradients.
+// gradients of the logits, and the sums of those of scale and bias. row_kernel.cpp (finish_rows)
+// makes that of the confidence.
 #pragma once
 
 #include <initializer_list>

@@ -1,0 +1,100 @@
+"""What nvcc says of the kernels it compiles: registers, stack, spills, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from simt import build
+
+from .places import ROOT
+
+# Of the library: CMakeLists.txt.
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """registers: a thread's. The others in bytes: stack and spilled (stores and loads) of a thread,
+    static_shared of a block.
+    """
+
+    symbol: str
+    registers: int
+    stack: int
+    spilled: int
+    static_shared: int
+
+    @property
+    def name(self) -> str:
+        return re.search(r"\d+([a-z_]+_kernel)I", self.symbol)[1]  # type: ignore[index]
+
+    @property
+    def type(self) -> str:
+        return re.search(r"_kernelI(d|f|13__nv_bfloat16|6__half)", self.symbol)[1]  # type: ignore[index]
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        return tuple(f == "1" for f in re.findall(r"Lb([01])E", self.symbol))
+
+
+def compile(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
+    """Compiles as the library is compiled, for one architecture."""
+    home = build.cuda_home()
+    assert home is not None
+    run = subprocess.run(
+        [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin",
+         "-Xptxas", "-v",
+         "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
+         str(source), "-o", str(cubin)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    pattern = (
+        r"Compiling entry function '(\S+)' for.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    kernels = []
+    for symbol, stack, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        static = int(shared[1]) if shared else 0
+        kernels.append(Kernel(symbol, int(registers), int(stack), int(stores) + int(loads), static))
+    return kernels
+
+
+Spill = tuple[str, str, tuple[bool, ...], str]  # architecture; name, flags, type of the kernel
+_WIDE_STAGE_2 = ("row_forward_kernel", (True, True, False))
+
+# Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
+# registers, some fewer than these architectures' code of the widest kernel takes. It keeps in
+# memory what all rows share: stored before the loop over rows, read two to five times a row.
+KNOWN_SPILLS: dict[Spill, int] = {
+    ("100", *_WIDE_STAGE_2, "f"): 20,
+    ("100", *_WIDE_STAGE_2, "13__nv_bfloat16"): 44,
+    ("100", *_WIDE_STAGE_2, "6__half"): 44,
+    ("120", *_WIDE_STAGE_2, "13__nv_bfloat16"): 36,
+    ("120", *_WIDE_STAGE_2, "6__half"): 36,
+}
+
+
+def spill_of(architecture: str, kernel: Kernel) -> Spill:
+    return architecture, kernel.name, kernel.flags, kernel.type
+
+
+def assert_known_spills(architecture: str, kernels: list[Kernel]) -> None:
+    """Those of KNOWN_SPILLS, of the kernels' types: all of them, none other, and none larger."""
+    types = {kernel.type for kernel in kernels}
+    known = {
+        spill: most
+        for spill, most in KNOWN_SPILLS.items()
+        if spill[0] == architecture and spill[-1] in types
+    }
+    spilled: dict[Spill, int] = {}
+    for kernel in kernels:
+        if kernel.spilled or kernel.stack:
+            spill = spill_of(architecture, kernel)
+            spilled[spill] = max(spilled.get(spill, 0), kernel.spilled)
+    assert set(spilled) == set(known), spilled
+    assert all(spilled[spill] <= most for spill, most in known.items()), spilled
