@@ -239,6 +239,14 @@ __device__ __forceinline__ void write_shared(unsigned char* to, Raw raw) {
 __device__ __forceinline__ void forget_loads() { __syncwarp(); }
 
 template <class A>
+__device__ __forceinline__ void store_shared(A* to, const A (&values)[kVector<A>]) {
+  Raw raw = {};
+#pragma unroll
+  for (int v = 0; v < kVector<A>; ++v) set_element(raw, v, values[v]);
+  write_shared(reinterpret_cast<unsigned char*>(to), raw);
+}
+
+template <class A>
 __device__ __forceinline__ void load_shared(const A* from, A (&out)[kVector<A>]) {
   const uint4 v = *reinterpret_cast<const uint4*>(from);
   unpack<A>(Raw{{v.x, v.y, v.z, v.w}}, 0, out);
@@ -285,38 +293,23 @@ __device__ __forceinline__ A larger(A a, A b) {
   return std::fmax(a, b);
 }
 
-// exp(u - maximum) of a row's u, the difference and the product with log2 e in one multiply-add. The
-// rounding of maximum * log2 e is a factor that all of them share: `correction` takes it off.
-template <class A>
-struct Exponentials {
-  A maximum;
-  A correction = 1;
-
-  __device__ __forceinline__ explicit Exponentials(A maximum) : maximum(maximum) {
-    if constexpr (std::is_same_v<A, float>) {
-      product_ = maximum * kLog2E;
-      large_ = !(std::fabs(maximum) < 1e6f);  // beyond, the factor would leave the range of floats
-      if (!large_) correction = power_of_two(std::fma(-maximum, kLog2E, product_));
+// u becomes exp(u - maximum) times a factor that all of them share; returns what takes it off. A
+// float's difference and product with log2 e are one multiply-add: the factor is what maximum * log2 e
+// is rounded by.
+template <class A, int Count>
+__device__ __forceinline__ A make_exponentials(A (&u)[Count], A maximum) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (std::fabs(maximum) < 1e6f) {  // beyond, the factor would leave the range of floats
+      const float product = maximum * kLog2E;
+#pragma unroll
+      for (int p = 0; p < Count; ++p) u[p] = power_of_two(std::fma(u[p], kLog2E, -product));
+      return power_of_two(std::fma(-maximum, kLog2E, product));
     }
   }
-
-  template <int Count>
-  __device__ __forceinline__ void apply(A (&u)[Count]) const {
-    if constexpr (std::is_same_v<A, float>) {
-      if (!large_) {
 #pragma unroll
-        for (int p = 0; p < Count; ++p) u[p] = power_of_two(std::fma(u[p], kLog2E, -product_));
-        return;
-      }
-    }
-#pragma unroll
-    for (int p = 0; p < Count; ++p) u[p] = exponential(u[p] - maximum);
-  }
-
- private:
-  float product_ = 0;
-  bool large_ = true;
-};
+  for (int p = 0; p < Count; ++p) u[p] = exponential(u[p] - maximum);
+  return 1;
+}
 
 template <class A>
 __device__ __forceinline__ A negative_infinity() {
@@ -404,6 +397,18 @@ class Group {
     return v;
   }
 
+  __device__ __forceinline__ A max(A v) {
+    v = warp_max(v, Wide ? 32 : lanes_);
+    if constexpr (Wide) {
+      A* area = next_area();
+      if (lane() == 0) area[warp()] = v;
+      __syncthreads();
+      v = warp_max(lane() % kMostWarps < warps() ? area[lane() % kMostWarps] : kLowest<A>,
+                   kMostWarps);
+    }
+    return v;
+  }
+
   // Sums each of `count` values over the group; every thread gets them.
   template <int Count>
   __device__ __forceinline__ void sum(A (&values)[Count]) {
@@ -452,6 +457,17 @@ class Group {
   A* scratch_;
   int turn_ = 0;
 };
+
+// The sums over a group of the first Count values.
+template <int Count, class G, class A, int All>
+__device__ __forceinline__ void sum_first(G& group, A (&values)[All]) {
+  A first[Count];
+#pragma unroll
+  for (int k = 0; k < Count; ++k) first[k] = values[k];
+  group.sum(first);
+#pragma unroll
+  for (int k = 0; k < Count; ++k) values[k] = first[k];
+}
 
 // The sum of one value a thread over the block, in a fixed order; every thread gets it. `scratch`
 // has an entry a warp, and is free again after the block's next barrier.
