@@ -214,17 +214,51 @@ __device__ __forceinline__ void set_element(Raw& raw, int v, T value) {
 template <class T>
 constexpr int kPart = kVector<Accumulate<T>>;
 
-template <class T>
-__device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (&out)[kPart<T>]) {
-#pragma unroll
-  for (int q = 0; q < kPart<T>; ++q) out[q] = to_accumulate(element<T>(raw, part * kPart<T> + q));
+// Two neighbouring elements of half precision from and to a word, in as few instructions as there are.
+__device__ __forceinline__ void unpack_pair(uint32_t word, __nv_bfloat16, float& low, float& high) {
+  low = from_bits<float>(word << 16);
+  high = from_bits<float>(word & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack_pair(uint32_t word, __half, float& low, float& high) {
+  low = __half2float(from_bits<__half>(static_cast<uint16_t>(word)));
+  high = __half2float(from_bits<__half>(static_cast<uint16_t>(word >> 16)));
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
 }
 
 template <class T>
-__device__ __forceinline__ void pack(const Accumulate<T> (&in)[kPart<T>], int part, Raw& raw) {
+__device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (&out)[kPart<T>]) {
 #pragma unroll
-  for (int q = 0; q < kPart<T>; ++q)
-    set_element(raw, part * kPart<T> + q, from_accumulate<T>(in[q]));
+  for (int q = 0; q < kPart<T>; ++q) {
+    if constexpr (sizeof(T) == 2) {
+      if (q % 2 == 0) unpack_pair(raw.word[(part * kPart<T> + q) / 2], T(), out[q], out[q + 1]);
+    } else {
+      out[q] = to_accumulate(element<T>(raw, part * kPart<T> + q));
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void pack(const Accumulate<T>* in, int part, Raw& raw) {
+#pragma unroll
+  for (int q = 0; q < kPart<T>; ++q) {
+    const int v = part * kPart<T> + q;
+    if constexpr (sizeof(T) == 2) {
+      if (q % 2 == 0) raw.word[v / 2] = pack_pair(in[q], in[q + 1], T());
+    } else {
+      set_element(raw, v, from_accumulate<T>(in[q]));
+    }
+  }
 }
 
 __device__ __forceinline__ Raw read_shared(const unsigned char* from) {

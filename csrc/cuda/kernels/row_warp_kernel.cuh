@@ -287,7 +287,7 @@ template <class T>
 __device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
   Raw raw = {};
 #pragma unroll
-  for (int v = 0; v < kVector<T>; ++v) set_element(raw, v, from_accumulate<T>(values[v]));
+  for (int part = 0; part < kPartsOfVector<T>; ++part) pack<T>(values + part * kPart<T>, part, raw);
   return raw;
 }
 
