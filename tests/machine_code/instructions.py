@@ -50,6 +50,7 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
     "MOV": (ops.move, "i"),
 }
 PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
+WITH_BITS = ("LOP3", "MOV")  # they know what operations.Bits are
 # What they write is not followed.
 DATA = {
     "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "VOTE",
@@ -107,7 +108,7 @@ def _arithmetic(instruction: Instruction) -> Step | None:
         holds = guard(warp)
         values = [r(warp) for r in readers]
         if values != last[0]:
-            last[:] = values, lift(compute, values, name == "LOP3")
+            last[:] = values, lift(compute, values, name in WITH_BITS)
         for result, value in zip(results, last[1], strict=False):
             _write(warp, instruction, result, value, wide, holds)
 
@@ -290,14 +291,14 @@ def _load(instruction: Instruction, name: str) -> Step:
         readers = [word(k) for k in range(words)]
 
     def extended(value: Value) -> tuple[Value, ...]:
-        if value is not None and narrow.startswith("S"):
-            return (ops.signed(value, 8 * size) & M32,)
-        return (value,)
+        return (None if value is None else ops.signed(value, 8 * size) & M32,)
 
     def load(warp: Warp) -> None:
         holds = guard(warp)
         # The address may be among what is written.
-        values = [lift(extended, [r(warp)])[0] for r in readers]
+        values = [r(warp) for r in readers]
+        if narrow.startswith("S"):
+            values = [lift(extended, [value])[0] for value in values]
         for k, value in enumerate(values):
             _write(warp, instruction, _following(operands[0], k), value, False, holds)
 

@@ -26,6 +26,7 @@ from types import ModuleType
 from benchmarks.gpus import GPUS
 from simt import build
 from support import compiler_report, launch_plans
+from support.launch_plans import WarpRows
 
 from . import disassembly
 from .warp import Launch, Unknown, Warp
@@ -98,20 +99,15 @@ class Kernel:
     arguments: bytes
 
     @property
-    def _of_warps(self) -> re.Match[str] | None:
-        """Of row_warp_kernel.cuh: vectors of a lane, and whether a row is a block's."""
-        return re.search(r"row_warp_kernel<.*?, (\d+),.*, (true|false)>", self.declaration)
-
-    @property
     def rows(self) -> int:
         """That its block works on at a time."""
-        found = self._of_warps
-        return self.threads // 32 if found and found[2] == "false" else 1
+        of_warps = WarpRows.of(self.declaration)
+        return self.threads // 32 if of_warps and not of_warps.wide else 1
 
     def vectors_of_a_warp(self, size: int) -> int:
         """Of elements of so many bytes."""
-        found = self._of_warps
-        return 32 * (int(found[1]) if found else size)  # kKept of row_tile.cuh
+        of_warps = WarpRows.of(self.declaration)
+        return 32 * (of_warps.vectors if of_warps else size)  # kKept of row_tile.cuh
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import hashlib
 import heapq
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ VECTOR_BYTES = 16
 SIZES = {"fp32": 4, "bf16": 2}
 _CODES = {"fp32": 1, "bf16": 2}  # Dtype of csrc/cuda/kernels/launch.h
 _SOURCE = TESTS / "simt" / "row_kernels.cu"
+_STAGED = 20  # kWarpStaged of csrc/cuda/kernels/row_warp_kernel.cuh
 
 
 def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
@@ -41,6 +43,25 @@ def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_byt
     shared = _round_up(shared_bytes + limits.reserved_bytes, 128)
     by_shared = limits.shared_bytes // shared if shared else limits.blocks
     return min(by_registers, by_threads, by_shared, limits.blocks)
+
+
+@dataclass(frozen=True)
+class WarpRows:
+    """A row_warp_kernel."""
+
+    vectors: int  # of a lane
+    wide: bool  # a row is a block's, else a warp's
+
+    @staticmethod
+    def of(declaration: str) -> WarpRows | None:
+        """None: another kernel."""
+        found = re.search(r"row_warp_kernel<.*?, (\d+),.*, (true|false)>", declaration)
+        return WarpRows(int(found[1]), found[2] == "true") if found else None
+
+    @property
+    def rows_ahead(self) -> int:
+        """That are asked for while a row is computed."""
+        return _STAGED // self.vectors - 1
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -101,6 +122,7 @@ class Launch:
     grid_x: int
     tiles: int  # grid_y
     groups: int  # of a block, with a row each
+    warp_rows: WarpRows | None
     period: int
     row_vectors: int
     tile_vectors: int
@@ -114,9 +136,11 @@ class Launch:
     def rows_of(self, block: int) -> int:
         """Of blockIdx.x."""
         residue, block = block % self.period, block // self.period
-        step = self.grid_x // self.period * self.groups
+        blocks = self.grid_x // self.period
         rows = _divide_up(self.rows - residue, self.period)
-        whole, left = divmod(rows, step)
+        if self.warp_rows:  # neighbouring rows are those of different blocks
+            return _divide_up(max(rows - block, 0), blocks)
+        whole, left = divmod(rows, blocks * self.groups)
         return whole * self.groups + min(max(left - block * self.groups, 0), self.groups)
 
     @functools.cached_property
@@ -148,10 +172,14 @@ class Launch:
     def bytes_in_flight(self) -> float:
         """Of a multiprocessor: each resident block has read all vectors of its groups' rows, or of
         its tile, before it needs the first. So it is while the next row is fetched ahead; where a
-        kernel does not, it is what is outstanding at most.
+        kernel does not, it is what is outstanding at most. row_warp_kernel: the rows that are asked
+        for while one is computed, of which a group may have fewer.
         """
         blocks = min(self.per_multiprocessor, self.grid_x * self.tiles / self.multiprocessors)
-        return blocks * self.groups * self.row_vectors / self.tiles * VECTOR_BYTES
+        rows = float(self.groups)
+        if self.warp_rows:
+            rows *= min(self.warp_rows.rows_ahead, self.rows / (self.grid_x * self.groups))
+        return blocks * rows * self.row_vectors / self.tiles * VECTOR_BYTES
 
 
 @dataclass(frozen=True)
@@ -208,6 +236,7 @@ def _walk(launch: dict[str, Any], device: Device, dtype: str, rows: int, classes
         grid_x=launch["grid_x"],
         tiles=launch["grid_y"],
         groups=launch["threads"] // lanes,
+        warp_rows=WarpRows.of(launch["declaration"]),
         period=launch["period"],
         row_vectors=_divide_up(phase + classes, of_a_vector),
         tile_vectors=launch["tile_vectors"],
