@@ -60,6 +60,9 @@ struct GroupRows {
     phase = reinterpret_cast<uintptr_t>(logits + residue * args.outer_stride) % kVectorBytes /
             sizeof(T);
   }
+  __device__ __forceinline__ int64_t row_at(int round) const {
+    return row + static_cast<int64_t>(round) * row_step;
+  }
   static __device__ __forceinline__ int64_t block(const RowArgs& args) {
     return blockIdx.x >> args.period_bits;
   }

@@ -57,7 +57,8 @@ struct WarpTile : GroupRows {
     // register for each k and not in an address's offset.
     asm("" : "+r"(first_class));
     asm("" : "+r"(lane));
-    asm("" : "+r"(warp));  // and this it would make anew wherever it is used
+    asm("" : "+r"(warp));  // and these it would make anew wherever they are used
+    asm("" : "+l"(row));
     const int before = Wide ? warp * 32 * K : 0;
     base_class = first_class + before * V;
     left = vectors - before - lane;
@@ -301,9 +302,10 @@ __device__ __forceinline__ A warp_sum(A v) {
 // Sums: the class sums are wanted. Wide: a row is a block's, and each warp has its part of it.
 template <class T, int K, bool Calibrated, bool Sums, bool Wide>
 __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThreads,
-                                  Sums || Wide          ? 1
-                                  : K * kVector<T> > 40 ? 2
-                                                        : 3) row_warp_kernel(const RowArgs args) {
+                                  Sums || Wide                        ? 1
+                                  : Calibrated || K * kVector<T> > 40 ? 2
+                                                                      : 3)
+    row_warp_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>, P = K * V;
   constexpr int kStages = kWarpStages<K>;
@@ -351,11 +353,11 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
   const int64_t step = tile.row_step * args.outer_stride;
   // Of the row that is asked for next: its first vector of this lane; of the one after this: its edge.
   const T* from = logits + tile.row * args.outer_stride + tile.first();
-  const T* edge_from = logits + tile.row * args.outer_stride + tile.edge;
-  const auto ask_for = [&](int round, int64_t i) {
+  const T* edge_from = from + (tile.edge - tile.first());
+  const auto ask_for = [&](int round) {
     if (round < tile.rounds) {
       if (round % 32 == 0) {
-        const int64_t own = i + lane * tile.row_step;
+        const int64_t own = tile.row_at(round + lane);
         ahead = own < args.outer ? target_of(args, own) : kNoTarget;
       }
       if (is_valid(__shfl_sync(kFullWarp, ahead, round % 32)))
@@ -371,30 +373,28 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     return z;
   };
 #pragma unroll
-  for (int round = 0; round < kStages - 1; ++round)
-    ask_for(round, tile.row + round * tile.row_step);
+  for (int round = 0; round < kStages - 1; ++round) ask_for(round);
   A next_edge = edge_of(0);
-  T* grad = static_cast<T*>(args.grad_logits) + tile.row * args.grad_outer_stride;
-  const int64_t grad_step = tile.row_step * args.grad_outer_stride;
-
   int own_target = kNoTarget;  // of this lane's row of the turn
   const Turn<T> turn(staged + 32 * kWarpStaged * kVectorBytes);
   A grad_scale[Sums ? P + 1 : 1] = {}, grad_bias[Sums ? P + 1 : 1] = {};  // the last: the edge's
-  int64_t i = tile.row;
-  for (int round = 0; round < tile.rounds; ++round, i += tile.row_step, grad += grad_step) {
+  for (int round = 0; round < tile.rounds; ++round) {
     const int at_turn = round % 32;
     if (at_turn == 0) {
       __syncwarp();
       own_target = ahead;  // whose row is of this turn by now
-      turn.read(args, i + lane * tile.row_step, own_target, lane, inverse);
+      turn.read(args, tile.row_at(round + lane), own_target, lane, inverse);
       __syncwarp();
     }
-    ask_for(round + kStages - 1, i + (kStages - 1) * tile.row_step);
+    ask_for(round + kStages - 1);
     const A z_edge = next_edge;
     next_edge = edge_of(round + 1);
     const int target = __shfl_sync(kFullWarp, own_target, at_turn);
     const auto of_row = [&](auto value) { return turn.at(value, at_turn); };
-    const auto write = [&](const A(&g)[P + 1]) {
+    const auto grad_row = [&] {
+      return static_cast<T*>(args.grad_logits) + tile.row_at(round) * args.grad_outer_stride;
+    };
+    const auto write = [&](T* grad, const A(&g)[P + 1]) {
       T* to = grad + tile.first();
       if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
 #pragma unroll
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     wait_for_copies<kStages - 1>();
 
     if (!is_valid(target)) {
-      if (writes_logits) write({});
+      if (writes_logits) write(grad_row(), {});
     } else {
       const A c = Calibrated ? of_row(Turn<T>::kC) : A(0);
       const TargetPlace<T, K> place(tile, target);
@@ -462,18 +462,20 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
       }
       const A correction = make_exponentials(e, sums.maximum);
       sums.rest = sum_of(e);
-      // exp(u - maximum) z, 0 of the target and of a masked class and not 0 * -inf.
-      A ez[Sums ? P + 1 : 1];
+      // exp(u - maximum) z of some vectors, as many as registers hold: it is used twice. 0 of the
+      // target and of a masked class, and not 0 * -inf.
+      constexpr int kProducts = Sums ? 12 : 0;
+      A products[kProducts + 1];
+      const auto product = [&](int p, A z) { return e[p] * larger(z, kLowest<A>); };
       if constexpr (Sums) {
         forget_loads();
 #pragma unroll
-        for (int part = 0; part < K * N; ++part) {
+        for (int part = 0; part < kProducts / Q; ++part) {
           A z[Q];
           unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
 #pragma unroll
-          for (int q = 0; q < Q; ++q) ez[part * Q + q] = e[part * Q + q] * larger(z[q], kLowest<A>);
+          for (int q = 0; q < Q; ++q) products[part * Q + q] = product(part * Q + q, z[q]);
         }
-        ez[P] = e[P] * larger(z_edge, kLowest<A>);
       }
       if (Calibrated && slopes) {
         forget_loads();
@@ -486,11 +488,11 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
 #pragma unroll
           for (int q = 0; q < Q; ++q) {
             const int p = part * Q + q;
-            const A weighted = Sums ? ez[Sums ? p : 0] : e[p] * larger(z[q], kLowest<A>);
+            const A weighted = p < kProducts ? products[p < kProducts ? p : 0] : product(p, z[q]);
             sums.rest_slope = std::fma(a[q], weighted, std::fma(b[q], e[p], sums.rest_slope));
           }
         }
-        const A weighted = e[P] * larger(z_edge, kLowest<A>);
+        const A weighted = product(P, z_edge);
         sums.rest_slope += edge.scale * weighted + edge.bias * e[P];
         if (smoothing) {
           forget_loads();
@@ -554,20 +556,31 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
             }
             g[P] *= edge.scale * c + A(1);
           }
-          write(g);
+          T* grad = grad_row();
+          write(grad, g);
           if (place.holds || place.at_edge) {  // over what it has written of the marked one
-            const A a = vector_entry<A>(args.scale, target, A(0));
-            store_one(grad + target,
-                      from_accumulate<T>(factor * result.at_target * (a * c + A(1))));
+            A g_t = factor * result.at_target;
+            if constexpr (Calibrated) g_t *= static_cast<const A*>(args.scale)[target] * c + A(1);
+            store_one(grad + target, from_accumulate<T>(g_t));
           }
         }
         if constexpr (Sums) {
           const A softmax = v_i * c * of_e, smooth = v_i * c * result.smooth;
+          forget_loads();
 #pragma unroll
-          for (int p = 0; p <= P; ++p) {
-            grad_scale[p] = std::fma(softmax, ez[p], grad_scale[p]);
-            grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
+          for (int part = 0; part < K * N; ++part) {
+            A z[Q];
+            unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
+#pragma unroll
+            for (int q = 0; q < Q; ++q) {
+              const int p = part * Q + q;
+              const A ez = p < kProducts ? products[p < kProducts ? p : 0] : product(p, z[q]);
+              grad_scale[p] = std::fma(softmax, ez, grad_scale[p]);
+              grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
+            }
           }
+          grad_scale[P] = std::fma(softmax, product(P, z_edge), grad_scale[P]);
+          grad_bias[P] = std::fma(softmax, e[P], grad_bias[P]);
           if (smoothing) {
 #pragma unroll
             for (int part = 0; part < K * N; ++part) {
@@ -609,7 +622,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     if (Wide && tile.warp > 0) continue;
     double loss = 0, divisor = 0;
     if (lane <= at_turn) {
-      const int64_t own = i + (lane - at_turn) * tile.row_step;
+      const int64_t own = tile.row_at(round - at_turn + lane);
       const bool valid = is_valid(own_target);
       const PositionSums<A> sums = turn.kept(lane, slopes, smoothing, weights);
       const A w_t = turn.at(Turn<T>::kWeight, lane), v_i = turn.at(Turn<T>::kFactor, lane);
