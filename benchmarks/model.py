@@ -33,33 +33,52 @@ SHAPES = (
 STEPS = ("plain", "all gradients", "stage 2")
 SHOWN = ("H100 SXM", "A100 SXM 80 GB", "RTX 4090", "B200")
 
-# Warp instructions for 512 bytes of logits, in the machine code for sm_90: of rows of 1203 classes,
-# taken below LONG classes, and of 8192, taken from there on. "stage 2" is the forward that has the
-# gradients of scale, bias and confidence, too. tests/cuda/test_machine_code.py counts them.
+# Warp instructions for 512 bytes of logits in fp32 and in bf16, in the machine code for sm_90. The
+# first word is how a row is worked on (`way`), the second the kernel: forward with the gradient of
+# the logits; with the gradients of scale, bias and confidence; with all of them. Tiles need two
+# kernels. Counted with 1203 classes ("warp"), 8192 ("warps"; "block": for sm_120, whose kernels
+# these are), 32000 ("cluster") and 128256 ("tiles"): `python -m machine_code.rows model` of
+# tests/ prints this, and tests/cuda/test_machine_code.py compares.
 INSTRUCTIONS = {
-    ("forward", "fp32"): (138, 70),
-    ("forward", "bf16"): (285, 150),
-    ("stage 2", "fp32"): (309, 154),
-    ("stage 2", "bf16"): (623, 336),
-    ("backward", "fp32"): (142, 72),
-    ("backward", "bf16"): (285, 145),
+    ("warp", "gradient"): (80, 172),
+    ("warp", "stage2"): (137, 294),
+    ("warp", "all"): (161, 359),
+    ("warps", "gradient"): (56, 109),
+    ("warps", "stage2"): (109, 237),
+    ("warps", "all"): (130, 291),
+    ("block", "stage2"): (153, 330),
+    ("block", "all"): (187, 388),
+    ("cluster", "gradient"): (146, 295),
+    ("cluster", "stage2"): (180, 374),
+    ("cluster", "all"): (216, 445),
+    ("tiles", "forward"): (71, 144),
+    ("tiles", "calibrated forward"): (89, 185),
+    ("tiles", "stage2 forward"): (107, 222),
+    ("tiles", "backward"): (71, 139),
+    ("tiles", "stage2 backward"): (144, 289),
+    ("tiles", "all backward"): (154, 302),
 }
-LONG = 4096
 
-
-def instructions(code: str, dtype: str, classes: int) -> int:
-    """For every architecture and form of the backward."""
-    return INSTRUCTIONS[code, dtype][classes >= LONG]
-
-
-# csrc/cuda/launch/row_launch.h: elements of a row that a thread keeps, threads of a block that has
-# a whole row, and of a block of a cluster.
+# csrc/cuda/launch/row_launch.h and the kernels' headers. Vectors of 16 bytes that a warp keeps of a
+# row, warps of a block at most, and of such a warp the shared memory in bytes, class vectors aside.
+_WARP_VECTORS, _WARPS, _WARP_BYTES = 320, 8, 11648
+# Elements of a row that a thread keeps, of a block that has a whole row by other kernels, and of a
+# block of a cluster.
 _KEPT = 16
 _BLOCK = 512 * _KEPT
 _CLUSTER_BLOCK, _CLUSTER = 384 * _KEPT, 8
-# Elements whose class sums a multiprocessor keeps: about 16 warps', as registers bound them.
+# Elements whose class sums a multiprocessor keeps by these kernels: about 16 warps', as registers
+# bound them.
 _SUMS = 16 * 32 * _KEPT
-_ROWS_OF_SUMS = 4  # that a block has, at least
+
+# Shares of a copy on an H100 that steps should reach.
+AIMS = {
+    ("plain", "fp32"): 0.8,
+    ("plain", "bf16"): 0.75,
+    ("stage 2", "fp32"): 0.8,
+    ("stage 2", "bf16"): 0.65,
+}
+OF_AIMS = "H100 SXM"
 
 # Forward and backward on an H100, ms, as the makers of other losses have published them. quack's
 # shares of the bandwidth: benchmarks/results/README.md.
@@ -73,7 +92,7 @@ PUBLISHED = {
 class Pass:
     """Over the logits."""
 
-    code: str  # of INSTRUCTIONS
+    code: str  # of INSTRUCTIONS, the second word
     reads_and_writes: int
     other_bytes: float = 0  # class sums, statistics, targets
 
@@ -83,7 +102,11 @@ class Time:
     captured: float  # seconds, without launches
     launches: float
     share_of_copy: float  # of a copy that moves the same logits, launches not counted
-    limit: str  # memory, issue or launches; of each pass, where they differ
+    limit_of_passes: str  # memory or issue; of each, where they differ
+
+    @property
+    def limit(self) -> str:
+        return "launches" if self.launches > self.captured else self.limit_of_passes
 
     @property
     def seconds(self) -> float:
@@ -91,42 +114,77 @@ class Time:
 
 
 def _elements(dtype: str, classes: int) -> int:
-    """Of a row as the kernels see it: whole 16 bytes."""
+    """Of a row as the kernels of blocks and clusters see it: whole 16 bytes."""
     vector = 16 // SIZES[dtype]
     before = 0 if classes % vector == 0 else vector - 1  # rows begin anywhere
     return -(-(before + classes) // vector) * vector
 
 
-def _tiled(gpu: Gpu, step: str, dtype: str, classes: int) -> bool:
-    """Whether forward has several blocks a row, and no cluster of them."""
+def way(gpu: Gpu, step: str, dtype: str, classes: int) -> str:
+    """How forward works on a row of more than 512 classes.
+
+    warp: a warp keeps it. warps: several of a block. block: a block, where there is too little
+    shared memory for the former. cluster: the blocks of one. tiles: several blocks, none of which
+    keeps it until the row's sums are known.
+    """
+    sums = step != "plain"
+    shared_bytes = gpu.capability.shared_bytes_of_a_block
+    vectors = classes * SIZES[dtype] // 16
+    # The class sums of a half precision's elements do not fit into registers, nor need short rows
+    # so many.
+    half = dtype == "bf16" and (sums or vectors <= _WARP_VECTORS // 2)
+    of_a_warp = _WARP_VECTORS // 2 if half else _WARP_VECTORS
+    if vectors <= of_a_warp:
+        return "warp"
+    warps = -(-vectors // of_a_warp)
+    class_bytes = 2 * of_a_warp * (16 // SIZES[dtype]) * 4 if sums else 0
+    # Less some hundred bytes for the sums of warps.
+    if warps <= _WARPS and warps * (_WARP_BYTES + class_bytes) < shared_bytes - 1024:
+        return "warps"
     elements = _elements(dtype, classes)
-    calibrated = step != "plain"
     # Scale and bias lie in shared memory, for whole warps.
-    shared = 8 * -(-elements // (32 * _KEPT)) * 32 * _KEPT if calibrated else 0
-    if elements <= _BLOCK and shared < gpu.capability.shared_bytes_of_a_block:
-        return False
-    clustered = calibrated and gpu.capability.has_clusters
-    return not (clustered and -(-elements // _CLUSTER_BLOCK) <= _CLUSTER)
+    shared = 8 * -(-elements // (32 * _KEPT)) * 32 * _KEPT if sums else 0
+    if elements <= _BLOCK and shared < shared_bytes:
+        return "block"
+    clustered = gpu.capability.has_clusters and -(-elements // _CLUSTER_BLOCK) <= _CLUSTER
+    return "cluster" if clustered else "tiles"
 
 
-def class_sum_bytes(gpu: Gpu, rows: int, classes: int) -> int:
-    """Of scale and of bias, written by the blocks and read by the last kernel: at most."""
-    return 2 * 2 * 4 * min(gpu.multiprocessors * _SUMS, rows * classes // _ROWS_OF_SUMS)
+def class_sum_bytes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> int:
+    """Of scale and of bias, written by the blocks and read by the last kernel: at most.
+
+    Kernels of warps have a block a multiprocessor, and no more than there are rows for.
+    """
+    how = way(gpu, step, dtype, classes)
+    blocks = -(-rows // (_WARPS if how == "warp" else 1))
+    kept = classes if how in ("warp", "warps") else _SUMS
+    return 2 * 2 * 4 * min(gpu.multiprocessors * kept, blocks * classes)
 
 
 def passes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> list[Pass]:
-    """What the kernels of a step read and write."""
+    """What the kernels of a step read and write. The last but one of tiles' is forward without the
+    gradient of the logits.
+    """
+    tiled = way(gpu, step, dtype, classes) == "tiles"
     statistics = rows * (8 + 8)  # two floats and the target
     if step == "plain":
-        return [Pass("forward", 1, statistics), Pass("backward", 2, statistics)]
-    sums = class_sum_bytes(gpu, rows, classes)
+        if tiled:
+            return [Pass("forward", 1, statistics), Pass("backward", 2, statistics)]
+        # The denominator comes from the targets.
+        return [Pass("gradient", 2, statistics + rows * 8)]
+    sums = class_sum_bytes(gpu, step, dtype, rows, classes)
     positions = statistics + rows * 8  # the confidence and its gradient
-    found = [Pass("stage 2", 1, sums + positions)]
-    if _tiled(gpu, step, dtype, classes):  # class sums from a second read
-        found = [Pass("stage 2", 1, positions), Pass("backward", 1, sums + positions)]
-    if step == "all gradients":
-        found.append(Pass("backward", 2, positions))
-    return found
+    if step == "stage 2":
+        if tiled:
+            return [
+                Pass("stage2 forward", 1, positions), Pass("stage2 backward", 1, sums + positions)
+            ]  # fmt: skip
+        return [Pass("stage2", 1, sums + positions)]
+    if tiled:
+        return [
+            Pass("calibrated forward", 1, positions), Pass("all backward", 2, sums + positions)
+        ]  # fmt: skip
+    return [Pass("all", 2, sums + positions + rows * 8)]
 
 
 def reads(gpu: Gpu, step: str, dtype: str, classes: int) -> int:
@@ -135,37 +193,52 @@ def reads(gpu: Gpu, step: str, dtype: str, classes: int) -> int:
 
 
 def launches(gpu: Gpu, step: str, dtype: str, classes: int) -> int:
-    """Passes, the sum over tiles, and the end of forward."""
-    tiled = _tiled(gpu, step, dtype, classes)
-    return reads(gpu, step, dtype, classes) + int(tiled) + 1
+    """Of forward, which makes all gradients: its passes, the targets' share of the denominator or
+    the sum over tiles, and its end; with tiles the end of the sums, too.
+    """
+    tiled = way(gpu, step, dtype, classes) == "tiles"
+    others = 2 if tiled or step != "stage 2" else 1
+    return reads(gpu, step, dtype, classes) + others + int(tiled and step == "all gradients")
 
 
 def predict(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> Time:
     logits = rows * classes * SIZES[dtype]
     bandwidth = SHARE_OF_BANDWIDTH * gpu.gigabytes_per_second * 1e9
+    how = way(gpu, step, dtype, classes)
     captured = 0.0
     limits = []
     for one in passes(gpu, step, dtype, rows, classes):
         memory = (one.reads_and_writes * logits + one.other_bytes) / bandwidth
-        issued = instructions(one.code, dtype, classes) * logits / BYTES_OF_A_READ
+        issued = INSTRUCTIONS[how, one.code][list(SIZES).index(dtype)] * logits / BYTES_OF_A_READ
         issue = issued / (SHARE_OF_ISSUE * gpu.instructions_per_second)
         captured += max(memory, issue)
         limits.append("memory" if memory >= issue else "issue")
-    of_launches = SECONDS_OF_A_LAUNCH * launches(gpu, step, dtype, classes)
-    if of_launches > captured:
-        limits = ["launches"]
-    elif len(set(limits)) == 1:
-        limits = limits[:1]
-    needed = 1 if step == "stage 2" else 3  # reads and writes
+    # Backward's kernel, which returns at once where the upstream gradient is 1.
+    of_backward = int(step != "stage 2")
+    of_launches = SECONDS_OF_A_LAUNCH * (launches(gpu, step, dtype, classes) + of_backward)
+    needed = 1 if step == "stage 2" else 2  # reads and writes
     return Time(
         captured=captured,
         launches=of_launches,
         share_of_copy=needed * logits / bandwidth / captured,
-        limit=" / ".join(limits),
+        limit_of_passes=" / ".join(limits[:1] if len(set(limits)) == 1 else limits),
     )
 
 
-HEADINGS = ("N x C", "dtype", "step", *SHOWN, "published, H100")
+HEADINGS = ("N x C", "dtype", "step", *SHOWN, "share aimed at, H100", "published, H100")
+
+
+def _aim(step: str, dtype: str, rows: int, classes: int) -> str:
+    """The aim, and what is in its way."""
+    aim, gpu = AIMS.get((step, dtype)), GPUS[OF_AIMS]
+    if aim is None:
+        return ""
+    time = predict(gpu, step, dtype, rows, classes)
+    if time.share_of_copy >= aim:
+        return f"{aim:.0%}: met"
+    # Without the launches, which the share leaves out.
+    twice = ", two reads" if reads(gpu, step, dtype, classes) > 1 else ""
+    return f"{aim:.0%}: missed, {time.limit_of_passes}{twice}"
 
 
 def table(
@@ -183,6 +256,7 @@ def table(
                         f"{time.seconds * 1e3:.3f} ({time.captured * 1e3:.3f}), "
                         f"{time.share_of_copy:.0%}, {time.limit}"
                     )
+                cells.append(_aim(step, dtype, rows, classes))
                 peer, ms = PUBLISHED.get((rows, classes, dtype), ("", 0.0))
                 cells.append(f"{peer} {ms:.3f}" if peer and step == "plain" else "")
                 found.append(cells)

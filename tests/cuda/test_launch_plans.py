@@ -133,15 +133,26 @@ def test_bytes_in_flight(plans: Plans, name: str) -> None:
     assert all(a >= b for a, b in zip(least, known, strict=True)), (least, known)
 
 
+def _way(plan: Plan) -> str:
+    walk, launch = plan.walks[0], next(launch for launch in plan.launches if launch["fills"])
+    if walk.warp_rows:
+        return "warps" if walk.warp_rows.wide else "warp"
+    return "cluster" if launch["clustered"] else "block" if walk.tiles == 1 else "tiles"
+
+
 def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:
     for (name, (rows, classes), dtype, step), plan in plans.items():
+        if step not in model.STEPS:
+            continue
         gpu = GPUS[name]
+        assert _way(plan) == model.way(gpu, step, dtype, classes), (name, step, dtype, classes)
         assert len(plan.launches) == model.launches(gpu, step, dtype, classes), (name, step)
         assert len(plan.walks) == model.reads(gpu, step, dtype, classes), (name, step)
         blocks = max(launch.get("class_blocks", 0) for launch in plan.launches)
         if (rows, classes) != (100, 1203):  # whose blocks are rounded up to the alignment's period
             sums = 2 * 2 * 4 * blocks * classes
-            assert sums <= 1.02 * model.class_sum_bytes(gpu, rows, classes), (name, step)
+            most = model.class_sum_bytes(gpu, step, dtype, rows, classes)
+            assert sums <= 1.02 * most, (name, step, dtype, classes)
 
 
 # CUDA's own calculator. It knows how many blocks a multiprocessor has at most, and its sizes of

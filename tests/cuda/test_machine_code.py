@@ -88,28 +88,25 @@ def test_a_planted_kernel_issues_what_it_must(architecture: str, tmp_path: Path)
 
 
 # Instructions for 512 bytes of logits: those of nvcc 13.0 and 3 %. (architecture, dtype) -> for
-# each of rows.CLASSES those of (forward, stage2, backward).
-BUDGETS = {
-    ("80", "float32"): ((127, 288, 121), (140, 292, 142), (73, 155, 81), (71, 152, 76)),
-    ("80", "bfloat16"): ((256, 641, 235), (277, 603, 283), (155, 349, 160), (151, 344, 150)),
-    ("90", "float32"): ((134, 317, 127), (142, 318, 147), (75, 162, 79), (73, 159, 74)),
-    ("90", "bfloat16"): ((273, 687, 248), (294, 642, 294), (159, 352, 159), (155, 346, 150)),
-    ("100", "float32"): ((124, 286, 127), (138, 305, 146), (74, 156, 76), (73, 153, 71)),
-    ("100", "bfloat16"): ((249, 616, 266), (266, 615, 315), (148, 340, 169), (144, 334, 159)),
-    ("120", "float32"): ((130, 284, 130), (144, 314, 147), (77, 158, 72), (76, 155, 68)),
-    ("120", "bfloat16"): ((262, 616, 291), (278, 642, 329), (154, 347, 164), (150, 342, 155)),
-}
-
-
+# each of rows.CLASSES those of rows.STEPS. `python -m machine_code.rows budgets` prints this.
+@@
 @pytest.mark.parametrize(("architecture", "dtype"), BUDGETS)
 def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
     cases = [(classes, step) for classes in rows.CLASSES for step in rows.STEPS]
     found = {case: rows.count(architecture, dtype, *case) for case in cases}
-    # The walk goes where it should: each logit is read once, and its gradient written once.
+    # The walk goes where it should: each logit is read once, and its gradient written once. What is
+    # issued for vectors that a warp of a row's last has not is counted, too.
     for step in rows.STEPS:
         opcodes = found[8192, step].opcodes
-        assert opcodes["LDG.E.128"] == pytest.approx(1)
-        assert opcodes.get("STG.E.128", 0) == pytest.approx(float(step == "backward"))
+        kernel = rows.launch(architecture, dtype, 8192, step)
+        size = rows.DTYPES[dtype][1]
+        most = kernel.threads // 32 * kernel.vectors_of_a_warp(size) / (8192 * size / 16)
+        read = {"LDG.E.128", "LDGSTS.E.BYPASS.128"} & set(opcodes)
+        assert sum(opcodes[name] for name in read) == pytest.approx(most)
+        if rows.STEPS[step]["grad_logits"]:
+            assert 0.999 < opcodes["STG.E.128"] <= most + 0.001
+        else:
+            assert opcodes.get("STG.E.128", 0) == 0
     budgets = dict(zip(cases, sum(BUDGETS[architecture, dtype], ()), strict=True))
     over = {
         case: (n.vector, budgets[case]) for case, n in found.items() if n.vector > budgets[case]
@@ -117,10 +114,11 @@ def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
     assert not over
 
 
-@pytest.mark.parametrize("dtype", rows.DTYPES)
-def test_the_model_takes_these_counts(dtype: str) -> None:
-    short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
-    for step in rows.STEPS:
-        code = "stage 2" if step == "stage2" else step
-        for classes, stated in zip((1203, 8192), model.INSTRUCTIONS[code, short], strict=True):
-            assert stated == pytest.approx(rows.count("90", dtype, classes, step).vector, rel=0.01)
+def test_the_model_takes_these_counts() -> None:
+    found = {
+        key: tuple(rows.count(a, d, classes, step).vector for d in rows.DTYPES)
+        for key, (a, classes, step) in rows.MODEL.items()
+    }
+    assert set(model.INSTRUCTIONS) == set(found)
+    for key, counts in found.items():
+        assert model.INSTRUCTIONS[key] == pytest.approx(counts, rel=0.01, abs=0.5), key

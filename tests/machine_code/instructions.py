@@ -53,10 +53,9 @@ PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
 WITH_BITS = ("LOP3", "MOV")  # they know what operations.Bits are
 # What they write is not followed.
 DATA = {
-    "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "VOTE",
-    "MUFU",
+    "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "MUFU",
 }  # fmt: skip
-NOTHING = {"STG", "STS", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
+NOTHING = {"STG", "STS", "ST", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
            "ENDCOLLECTIVE"}  # fmt: skip
 
 
@@ -181,6 +180,8 @@ def _move(instruction: Instruction) -> Step | None:
         return to_uniform
     if name == "SHFL":
         return _shuffle(instruction)
+    if name in ("VOTE", "VOTEU"):
+        return _vote(instruction)
     if name in ("P2R", "UP2UR"):
         kind = "P" if name == "P2R" else "UP"
         rest, mask = reader(operands[2], "i"), int(operands[3].value)
@@ -200,10 +201,7 @@ def _move(instruction: Instruction) -> Step | None:
 
         return pack
     if plain in DATA:
-        # A predicate may stand before the register, or after it.
         results = [operands[0]]
-        if len(operands) > 1 and {operands[0].kind[-1], operands[1].kind[-1]} == {"P", "R"}:
-            results += [operands[1]] if plain == "VOTE" else []
         words = 2 if plain == "LEPC" else _words(modifiers)
 
         def forget(warp: Warp) -> None:
@@ -244,6 +242,24 @@ def _shuffle(instruction: Instruction) -> Step:
         _write(warp, instruction, results[1], uniform(found), False, holds)
 
     return shuffle
+
+
+def _vote(instruction: Instruction) -> Step:
+    """VOTE: which of the active lanes' predicates hold, to a register; any or all, to a predicate."""
+    guard = guard_reader(instruction)
+    results, source = instruction.operands[:-1], reader(instruction.operands[-1], "p")
+    whole = {"ANY": any, "ALL": all}[instruction.modifiers[0]]
+
+    def vote(warp: Warp) -> None:
+        value, holds = source(warp), guard(warp)
+        known = not warp.has_unknown(value)
+        lanes = warp.lanes_of(value) if known else 0
+        votes = [bool(lanes >> lane & 1) for lane in range(LANES) if warp.active >> lane & 1]
+        for result in results:
+            found: Value = whole(votes) if result.kind in ("P", "UP") else lanes
+            _write(warp, instruction, result, found if known else None, False, holds)
+
+    return vote
 
 
 def _following(operand: Operand, k: int) -> Operand:

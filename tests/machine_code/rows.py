@@ -1,7 +1,9 @@
 """Warp instructions of the row kernels, counted in their machine code.
 
-    PYTHONPATH=tests python -m machine_code.rows                            # the table
-    PYTHONPATH=tests python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
+    PYTHONPATH=tests:. python -m machine_code.rows                            # the table
+    PYTHONPATH=tests:. python -m machine_code.rows budgets                    # test_machine_code.py's
+    PYTHONPATH=tests:. python -m machine_code.rows model                      # benchmarks/model.py's
+    PYTHONPATH=tests:. python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
 logits, which are one 16-byte load of a warp. finish_kernel is not among them. What row_launch.h
@@ -13,6 +15,7 @@ vectors may be ragged, the one that has the target's class, and one for all othe
 from __future__ import annotations
 
 import functools
+import math
 import re
 import struct
 import sys
@@ -34,6 +37,8 @@ from .warp import Launch, Unknown, Warp
 ROWS = 4096
 BYTES = 512
 CLASSES = (1000, 1203, 8142, 8192)
+LONG = (32000, 128256)  # by clusters (sm_90 and newer), by tiles
+MARGIN = 1.03  # of budgets
 DTYPES = {"float32": (1, 4), "bfloat16": (2, 2)}  # number in launch.h, bytes
 # The loss, with weights a class; with the gradient of the logits; calibrated, with the gradients of
 # scale, bias and confidence; with all gradients. Backward: the gradient of the logits, not
@@ -44,6 +49,11 @@ STEPS = {
     "stage2": launch_plans.STAGE_2,
     "all": launch_plans.STAGE_2 | {"grad_logits": True},
     "backward": launch_plans.BACKWARD,
+}
+# The second kernel of "stage2" and of "all" where a row is several blocks' but no cluster's.
+SUMS = {
+    "stage2 backward": STEPS["stage2"] | {"forward": False},
+    "all backward": STEPS["all"] | {"forward": False},
 }
 
 
@@ -124,7 +134,7 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
     """The step's first launch that walks over the rows. registers: of a thread."""
     device = launch_plans.Device(DEVICES[architecture][0], defaultdict(lambda: registers))
     launches = _planner().row_launches(
-        **STEPS[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
+        **(STEPS | SUMS)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
         device=device,
     )  # fmt: skip
     found = next(launch for launch in launches if launch["fills"])
@@ -135,23 +145,25 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
 
 
 @functools.cache
-def _declarations(dtype: str) -> tuple[str, ...]:
-    """The kernels of this dtype that any step launches."""
+def _declarations(dtype: str, long: bool) -> tuple[str, ...]:
+    """The kernels of this dtype that any step launches, for CLASSES or for LONG."""
+    steps = STEPS | SUMS if long else STEPS
     return tuple(sorted({
-        launch(a, dtype, c, step).declaration for a in DEVICES for c in CLASSES for step in STEPS
+        launch(a, dtype, c, step).declaration
+        for a in DEVICES for c in (LONG if long else CLASSES) for step in steps
     }))  # fmt: skip
 
 
 @functools.cache
 def _compiled(
-    architecture: str, dtype: str
+    architecture: str, dtype: str, long: bool = False
 ) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
     """Kernels and their registers, by symbol."""
-    source = Path(_folder().name, f"{dtype}_{architecture}.cu")
+    source = Path(_folder().name, f"{dtype}_{architecture}_{long}.cu")
     headers = ("row_kernel.cuh", "row_backward_kernel.cuh", "row_warp_kernel.cuh")
     source.write_text("".join(
         [f'#include "cuda/kernels/{h}"\n' for h in headers]
-        + [f"template __global__ {d};\n" for d in _declarations(dtype)]
+        + [f"template __global__ {d};\n" for d in _declarations(dtype, long)]
     ))  # fmt: skip
     cubin = source.with_suffix(".cubin")
     report = compiler_report.compile(source, architecture, cubin)
@@ -162,7 +174,7 @@ def compile_all() -> None:
     """In parallel, what one after the other would take a minute."""
     with ThreadPoolExecutor(2) as pool:
         for dtype in DTYPES:
-            _declarations(dtype)
+            _declarations(dtype, False)
         list(pool.map(lambda key: _compiled(*key), [(a, d) for a in DEVICES for d in DTYPES]))
 
 
@@ -195,7 +207,7 @@ def _constants(kernel: Kernel, code: disassembly.Kernel, sizes: tuple[int, int],
     return bytes(constants)
 
 
-MOST = 30_000  # instructions of a warp: more and the walk has gone astray
+MOST = 60_000  # instructions of a warp: more and the walk has gone astray
 OUTER = 8  # where RowArgs has the number of rows
 
 
@@ -208,7 +220,7 @@ def _memory(target: int, address: int, size: int) -> int | None:
 
 @functools.cache
 def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
-    codes, registers = _compiled(architecture, dtype)
+    codes, registers = _compiled(architecture, dtype, classes in LONG)
     symbol = launch(architecture, dtype, classes, step).symbol
     kernel = launch(architecture, dtype, classes, step, registers[symbol])
     code = codes[kernel.symbol]
@@ -220,7 +232,10 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     vectors = ROWS * classes * DTYPES[dtype][1] / BYTES
     opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * ROWS) / vectors for o in many}
     return Count(
-        sum(setup.values()) / warps / kernel.rows, sum(row.values()) / warps, sum(opcodes.values()), opcodes
+        sum(setup.values()) / warps / kernel.rows,
+        sum(row.values()) / warps,
+        sum(opcodes.values()),
+        opcodes,
     )
 
 
@@ -259,14 +274,45 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
     return total
 
 
-@functools.cache
-def counts() -> dict[tuple[str, str, int, str], float]:
-    """For each (architecture, dtype, classes, step): instructions for 512 bytes of logits."""
-    compile_all()
-    return {key: count(*key).vector for key in KEYS}
-
-
 KEYS = [(a, d, c, s) for a in DEVICES for d in DTYPES for c in CLASSES for s in STEPS]
+
+
+def budgets() -> str:
+    """BUDGETS of test_machine_code.py: the counts and MARGIN."""
+    compile_all()
+    lines = ["BUDGETS = {"]
+    for a in DEVICES:
+        for d in DTYPES:
+            lines.append(f'    ("{a}", "{d}"): (')
+            for c in CLASSES:
+                most = (math.ceil(MARGIN * count(a, d, c, step).vector) for step in STEPS)
+                lines.append(f"        ({', '.join(map(str, most))}),")
+            lines.append("    ),")
+    return "\n".join([*lines, "}"])
+
+
+# The way that rows are worked on in benchmarks/model.py, its code -> architecture, classes and step
+# that are counted.
+MODEL = {
+    **{("warp", s): ("90", 1203, s) for s in ("gradient", "stage2", "all")},
+    **{("warps", s): ("90", 8192, s) for s in ("gradient", "stage2", "all")},
+    # Without the shared memory for several warps' class vectors.
+    **{("block", s): ("120", 8192, s) for s in ("stage2", "all")},
+    **{("cluster", s): ("90", 32000, s) for s in ("gradient", "stage2", "all")},
+    ("tiles", "forward"): ("90", 128256, "forward"),
+    ("tiles", "calibrated forward"): ("90", 128256, "all"),
+    ("tiles", "stage2 forward"): ("90", 128256, "stage2"),
+    **{("tiles", s): ("90", 128256, s) for s in ("backward", *SUMS)},
+}
+
+
+def model() -> str:
+    """INSTRUCTIONS of benchmarks/model.py."""
+    lines = ["INSTRUCTIONS = {"]
+    for key, (architecture, classes, step) in MODEL.items():
+        found = (round(count(architecture, d, classes, step).vector) for d in DTYPES)
+        lines.append(f'    ("{key[0]}", "{key[1]}"): ({", ".join(map(str, found))}),')
+    return "\n".join([*lines, "}"])
 
 
 def main() -> None:
@@ -288,7 +334,9 @@ def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] in (["budgets"], ["model"]):
+        print(budgets() if sys.argv[1] == "budgets" else model())
+    elif len(sys.argv) > 1:
         main_of(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
         main()

@@ -45,27 +45,38 @@ def test_the_h100_issues_as_many_instructions_as_stated() -> None:
 
 
 def test_plain_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model.INSTRUCTIONS, ("forward", "fp32"), (149, 0))
-    monkeypatch.setitem(model.INSTRUCTIONS, ("backward", "fp32"), (155, 0))
+    monkeypatch.setitem(model.INSTRUCTIONS, ("warp", "gradient"), (190, 0))
     time = model.predict(H100, "plain", "fp32", 65536, 1000)
     logits = 65536 * 1000 * 4
-    # Forward: 512,000 reads of 512 bytes, 149 instructions each, at 463 G a second; more than the
-    # 87 us that the bytes take. Backward: the bytes, read and written, at 3.015 TB/s, and for each
-    # row two floats and its target; more than the 171 us of 155 instructions.
-    forward = 512_000 * 149 / 463.32e9
-    backward = (2 * logits + 65536 * 16) / 3.015e12
-    assert time.captured == pytest.approx(forward + backward, rel=1e-9)
-    assert time.captured == pytest.approx(339e-6, rel=3e-2)
-    assert time.launches == pytest.approx(3 * 3e-6)
-    assert time.share_of_copy == pytest.approx(3 * logits / 3.015e12 / time.captured)
+    # 512,000 reads of 512 bytes, 190 instructions each, at 463 G a second: more than the 174 us
+    # that the bytes take, read and written at 3.015 TB/s.
+    assert time.captured == pytest.approx(512_000 * 190 / 463.32e9, rel=1e-9)
+    # The denominator, the row kernel and finish_kernel; backward's kernel, which returns at once.
+    assert time.launches == pytest.approx(4 * 3e-6)
+    assert time.share_of_copy == pytest.approx(2 * logits / 3.015e12 / time.captured)
+    assert time.limit == "issue"
+
+
+def test_tiles_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.INSTRUCTIONS, ("tiles", "forward"), (0, 200))
+    monkeypatch.setitem(model.INSTRUCTIONS, ("tiles", "backward"), (0, 1))
+    time = model.predict(H100, "plain", "bf16", 512, 100000)
+    logits = 512 * 100000 * 2
+    # Forward by its instructions; backward reads and writes, and for each row two floats and its
+    # target.
+    forward = logits / 512 * 200 / 463.32e9
+    assert time.captured == pytest.approx(forward + (2 * logits + 512 * 16) / 3.015e12, rel=1e-9)
+    # Forward, the sum over tiles, finish_kernel, backward; and the one that returns at once.
+    assert time.launches == pytest.approx(5 * 3e-6)
     assert time.limit == "issue / memory"
 
 
 def test_stage_2_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model.INSTRUCTIONS, ("stage 2", "fp32"), (1, 1))  # memory limits
+    monkeypatch.setitem(model.INSTRUCTIONS, ("warp", "stage2"), (1, 1))  # memory limits
     time = model.predict(H100, "stage 2", "fp32", 65536, 1000)
-    # 8192 classes' sums a multiprocessor, of scale and bias, written and read; 24 bytes a row.
-    moved = 65536 * 1000 * 4 + 132 * 8192 * 2 * 4 * 2 + 65536 * 24
+    # A block a multiprocessor has sums of all classes, of scale and bias, written and read; 24
+    # bytes a row.
+    moved = 65536 * 1000 * 4 + 132 * 1000 * 2 * 4 * 2 + 65536 * 24
     assert time.captured == pytest.approx(moved / 3.015e12)
     assert time.limit == "memory"
     assert time.launches == pytest.approx(2 * 3e-6)
