@@ -515,4 +515,17 @@ __device__ __forceinline__ A block_sum(A v, A* scratch) {
   return v;
 }
 
+// Whether this block is the last of so many to come here: it sees what all of them have written
+// before. Integers are counted, so that nothing depends on the order. `scratch` has an entry.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks, double* scratch) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *scratch = atomicAdd(ticket, 1u) == blocks - 1 ? 1.0 : 0.0;
+  __syncthreads();
+  const bool last = *scratch != 0.0;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
 }  // namespace disalign::cuda

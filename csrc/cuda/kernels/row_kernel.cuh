@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     }
   }
   if (tiled) return;
-  if (args.block_sums && writes) block_sums.write(args.block_sums);
+  if (args.block_sums && writes) block_sums.write_and_finish<A>(args);
   if (sum_classes) {
     if constexpr (Calibrated)
       write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);

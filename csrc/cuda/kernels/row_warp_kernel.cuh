@@ -643,7 +643,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     loss = warp_sum(loss), divisor = warp_sum(divisor);
     if (lane == 0) block_sums.add(tile.warp, loss, divisor);
   }
-  if (args.block_sums) block_sums.write(args.block_sums);
+  if (args.block_sums) block_sums.write_and_finish<A>(args);
   if constexpr (Sums) write_warp_sums<T, K, Wide>(args, tile, grad_scale, grad_bias, areas);
 }
 
@@ -662,6 +662,7 @@ __global__ void __launch_bounds__(kDivisorThreads, 1) row_divisor_kernel(const R
   }
   sum = block_sum(sum, reinterpret_cast<double*>(memory));
   if (threadIdx.x == 0) args.divisors[blockIdx.x] = sum;
+  if (args.ticket && blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = 0;
 }
 
 }  // namespace disalign::cuda

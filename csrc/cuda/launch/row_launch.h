@@ -285,6 +285,9 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
       shape.grid_x = std::min<int64_t>(divide_up(args.outer, kDivisorThreads), kDivisorBlocks);
       args.divisor_blocks = static_cast<int32_t>(shape.grid_x);
       args.divisors = static_cast<double*>(launcher.allocate(shape.grid_x * sizeof(double)));
+      // The last block of the row kernel finishes, where nothing is left but the loss.
+      if (!args.class_gradients && !args.grad_confidence)
+        args.ticket = static_cast<unsigned*>(launcher.allocate(sizeof(unsigned)));
       launcher.launch(row_divisor_kernel<A>, shape, args);
     }
     const RowKernel kernel = row_forward_kernel_of<T, Calibrated>(args, plan);
@@ -316,7 +319,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
       args.class_sums = sums.class_sums;
     }
   }
-  if (args.shard_sums) return;  // nothing to divide
+  if (args.shard_sums || args.ticket) return;  // nothing to divide, or done
   static_cast<LossArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
