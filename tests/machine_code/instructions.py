@@ -54,9 +54,10 @@ WITH_BITS = ("LOP3", "MOV")  # they know what operations.Bits are
 # What they write is not followed.
 DATA = {
     "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "MUFU",
+    "ATOMG",
 }  # fmt: skip
 NOTHING = {"STG", "STS", "ST", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
-           "ENDCOLLECTIVE"}  # fmt: skip
+           "ENDCOLLECTIVE", "ERRBAR", "CGAERRBAR", "CCTL"}  # fmt: skip
 
 
 def _plain(name: str) -> str:
@@ -201,7 +202,7 @@ def _move(instruction: Instruction) -> Step | None:
 
         return pack
     if plain in DATA:
-        results = [operands[0]]
+        results = list(operands[: 2 if name == "ATOMG" else 1])  # a predicate, the register
         words = 2 if plain == "LEPC" else _words(modifiers)
 
         def forget(warp: Warp) -> None:
@@ -245,7 +246,7 @@ def _shuffle(instruction: Instruction) -> Step:
 
 
 def _vote(instruction: Instruction) -> Step:
-    """VOTE: which of the active lanes' predicates hold, to a register; any or all, to a predicate."""
+    """VOTE: whose predicate holds, to a register; whether anyone's or everyone's, to a predicate."""
     guard = guard_reader(instruction)
     results, source = instruction.operands[:-1], reader(instruction.operands[-1], "p")
     whole = {"ANY": any, "ALL": all}[instruction.modifiers[0]]

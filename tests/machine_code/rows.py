@@ -1,9 +1,9 @@
 """Warp instructions of the row kernels, counted in their machine code.
 
     PYTHONPATH=tests:. python -m machine_code.rows                            # the table
-    PYTHONPATH=tests:. python -m machine_code.rows budgets                    # test_machine_code.py's
-    PYTHONPATH=tests:. python -m machine_code.rows model                      # benchmarks/model.py's
     PYTHONPATH=tests:. python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
+    PYTHONPATH=tests:. python -m machine_code.rows budgets    # BUDGETS of test_machine_code.py
+    PYTHONPATH=tests:. python -m machine_code.rows model      # INSTRUCTIONS of benchmarks/model.py
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
 logits, which are one 16-byte load of a warp. finish_kernel is not among them. What row_launch.h
@@ -67,8 +67,10 @@ DEVICES = {
 }
 
 # What the ordinary case makes of predicates that data decide: a pattern of the instruction that
-# makes the predicate, registers without numbers (and uniform ones as others) -> the predicate.
+# makes the predicate, registers without numbers (and uniform ones as others), and of the branch ->
+# the predicate. The first that matches.
 ORDINARY = {
+    r"DSETP\.NEU\.AND P, PT, R, RZ, PT; EXIT": False,  # this is the last block, which ends the loss
     r"FCHK ": False,  # a division whose operands need the long way
     r"FSETP\.NEU\.AND P, PT, R, R, PT": True,  # the target's logit is not the largest: no log1p
     r"FSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the inverse of the denominator is not 0
@@ -89,7 +91,7 @@ def decide(unknown: Unknown) -> bool:
     text = unknown.source.text if unknown.source else "?"
     plain = re.sub(r"\bU?([RP])(\d+|(?=[ZT]))", r"\1", re.sub(r"^U", "", text))
     for pattern, value in ORDINARY.items():
-        if re.match(pattern, plain):
+        if re.match(pattern, f"{plain}; {unknown.branch.name}"):
             return value
     raise NewBranchError(f"{unknown.branch.text} at {unknown.branch.address:#x} after {plain}")
 
