@@ -224,7 +224,10 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     vectors = ROWS * classes * DTYPES[dtype][1] / BYTES
     opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * ROWS) / vectors for o in many}
     return Count(
-        sum(setup.values()) / warps / kernel.rows, sum(row.values()) / warps, sum(opcodes.values()), opcodes
+        sum(setup.values()) / warps / kernel.rows,
+        sum(row.values()) / warps,
+        sum(opcodes.values()),
+        opcodes,
     )
 
 
