@@ -55,8 +55,8 @@ DATA = {
     "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "VOTE",
     "MUFU", "ATOMG",
 }  # fmt: skip
-NOTHING = {"STG", "STS", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR", "ERRBAR", "CGAERRBAR", "CCTL",
-           "ENDCOLLECTIVE"}  # fmt: skip
+NOTHING = {"STG", "STS", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR", "ERRBAR",
+           "CGAERRBAR", "CCTL", "ENDCOLLECTIVE"}  # fmt: skip
 
 
 def _plain(name: str) -> str:
