@@ -32,7 +32,7 @@ REGISTERS = {
     ("row_forward_kernel plain", True): 184,
     ("row_forward_kernel calibrated", False): 208,  # as with 176: 2 blocks
     ("row_forward_kernel calibrated", True): 224,
-    ("row_forward_kernel clusters", False): 160,  # 168 are there for blocks of 384 threads
+    ("row_forward_kernel clusters", False): 168,  # what there is for blocks of 384 threads
     ("row_forward_kernel clusters", True): 216,
     ("row_warp_kernel plain", False): 168,  # 3 blocks of 128 threads
     ("row_warp_kernel all registers", False): 255,  # 2 blocks, or one of 256 threads
