@@ -70,7 +70,6 @@ DEVICES = {
 # makes the predicate, registers without numbers (and uniform ones as others), and of the branch ->
 # the predicate. The first that matches.
 ORDINARY = {
-    r"DSETP\.NEU\.AND P, PT, R, RZ, PT; EXIT": False,  # this is the last block, which ends the loss
     r"FCHK ": False,  # a division whose operands need the long way
     r"FSETP\.NEU\.AND P, PT, R, R, PT": True,  # the target's logit is not the largest: no log1p
     r"FSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the inverse of the denominator is not 0
@@ -78,6 +77,7 @@ ORDINARY = {
     r"FSETP\.GEU\.AND P, PT, \|R\|, 5\.87\d*e-39, PT": True,  # 1 / a double that is no subnormal
     r"ISETP\.GT\.U32\.AND P, PT, R, 0x1ffffff, PT": True,  # 1 / a float that is no subnormal
     r"FSETP\.GE\.AND P, PT, R, RZ, PT": True,  # the sigmoid of a positive number
+    r"ISETP\.NE\.AND P, PT, R, RZ, PT; EXIT": False,  # this is the last block, which ends the loss
     r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !P": False,  # the inverse of the denominator is not 0
 }
