@@ -45,9 +45,39 @@ MOST_BALANCE = 1.10
 # least of a step's launches over all shapes but the last, for each of STEPS in fp32 and in bf16; of
 # rows that warps keep (row_warp_kernel), then of the others. 1 is the aim. The others' threads keep
 # 16 elements of a row, with them their exponentials and class sums, so that registers (on T4 shared
-# memory, too) bound the warps; and of bf16 they are half as many bytes. `python -m
-# cuda.test_launch_plans` in tests/ prints this.
-IN_FLIGHT = {}
+# memory, too) bound the warps; and of bf16 they are half as many bytes. Of warps' rows B200 would
+# need about three times what their registers and stages hold. `PYTHONPATH=tests:. python -m
+# cuda.test_launch_plans` prints this.
+IN_FLIGHT = {
+    "T4": (
+        (1, 0.62, 1, 0.62, 1, 0.62, 1, 0.62),
+        (1, 1, 1, 0.5, 1, 0.5, 1, 1),
+    ),
+    "A100 SXM 80 GB": (
+        (1, 1, 1, 1, 1, 1, 1, 1),
+        (0.94, 0.47, 0.94, 0.47, 0.94, 0.47, 0.94, 0.47),
+    ),
+    "L4": (
+        (1, 1, 1, 1, 1, 1, 1, 1),
+        (1, 1, 1, 1, 1, 1, 1, 1),
+    ),
+    "RTX 4090": (
+        (1, 1, 1, 1, 1, 1, 1, 1),
+        (1, 1, 1, 1, 1, 1, 1, 1),
+    ),
+    "H100 SXM": (
+        (0.8, 0.8, 0.78, 1, 0.78, 1, 0.8, 0.8),
+        (0.52, 0.26, 0.37, 0.18, 0.37, 0.18, 0.74, 0.37),
+    ),
+    "B200": (
+        (0.37, 0.37, 0.37, 0.55, 0.37, 0.55, 0.37, 0.37),
+        (0.24, 0.12, 0.15, 0.07, 0.15, 0.07, 0.34, 0.17),
+    ),
+    "RTX 5090": (
+        (1, 0.95, 1, 1, 1, 1, 1, 0.95),
+        (1, 0.62, 0.83, 0.41, 0.83, 0.41, 1, 0.89),
+    ),
+}
 
 
 @pytest.fixture(scope="module")

@@ -246,7 +246,7 @@ def _shuffle(instruction: Instruction) -> Step:
 
 
 def _vote(instruction: Instruction) -> Step:
-    """VOTE: whose predicate holds, to a register; whether anyone's or everyone's, to a predicate."""
+    """VOTE: whose predicate holds, to a register; whether any or all do, to a predicate."""
     guard = guard_reader(instruction)
     results, source = instruction.operands[:-1], reader(instruction.operands[-1], "p")
     whole = {"ANY": any, "ALL": all}[instruction.modifiers[0]]

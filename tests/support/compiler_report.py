@@ -72,16 +72,30 @@ def compile(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
 
 Spill = tuple[str, str, tuple[bool, ...], str]  # architecture; name, flags, type of the kernel
 _WIDE_STAGE_2 = ("row_forward_kernel", (True, True, False))
+_CLUSTERS = ("row_forward_kernel", (True, True, True))
+_WIDE_BACKWARD = ("row_backward_kernel", (False, True, False))
+_WARPS_STAGE_2 = ("row_warp_kernel", (True, True, True))
+_BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
 # Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
-# registers, some fewer than these architectures' code of the widest kernel takes. It keeps in
-# memory what all rows share: stored before the loop over rows, read two to five times a row.
+# registers (of clusters 168, of backward 80, of warps 255), some fewer than the code of the widest
+# kernels takes. It keeps in memory what all rows share: stored before the loop over rows, read two
+# to five times a row.
 KNOWN_SPILLS: dict[Spill, int] = {
-    ("100", *_WIDE_STAGE_2, "f"): 20,
-    ("100", *_WIDE_STAGE_2, "13__nv_bfloat16"): 44,
-    ("100", *_WIDE_STAGE_2, "6__half"): 44,
-    ("120", *_WIDE_STAGE_2, "13__nv_bfloat16"): 36,
-    ("120", *_WIDE_STAGE_2, "6__half"): 36,
+    ("75", *_WIDE_STAGE_2, "f"): 16,
+    ("75", *_WARPS_STAGE_2, "f"): 16,
+    ("80", *_WIDE_STAGE_2, "f"): 16,
+    ("100", *_WIDE_STAGE_2, "f"): 72,
+    ("100", *_WIDE_STAGE_2, _BF16): 112,
+    ("100", *_WIDE_STAGE_2, _FP16): 112,
+    ("100", *_WARPS_STAGE_2, "f"): 8,
+    ("100", *_CLUSTERS, "f"): 40,
+    ("100", *_WIDE_BACKWARD, "f"): 24,
+    ("100", *_WIDE_BACKWARD, _BF16): 16,
+    ("100", *_WIDE_BACKWARD, _FP16): 16,
+    ("120", *_WIDE_STAGE_2, "f"): 20,
+    ("120", *_WIDE_STAGE_2, _BF16): 92,
+    ("120", *_WIDE_STAGE_2, _FP16): 92,
 }
 
 

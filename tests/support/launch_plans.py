@@ -58,10 +58,11 @@ class WarpRows:
         found = re.search(r"row_warp_kernel<.*?, (\d+),.*, (true|false)>", declaration)
         return WarpRows(int(found[1]), found[2] == "true") if found else None
 
-    @property
-    def rows_ahead(self) -> int:
-        """That are asked for while a row is computed."""
-        return _STAGED // self.vectors - 1
+    def rows_ahead(self, gpu: Gpu) -> int:
+        """That are asked for while a row is computed. Before compute capability 8.0 there are no
+        asynchronous copies: a row is waited for before the next is asked for.
+        """
+        return _STAGED // self.vectors - 1 if int(gpu.architecture) >= 80 else 1
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -97,13 +98,13 @@ class Device:
     """A GPU, as the planner asks for it. registers: of a thread, by a kernel's symbol."""
 
     def __init__(self, gpu: Gpu, registers: Mapping[str, int]) -> None:
-        self._gpu, self._registers = gpu, registers
+        self.gpu, self._registers = gpu, registers
         self.multiprocessors = gpu.multiprocessors
         self.shared_bytes = gpu.capability.shared_bytes_of_a_block
         self.has_clusters = gpu.capability.has_clusters
 
     def blocks_per_multiprocessor(self, kernel: str, threads: int, shared_bytes: int) -> int:
-        return blocks_per_multiprocessor(self._gpu, self._registers[kernel], threads, shared_bytes)
+        return blocks_per_multiprocessor(self.gpu, self._registers[kernel], threads, shared_bytes)
 
     def clusters(self, kernel: str, threads: int, shared_bytes: int, size: int) -> int:
         """As many as all multiprocessors hold: at most, as a cluster lies within one of the GPU's
@@ -123,6 +124,7 @@ class Launch:
     tiles: int  # grid_y
     groups: int  # of a block, with a row each
     warp_rows: WarpRows | None
+    rows_ahead: int  # of a group
     period: int
     row_vectors: int
     tile_vectors: int
@@ -178,7 +180,7 @@ class Launch:
         blocks = min(self.per_multiprocessor, self.grid_x * self.tiles / self.multiprocessors)
         rows = float(self.groups)
         if self.warp_rows:
-            rows *= min(self.warp_rows.rows_ahead, self.rows / (self.grid_x * self.groups))
+            rows *= min(self.rows_ahead, self.rows / (self.grid_x * self.groups))
         return blocks * rows * self.row_vectors / self.tiles * VECTOR_BYTES
 
 
@@ -231,12 +233,14 @@ def _walk(launch: dict[str, Any], device: Device, dtype: str, rows: int, classes
     of_a_vector = VECTOR_BYTES // SIZES[dtype]
     lanes = launch["lanes"] or launch["threads"]
     phase = 0 if launch["period"] == 1 else of_a_vector - 1
+    warp_rows = WarpRows.of(launch["declaration"])
     return Launch(
         rows=rows,
         grid_x=launch["grid_x"],
         tiles=launch["grid_y"],
         groups=launch["threads"] // lanes,
-        warp_rows=WarpRows.of(launch["declaration"]),
+        warp_rows=warp_rows,
+        rows_ahead=warp_rows.rows_ahead(device.gpu) if warp_rows else 1,
         period=launch["period"],
         row_vectors=_divide_up(phase + classes, of_a_vector),
         tile_vectors=launch["tile_vectors"],
