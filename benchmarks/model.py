@@ -40,12 +40,12 @@ SHOWN = ("H100 SXM", "A100 SXM 80 GB", "RTX 4090", "B200")
 # these are), 32000 ("cluster") and 128256 ("tiles"): `python -m machine_code.rows model` of
 # tests/ prints this, and tests/cuda/test_machine_code.py compares.
 INSTRUCTIONS = {
-    ("warp", "gradient"): (81, 176),
-    ("warp", "stage2"): (136, 295),
-    ("warp", "all"): (160, 360),
-    ("warps", "gradient"): (56, 109),
-    ("warps", "stage2"): (109, 236),
-    ("warps", "all"): (130, 290),
+    ("warp", "gradient"): (82, 176),
+    ("warp", "stage2"): (139, 305),
+    ("warp", "all"): (163, 370),
+    ("warps", "gradient"): (57, 110),
+    ("warps", "stage2"): (112, 247),
+    ("warps", "all"): (133, 301),
     ("block", "stage2"): (155, 328),
     ("block", "all"): (189, 386),
     ("cluster", "gradient"): (146, 296),
