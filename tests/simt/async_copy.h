@@ -33,7 +33,8 @@ SIMT_UNSEEN inline void check_copy(const Copy& copy) {
   if (!in_shared(copy.to, bytes))
     fail_at(copy.place, "an asynchronous copy to where no shared memory is");
   if (in_shared(copy.from, 1)) fail_at(copy.place, "an asynchronous copy from shared memory");
-  if (reinterpret_cast<uintptr_t>(copy.to) % bytes || reinterpret_cast<uintptr_t>(copy.from) % bytes)
+  if (reinterpret_cast<uintptr_t>(copy.to) % bytes ||
+      reinterpret_cast<uintptr_t>(copy.from) % bytes)
     fail_at(copy.place, "a misaligned asynchronous copy");
 }
 
