@@ -107,7 +107,7 @@ def _arithmetic(instruction: Instruction) -> Step | None:
         holds = guard(warp)
         values = [r(warp) for r in readers]
         if values != last[0]:
-            last[:] = values, lift(compute, values)
+            last[:] = values, lift(compute, values, name == "LOP3")
         for result, value in zip(results, last[1], strict=False):
             _write(warp, instruction, result, value, wide, holds)
 

@@ -7,13 +7,15 @@ its destinations. Registers hold 32 bits, pairs 64, without a sign; predicates a
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 M32, M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-Value = Any  # int, bool, or None: not known
+Value = Any  # int, bool, or None: not known; Bits, for LOP3 alone
 
 
 def signed(value: int, bits: int = 32) -> int:
@@ -184,35 +186,41 @@ def shift(modifiers: list[str], a: Value, by: Value, c: Value) -> tuple[Value, .
     return (whole >> 32 if "HI" in modifiers else whole & M32,)
 
 
+@dataclass(frozen=True)
+class Bits:
+    """A register of which some bits are known: where conditions are packed into one."""
+
+    known: int  # which
+    value: int  # those; 0 elsewhere
+
+
 def logic(modifiers: list[str], a: Value, b: Value, c: Value, table: Value,
           *other: Value) -> tuple[Value, ...]:  # fmt: skip
     """LOP3: the result, and whether it is not 0 (or the predicate holds)."""
-    known = {"a": a, "b": b, "c": c}
-    result: Value = 0
-    for row in range(8):
-        if not table >> row & 1:
-            continue
-        term: Value = M32
-        for name, bit in (("a", 4), ("b", 2), ("c", 1)):
-            value = known[name]
-            if term == 0:
-                break
-            if value is None:
-                # A term without bits stays so, whatever the others are.
-                term = None if term is None or term else 0
-            else:
-                mine = value if row & bit else ~value & M32
-                term = 0 if mine == 0 else None if term is None else term & mine
-        result = None if result is None or term is None else result | term
-    if result is None:
-        # The table may not depend on what is not known: of a & 0, for one.
-        options = [logic([], *(x if x is not None else fill for x in (a, b, c)), table)[0]
-                   for fill in (0, M32)]  # fmt: skip
-        if options[0] == options[1] and [a, b, c].count(None) == 1:
-            result = options[0]
+    choices = []  # of each source, what its unknown bits may be
+    for source in (a, b, c):
+        if source is None:
+            choices.append((0, M32))
+        elif isinstance(source, Bits):
+            choices.append((source.value, source.value | ~source.known & M32))
+        else:
+            choices.append((source,))
+    found = [_look_up(table, *chosen) for chosen in itertools.product(*choices)]
+    known = M32
+    for one in found:
+        known &= ~(one ^ found[0])
+    result: Value = found[0] if known == M32 else Bits(known, found[0] & known) if known else None
+    nonzero = True if found[0] & known else None if known != M32 else False
     how = "AND" if "PAND" in modifiers else "OR"
-    nonzero = None if result is None else result != 0
     return result, both(nonzero, other[0], how) if other else nonzero
+
+
+def _look_up(table: int, a: int, b: int, c: int) -> int:
+    result = 0
+    for row in range(8):
+        if table >> row & 1:
+            result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return result & M32
 
 
 def predicate_logic(modifiers: list[str], a: Value, b: Value, c: Value,

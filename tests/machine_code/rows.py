@@ -98,9 +98,20 @@ class Kernel:
     arguments: bytes
 
     @property
+    def _of_warps(self) -> re.Match[str] | None:
+        """Of row_warp_kernel.cuh: vectors of a lane, and whether a row is a block's."""
+        return re.search(r"row_warp_kernel<.*?, (\d+),.*, (true|false)>", self.declaration)
+
+    @property
     def rows(self) -> int:
         """That its block works on at a time."""
-        return self.threads // 32 if "row_warp_kernel" in self.declaration else 1
+        found = self._of_warps
+        return self.threads // 32 if found and found[2] == "false" else 1
+
+    def vectors_of_a_warp(self, size: int) -> int:
+        """Of elements of so many bytes."""
+        found = self._of_warps
+        return 32 * (int(found[1]) if found else size)  # kKept of row_tile.cuh
 
 
 @functools.cache
@@ -228,7 +239,8 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
 
     def walk(times: float, block: int, tile: int, warp: int, holder: int) -> None:
         """Adds a warp's to the total. holder: the first tile's warp with the target's class."""
-        target = (32 * holder + 5) * (16 // size) + 1
+        first = kernel.vectors_of_a_warp(size) * (holder if kernel.rows == 1 else 0)
+        target = (first + 5) * (16 // size) + 1
         memory = functools.partial(_memory, target)
         walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), decide)
         walking.run(MOST)

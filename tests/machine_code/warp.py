@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .disassembly import Instruction, Kernel
-from .operations import Value
+from .operations import Bits, Value
 
 LANES = 32
 ALL = (1 << LANES) - 1
@@ -184,10 +184,15 @@ def uniform(values: list[Value]) -> Value:
     return first if values.count(first) == LANES else values
 
 
-def lift(function: Callable[..., tuple[Value, ...]], values: list[Any]) -> tuple[Any, ...]:
-    """function of the values, for each lane where lanes differ."""
+def lift(function: Callable[..., tuple[Value, ...]], values: list[Any],
+         bits: bool = False) -> tuple[Any, ...]:  # fmt: skip
+    """function of the values, for each lane where lanes differ. bits: it knows what Bits are."""
     if list not in map(type, values):
-        return function(*values)
+        return function(*(values if bits else map(_whole, values)))
     lanes = [v if isinstance(v, list) else [v] * LANES for v in values]
-    results = [function(*lane) for lane in zip(*lanes, strict=True)]
+    results = [function(*(lane if bits else map(_whole, lane))) for lane in zip(*lanes, strict=True)]
     return tuple(uniform(list(r)) for r in zip(*results, strict=True))
+
+
+def _whole(value: Value) -> Value:
+    return None if type(value) is Bits else value

@@ -1,5 +1,5 @@
 // The CUDA keywords and functions that device code may use here. What is missing is missing on
-// purpose (atomics, inline PTX, device-only half arithmetic): it would not compile.
+// purpose (atomics of floats, inline PTX, device-only half arithmetic): it would not compile.
 //
 // Static __shared__ arrays work (thread_local: one for each OS thread) but are neither poisoned nor
 // watched for overflow; dynamic shared memory is simt::dynamic_shared(), not `extern __shared__`.
@@ -134,6 +134,15 @@ inline int __any_sync(unsigned mask, int predicate, simt::Place place = simt::Pl
 }
 inline int __all_sync(unsigned mask, int predicate, simt::Place place = simt::Place::here()) {
   return simt::ballot(mask, predicate == 0, place) == 0;
+}
+
+// ---- Order between blocks ----
+
+// Each device thread runs on one OS thread, in whose order its accesses are: atomicAdd is what orders
+// blocks, as a release of what came before it and an acquire of what others released.
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
 
 // ---- Memory with a cache hint ----

@@ -1,6 +1,7 @@
 // A block's share of the reduced loss, handed to finish_kernel.cuh.
 #pragma once
 
+#include "common/mean.h"
 #include "cuda/kernels/arguments.h"
 #include "cuda/kernels/device.cuh"
 #include "cuda/kernels/launch.h"
@@ -34,6 +35,30 @@ __device__ __forceinline__ double forward_denominator(const RowArgs& args) {
   return total_of_divisors(args.divisors, args.divisor_blocks);
 }
 
+// `what` (0: loss, 1: denominator) of all blocks; every thread gets it. `scratch` has an entry a warp.
+__device__ __forceinline__ double total_of(const double* block_sums, int64_t blocks, int what,
+                                           double* scratch) {
+  double sum = 0;
+  for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x)
+    sum += block_sums[2 * block + what];
+  sum = block_sum(sum, scratch);
+  __syncthreads();
+  return sum;
+}
+
+// By one block, of the sums of all.
+template <class A>
+__device__ __forceinline__ void write_reduced_loss(const LossArgs& args, const double* block_sums,
+                                                   int64_t blocks, double denominator,
+                                                   double* scratch) {
+  if (threadIdx.x == 0) *args.denominator = denominator;
+  if (!args.reduced_loss) return;
+  const double loss = total_of(block_sums, blocks, 0, scratch);
+  if (threadIdx.x == 0)
+    *static_cast<A*>(args.reduced_loss) =
+        static_cast<A>(mean_of(loss, denominator, args.normalizer == kByWeights));
+}
+
 // The sums of a block's groups, in shared memory: registers are for the logits.
 class BlockSums {
  public:
@@ -56,6 +81,14 @@ class BlockSums {
     double sum = 0;
     for (int group = 0; group < groups_; ++group) sum += memory_[2 * group + threadIdx.x];
     block_sums[2 * blockIdx.x + threadIdx.x] = sum;
+  }
+  // The same; the last block to come here, if there is a ticket, makes the loss of what all have
+  // written, in their order.
+  template <class A>
+  __device__ __forceinline__ void write_and_finish(const RowArgs& args) const {
+    write(args.block_sums);
+    if (!args.ticket || !is_last_block(args.ticket, gridDim.x, memory_)) return;
+    write_reduced_loss<A>(args, args.block_sums, gridDim.x, forward_denominator(args), memory_);
   }
 
  private:

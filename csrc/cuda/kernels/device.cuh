@@ -214,17 +214,51 @@ __device__ __forceinline__ void set_element(Raw& raw, int v, T value) {
 template <class T>
 constexpr int kPart = kVector<Accumulate<T>>;
 
-template <class T>
-__device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (&out)[kPart<T>]) {
-#pragma unroll
-  for (int q = 0; q < kPart<T>; ++q) out[q] = to_accumulate(element<T>(raw, part * kPart<T> + q));
+// Two neighbouring elements of half precision from and to a word, in as few instructions as there are.
+__device__ __forceinline__ void unpack_pair(uint32_t word, __nv_bfloat16, float& low, float& high) {
+  low = from_bits<float>(word << 16);
+  high = from_bits<float>(word & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack_pair(uint32_t word, __half, float& low, float& high) {
+  low = __half2float(from_bits<__half>(static_cast<uint16_t>(word)));
+  high = __half2float(from_bits<__half>(static_cast<uint16_t>(word >> 16)));
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
 }
 
 template <class T>
-__device__ __forceinline__ void pack(const Accumulate<T> (&in)[kPart<T>], int part, Raw& raw) {
+__device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (&out)[kPart<T>]) {
 #pragma unroll
-  for (int q = 0; q < kPart<T>; ++q)
-    set_element(raw, part * kPart<T> + q, from_accumulate<T>(in[q]));
+  for (int q = 0; q < kPart<T>; ++q) {
+    if constexpr (sizeof(T) == 2) {
+      if (q % 2 == 0) unpack_pair(raw.word[(part * kPart<T> + q) / 2], T(), out[q], out[q + 1]);
+    } else {
+      out[q] = to_accumulate(element<T>(raw, part * kPart<T> + q));
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void pack(const Accumulate<T>* in, int part, Raw& raw) {
+#pragma unroll
+  for (int q = 0; q < kPart<T>; ++q) {
+    const int v = part * kPart<T> + q;
+    if constexpr (sizeof(T) == 2) {
+      if (q % 2 == 0) raw.word[v / 2] = pack_pair(in[q], in[q + 1], T());
+    } else {
+      set_element(raw, v, from_accumulate<T>(in[q]));
+    }
+  }
 }
 
 __device__ __forceinline__ Raw read_shared(const unsigned char* from) {
@@ -237,6 +271,14 @@ __device__ __forceinline__ void write_shared(unsigned char* to, Raw raw) {
 
 // What is in shared memory is loaded again after this: registers that would keep it are few.
 __device__ __forceinline__ void forget_loads() { __syncwarp(); }
+
+template <class A>
+__device__ __forceinline__ void store_shared(A* to, const A (&values)[kVector<A>]) {
+  Raw raw = {};
+#pragma unroll
+  for (int v = 0; v < kVector<A>; ++v) set_element(raw, v, values[v]);
+  write_shared(reinterpret_cast<unsigned char*>(to), raw);
+}
 
 template <class A>
 __device__ __forceinline__ void load_shared(const A* from, A (&out)[kVector<A>]) {
@@ -285,38 +327,23 @@ __device__ __forceinline__ A larger(A a, A b) {
   return std::fmax(a, b);
 }
 
-// exp(u - maximum) of a row's u, the difference and the product with log2 e in one multiply-add. The
-// rounding of maximum * log2 e is a factor that all of them share: `correction` takes it off.
-template <class A>
-struct Exponentials {
-  A maximum;
-  A correction = 1;
-
-  __device__ __forceinline__ explicit Exponentials(A maximum) : maximum(maximum) {
-    if constexpr (std::is_same_v<A, float>) {
-      product_ = maximum * kLog2E;
-      large_ = !(std::fabs(maximum) < 1e6f);  // beyond, the factor would leave the range of floats
-      if (!large_) correction = power_of_two(std::fma(-maximum, kLog2E, product_));
+// u becomes exp(u - maximum) times a factor that all of them share; returns what takes it off. A
+// float's difference and product with log2 e are one multiply-add: the factor is what maximum * log2 e
+// is rounded by.
+template <class A, int Count>
+__device__ __forceinline__ A make_exponentials(A (&u)[Count], A maximum) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (std::fabs(maximum) < 1e6f) {  // beyond, the factor would leave the range of floats
+      const float product = maximum * kLog2E;
+#pragma unroll
+      for (int p = 0; p < Count; ++p) u[p] = power_of_two(std::fma(u[p], kLog2E, -product));
+      return power_of_two(std::fma(-maximum, kLog2E, product));
     }
   }
-
-  template <int Count>
-  __device__ __forceinline__ void apply(A (&u)[Count]) const {
-    if constexpr (std::is_same_v<A, float>) {
-      if (!large_) {
 #pragma unroll
-        for (int p = 0; p < Count; ++p) u[p] = power_of_two(std::fma(u[p], kLog2E, -product_));
-        return;
-      }
-    }
-#pragma unroll
-    for (int p = 0; p < Count; ++p) u[p] = exponential(u[p] - maximum);
-  }
-
- private:
-  float product_ = 0;
-  bool large_ = true;
-};
+  for (int p = 0; p < Count; ++p) u[p] = exponential(u[p] - maximum);
+  return 1;
+}
 
 template <class A>
 __device__ __forceinline__ A negative_infinity() {
@@ -404,6 +431,18 @@ class Group {
     return v;
   }
 
+  __device__ __forceinline__ A max(A v) {
+    v = warp_max(v, Wide ? 32 : lanes_);
+    if constexpr (Wide) {
+      A* area = next_area();
+      if (lane() == 0) area[warp()] = v;
+      __syncthreads();
+      v = warp_max(lane() % kMostWarps < warps() ? area[lane() % kMostWarps] : kLowest<A>,
+                   kMostWarps);
+    }
+    return v;
+  }
+
   // Sums each of `count` values over the group; every thread gets them.
   template <int Count>
   __device__ __forceinline__ void sum(A (&values)[Count]) {
@@ -453,6 +492,17 @@ class Group {
   int turn_ = 0;
 };
 
+// The sums over a group of the first Count values.
+template <int Count, class G, class A, int All>
+__device__ __forceinline__ void sum_first(G& group, A (&values)[All]) {
+  A first[Count];
+#pragma unroll
+  for (int k = 0; k < Count; ++k) first[k] = values[k];
+  group.sum(first);
+#pragma unroll
+  for (int k = 0; k < Count; ++k) values[k] = first[k];
+}
+
 // The sum of one value a thread over the block, in a fixed order; every thread gets it. `scratch`
 // has an entry a warp, and is free again after the block's next barrier.
 template <class A>
@@ -463,6 +513,19 @@ __device__ __forceinline__ A block_sum(A v, A* scratch) {
   v = 0;
   for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp) v += scratch[warp];
   return v;
+}
+
+// Whether this block is the last of so many to come here: it sees what all of them have written
+// before. Integers are counted, so that nothing depends on the order. `scratch` has an entry.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks, double* scratch) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *scratch = atomicAdd(ticket, 1u) == blocks - 1 ? 1.0 : 0.0;
+  __syncthreads();
+  const bool last = *scratch != 0.0;
+  __syncthreads();
+  __threadfence();
+  return last;
 }
 
 }  // namespace disalign::cuda

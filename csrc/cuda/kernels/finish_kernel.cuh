@@ -7,7 +7,6 @@
 // - The same blocks give the same bits.
 #pragma once
 
-#include "common/mean.h"
 #include "cuda/kernels/arguments.h"
 #include "cuda/kernels/block_sums.cuh"
 #include "cuda/kernels/device.cuh"
@@ -17,16 +16,6 @@ namespace disalign::cuda {
 constexpr int kFinishClasses = 32;
 constexpr int kFinishSlices = 8;
 constexpr int kFinishThreads = kFinishClasses * kFinishSlices;
-
-// `what` (0: loss, 1: denominator) of all blocks; every thread gets it.
-__device__ __forceinline__ double total_of(const FinishArgs& args, int what, double* scratch) {
-  double sum = 0;
-  for (int64_t block = threadIdx.x; block < args.blocks; block += blockDim.x)
-    sum += args.block_sums[2 * block + what];
-  sum = block_sum(sum, scratch);
-  __syncthreads();
-  return sum;
-}
 
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishArgs args) {
@@ -42,15 +31,11 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishA
         denominator = static_cast<double>(args.positions());
       else
         denominator = args.divisors ? total_of_divisors(args.divisors, args.divisor_blocks)
-                                    : total_of(args, 1, scratch);
+                                    : total_of(args.block_sums, args.blocks, 1, scratch);
     }
     inverse = denominator == 0 ? 0.0 : 1.0 / denominator;
-    if (blockIdx.x == 0 && threadIdx.x == 0) *args.denominator = denominator;
-    if (blockIdx.x == 0 && args.reduced_loss) {
-      const double loss = total_of(args, 0, scratch);
-      const double mean = mean_of(loss, denominator, args.normalizer == kByWeights);
-      if (threadIdx.x == 0) *static_cast<A*>(args.reduced_loss) = static_cast<A>(mean);
-    }
+    if (blockIdx.x == 0)
+      write_reduced_loss<A>(args, args.block_sums, args.blocks, denominator, scratch);
   }
   const auto scaled = [&](double v) { return static_cast<A>(inverse == 0 ? 0.0 : v * inverse); };
 

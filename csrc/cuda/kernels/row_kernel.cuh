@@ -85,17 +85,6 @@ class ClusterSums {
   int tiles_;
 };
 
-// The sums over a group of the first Count values.
-template <int Count, class G, class A, int All>
-__device__ __forceinline__ void sum_first(G& group, A (&values)[All]) {
-  A first[Count];
-#pragma unroll
-  for (int k = 0; k < Count; ++k) first[k] = values[k];
-  group.sum(first);
-#pragma unroll
-  for (int k = 0; k < Count; ++k) values[k] = first[k];
-}
-
 struct NoCluster {
   __device__ __forceinline__ NoCluster(const void*, int) {}
 };
@@ -213,8 +202,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
         }
       }
     }
-    const Exponentials<A> exponentials(sums.maximum);
-    exponentials.apply(e);
+    const A correction = make_exponentials(e, sums.maximum);
 #pragma unroll
     for (int p = 0; p < kElements<T>; ++p) sums.rest += e[p];
     if constexpr (Calibrated) {
@@ -239,8 +227,8 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       sum_first<2>(group, values);
     else
       sum_first<1>(group, values);
-    sums.rest = values[0] * exponentials.correction;
-    sums.rest_slope = values[1] * exponentials.correction;
+    sums.rest = values[0] * correction;
+    sums.rest_slope = values[1] * correction;
     sums.smooth = values[2], sums.smooth_slope = values[3], sums.weight = weights;
 
     if (tiled) {
@@ -250,7 +238,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       continue;
     }
 
-    A rescale = exponentials.correction;  // of e, which is relative to the tile's maximum
+    A rescale = correction;  // of e, which is relative to the tile's maximum
     if constexpr (Clustered) {
       sums = cluster.add(sums, smoothing, round);
       rescale *= exponential(cluster.own_maximum(round) - sums.maximum);
@@ -335,7 +323,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     }
   }
   if (tiled) return;
-  if (args.block_sums && writes) block_sums.write(args.block_sums);
+  if (args.block_sums && writes) block_sums.write_and_finish<A>(args);
   if (sum_classes) {
     if constexpr (Calibrated)
       write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);

@@ -60,6 +60,9 @@ struct GroupRows {
     phase = reinterpret_cast<uintptr_t>(logits + residue * args.outer_stride) % kVectorBytes /
             sizeof(T);
   }
+  __device__ __forceinline__ int64_t row_at(int round) const {
+    return row + static_cast<int64_t>(round) * row_step;
+  }
   static __device__ __forceinline__ int64_t block(const RowArgs& args) {
     return blockIdx.x >> args.period_bits;
   }
@@ -109,6 +112,11 @@ struct Tile : GroupRows {
     return i + (threadIdx.x & (turns() - 1)) * row_step;
   }
 
+  // Of class vectors, for which all threads of a block stage those that its groups share.
+  __device__ __forceinline__ int staged_class() const { return first_class; }
+  __device__ __forceinline__ int staged_vectors() const { return vectors; }
+  static __device__ __forceinline__ int stager() { return threadIdx.x; }
+  static __device__ __forceinline__ int stagers() { return blockDim.x; }
   // Vectors that the group has room for.
   __device__ __forceinline__ int capacity() const { return lanes * K; }
   __device__ __forceinline__ int class_of(int k) const { return first_class + vector(k) * V; }
@@ -269,10 +277,19 @@ struct ClassVectors {
   __device__ __forceinline__ const A* stage(const void* from, A absent, const TileOfRow& tile,
                                             A*& memory) const {
     A* to = memory;
-    for (int i = threadIdx.x; i < capacity * V; i += blockDim.x) {
-      const int vector = i / V, v = i % V, j = tile.first_class + i;
-      to[(v / Q * capacity + vector) * Q + v % Q] =
-          vector < tile.vectors && tile.own(j) ? vector_entry<A>(from, j, absent) : A(0);
+    for (int vector = tile.stager(); vector < capacity; vector += tile.stagers()) {
+      const int j = tile.staged_class() + vector * V;
+      const bool there = vector < tile.staged_vectors();
+#pragma unroll
+      for (int part = 0; part < V / Q; ++part) {
+        A values[Q];
+#pragma unroll
+        for (int q = 0; q < Q; ++q)
+          values[q] = there && tile.own(j + part * Q + q)
+                          ? vector_entry<A>(from, j + part * Q + q, absent)
+                          : A(0);
+        store_shared(to + (part * capacity + vector) * Q, values);
+      }
     }
     memory += capacity * V;
     return to;

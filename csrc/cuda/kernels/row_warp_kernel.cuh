@@ -21,30 +21,33 @@ namespace disalign::cuda {
 
 constexpr int kWarpRowThreads = 128;
 constexpr int kWarpSumsThreads =
-    256;  // with class sums: 255 registers, and one block a multiprocessor
-constexpr int kWarpRowVectors = 10;  // of a lane: with class sums about all that registers hold
+    256;                          // with class sums: 255 registers, and one block a multiprocessor
+constexpr int kWarpVectors = 10;  // of a lane: with class sums about all that registers hold
 // Vectors in shared memory, of a lane: a row's and the next one's; of short rows, the next three's.
-constexpr int kWarpStaged = 2 * kWarpRowVectors;
+constexpr int kWarpStaged = 2 * kWarpVectors;
 template <int K>
 constexpr int kWarpStages = kWarpStaged / K;
-constexpr int kWarpScratchBytes = BlockSums::entries(32) * static_cast<int>(sizeof(double));
+constexpr int kWarpSumsBytes = BlockSums::entries(32) * static_cast<int>(sizeof(double));
+template <class A, bool Wide>
+constexpr int kWarpScratchBytes =
+    kWarpSumsBytes + Group<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
 
-template <class T, int K>
+template <class T, int K, bool Wide>
 struct WarpTile : GroupRows {
   static constexpr int V = kVector<T>;
 
   int warp, lane;
   int first_class;  // of the row's first whole vector
-  int vectors;      // whole ones
-  int left;         // of them from this lane's first on
+  int vectors;      // whole ones of the row
+  int base_class;   // of this warp's first
+  int left;         // from this lane's first on, other warps' included
   int edge;         // this lane's class at the row's edges, or -1
   int classes;
 
   __device__ __forceinline__ explicit WarpTile(const RowArgs& args)
       // Neighbouring rows are those of different blocks: no block has a round more than another.
-      : GroupRows(args, static_cast<const T*>(args.logits),
-                  block(args) + blocks(args) * (threadIdx.x / 32), blocks(args) * (blockDim.x / 32),
-                  block(args) + blocks(args) * (threadIdx.x / 32)),
+      : GroupRows(args, static_cast<const T*>(args.logits), group(args),
+                  Wide ? blocks(args) : blocks(args) * (blockDim.x / 32), group(args)),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         first_class((V - phase) % V),
@@ -54,17 +57,34 @@ struct WarpTile : GroupRows {
     // register for each k and not in an address's offset.
     asm("" : "+r"(first_class));
     asm("" : "+r"(lane));
-    asm("" : "+r"(warp));  // and this it would make anew wherever it is used
-    left = vectors - lane;
+    asm("" : "+r"(warp));  // and these it would make anew wherever they are used
+    asm("" : "+l"(row));
+    const int before = Wide ? warp * 32 * K : 0;
+    base_class = first_class + before * V;
+    left = vectors - before - lane;
     const int after = classes - first_class - vectors * V;
-    edge = lane < first_class ? lane : lane >= 32 - after ? classes - 32 + lane : -1;
+    edge = Wide && warp > 0     ? -1
+           : lane < first_class ? lane
+           : lane >= 32 - after ? classes - 32 + lane
+                                : -1;
   }
 
-  static __device__ __forceinline__ int capacity() { return 32 * K; }
-  __device__ __forceinline__ bool own(int j) const { return j < classes; }  // of class vectors
   __device__ __forceinline__ bool has(int k) const { return left > 32 * k; }
   // Of this lane's first vector, from the row's first element.
-  __device__ __forceinline__ int first() const { return first_class + lane * V; }
+  __device__ __forceinline__ int first() const { return base_class + lane * V; }
+
+  // Of the class vectors in shared memory, of which each warp of a wide row has its own.
+  static __device__ __forceinline__ int capacity() { return 32 * K; }
+  static __device__ __forceinline__ bool own(int) { return true; }
+  __device__ __forceinline__ int staged_class() const { return base_class; }
+  __device__ __forceinline__ int staged_vectors() const { return left + lane; }
+  __device__ __forceinline__ int stager() const { return Wide ? lane : threadIdx.x; }
+  static __device__ __forceinline__ int stagers() { return Wide ? 32 : blockDim.x; }
+
+ private:
+  static __device__ __forceinline__ int64_t group(const RowArgs& args) {
+    return block(args) + (Wide ? 0 : blocks(args) * (threadIdx.x / 32));
+  }
 };
 
 // What is of a row alone, for the rows of a turn, in shared memory: a row is one lane's, which reads
@@ -93,11 +113,11 @@ class Turn {
       : memory_(reinterpret_cast<A*>(memory)) {}
 
   __device__ __forceinline__ A& at(Value value, int row) const { return memory_[value * 32 + row]; }
-  // Row i of the logits, as row `row` of the turn; returns its target. Other lanes see the rest
-  // after a __syncwarp.
-  __device__ __forceinline__ int read(const RowArgs& args, int64_t i, int row, A inverse) const {
-    const int t = i < args.outer ? target_of(args, i) : kNoTarget;
-    if (!is_valid(t)) return t;
+  // Row i of the logits and its target, as row `row` of the turn. Other lanes see it after a
+  // __syncwarp.
+  __device__ __forceinline__ void read(const RowArgs& args, int64_t i, int t, int row,
+                                       A inverse) const {
+    if (!is_valid(t)) return;
     const A c = confidence_of<A>(args, i);
     A factor = vector_entry<A>(args.sample_weight, i, A(1));
     if (args.backward)
@@ -113,7 +133,6 @@ class Turn {
     at(kTargetLogit, row) = target_logit_of(args, t, z, c);
     at(kTargetSlope, row) = finite_or_zero(vector_entry<A>(args.scale, t, A(0)) * z +
                                            vector_entry<A>(args.bias, t, A(0)));
-    return t;
   }
 
   // By the row's lane.
@@ -163,14 +182,17 @@ struct EdgeVectors {
 // Where a row's target is.
 template <class T, int K>
 struct TargetPlace {
-  int k, v;      // vector of a lane, element of a vector; -1 where it is at an edge
+  int k, v;      // vector of a lane, the same for all of a warp, and element of the vector; k is -1
+                 // where it is not among the warp's
   bool holds;    // whether it is among this lane's vectors
   bool at_edge;  // whether it is this lane's edge
 
-  __device__ __forceinline__ TargetPlace(const WarpTile<T, K>& tile, int target) {
+  template <bool Wide>
+  __device__ __forceinline__ TargetPlace(const WarpTile<T, K, Wide>& tile, int target) {
     constexpr int V = kVector<T>;
-    const unsigned element = static_cast<unsigned>(target - tile.first_class);  // large below 0
-    const bool inside = element < static_cast<unsigned>(tile.vectors * V);
+    const unsigned element = static_cast<unsigned>(target - tile.base_class);  // large below 0
+    const int vectors = Wide ? min(tile.staged_vectors(), 32 * K) : tile.vectors;
+    const bool inside = vectors > 0 && element < static_cast<unsigned>(vectors * V);
     k = inside ? static_cast<int>(element / V / 32) : -1;
     v = element % V;
     holds = inside && element / V % 32 == static_cast<unsigned>(tile.lane);
@@ -182,6 +204,20 @@ struct TargetPlace {
   }
 };
 
+// body(k) with k known to the compiler, by a few branches that all lanes take alike.
+template <int Begin, int End, class Body>
+__device__ __forceinline__ void at_index(int k, const Body& body) {
+  if constexpr (End - Begin == 1) {
+    body(std::integral_constant<int, Begin>{});
+  } else {
+    constexpr int kMiddle = (Begin + End) / 2;
+    if (k < kMiddle)
+      at_index<Begin, kMiddle>(k, body);
+    else
+      at_index<kMiddle, End>(k, body);
+  }
+}
+
 template <int Count, class A>
 __device__ __forceinline__ A sum_of(const A (&values)[Count]) {
   A sum = 0;
@@ -190,38 +226,60 @@ __device__ __forceinline__ A sum_of(const A (&values)[Count]) {
   return sum;
 }
 
-// A block's class sums, those of its warps added in their order. `memory` has kWarpBytes a warp.
-template <class T, int K>
-__device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpTile<T, K>& tile,
+// A block's class sums. Those of warps with a row each are added in their order; of a wide row a
+// class is one warp's. `memory` has kWarpBytes a warp, where neighbouring classes are brought to
+// neighbouring lanes.
+template <class T, int K, bool Wide>
+__device__ __forceinline__ void write_warp_sums(const RowArgs& args,
+                                                const WarpTile<T, K, Wide>& tile,
                                                 const Accumulate<T> (&scale)[K * kVector<T> + 1],
                                                 const Accumulate<T> (&bias)[K * kVector<T> + 1],
                                                 unsigned char* memory) {
   using A = Accumulate<T>;
-  constexpr int V = kVector<T>, E = K * V + 1, kPlane = 32 * E;
+  constexpr int V = kVector<T>, P = K * V, kPitch = 33, kPlane = kPitch * (P + 1);
   static_assert(2 * kPlane * sizeof(A) <= kWarpBytes, "the sums are larger than the vectors");
   const auto of_warp = [=](int warp) { return reinterpret_cast<A*>(memory + warp * kWarpBytes); };
-  A* own = of_warp(threadIdx.x / 32);
+  A* own = of_warp(tile.warp);
   __syncwarp();
 #pragma unroll
-  for (int p = 0; p < E; ++p) {
-    own[p * 32 + tile.lane] = scale[p];
-    own[kPlane + p * 32 + tile.lane] = bias[p];
+  for (int p = 0; p <= P; ++p) {
+    own[p * kPitch + tile.lane] = scale[p];
+    own[kPlane + p * kPitch + tile.lane] = bias[p];
   }
-  __syncthreads();
   A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * tile.classes;
-  const int warps = blockDim.x / 32, end = tile.first_class + tile.vectors * V;
-  for (int j = threadIdx.x; j < tile.classes; j += blockDim.x) {
-    const int element = j - tile.first_class, vector = element / V;
-    const int at = j < tile.first_class ? K * V * 32 + j
-                   : j >= end           ? K * V * 32 + 32 - (tile.classes - j)
-                                        : (vector / 32 * V + element % V) * 32 + vector % 32;
-    A scales = 0, biases = 0;
-    for (int warp = 0; warp < warps; ++warp) {
-      scales += of_warp(warp)[at];
-      biases += of_warp(warp)[kPlane + at];
+  // The i-th 32 neighbours: element `lane % V` of so many vectors.
+  const int of_lane = tile.lane % V * kPitch + tile.lane / V;
+  const auto place = [=](int i) { return i / V * V * kPitch + i % V * (32 / V) + of_lane; };
+  if constexpr (Wide) {
+    __syncwarp();
+    A* first = to + tile.base_class + tile.lane;
+    const int elements = tile.staged_vectors() * V - tile.lane;
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      if (elements <= 32 * i) continue;
+      first[32 * i] = own[place(i)];
+      first[tile.classes + 32 * i] = own[kPlane + place(i)];
     }
-    to[j] = scales;
-    to[tile.classes + j] = biases;
+    if (tile.edge < 0) return;
+    to[tile.edge] = scale[P];
+    to[tile.classes + tile.edge] = bias[P];
+  } else {
+    __syncthreads();
+    const int warps = blockDim.x / 32;
+    const auto add_up = [&](int at, int j) {
+      A scales = 0, biases = 0;
+      for (int warp = 0; warp < warps; ++warp) {
+        scales += of_warp(warp)[at];
+        biases += of_warp(warp)[kPlane + at];
+      }
+      to[j] = scales;
+      to[tile.classes + j] = biases;
+    };
+    for (int i = tile.warp; 32 * i < tile.vectors * V; i += warps) {
+      const int element = 32 * i + tile.lane;
+      if (element < tile.vectors * V) add_up(place(i), tile.first_class + element);
+    }
+    if (tile.warp == 0 && tile.edge >= 0) add_up(P * kPitch + tile.lane, tile.edge);
   }
 }
 
@@ -230,7 +288,7 @@ template <class T>
 __device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
   Raw raw = {};
 #pragma unroll
-  for (int v = 0; v < kVector<T>; ++v) set_element(raw, v, from_accumulate<T>(values[v]));
+  for (int part = 0; part < kPartsOfVector<T>; ++part) pack<T>(values + part * kPart<T>, part, raw);
   return raw;
 }
 
@@ -241,21 +299,23 @@ __device__ __forceinline__ A warp_sum(A v) {
   return v;
 }
 
-// Sums: the class sums are wanted.
-template <class T, int K, bool Calibrated, bool Sums>
-__global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
-                                  Sums                  ? 1
-                                  : K * kVector<T> > 40 ? 2
-                                                        : 3) row_warp_kernel(const RowArgs args) {
+// Sums: the class sums are wanted. Wide: a row is a block's, and each warp has its part of it.
+template <class T, int K, bool Calibrated, bool Sums, bool Wide>
+__global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThreads,
+                                  Sums || Wide                        ? 1
+                                  : Calibrated || K * kVector<T> > 40 ? 2
+                                                                      : 3)
+    row_warp_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>, P = K * V;
   constexpr int kStages = kWarpStages<K>;
   DISALIGN_SHARED_MEMORY(memory);
-  const WarpTile<T, K> tile(args);
+  const WarpTile<T, K, Wide> tile(args);
   const int lane = tile.lane;
-  unsigned char* areas = memory + kWarpScratchBytes;
+  unsigned char* areas = memory + kWarpScratchBytes<A, Wide>;
   unsigned char* staged = areas + tile.warp * kWarpBytes;
-  A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kWarpBytes);
+  A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kWarpBytes) +
+                    (Wide ? tile.warp * ClassVectors<T>::count(args) * 32 * P : 0);
 
   const ClassVectors<T> classes(args, tile, class_memory);
   const EdgeVectors<A> edge(args, tile.edge);
@@ -267,7 +327,8 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
     weights = weight_sum<A>(args, 0, tile.classes, reinterpret_cast<A*>(memory));
     __syncthreads();
   }
-  BlockSums block_sums(reinterpret_cast<double*>(memory), blockDim.x / 32);
+  BlockSums block_sums(reinterpret_cast<double*>(memory), Wide ? 1 : blockDim.x / 32);
+  Group<A, Wide> group(32, reinterpret_cast<A*>(memory + kWarpSumsBytes));
   const A inverse = args.backward      ? inverse_denominator<A>(args)
                     : args.grad_logits ? inverse_of<A>(forward_denominator(args))
                                        : A(1);
@@ -288,15 +349,15 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
   }
 
   const T* logits = static_cast<const T*>(args.logits);
-  int ahead = kNoTarget;  // of this lane's row around the one that is asked for
+  int ahead = kNoTarget;  // of this lane's row in the turn of the row that is asked for
   const int64_t step = tile.row_step * args.outer_stride;
   // Of the row that is asked for next: its first vector of this lane; of the one after this: its edge.
   const T* from = logits + tile.row * args.outer_stride + tile.first();
-  const T* edge_from = logits + tile.row * args.outer_stride + tile.edge;
-  const auto ask_for = [&](int round, int64_t i) {
+  const T* edge_from = from + (tile.edge - tile.first());
+  const auto ask_for = [&](int round) {
     if (round < tile.rounds) {
       if (round % 32 == 0) {
-        const int64_t own = i + lane * tile.row_step;
+        const int64_t own = tile.row_at(round + lane);
         ahead = own < args.outer ? target_of(args, own) : kNoTarget;
       }
       if (is_valid(__shfl_sync(kFullWarp, ahead, round % 32)))
@@ -312,29 +373,28 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
     return z;
   };
 #pragma unroll
-  for (int round = 0; round < kStages - 1; ++round)
-    ask_for(round, tile.row + round * tile.row_step);
+  for (int round = 0; round < kStages - 1; ++round) ask_for(round);
   A next_edge = edge_of(0);
-  T* grad = static_cast<T*>(args.grad_logits) + tile.row * args.grad_outer_stride;
-  const int64_t grad_step = tile.row_step * args.grad_outer_stride;
-
   int own_target = kNoTarget;  // of this lane's row of the turn
   const Turn<T> turn(staged + 32 * kWarpStaged * kVectorBytes);
   A grad_scale[Sums ? P + 1 : 1] = {}, grad_bias[Sums ? P + 1 : 1] = {};  // the last: the edge's
-  int64_t i = tile.row;
-  for (int round = 0; round < tile.rounds; ++round, i += tile.row_step, grad += grad_step) {
+  for (int round = 0; round < tile.rounds; ++round) {
     const int at_turn = round % 32;
     if (at_turn == 0) {
       __syncwarp();
-      own_target = turn.read(args, i + lane * tile.row_step, lane, inverse);
+      own_target = ahead;  // whose row is of this turn by now
+      turn.read(args, tile.row_at(round + lane), own_target, lane, inverse);
       __syncwarp();
     }
-    ask_for(round + kStages - 1, i + (kStages - 1) * tile.row_step);
+    ask_for(round + kStages - 1);
     const A z_edge = next_edge;
     next_edge = edge_of(round + 1);
     const int target = __shfl_sync(kFullWarp, own_target, at_turn);
     const auto of_row = [&](auto value) { return turn.at(value, at_turn); };
-    const auto write = [&](const A(&g)[P + 1]) {
+    const auto grad_row = [&] {
+      return static_cast<T*>(args.grad_logits) + tile.row_at(round) * args.grad_outer_stride;
+    };
+    const auto write = [&](T* grad, const A(&g)[P + 1]) {
       T* to = grad + tile.first();
       if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
 #pragma unroll
@@ -350,7 +410,7 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
     wait_for_copies<kStages - 1>();
 
     if (!is_valid(target)) {
-      if (writes_logits) write({});
+      if (writes_logits) write(grad_row(), {});
     } else {
       const A c = Calibrated ? of_row(Turn<T>::kC) : A(0);
       const TargetPlace<T, K> place(tile, target);
@@ -384,9 +444,7 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
       }
 #pragma unroll
       for (int p = 0; p < P; p += 2) sums.maximum = larger(sums.maximum, larger(e[p], e[p + 1]));
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2)
-        sums.maximum = larger(sums.maximum, __shfl_xor_sync(kFullWarp, sums.maximum, distance));
+      sums.maximum = group.max(sums.maximum);
 
       if (smoothing) {
 #pragma unroll
@@ -401,24 +459,23 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
           }
         }
         if (tile.edge >= 0 && !place.at_edge) sums.smooth += edge.weight * (e[P] - sums.maximum);
-        const A w_t = of_row(Turn<T>::kWeight);
-        sums.smooth = warp_sum(sums.smooth) + w_t * (sums.target_logit - sums.maximum);
       }
-      const Exponentials<A> exponentials(sums.maximum);
-      exponentials.apply(e);
-      sums.rest = warp_sum(sum_of(e)) * exponentials.correction;
-      // exp(u - maximum) z, 0 of the target and of a masked class and not 0 * -inf.
-      A ez[Sums ? P + 1 : 1];
+      const A correction = make_exponentials(e, sums.maximum);
+      sums.rest = sum_of(e);
+      // exp(u - maximum) z of some vectors, as many as registers hold: it is used twice. 0 of the
+      // target and of a masked class, and not 0 * -inf.
+      constexpr int kProducts = Sums ? 12 : 0;
+      A products[kProducts + 1];
+      const auto product = [&](int p, A z) { return e[p] * larger(z, kLowest<A>); };
       if constexpr (Sums) {
         forget_loads();
 #pragma unroll
-        for (int part = 0; part < K * N; ++part) {
+        for (int part = 0; part < kProducts / Q; ++part) {
           A z[Q];
           unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
 #pragma unroll
-          for (int q = 0; q < Q; ++q) ez[part * Q + q] = e[part * Q + q] * larger(z[q], kLowest<A>);
+          for (int q = 0; q < Q; ++q) products[part * Q + q] = product(part * Q + q, z[q]);
         }
-        ez[P] = e[P] * larger(z_edge, kLowest<A>);
       }
       if (Calibrated && slopes) {
         forget_loads();
@@ -431,13 +488,12 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
 #pragma unroll
           for (int q = 0; q < Q; ++q) {
             const int p = part * Q + q;
-            const A weighted = Sums ? ez[Sums ? p : 0] : e[p] * larger(z[q], kLowest<A>);
-            sums.rest_slope += a[q] * weighted + b[q] * e[p];
+            const A weighted = p < kProducts ? products[p < kProducts ? p : 0] : product(p, z[q]);
+            sums.rest_slope = std::fma(a[q], weighted, std::fma(b[q], e[p], sums.rest_slope));
           }
         }
-        const A weighted = e[P] * larger(z_edge, kLowest<A>);
+        const A weighted = product(P, z_edge);
         sums.rest_slope += edge.scale * weighted + edge.bias * e[P];
-        sums.rest_slope = warp_sum(sums.rest_slope) * exponentials.correction;
         if (smoothing) {
           forget_loads();
 #pragma unroll
@@ -451,17 +507,29 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
           }
           const A d = finite_or_zero(edge.scale * z_edge + edge.bias);
           if (!place.at_edge) sums.smooth_slope += edge.weight * d;
-          const A w_t = of_row(Turn<T>::kWeight), d_t = of_row(Turn<T>::kTargetSlope);
-          sums.smooth_slope = warp_sum(sums.smooth_slope) + w_t * d_t;
         }
       }
+      A values[4] = {sums.rest, sums.rest_slope, sums.smooth, sums.smooth_slope};
+      if (smoothing) {
+        group.sum(values);
+        const A w_t = of_row(Turn<T>::kWeight);
+        values[2] += w_t * (sums.target_logit - sums.maximum);
+        if (slopes) values[3] += w_t * of_row(Turn<T>::kTargetSlope);
+      } else if (slopes) {
+        sum_first<2>(group, values);
+      } else {
+        sum_first<1>(group, values);
+      }
+      sums.rest = values[0] * correction;
+      sums.rest_slope = values[1] * correction;
+      sums.smooth = values[2], sums.smooth_slope = values[3];
       if (lane == at_turn) turn.keep(at_turn, sums, slopes, smoothing);
 
       if (writes_logits || Sums) {
         forget_loads();
         const A w_t = of_row(Turn<T>::kWeight), v_i = of_row(Turn<T>::kFactor);
         const PositionResult<A> result = position_result(options, sums, w_t, false);
-        const A of_e = result.softmax * exponentials.correction;
+        const A of_e = result.softmax * correction;
         if (writes_logits) {
           const A factor = args.backward ? v_i : v_i * inverse;
           const A softmax = factor * of_e, smooth = factor * result.smooth;
@@ -488,20 +556,31 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
             }
             g[P] *= edge.scale * c + A(1);
           }
-          write(g);
+          T* grad = grad_row();
+          write(grad, g);
           if (place.holds || place.at_edge) {  // over what it has written of the marked one
-            const A a = vector_entry<A>(args.scale, target, A(0));
-            store_one(grad + target,
-                      from_accumulate<T>(factor * result.at_target * (a * c + A(1))));
+            A g_t = factor * result.at_target;
+            if constexpr (Calibrated) g_t *= static_cast<const A*>(args.scale)[target] * c + A(1);
+            store_one(grad + target, from_accumulate<T>(g_t));
           }
         }
         if constexpr (Sums) {
           const A softmax = v_i * c * of_e, smooth = v_i * c * result.smooth;
+          forget_loads();
 #pragma unroll
-          for (int p = 0; p <= P; ++p) {
-            grad_scale[p] = std::fma(softmax, ez[p], grad_scale[p]);
-            grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
+          for (int part = 0; part < K * N; ++part) {
+            A z[Q];
+            unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
+#pragma unroll
+            for (int q = 0; q < Q; ++q) {
+              const int p = part * Q + q;
+              const A ez = p < kProducts ? products[p < kProducts ? p : 0] : product(p, z[q]);
+              grad_scale[p] = std::fma(softmax, ez, grad_scale[p]);
+              grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
+            }
           }
+          grad_scale[P] = std::fma(softmax, product(P, z_edge), grad_scale[P]);
+          grad_bias[P] = std::fma(softmax, e[P], grad_bias[P]);
           if (smoothing) {
 #pragma unroll
             for (int part = 0; part < K * N; ++part) {
@@ -522,18 +601,17 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
           }
           const A g = v_i * c * result.at_target;
           const A g_z = g * of_row(Turn<T>::kTargetZ);
-          // A branch on k, the same for all lanes; selects on what differs, which must not index
-          // registers.
+          // Selects on what differs between lanes, which must not index registers.
+          if (place.k >= 0)
+            at_index<0, K>(place.k, [&](auto index) {
+              constexpr int k = decltype(index)::value;
 #pragma unroll
-          for (int k = 0; k < K; ++k) {
-            if (k != place.k) continue;
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const bool here = place.holds && v == place.v;
-              grad_scale[k * V + v] += here ? g_z : A(0);
-              grad_bias[k * V + v] += here ? g : A(0);
-            }
-          }
+              for (int v = 0; v < V; ++v) {
+                const bool here = place.holds && v == place.v;
+                grad_scale[k * V + v] += here ? g_z : A(0);
+                grad_bias[k * V + v] += here ? g : A(0);
+              }
+            });
           grad_scale[P] += place.at_edge ? g_z : A(0);
           grad_bias[P] += place.at_edge ? g : A(0);
         }
@@ -541,9 +619,10 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
     }
 
     if (at_turn < 31 && round + 1 < tile.rounds) continue;
+    if (Wide && tile.warp > 0) continue;
     double loss = 0, divisor = 0;
     if (lane <= at_turn) {
-      const int64_t own = i + (lane - at_turn) * tile.row_step;
+      const int64_t own = tile.row_at(round - at_turn + lane);
       const bool valid = is_valid(own_target);
       const PositionSums<A> sums = turn.kept(lane, slopes, smoothing, weights);
       const A w_t = turn.at(Turn<T>::kWeight, lane), v_i = turn.at(Turn<T>::kFactor, lane);
@@ -562,10 +641,10 @@ __global__ void __launch_bounds__(Sums ? kWarpSumsThreads : kWarpRowThreads,
     }
     if (!args.block_sums) continue;
     loss = warp_sum(loss), divisor = warp_sum(divisor);
-    if (lane == 0) block_sums.add(threadIdx.x / 32, loss, divisor);
+    if (lane == 0) block_sums.add(tile.warp, loss, divisor);
   }
-  if (args.block_sums) block_sums.write(args.block_sums);
-  if constexpr (Sums) write_warp_sums<T, K>(args, tile, grad_scale, grad_bias, areas);
+  if (args.block_sums) block_sums.write_and_finish<A>(args);
+  if constexpr (Sums) write_warp_sums<T, K, Wide>(args, tile, grad_scale, grad_bias, areas);
 }
 
 // The shares of the denominator of 'mean', of forward where the gradient needs it: `forward_denominator`
@@ -583,6 +662,7 @@ __global__ void __launch_bounds__(kDivisorThreads, 1) row_divisor_kernel(const R
   }
   sum = block_sum(sum, reinterpret_cast<double*>(memory));
   if (threadIdx.x == 0) args.divisors[blockIdx.x] = sum;
+  if (args.ticket && blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = 0;
 }
 
 }  // namespace disalign::cuda

@@ -93,36 +93,39 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   return plan;
 }
 
-// Vectors of a lane where a warp keeps a row: 0 where it cannot. Rows of fewer vectors than a narrow
-// group keeps are left to it, and float64 to the others.
-template <class T>
-int warp_vectors(const RowArgs& args) {
-  if (sizeof(T) == 8 || args.shard_sums || args.shard_factors) return 0;
-  const int64_t vectors = args.classes / kVector<T>;
-  if (vectors <= 32 * kKept<T> || vectors > 32 * kWarpRowVectors) return 0;
-  if (sizeof(T) == 4) return kWarpRowVectors;
-  if (vectors <= 32 * kWarpRowVectors / 2) return kWarpRowVectors / 2;
-  return args.class_gradients ? 0 : kWarpRowVectors;  // of more the sums do not fit into registers
-}
-
-// The same rows, a warp a row; no row is cut. None where there is too little shared memory.
+// The same rows by row_warp_kernel, by a warp each or by as many as keep one. None for float64, for
+// shards, for rows that a narrow group keeps, and where a row needs more warps or more shared memory
+// than a block has.
 template <class T>
 std::optional<RowPlan> row_warp_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
-  plan.warp_vectors = warp_vectors<T>(args);
-  if (plan.warp_vectors == 0) return std::nullopt;
+  if (sizeof(T) == 8 || args.shard_sums || args.shard_factors || !plan.wide) return std::nullopt;
+  const int64_t vectors = args.classes / kVector<T>;
+  // The class sums of a half precision's elements do not fit into registers.
+  const bool half_of_them =
+      sizeof(T) == 2 && (args.class_gradients || vectors <= 16 * kWarpVectors);
+  plan.warp_vectors = half_of_them ? kWarpVectors / 2 : kWarpVectors;
+  plan.wide = vectors > 32 * plan.warp_vectors;
+  const int most = (plan.wide || args.class_gradients ? kWarpSumsThreads : kWarpRowThreads) / 32;
   const int64_t class_bytes = ClassVectors<T>::count(args) * 32 * plan.warp_vectors * kVector<T> *
                               static_cast<int64_t>(sizeof(Accumulate<T>));
-  const int64_t fixed = kWarpScratchBytes + class_bytes;
-  const int64_t most = (static_cast<int64_t>(limits.shared_bytes) - fixed) / kWarpBytes;
-  const int64_t warps =
-      std::min<int64_t>(most, (args.class_gradients ? kWarpSumsThreads : kWarpRowThreads) / 32);
-  if (warps <= 0) return std::nullopt;
-  plan.wide = false;
-  plan.lanes = 32;
-  plan.tiles = 1;
+  const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
+  int64_t warps = 0;
   plan.shape = Shape{};
+  if (plan.wide) {
+    warps = divide_up(vectors, 32 * plan.warp_vectors);
+    plan.shape.shared_bytes =
+        kWarpScratchBytes<Accumulate<T>, true> + warps * (kWarpBytes + class_bytes);
+    if (warps > most || static_cast<int64_t>(plan.shape.shared_bytes) > limit) return std::nullopt;
+  } else {
+    const int64_t fixed = kWarpScratchBytes<Accumulate<T>, false> + class_bytes;
+    warps = std::min<int64_t>(most, (limit - fixed) / kWarpBytes);
+    plan.shape.shared_bytes = fixed + warps * kWarpBytes;
+    if (warps <= 0) return std::nullopt;
+  }
+  plan.lanes = plan.wide ? 0 : 32;
+  plan.tiles = 1;
+  plan.tile_vectors = static_cast<int>(plan.vectors);
   plan.shape.threads = static_cast<int>(32 * warps);
-  plan.shape.shared_bytes = fixed + warps * kWarpBytes;
   return plan;
 }
 
@@ -187,20 +190,18 @@ using RowKernel = void (*)(RowArgs);
 
 template <class T, bool Calibrated>
 RowKernel row_warp_kernel_of(const RowArgs& args, const RowPlan& plan) {
-  constexpr int kAll = kWarpRowVectors, kHalf = kAll / 2;
-  if constexpr (sizeof(T) == 4) {
-    if constexpr (Calibrated) {
-      if (args.class_gradients) return row_warp_kernel<T, kAll, true, true>;
-    }
-    return row_warp_kernel<T, kAll, Calibrated, false>;
-  } else if constexpr (sizeof(T) == 2) {
-    if (plan.warp_vectors == kAll) return row_warp_kernel<T, kAll, Calibrated, false>;
-    if constexpr (Calibrated) {
-      if (args.class_gradients) return row_warp_kernel<T, kHalf, true, true>;
-    }
-    return row_warp_kernel<T, kHalf, Calibrated, false>;
+  constexpr int kAll = kWarpVectors, kOfSums = sizeof(T) == 2 ? kAll / 2 : kAll;
+  if constexpr (sizeof(T) == 8) {
+    return nullptr;  // row_warp_plan
   } else {
-    return nullptr;  // warp_vectors
+    if constexpr (Calibrated) {
+      if (args.class_gradients)
+        return plan.wide ? row_warp_kernel<T, kOfSums, true, true, true>
+                         : row_warp_kernel<T, kOfSums, true, true, false>;
+    }
+    if (plan.wide) return row_warp_kernel<T, kAll, Calibrated, false, true>;
+    return plan.warp_vectors == kAll ? row_warp_kernel<T, kAll, Calibrated, false, false>
+                                     : row_warp_kernel<T, kOfSums, Calibrated, false, false>;
   }
 }
 
@@ -284,6 +285,9 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
       shape.grid_x = std::min<int64_t>(divide_up(args.outer, kDivisorThreads), kDivisorBlocks);
       args.divisor_blocks = static_cast<int32_t>(shape.grid_x);
       args.divisors = static_cast<double*>(launcher.allocate(shape.grid_x * sizeof(double)));
+      // The last block of the row kernel finishes, where nothing is left but the loss.
+      if (!args.class_gradients && !args.grad_confidence)
+        args.ticket = static_cast<unsigned*>(launcher.allocate(sizeof(unsigned)));
       launcher.launch(row_divisor_kernel<A>, shape, args);
     }
     const RowKernel kernel = row_forward_kernel_of<T, Calibrated>(args, plan);
@@ -315,7 +319,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
       args.class_sums = sums.class_sums;
     }
   }
-  if (args.shard_sums) return;  // nothing to divide
+  if (args.shard_sums || args.ticket) return;  // nothing to divide, or done
   static_cast<LossArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
