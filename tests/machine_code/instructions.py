@@ -53,10 +53,10 @@ PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
 # What they write is not followed.
 DATA = {
     "FMNMX", "FMNMX3", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "VOTE",
-    "MUFU",
+    "MUFU", "ATOMG",
 }  # fmt: skip
-NOTHING = {"STG", "STS", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
-           "ENDCOLLECTIVE"}  # fmt: skip
+NOTHING = {"STG", "STS", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR", "ERRBAR",
+           "CGAERRBAR", "CCTL", "ENDCOLLECTIVE"}  # fmt: skip
 
 
 def _plain(name: str) -> str:

@@ -65,6 +65,7 @@ ORDINARY = {
     r"FSETP\.GEU\.AND P, PT, \|R\|, 5\.87\d*e-39, PT": True,  # 1 / a double that is no subnormal
     r"ISETP\.GT\.U32\.AND P, PT, R, 0x1ffffff, PT": True,  # 1 / a float that is no subnormal
     r"FSETP\.GE\.AND P, PT, R, RZ, PT": True,  # the sigmoid of a positive number
+    r"ISETP\.NE\.AND P, PT, R, RZ, PT": False,  # not the last block of the launch
     r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !P": False,  # the inverse of the denominator is not 0
 }
@@ -224,7 +225,10 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     vectors = ROWS * classes * DTYPES[dtype][1] / BYTES
     opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * ROWS) / vectors for o in many}
     return Count(
-        sum(setup.values()) / warps / kernel.rows, sum(row.values()) / warps, sum(opcodes.values()), opcodes
+        sum(setup.values()) / warps / kernel.rows,
+        sum(row.values()) / warps,
+        sum(opcodes.values()),
+        opcodes,
     )
 
 

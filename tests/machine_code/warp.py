@@ -190,7 +190,9 @@ def lift(function: Callable[..., tuple[Value, ...]], values: list[Any],
     if list not in map(type, values):
         return function(*(values if bits else map(_whole, values)))
     lanes = [v if isinstance(v, list) else [v] * LANES for v in values]
-    results = [function(*(lane if bits else map(_whole, lane))) for lane in zip(*lanes, strict=True)]
+    results = [
+        function(*(lane if bits else map(_whole, lane))) for lane in zip(*lanes, strict=True)
+    ]
     return tuple(uniform(list(r)) for r in zip(*results, strict=True))
 
 

@@ -39,6 +39,12 @@ class Kernel:
     def flags(self) -> tuple[bool, ...]:
         return tuple(f == "1" for f in re.findall(r"Lb([01])E", self.symbol))
 
+    @property
+    def elements(self) -> int:
+        """Of a row that a lane keeps; row_warp_kernel alone."""
+        vectors = int(re.search(r"Li(\d+)E", self.symbol)[1])  # type: ignore[index]
+        return vectors * (4 if self.type == "f" else 8)
+
 
 def compile(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
     """Compiles as the library is compiled, for one architecture."""

@@ -87,7 +87,8 @@ class BlockSums {
   template <class A>
   __device__ __forceinline__ void write_and_finish(const RowArgs& args) const {
     write(args.block_sums);
-    if (!args.ticket || !is_last_block(args.ticket, gridDim.x, memory_)) return;
+    if (!args.ticket || !is_last_block(args.ticket, gridDim.x, reinterpret_cast<int*>(memory_)))
+      return;
     write_reduced_loss<A>(args, args.block_sums, gridDim.x, forward_denominator(args), memory_);
   }
 

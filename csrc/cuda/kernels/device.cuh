@@ -517,15 +517,15 @@ __device__ __forceinline__ A block_sum(A v, A* scratch) {
 
 // Whether this block is the last of so many to come here: it sees what all of them have written
 // before. Integers are counted, so that nothing depends on the order. `scratch` has an entry.
-__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks, double* scratch) {
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks, int* scratch) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *scratch = atomicAdd(ticket, 1u) == blocks - 1 ? 1.0 : 0.0;
+  if (threadIdx.x == 0) *scratch = atomicAdd(ticket, 1u) == blocks - 1;
   __syncthreads();
-  const bool last = *scratch != 0.0;
+  const int last = *scratch;
   __syncthreads();
   __threadfence();
-  return last;
+  return last != 0;
 }
 
 }  // namespace disalign::cuda

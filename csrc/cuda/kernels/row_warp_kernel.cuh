@@ -159,25 +159,37 @@ class Turn {
   A* memory_;
 };
 
-// Of a warp: its vectors, then its turn. At the end its class sums, two floats an element.
-constexpr int kWarpBytes = 32 * kWarpStaged * kVectorBytes + Turn<float>::kBytes;
-
-// Entries of class j at a row's edge, in registers: it is the same class in all rows.
+// Class vectors of a lane's class at the rows' edges, in shared memory: it is the same in all rows.
 template <class A>
-struct EdgeVectors {
-  A scale, bias, weight, prior;
+class EdgeVectors {
+ public:
+  static constexpr int kBytes = 4 * 32 * static_cast<int>(sizeof(A));
 
-  __device__ __forceinline__ EdgeVectors(const LossArgs& args, int j)
-      : scale(of(args.scale, j, A(0))),
-        bias(of(args.bias, j, A(0))),
-        weight(of(args.weight, j, A(1))),
-        prior(of(args.prior, j, A(0))) {}
+  // j: the lane's class, or -1.
+  __device__ __forceinline__ EdgeVectors(const LossArgs& args, int j, int lane,
+                                         unsigned char* memory)
+      : own_(reinterpret_cast<A*>(memory) + lane) {
+    own_[0] = of(args.scale, j, A(0));
+    own_[32] = of(args.bias, j, A(0));
+    own_[64] = of(args.weight, j, A(1));
+    own_[96] = of(args.prior, j, A(0));
+  }
+  __device__ __forceinline__ A scale() const { return own_[0]; }
+  __device__ __forceinline__ A bias() const { return own_[32]; }
+  __device__ __forceinline__ A weight() const { return own_[64]; }
+  __device__ __forceinline__ A prior() const { return own_[96]; }
 
  private:
   static __device__ __forceinline__ A of(const void* vector, int j, A absent) {
     return j < 0 ? A(0) : vector_entry<A>(vector, j, absent);
   }
+  A* own_;
 };
+
+// Of a warp: its vectors, then its turn and its edges. At the end its class sums, two floats an
+// element.
+constexpr int kWarpBytes =
+    32 * kWarpStaged * kVectorBytes + Turn<float>::kBytes + EdgeVectors<float>::kBytes;
 
 // Where a row's target is.
 template <class T, int K>
@@ -318,7 +330,8 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
                     (Wide ? tile.warp * ClassVectors<T>::count(args) * 32 * P : 0);
 
   const ClassVectors<T> classes(args, tile, class_memory);
-  const EdgeVectors<A> edge(args, tile.edge);
+  const EdgeVectors<A> edge(args, tile.edge, lane,
+                            staged + 32 * kWarpStaged * kVectorBytes + Turn<T>::kBytes);
   const RowOptions<A> options(args);
   const bool smoothing = options.label_smoothing > 0;
   const bool slopes = Calibrated && args.grad_confidence;
@@ -423,7 +436,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
       sums.weight = weights;
       A e[P + 1];  // u, then exp(u - maximum); the last is the edge's
       e[P] = place.at_edge ? negative_infinity<A>()
-                           : calibrated(z_edge, edge.scale, edge.bias, c) + edge.prior;
+                           : calibrated(z_edge, edge.scale(), edge.bias(), c) + edge.prior();
       sums.maximum = larger(larger(sums.maximum, sums.target_logit), e[P]);
 #pragma unroll
       for (int part = 0; part < K * N; ++part) {
@@ -458,13 +471,13 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
             sums.smooth += own ? w[q] * (e[part * Q + q] - sums.maximum) : A(0);
           }
         }
-        if (tile.edge >= 0 && !place.at_edge) sums.smooth += edge.weight * (e[P] - sums.maximum);
+        if (tile.edge >= 0 && !place.at_edge) sums.smooth += edge.weight() * (e[P] - sums.maximum);
       }
       const A correction = make_exponentials(e, sums.maximum);
       sums.rest = sum_of(e);
       // exp(u - maximum) z of some vectors, as many as registers hold: it is used twice. 0 of the
       // target and of a masked class, and not 0 * -inf.
-      constexpr int kProducts = Sums ? 12 : 0;
+      constexpr int kProducts = Sums && sizeof(T) == 4 ? 4 : 0;
       A products[kProducts + 1];
       const auto product = [&](int p, A z) { return e[p] * larger(z, kLowest<A>); };
       if constexpr (Sums) {
@@ -493,7 +506,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
           }
         }
         const A weighted = product(P, z_edge);
-        sums.rest_slope += edge.scale * weighted + edge.bias * e[P];
+        sums.rest_slope += edge.scale() * weighted + edge.bias() * e[P];
         if (smoothing) {
           forget_loads();
 #pragma unroll
@@ -505,8 +518,8 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
 #pragma unroll
             for (int q = 0; q < Q; ++q) sums.smooth_slope += w[q] * d[q];
           }
-          const A d = finite_or_zero(edge.scale * z_edge + edge.bias);
-          if (!place.at_edge) sums.smooth_slope += edge.weight * d;
+          const A d = finite_or_zero(edge.scale() * z_edge + edge.bias());
+          if (!place.at_edge) sums.smooth_slope += edge.weight() * d;
         }
       }
       A values[4] = {sums.rest, sums.rest_slope, sums.smooth, sums.smooth_slope};
@@ -544,7 +557,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
 #pragma unroll
               for (int q = 0; q < Q; ++q) g[part * Q + q] -= smooth * w[q];
             }
-            g[P] -= smooth * edge.weight;
+            g[P] -= smooth * edge.weight();
           }
           if constexpr (Calibrated) {
 #pragma unroll
@@ -554,7 +567,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
 #pragma unroll
               for (int q = 0; q < Q; ++q) g[part * Q + q] *= a[q] * c + A(1);
             }
-            g[P] *= edge.scale * c + A(1);
+            g[P] *= edge.scale() * c + A(1);
           }
           T* grad = grad_row();
           write(grad, g);
@@ -595,7 +608,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
                 grad_bias[p] += g;
               }
             }
-            const A g = place.at_edge ? A(0) : -smooth * edge.weight;
+            const A g = place.at_edge ? A(0) : -smooth * edge.weight();
             grad_scale[P] += g * (z_edge == negative_infinity<A>() ? A(0) : z_edge);
             grad_bias[P] += g;
           }
