@@ -138,14 +138,23 @@ inline int __all_sync(unsigned mask, int predicate, simt::Place place = simt::Pl
 
 // ---- Order between blocks ----
 
-// For the thread sanitizer: what came before a fence comes before what follows a later fence of
-// another thread. atomicAdd orders nothing, so that a missing fence shows.
+// For the thread sanitizer: what came before a thread's fence and its atomicAdd comes before what
+// follows a later fence of another thread. Without the fence atomicAdd orders nothing.
+namespace simt {
+inline char fence_tag;
+SIMT_UNSEEN inline bool has_fenced(bool now) {
+  const bool before = this_fiber->fenced;
+  this_fiber->fenced = before || now;
+  return before;
+}
+}  // namespace simt
+
 inline void __threadfence() {
-  static char tag;
-  simt::release(&tag);
-  simt::acquire(&tag);
+  simt::has_fenced(true);
+  simt::acquire(&simt::fence_tag);
 }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  if (simt::has_fenced(false)) simt::release(&simt::fence_tag);
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 

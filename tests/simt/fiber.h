@@ -95,6 +95,7 @@ struct Fiber {
   Copy copies[kMostCopies];  // under way: a ring, from the first of them on
   int first_copy = 0, copy_count = 0;
   uint64_t copy_group = 0;
+  bool fenced = false;
 };
 
 }  // namespace simt

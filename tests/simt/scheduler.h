@@ -89,6 +89,7 @@ inline void start_fibers(Block& block) {
     fiber.fake_stack = nullptr;
     fiber.first_copy = fiber.copy_count = 0;
     fiber.copy_group = 0;
+    fiber.fenced = false;
   }
   for (uint32_t i = 0; i < block.warp_count; i++) {
     block.warps[i].exited = 0;
