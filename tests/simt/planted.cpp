@@ -42,6 +42,7 @@ constexpr Planted kKernels[] = {
     PLANTED(shared_overflow),
     PLANTED(blocks_write),
     PLANTED(blocks_chain),
+    PLANTED(blocks_ticket),
     PLANTED(static_reverse),
     PLANTED(round_trip),
     PLANTED(vote),

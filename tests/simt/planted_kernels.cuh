@@ -243,6 +243,20 @@ __global__ void blocks_chain(const float* in, float* out, int) {
   if (threadIdx.x == 0) out[b] = in[b] + (kFault && b ? out[b - 1] : 0.0f);  // fault: blocks_chain
 }
 
+// The last block to take a ticket adds up what all have written. The fault: no fence before it.
+template <bool kFault>
+__global__ void blocks_ticket(const float* in, float* out, int) {
+  if (threadIdx.x > 0) return;
+  unsigned* ticket = reinterpret_cast<unsigned*>(out + gridDim.x + 1);  // a multiple of gridDim.x
+  out[blockIdx.x] = in[blockIdx.x];                                     // fault: blocks_ticket
+  if (!kFault) __threadfence();
+  if ((atomicAdd(ticket, 1u) + 1) % gridDim.x != 0) return;
+  __threadfence();
+  float sum = 0.0f;
+  for (unsigned b = 0; b < gridDim.x; b++) sum += out[b];  // fault: blocks_ticket
+  out[gridDim.x] = sum;
+}
+
 // Static shared memory: out[i] = in, reversed in the block. The fault: no barrier.
 template <bool kFault>
 __global__ void static_reverse(const float* in, float* out, int) {
