@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,8 +78,12 @@ def kernels() -> ModuleType:
     return build.module("kernels")
 
 
-def row(n: int, c: int, dtype: torch.dtype = torch.float32, **more: Any) -> Problem:
-    return Problem((torch.randn(n, c) * 3).to(dtype), torch.randint(0, c, (n,)), **more)
+def row(
+    n: int, c: int, dtype: torch.dtype = torch.float32, offset: int = 0, **more: Any
+) -> Problem:
+    """offset: elements between an aligned address and the logits."""
+    logits = torch.empty(offset + n * c, dtype=dtype)[offset:].view(n, c)
+    return Problem(logits.copy_(torch.randn(n, c) * 3), torch.randint(0, c, (n,)), **more)
 
 
 def dense(n: int, c: int, s: int, dtype: torch.dtype = torch.float32, **more: Any) -> Problem:
@@ -127,6 +133,47 @@ def small_problems() -> list[Problem]:
     return problems
 
 
+def gradient_calls() -> list[Call]:
+    """Forward that makes the gradient of the logits too, in every tier, and backward after it."""
+    torch.manual_seed(4)
+    half, everywhere = torch.bfloat16, {"has_clusters": True}
+    cases: list[tuple[Problem, dict[str, Any]]] = [
+        # Several rows a block.
+        (row(7, 19), {}),
+        (row(6, 3, torch.float16, calibrated=False), {"offset": 1}),
+        (row(19, 133, half, options=everything(133, 19)), {}),
+        # A warp a row, at each number of vectors and with and without class sums.
+        (row(9, 1203, options=everything(1203, 9)), {}),
+        (row(5, 1203, offset=1), {"class_gradients": False, "offset": 2}),
+        (row(5, 515, calibrated=False), {}),
+        (row(9, 1203, half, options=everything(1203, 9)), {}),
+        (row(4, 1203, torch.float16, calibrated=False), {"offset": 1}),
+        (row(9, 2501, half, options=everything(2501, 9)), {"class_gradients": False}),
+        (row(4, 2407, torch.float16, calibrated=False), {}),
+        # The same of less shared memory: a block of one warp, and none.
+        (row(9, 1203, options=everything(1203, 9)), {"shared_bytes": 40 << 10}),
+        (row(4, 1203), {"shared_bytes": 20 << 10}),
+        # More rows of a warp than it has lanes, which read what is of a row alone.
+        (row(80, 516), {"shared_bytes": 24 << 10, "multiprocessors": 1}),
+        # A row a block.
+        (row(4, 1301, options=everything(1301, 4)), {"offset": 1}),
+        (row(3, 301, torch.float64, options=everything(301, 3)), {}),
+        (row(3, 2601, half, calibrated=False), {}),
+        # A cluster a row.
+        (row(3, 8200), everywhere),
+        (row(3, 9001, half, options=everything(9001, 3)), everywhere),
+        (row(3, 8300, calibrated=False), everywhere | {"offset": 1}),
+        # Tiles of a row, that are read again.
+        (row(3, 9001), {"shared_bytes": 40 << 10}),
+        (row(2, 9000, calibrated=False), {"shared_bytes": 40 << 10}),
+    ]
+    calls = []
+    for problem, more in cases:
+        problem.target[1] = -100
+        calls += problem.gradient_calls(**more)
+    return calls
+
+
 def small_calls() -> list[Call]:
     calls = [call for problem in small_problems() for call in problem.calls()]
     # With less shared memory: tiles of a row, logits that are read again.
@@ -143,7 +190,7 @@ def small_calls() -> list[Call]:
         dense(2, 5, 70), dense(1, 60, 40, torch.float16),
     ):  # fmt: skip
         calls += problem.calibrate_calls()
-    return calls
+    return calls + gradient_calls()
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
@@ -163,14 +210,80 @@ def test_row_tiers_at_every_alignment(
         check(kernels, call)
 
 
+# Ends of the tiers: of narrow rows, of a warp's in float32 and in half precision with and without
+# class sums, of those of a block.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "classes", [1, 8, 9, 33, 512, 513, 640, 1203, 1280, 1284, 2501, 2560, 2564, 8142, 8193]
+)
+def test_gradients_in_forward_at_every_alignment(
+    kernels: ModuleType, classes: int, dtype: torch.dtype
+) -> None:
+    kernels.set_options()
+    n = 9  # more than there are alignments
+    for offset in (0, 1, 3):
+        problems = [
+            (row(n, classes, dtype, offset, calibrated=False), True),
+            (row(n, classes, dtype, offset), True),
+            (row(n, classes, dtype, offset, options=everything(classes, n)), offset != 1),
+        ]
+        for problem, class_gradients in problems:
+            problem.target[offset] = -100
+            for call in problem.gradient_calls(class_gradients, offset=offset // 2):
+                check(kernels, call)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        {"reduction": "sum"}, {"normalizer": "weights"}, {"normalizer": "valid"},
+        {"normalizer": "count"}, {"normalizer": torch.tensor(2.5)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_gradients_in_forward_are_divided_by(kernels: ModuleType, of: dict[str, Any]) -> None:
+    kernels.set_options()
+    # More rows than the denominator's blocks have threads; two tiers more.
+    for n, classes in ((20000, 3), (11, 1203), (4, 1301)):
+        problem = row(n, classes, options=everything(classes, n), **of)
+        problem.target[::3] = -100
+        for call in problem.gradient_calls():
+            check(kernels, call)
+
+
+@pytest.mark.parametrize("classes", [19, 1203, 1301, 9001])
+@pytest.mark.parametrize("clusters", [False, True])
+def test_gradients_in_forward_are_0_where_nothing_is_left(
+    kernels: ModuleType, classes: int, clusters: bool
+) -> None:
+    kernels.set_options()
+    problem = row(3, classes)
+    problem.target[:] = -100
+    forward, kept, made = problem.gradient_calls(has_clusters=clusters)
+    assert np.isnan(forward.expected.pop("reduced_loss"))
+    for call in (forward, kept, made):
+        check(kernels, call)
+
+
+def test_a_warp_goes_through_more_rows_than_lanes(kernels: ModuleType) -> None:
+    # What is of a row alone is read for 32 rows at a time. One block of one or two warps.
+    kernels.set_options()
+    for dtype, calibrated in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        problem = row(150, 1200, dtype, calibrated=calibrated)
+        problem.target[31:150:17] = -100
+        for call in problem.gradient_calls(shared_bytes=32 << 10, multiprocessors=1):
+            check(kernels, call)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [8193, 12288, 12289, 40001, 49145])
 def test_rows_by_clusters(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
-    for seed in (None, 1):
-        kernels.set_options(shuffle=seed is not None, seed=seed or 0)
-        problem = row(5, classes, dtype, options=everything(classes, 5))
-        problem.target[1] = -100
-        check(kernels, problem.calls(has_clusters=True)[0])
+    problem = row(5, classes, dtype, options=everything(classes, 5))
+    problem.target[1] = -100
+    kernels.set_options()
+    check(kernels, problem.calls(has_clusters=True)[0])
+    kernels.set_options(shuffle=True, seed=1)
+    check(kernels, problem.gradient_calls(has_clusters=True)[0])
 
 
 @pytest.mark.parametrize(
@@ -223,33 +336,89 @@ def run_call(kernels: ModuleType, call: Call) -> None:
     getattr(kernels, call.operation)(call.fields)
 
 
+SHAPES = [(40, 1203), (24, 8142), (200, 100), (3, 40001)]
+
+
+def by_warps(problem: Problem) -> int:
+    """How many warps keep a row. Each reads its target's logit once more, for many rows at a time;
+    one stores the target's gradient a second time. 0: row_forward_kernel, row_backward_kernel.
+    """
+    classes = problem.logits.shape[1]
+    if classes == 1203:
+        return 1
+    if classes == 8142 and not problem.calibrated:  # else more shared memory than there is
+        return 7 if problem.logits.dtype == torch.float32 else 4
+    return 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(40, 1203), (24, 8142), (200, 100), (3, 40001)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_is_read_once_and_its_gradient_written_once(
     kernels: ModuleType, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     problem = row(*shape, dtype, calibrated=False)
-    logits = problem.logits.numel() * problem.logits.element_size()
+    logits, targets = problem.logits.nbytes, problem.logits[:, 0].nbytes
+    warps = by_warps(problem)
     forward, backward = problem.calls()
     run_call(kernels, forward)
     read = kernels.traffic("logits")
-    assert read["load_bytes"] == logits
+    assert read["load_bytes"] == logits + warps * targets
     # All but the ends of the rows by 16 bytes, at these odd numbers of classes too.
     assert 16 * read["wide_loads"] >= (0.98 if shape[1] > 1000 else 0.8) * logits
     run_call(kernels, backward)
-    assert kernels.traffic("logits")["load_bytes"] == logits
+    assert kernels.traffic("logits")["load_bytes"] == logits + warps * targets
     written = kernels.traffic("grad_logits")
-    assert written["store_bytes"] == logits
+    assert written["store_bytes"] == logits + (targets if warps else 0)
     assert 16 * written["wide_stores"] >= (0.98 if shape[1] > 1000 else 0.8) * logits
 
 
-@pytest.mark.parametrize("shape", [(40, 1203), (24, 8142), (200, 100)], ids=str)
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "clusters"), [*((shape, False) for shape in SHAPES), ((3, 40001), True)], ids=str
+)
+def test_with_the_gradient_in_forward_a_row_on_the_chip_is_read_once_in_all(
+    kernels: ModuleType,
+    shape: tuple[int, int],
+    clusters: bool,
+    dtype: torch.dtype,
+    calibrated: bool,
+) -> None:
+    problem = row(*shape, dtype, calibrated=calibrated)
+    warps = by_warps(problem)
+    logits, targets = problem.logits.nbytes, problem.logits[:, 0].nbytes
+    forward, kept, made = problem.gradient_calls(has_clusters=clusters)
+    run_call(kernels, forward)
+    read, written = kernels.traffic("logits"), kernels.traffic("grad_logits")
+    least = 0.98 if shape[1] > 1000 else 0.8
+    assert 16 * read["wide_loads"] >= least * logits
+    assert 16 * written["wide_stores"] >= least * logits
+    if shape[1] == 40001 and not clusters:  # forward, then backward
+        # For the confidence's gradient, of 10 tiles' 8 warps each reads the target's logit.
+        again = 10 * 8 * targets if calibrated else 0
+        assert read["load_bytes"] == 2 * logits + again
+        assert written["store_bytes"] == logits
+    else:
+        assert read["load_bytes"] == logits + warps * targets
+        # The target's gradient is stored over what its vector had there.
+        assert written["store_bytes"] == logits + targets
+    run_call(kernels, kept)  # the upstream gradient is 1
+    assert kernels.traffic("logits")["load_bytes"] == 0
+    assert kernels.traffic("grad_logits")["store_bytes"] == 0
+    assert (kept.fields["grad_logits"] == kept.fields["grad_logits"].flat[0]).all()
+    run_call(kernels, made)
+    assert kernels.traffic("logits")["load_bytes"] == logits + warps * targets
+    assert kernels.traffic("grad_logits")["store_bytes"] == logits + (targets if warps else 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_frozen_logits_are_read_once_in_all(kernels: ModuleType, shape: tuple[int, int]) -> None:
     problem = row(*shape, torch.bfloat16)
     forward = problem.calls()[0]
     run_call(kernels, forward)
     traffic = kernels.traffic("logits")
-    assert traffic["load_bytes"] == problem.logits.numel() * 2
+    targets = problem.logits[:, 0].nbytes
+    assert traffic["load_bytes"] == problem.logits.nbytes + by_warps(problem) * targets
     assert traffic["store_bytes"] == 0
     written = [v for k, v in forward.fields.items() if k.startswith("grad_")]
     numbers = [v.size for v in written if hasattr(v, "size")]
@@ -305,15 +474,38 @@ def test_a_target_that_is_no_class_stops_the_kernel(kernels: ModuleType, layout:
                 getattr(kernels, call.operation)(call.fields)
 
 
-def test_the_same_launch_gives_the_same_bits(kernels: ModuleType) -> None:
-    problem = row(37, 1203)
+@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize("classes", [100, 1203, 2100, 8200])
+def test_the_same_launch_gives_the_same_bits(
+    kernels: ModuleType, classes: int, clusters: bool
+) -> None:
+    problem = row(37, classes, options=everything(classes, 37))
     found = []
     for seed in (0, 1):
         kernels.set_options(shuffle=True, seed=seed)
-        call = problem.calls()[0]
-        kernels.row_forward(call.fields)
-        found.append([call.fields[k].tobytes() for k in sorted(call.expected)])
+        bits = []
+        for call in problem.gradient_calls(has_clusters=clusters):
+            getattr(kernels, call.operation)(call.fields)
+            bits += [call.fields[k].tobytes() for k in sorted(call.expected)]
+        found.append(bits)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_warp_makes_the_same_gradient_in_forward_and_in_backward(
+    kernels: ModuleType, dtype: torch.dtype, calibrated: bool
+) -> None:
+    options = everything(1203, 19) if calibrated else {}
+    problem = row(19, 1203, dtype, calibrated=calibrated, options=options)
+    problem.target[3] = -100
+    in_forward, backward = problem.gradient_calls()[0], problem.calls()[1]
+    run_call(kernels, in_forward)
+    statistics = ("row_shift", "row_sum", "denominator")
+    backward.fields |= {name: in_forward.fields[name] for name in statistics}
+    run_call(kernels, backward)
+    made, again = (call.fields["grad_logits"] for call in (in_forward, backward))
+    assert made.tobytes() == again.tobytes()
 
 
 @pytest.mark.parametrize("shared", [64, 99, 227])

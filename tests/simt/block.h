@@ -221,7 +221,10 @@ SIMT_UNSEEN inline void exit_thread() {
       fail_at(collective.place, "lane %u exits, but a warp collective waits for it", fiber.lane);
     }
   }
-  if (fiber.copy_count) fail_at(fiber.place, "a thread exits that has not waited for its copies");
+  if (fiber.copy_count) {
+    fail_at(fiber.copies[fiber.first_copy].place,
+            "a thread exits that has not waited for its copies");
+  }
   warp.exited |= me;
   fiber.finished = true;
   block.live--;

@@ -138,11 +138,24 @@ inline int __all_sync(unsigned mask, int predicate, simt::Place place = simt::Pl
 
 // ---- Order between blocks ----
 
-// Each device thread runs on one OS thread, in whose order its accesses are: atomicAdd is what orders
-// blocks, as a release of what came before it and an acquire of what others released.
-inline void __threadfence() {}
+// For the thread sanitizer: what came before a thread's fence and its atomicAdd comes before what
+// follows a later fence of another thread. Without the fence atomicAdd orders nothing.
+namespace simt {
+inline char fence_tag;
+SIMT_UNSEEN inline bool has_fenced(bool now) {
+  const bool before = this_fiber->fenced;
+  this_fiber->fenced = before || now;
+  return before;
+}
+}  // namespace simt
+
+inline void __threadfence() {
+  simt::has_fenced(true);
+  simt::acquire(&simt::fence_tag);
+}
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+  if (simt::has_fenced(false)) simt::release(&simt::fence_tag);
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 // ---- Memory with a cache hint ----

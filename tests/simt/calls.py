@@ -21,7 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 TARGETS = {torch.uint8: 0, torch.int16: 1, torch.int32: 2, torch.int64: 3}
-MEAN = 1
+REDUCTIONS = {"mean": 1, "sum": 2}
+NORMALIZERS = {"weights": 0, "valid": 1, "count": 2}
+GIVEN = 3  # a normalizer that is a number, in memory
 # Of the largest magnitude: one rounding to the storage, or sums of the arithmetic in another order.
 TOLERANCE = {0: 1e-12, 1: 4e-6, 2: 2.0**-8, 3: 2.0**-11}
 # Gradients of the calibration are kept in the arithmetic dtype.
@@ -51,6 +53,7 @@ class Problem:
     """A loss: logits of the storage dtype, all else as the operators take it.
 
     size: of the upsampled target, else None. Logits (N, C), (N, C, S) or (N, C, h, w), contiguous.
+    normalizer: as `reference.cross_entropy` takes it.
     """
 
     logits: Tensor
@@ -58,6 +61,8 @@ class Problem:
     calibrated: bool = True
     size: tuple[int, int] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    reduction: str = "mean"
+    normalizer: str | Tensor = "weights"
 
     def __post_init__(self) -> None:
         n, classes, *spatial = self.logits.shape
@@ -75,10 +80,10 @@ class Problem:
     def layout(self) -> str:
         return "upsample" if self.size else "row" if self.logits.dim() == 2 else "dense"
 
-    def _loss(self, learned: dict[str, Tensor], reduction: str) -> Tensor:
+    def _loss(self, learned: dict[str, Tensor]) -> Tensor:
         options = {
             k: v.double() if isinstance(v, Tensor) else v for k, v in self.options.items()
-        } | {"reduction": reduction}
+        } | {"reduction": self.reduction, "normalizer": self.normalizer}
         vectors = {k: v for k, v in learned.items() if k != "logits"}
         z = learned["logits"]
         if self.size:
@@ -87,15 +92,16 @@ class Problem:
             return reference.dense_cross_entropy(z, self.target, **vectors, **options)
         return reference.cross_entropy(z, self.target, **vectors, **options)
 
-    def calls(self, **limits: int) -> list[Call]:
+    def calls(self, class_gradients: bool = True, **limits: int) -> list[Call]:
         """Forward with the class sums, where the layout makes them there, and backward with all.
 
-        To be run in this order: backward reads what forward writes.
+        To be run in this order: backward reads what forward writes. class_gradients: whether the
+        gradients of scale and bias are wanted, of those of the calibration.
         """
         z = self.logits
         learned = {"logits": z.double()} | {k: v.double() for k, v in self.vectors.items()}
         learned = {k: v.requires_grad_() for k, v in learned.items()}
-        loss = self._loss(learned, "mean")
+        loss = self._loss(learned)
         grads = dict(zip(learned, torch.autograd.grad(loss, list(learned.values())), strict=True))
         fields = self._fields() | limits
         dtype = reference.accumulate_dtype(z.dtype)
@@ -103,33 +109,66 @@ class Problem:
         def empty(*size: int, of: torch.dtype = dtype) -> Array:
             return _raw(torch.full(size, float("nan"), dtype=of))
 
-        n, classes, *spatial = z.shape
-        positions, low = self.target.numel(), n * int(np.prod(spatial))
-        sums = {"grad_scale": empty(classes), "grad_bias": empty(classes),
-                "grad_confidence": empty(low)} if self.calibrated else {}  # fmt: skip
-        wanted = {f"grad_{k}": _raw(grads[k]) for k in self.vectors}
-        in_forward = self.calibrated and not self.size
+        positions = self.target.numel()
+        class_gradients = class_gradients and self.calibrated
+        wanted = list(self.vectors) if class_gradients else list(self.vectors)[2:]
+        sums = {f"grad_{k}": empty(*self.vectors[k].shape) for k in wanted}
+        sums_expected = {f"grad_{k}": _raw(grads[k]) for k in wanted}
         statistics = {
             "row_shift": empty(positions), "row_sum": empty(positions),
             "denominator": empty(1, of=torch.float64),
         }  # fmt: skip
+        in_forward = not self.size
         forward = fields | statistics | {
-            "reduced_loss": empty(1), "reduction": MEAN, "normalizer": 0,
-            "class_gradients": in_forward, **(sums if in_forward else {}),
+            "reduced_loss": empty(1), "reduction": REDUCTIONS[self.reduction],
+            "class_gradients": class_gradients and in_forward, **(sums if in_forward else {}),
         }  # fmt: skip
+        if isinstance(self.normalizer, Tensor):
+            number = _raw(self.normalizer.double().reshape(1))
+            forward |= {"normalizer": GIVEN, "given_denominator": number}
+        else:
+            forward["normalizer"] = NORMALIZERS[self.normalizer]
         backward = fields | statistics | {
             "upstream": _raw(torch.ones(1).to(dtype)), "upstream_stride": 0,
-            "class_gradients": self.calibrated, "grad_logits": empty(*z.shape, of=z.dtype),
+            "class_gradients": class_gradients, "grad_logits": empty(*z.shape, of=z.dtype),
             **{k: v.copy() for k, v in sums.items()},
         }  # fmt: skip
         loss_expected = {"reduced_loss": _raw(loss.reshape(1))}
         name = f"{self.layout} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
         return [
             Call(name, f"{self.layout}_forward", forward,
-                 loss_expected | (wanted if in_forward else {})),
+                 loss_expected | (sums_expected if in_forward else {})),
             Call(name, f"{self.layout}_backward", backward,
-                 wanted | {"grad_logits": _raw(grads["logits"])}),
+                 sums_expected | {"grad_logits": _raw(grads["logits"])}),
         ]  # fmt: skip
+
+    def gradient_calls(
+        self, class_gradients: bool = True, offset: int = 0, **limits: int
+    ) -> list[Call]:
+        """Of rows: forward that makes the gradient of the logits too, and two backwards after it.
+
+        For an upstream gradient of 1 backward leaves the memory as it is, for one of 1/3 it makes
+        the gradient there. offset: elements between an aligned address and that memory.
+        """
+        forward, backward = self.calls(class_gradients, **limits)
+        gradient = backward.expected["grad_logits"]
+
+        def filled(value: float) -> Array:
+            memory = torch.full((offset + self.logits.numel(),), value, dtype=self.logits.dtype)
+            return _raw(memory[offset:].view(self.logits.shape))
+
+        forward.fields["grad_logits"] = filled(float("nan"))
+        forward.expected["grad_logits"] = gradient
+        sums = ("grad_scale", "grad_bias", "grad_confidence")
+        fields = {k: v for k, v in backward.fields.items() if k not in sums}
+        fields |= {"gradient_made": True, "class_gradients": False}
+        made = [
+            Call(forward.name, "row_backward",
+                 fields | {"upstream": fields["upstream"] * upstream, "grad_logits": filled(7)},
+                 {"grad_logits": expected})
+            for upstream, expected in ((1, np.full_like(gradient, 7)), (1 / 3, gradient / 3))
+        ]  # fmt: skip
+        return [forward, *made]
 
     def calibrate_calls(self) -> list[Call]:
         """The calibrated logits, and their backward with all gradients."""

@@ -73,7 +73,9 @@ struct Copy {
   void* to = nullptr;
   const void* from = nullptr;
   size_t bytes = 0;
+  Place place;
   uint64_t group = 0;
+  uint32_t source[4] = {};  // what was there when the copy was issued
 };
 
 struct Fiber {
@@ -90,9 +92,10 @@ struct Fiber {
   void* timeline = nullptr;
   void* fake_stack = nullptr;
   static constexpr int kMostCopies = 128;
-  Copy copies[kMostCopies];  // under way
-  int copy_count = 0;
+  Copy copies[kMostCopies];  // under way: a ring, from the first of them on
+  int first_copy = 0, copy_count = 0;
   uint64_t copy_group = 0;
+  bool fenced = false;
 };
 
 }  // namespace simt

@@ -98,7 +98,7 @@ void fill(const Fields& fields, disalign::LossArgs& args) {
   DISALIGN_NUMBER(grad_outer_stride), DISALIGN_NUMBER(grad_class_stride);
   DISALIGN_NUMBER(ignore_index), DISALIGN_NUMBER(label_smoothing), DISALIGN_NUMBER(focal_gamma);
   DISALIGN_NUMBER(reduction), DISALIGN_NUMBER(normalizer), DISALIGN_NUMBER(upstream_stride);
-  DISALIGN_NUMBER(class_gradients);
+  DISALIGN_NUMBER(class_gradients), DISALIGN_NUMBER(gradient_made);
   args.target_type = static_cast<IndexType>(fields.integer("target_type"));
   DISALIGN_ARRAY(logits), DISALIGN_ARRAY(target), DISALIGN_ARRAY(weight), DISALIGN_ARRAY(scale);
   DISALIGN_ARRAY(bias), DISALIGN_ARRAY(prior), DISALIGN_ARRAY(margin), DISALIGN_ARRAY(confidence);

@@ -13,11 +13,19 @@
 #define NOTE_LOAD(pointer, bytes) simt::note_load(pointer, bytes)
 #define NOTE_STORE(pointer, bytes) simt::note_store(pointer, bytes)
 #define SHARED_FLOATS reinterpret_cast<float*>(simt::dynamic_shared())
+#define COPY_ASYNC(to, from, bytes) simt::copy_async(to, from, bytes)
+#define COMMIT_COPIES() simt::commit_copies()
+#define WAIT_FOR_COPIES(pending) simt::wait_for_copies(pending)
 #else
+#include <cuda_pipeline.h>
+
 #define NOTE_LOAD(pointer, bytes)
 #define NOTE_STORE(pointer, bytes)
 extern __shared__ float dynamic_shared_memory[];
 #define SHARED_FLOATS dynamic_shared_memory
+#define COPY_ASYNC(to, from, bytes) __pipeline_memcpy_async(to, from, bytes)
+#define COMMIT_COPIES() __pipeline_commit()
+#define WAIT_FOR_COPIES(pending) __pipeline_wait_prior(pending)
 #endif
 
 constexpr unsigned kFullMask = 0xffffffffu;
@@ -235,6 +243,20 @@ __global__ void blocks_chain(const float* in, float* out, int) {
   if (threadIdx.x == 0) out[b] = in[b] + (kFault && b ? out[b - 1] : 0.0f);  // fault: blocks_chain
 }
 
+// The last block to take a ticket adds up what all have written. The fault: no fence before it.
+template <bool kFault>
+__global__ void blocks_ticket(const float* in, float* out, int) {
+  if (threadIdx.x > 0) return;
+  unsigned* ticket = reinterpret_cast<unsigned*>(out + gridDim.x + 1);  // a multiple of gridDim.x
+  out[blockIdx.x] = in[blockIdx.x];                                     // fault: blocks_ticket
+  if (!kFault) __threadfence();
+  if ((atomicAdd(ticket, 1u) + 1) % gridDim.x != 0) return;
+  __threadfence();
+  float sum = 0.0f;
+  for (unsigned b = 0; b < gridDim.x; b++) sum += out[b];  // fault: blocks_ticket
+  out[gridDim.x] = sum;
+}
+
 // Static shared memory: out[i] = in, reversed in the block. The fault: no barrier.
 template <bool kFault>
 __global__ void static_reverse(const float* in, float* out, int) {
@@ -268,6 +290,220 @@ __global__ void vote(const float* in, float* out, int) {
   assert(__any_sync(kFullMask, negative) == (lanes != 0));
   assert(__all_sync(kFullMask, negative) == (lanes == kFullMask));
   out[global_thread()] = any ? 1.0f : 0.0f;
+}
+
+// ---- Asynchronous copies: a thread copies in[i] to its slot of shared memory ----
+
+// The fault: the slot is read before the wait.
+template <bool kFault>
+__global__ void copy_read_early(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  COPY_ASYNC(slot, in + global_thread(), 4);
+  COMMIT_COPIES();
+  const float early = *slot;
+  WAIT_FOR_COPIES(0);
+  out[global_thread()] = kFault ? early : *slot;
+}
+
+// The fault: the wait leaves one group under way, that of the copy.
+template <bool kFault>
+__global__ void copy_wait_for_few(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  COPY_ASYNC(slot, in + global_thread(), 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(kFault ? 1 : 0);
+  out[global_thread()] = *slot;
+  WAIT_FOR_COPIES(0);
+}
+
+// Right: a group may be empty, and counts. The fault: the copy is in the empty group's place, the
+// last one, which the wait leaves under way.
+template <bool kFault>
+__global__ void copy_empty_group(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  if (!kFault) COPY_ASYNC(slot, in + global_thread(), 4);
+  COMMIT_COPIES();
+  if (kFault) COPY_ASYNC(slot, in + global_thread(), 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(1);
+  out[global_thread()] = *slot;
+  WAIT_FOR_COPIES(0);
+}
+
+// The fault: the copy is of no group yet when all groups are waited for.
+template <bool kFault>
+__global__ void copy_uncommitted(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  COPY_ASYNC(slot, in + global_thread(), 4);
+  if (!kFault) COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  out[global_thread()] = *slot;
+  if (kFault) COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+}
+
+// out[i] = in of the lane before. The fault: no barrier; the own wait says nothing of other lanes.
+// Right in the order of the threads, which a shuffled order is not.
+template <bool kFault>
+__global__ void copy_of_other_lane(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  const unsigned t = threadIdx.x;
+  COPY_ASYNC(values + t, in + global_thread(), 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);  // fault: copy_of_other_lane
+  if (!kFault) __syncwarp();
+  out[global_thread()] = t % 32 ? values[t - 1] : 0.0f;  // fault: copy_of_other_lane
+}
+
+// The same. The fault: the barrier comes before the wait, and orders no copies.
+template <bool kFault>
+__global__ void copy_barrier_early(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  const unsigned t = threadIdx.x;
+  COPY_ASYNC(values + t, in + global_thread(), 4);
+  COMMIT_COPIES();
+  if (kFault) __syncwarp();
+  WAIT_FOR_COPIES(0);  // fault: copy_barrier_early
+  if (!kFault) __syncwarp();
+  out[global_thread()] = t % 32 ? values[t - 1] : 0.0f;  // fault: copy_barrier_early
+}
+
+// out[i] = in of the lane before. The fault: no barrier before the slots are copied to anew.
+template <bool kFault>
+__global__ void copy_over_other_lane(const float* in, float* out, int) {
+  float* values = SHARED_FLOATS;
+  const unsigned t = threadIdx.x;
+  float value = 0.0f;
+  for (int round = 0; round < 3; round++) {
+    if (!kFault) __syncwarp();
+    COPY_ASYNC(values + t, in + global_thread(), 4);  // fault: copy_over_other_lane
+    COMMIT_COPIES();
+    WAIT_FOR_COPIES(0);
+    __syncwarp();
+    value = t % 32 ? values[t - 1] : 0.0f;  // fault: copy_over_other_lane
+  }
+  out[global_thread()] = value;
+}
+
+// out[i] = in[i] + in[i + 1], both by the same slot. The fault: the second copy is issued before the
+// first one is read.
+template <bool kFault>
+__global__ void copy_over_unread(const float* in, float* out, int n) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  const int i = global_thread();
+  COPY_ASYNC(slot, in + i, 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  float sum = *slot;
+  COPY_ASYNC(slot, in + (i + 1) % n, 4);
+  COMMIT_COPIES();
+  if (kFault) sum = *slot;
+  WAIT_FOR_COPIES(0);
+  out[i] = sum + *slot;
+}
+
+// out[i] = in[i], 0 of a warp's first lane. The fault: the 0 is stored before the wait, and lost
+// where the copy is late.
+template <bool kFault>
+__global__ void copy_over_store(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  const bool first = threadIdx.x % 32 == 0;
+  COPY_ASYNC(slot, in + global_thread(), 4);
+  COMMIT_COPIES();
+  if (kFault && first) *slot = 0.0f;
+  WAIT_FOR_COPIES(0);
+  if (!kFault && first) *slot = 0.0f;
+  out[global_thread()] = *slot;
+}
+
+// The fault: a second copy to where one is under way; which one comes last is not said.
+template <bool kFault>
+__global__ void copy_twice(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  COPY_ASYNC(slot, in, 4);
+  COMMIT_COPIES();
+  if (!kFault) WAIT_FOR_COPIES(0);
+  COPY_ASYNC(slot, in + global_thread(), 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  out[global_thread()] = *slot;
+}
+
+// out[i] = in[i], copied from out[i] before that is overwritten. The fault: it is overwritten before
+// the wait.
+template <bool kFault>
+__global__ void copy_of_changed_source(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  float* to = out + global_thread();
+  COPY_ASYNC(slot, to, 4);
+  COMMIT_COPIES();
+  if (kFault) *to = in[global_thread()];
+  WAIT_FOR_COPIES(0);
+  *to = in[global_thread()];
+}
+
+// The fault: a copy of the last thread to just behind shared memory.
+template <bool kFault>
+__global__ void copy_outside(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  const bool behind = kFault && threadIdx.x == blockDim.x - 1;
+  COPY_ASYNC(slot + (behind ? 1 : 0), in + global_thread(), 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  out[global_thread()] = *slot;
+}
+
+// The fault: a copy from shared memory.
+template <bool kFault>
+__global__ void copy_from_shared(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  *slot = in[global_thread()];
+  COPY_ASYNC(slot, kFault ? slot : in + global_thread(), 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  out[global_thread()] = *slot;
+}
+
+// Two floats by every second thread. The fault: from the one after them.
+template <bool kFault>
+__global__ void copy_misaligned(const float* in, float* out, int n) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  const int i = global_thread();
+  if (i % 2 == 0) COPY_ASYNC(slot, in + i + (kFault && i + 2 < n ? 1 : 0), 8);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  __syncwarp();
+  out[i] = *slot;
+}
+
+template <bool kFault>
+__global__ void copy_three_bytes(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  COPY_ASYNC(slot, in + global_thread(), kFault ? 3 : 4);
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  out[global_thread()] = *slot;
+}
+
+// The fault: copies in[n].
+template <bool kFault>
+__global__ void copy_of_outside(const float* in, float* out, int n) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  const int i = global_thread();
+  COPY_ASYNC(slot, in + (kFault && i == n - 1 ? n : i), 4);  // fault: copy_of_outside
+  COMMIT_COPIES();
+  WAIT_FOR_COPIES(0);
+  out[i] = *slot;
+}
+
+// The fault: nobody waits for the copy, whose memory may be another block's when it comes.
+template <bool kFault>
+__global__ void copy_at_exit(const float* in, float* out, int) {
+  float* slot = SHARED_FLOATS + threadIdx.x;
+  COPY_ASYNC(slot, in + global_thread(), 4);
+  COMMIT_COPIES();
+  if (!kFault) WAIT_FOR_COPIES(0);
+  out[global_thread()] = in[global_thread()];
 }
 
 // ---- Clusters of kClusterSize blocks ----

@@ -87,8 +87,9 @@ inline void start_fibers(Block& block) {
     fiber.awaited = nullptr;
     fiber.arrived_at_cluster = false;
     fiber.fake_stack = nullptr;
-    fiber.copy_count = 0;
+    fiber.first_copy = fiber.copy_count = 0;
     fiber.copy_group = 0;
+    fiber.fenced = false;
   }
   for (uint32_t i = 0; i < block.warp_count; i++) {
     block.warps[i].exited = 0;

@@ -8,6 +8,8 @@
 //   - threads that do not all reach the same barrier or warp collective, bad lane masks
 //   - shared memory of another block that is not of the cluster, or has exited
 //   - accesses that note_load and note_store refuse (memory.h)
+//   - asynchronous copies of a wrong size, place or alignment, not waited for, or with a store to
+//     their memory or source while they are under way (async_copy.h)
 //   - writes just behind dynamic shared memory; shared memory never written reads as NaN
 // The sanitizers see the rest: -fsanitize=address plain accesses outside a buffer, =alignment
 // misaligned vectors, =thread accesses that no barrier orders (timelines.h).
