@@ -21,7 +21,7 @@ struct RowArgs : LossArgs {
       nullptr;  // [divisor_blocks]: shares of the denominator, where forward needs it
   int32_t divisor_blocks = 0;
   unsigned* ticket = nullptr;  // blocks that are done, where the last one makes the loss
-  void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
+  void* tile_sums = nullptr;   // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
   void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
   void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous

@@ -637,9 +637,13 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     if (lane <= at_turn) {
       const int64_t own = tile.row_at(round - at_turn + lane);
       const bool valid = is_valid(own_target);
-      const PositionSums<A> sums = turn.kept(lane, slopes, smoothing, weights);
-      const A w_t = turn.at(Turn<T>::kWeight, lane), v_i = turn.at(Turn<T>::kFactor, lane);
-      const A c = turn.at(Turn<T>::kC, lane);
+      PositionSums<A> sums;
+      A w_t = 1, v_i = 0, c = 0;
+      if (valid) {  // of an ignored row there is nothing in the turn
+        sums = turn.kept(lane, slopes, smoothing, weights);
+        w_t = turn.at(Turn<T>::kWeight, lane), v_i = turn.at(Turn<T>::kFactor, lane);
+        c = turn.at(Turn<T>::kC, lane);
+      }
       const PositionResult<A> result = position_result(options, sums, w_t, !args.backward);
       if (!args.backward) {
         write_position(args, own, own_target, sums, result, v_i, c);

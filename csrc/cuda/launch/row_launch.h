@@ -154,8 +154,10 @@ int64_t resident_blocks(Launcher& launcher, void (*kernel)(Args), const RowPlan&
 static inline int64_t row_blocks(const RowArgs& args, const RowPlan& plan, int64_t resident) {
   // Class sums are written and read once a block: worth the rows that it has.
   constexpr int64_t kRowsOfSums = 4;
-  const int64_t groups = (plan.wide ? 1 : plan.shape.threads / plan.lanes) *
-                         (args.class_gradients && !plan.warp_vectors ? kRowsOfSums : 1);
+  int64_t groups = plan.wide ? 1 : plan.shape.threads / plan.lanes;
+  if (!plan.warp_vectors && args.class_gradients) groups *= kRowsOfSums;
+  // Of few rows each is a block's, with the bandwidth of a multiprocessor.
+  if (plan.warp_vectors && !args.class_gradients) groups = 1;
   const int64_t most = resident / plan.tiles;
   const int64_t wanted = std::min(most, divide_up(args.outer, groups));
   const int64_t up = divide_up(wanted, plan.period) * plan.period;
