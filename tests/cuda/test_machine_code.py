@@ -153,7 +153,8 @@ def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
         size = rows.DTYPES[dtype][1]
         most = kernel.threads // 32 * kernel.vectors_of_a_warp(size) / (8192 * size / 16)
         read = {"LDG.E.128", "LDGSTS.E.BYPASS.128"} & set(opcodes)
-        assert sum(opcodes[name] for name in read) == pytest.approx(most)
+        # A warp with fewer vectors branches round some copies.
+        assert 0.999 < sum(opcodes[name] for name in read) <= most + 0.001
         if rows.STEPS[step]["grad_logits"]:
             assert 0.999 < opcodes["STG.E.128"] <= most + 0.001
         else:

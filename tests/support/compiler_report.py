@@ -74,6 +74,7 @@ Spill = tuple[str, str, tuple[bool, ...], str]  # architecture; name, flags, typ
 _WIDE_STAGE_2 = ("row_forward_kernel", (True, True, False))
 _CLUSTERS = ("row_forward_kernel", (True, True, True))
 _WIDE_BACKWARD = ("row_backward_kernel", (False, True, False))
+_WARP_STAGE_2 = ("row_warp_kernel", (True, True, False))
 _WARPS_STAGE_2 = ("row_warp_kernel", (True, True, True))
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
@@ -88,6 +89,7 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("100", *_WIDE_STAGE_2, "f"): 72,
     ("100", *_WIDE_STAGE_2, _BF16): 112,
     ("100", *_WIDE_STAGE_2, _FP16): 112,
+    ("100", *_WARP_STAGE_2, "f"): 8,
     ("100", *_WARPS_STAGE_2, "f"): 8,
     ("100", *_CLUSTERS, "f"): 40,
     ("100", *_WIDE_BACKWARD, "f"): 24,
