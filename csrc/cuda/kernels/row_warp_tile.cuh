@@ -1,0 +1,307 @@
+// What row_warp_kernel.cuh is made of: how warps walk over rows and classes, what is of a row alone,
+// class vectors at the rows' edges, class sums.
+//
+// - A row is its whole 16-byte vectors, the k-th of a lane 32 k after its first, and at its edges fewer
+//   elements than two vectors have, at most one a lane. So every vector is whole, and rows of any
+//   length and alignment take the same path. Rows aligned alike: row_tile.cuh.
+// - Wide: the row is a block's. Each warp has 32 K neighbouring vectors, the first one the edges, too.
+#pragma once
+
+#include "cuda/kernels/position.cuh"
+#include "cuda/kernels/row_tile.cuh"
+
+namespace disalign::cuda {
+
+constexpr int kWarpRowThreads = 128;
+// With class sums, and where a row is a block's: of 255 registers.
+constexpr int kWarpSumsThreads = 256;
+constexpr int kWarpVectors = 10;  // of a lane: with class sums about all that registers hold
+// Vectors in shared memory, of a lane: a row's and the next one's; of short rows, the next three's.
+constexpr int kWarpStaged = 2 * kWarpVectors;
+template <int K>
+constexpr int kWarpStages = kWarpStaged / K;
+constexpr int kWarpSumsBytes = BlockSums::entries(32) * static_cast<int>(sizeof(double));
+template <class A, bool Wide>
+constexpr int kWarpScratchBytes =
+    kWarpSumsBytes + Group<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
+
+template <class T, int K, bool Wide>
+struct WarpTile : GroupRows {
+  static constexpr int V = kVector<T>;
+
+  int warp, lane;
+  int first_class;  // of the row's first whole vector
+  int vectors;      // whole ones of the row
+  int base_class;   // of this warp's first
+  int left;         // from this lane's first on, other warps' included
+  int edge;         // this lane's class at the row's edges, or -1
+  int classes;
+
+  __device__ __forceinline__ explicit WarpTile(const RowArgs& args)
+      // Neighbouring rows are those of different blocks: no block has a round more than another.
+      : GroupRows(args, static_cast<const T*>(args.logits), group(args),
+                  Wide ? blocks(args) : blocks(args) * (blockDim.x / 32), group(args)),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
+        first_class((V - phase) % V),
+        vectors((static_cast<int>(args.classes) - first_class) / V),
+        classes(static_cast<int>(args.classes)) {
+    // Of numbers whose upper bits it knows the compiler makes `lane | 32 k` and the like, in a
+    // register for each k and not in an address's offset.
+    asm("" : "+r"(first_class));
+    asm("" : "+r"(lane));
+    asm("" : "+r"(warp));  // and these it would make anew wherever they are used
+    asm("" : "+l"(row));
+    const int before = Wide ? warp * 32 * K : 0;
+    base_class = first_class + before * V;
+    left = vectors - before - lane;
+    const int after = classes - first_class - vectors * V;
+    edge = Wide && warp > 0     ? -1
+           : lane < first_class ? lane
+           : lane >= 32 - after ? classes - 32 + lane
+                                : -1;
+  }
+
+  __device__ __forceinline__ bool has(int k) const { return left > 32 * k; }
+  // Of this lane's first vector, from the row's first element.
+  __device__ __forceinline__ int first() const { return base_class + lane * V; }
+
+  // Of the class vectors in shared memory, of which each warp of a wide row has its own.
+  static __device__ __forceinline__ int capacity() { return 32 * K; }
+  static __device__ __forceinline__ bool own(int) { return true; }
+  __device__ __forceinline__ int staged_class() const { return base_class; }
+  __device__ __forceinline__ int staged_vectors() const { return left + lane; }
+  __device__ __forceinline__ int stager() const { return Wide ? lane : threadIdx.x; }
+  static __device__ __forceinline__ int stagers() { return Wide ? 32 : blockDim.x; }
+
+ private:
+  static __device__ __forceinline__ int64_t group(const RowArgs& args) {
+    return block(args) + (Wide ? 0 : blocks(args) * (threadIdx.x / 32));
+  }
+};
+
+// What is of a row alone, for the rows of a turn, in shared memory: a row is one lane's, which reads
+// and finishes it; all lanes read what it has read.
+template <class T>
+class Turn {
+ public:
+  using A = Accumulate<T>;
+  enum Value {
+    kC,        // confidence after the sigmoid
+    kWeight,   // of the target's class
+    kFactor,   // sample weight; backward: times the upstream gradient over the denominator
+    kTargetZ,  // z_t, 0 where that is -inf
+    kTargetLogit,
+    kTargetSlope,
+    kMaximum,  // the following are PositionSums
+    kRest,
+    kRestSlope,
+    kSmooth,
+    kSmoothSlope,
+    kValues
+  };
+  static constexpr int kBytes = kValues * 32 * static_cast<int>(sizeof(A));
+
+  __device__ __forceinline__ explicit Turn(unsigned char* memory)
+      : memory_(reinterpret_cast<A*>(memory)) {}
+
+  __device__ __forceinline__ A& at(Value value, int row) const { return memory_[value * 32 + row]; }
+  // Row i of the logits and its target, as row `row` of the turn. Other lanes see it after a
+  // __syncwarp.
+  __device__ __forceinline__ void read(const RowArgs& args, int64_t i, int t, int row,
+                                       A inverse) const {
+    if (!is_valid(t)) return;
+    const A c = confidence_of<A>(args, i);
+    A factor = vector_entry<A>(args.sample_weight, i, A(1));
+    if (args.backward)
+      factor = inverse == A(0) ? A(0)
+                               : vector_entry<A>(args.upstream, i * args.upstream_stride, A(1)) *
+                                     factor * inverse;
+    const T* from = static_cast<const T*>(args.logits) + i * args.outer_stride;
+    const A z = to_accumulate(load_one(from + t));
+    at(kC, row) = c;
+    at(kWeight, row) = vector_entry<A>(args.weight, t, A(1));
+    at(kFactor, row) = factor;
+    at(kTargetZ, row) = z == negative_infinity<A>() ? A(0) : z;
+    at(kTargetLogit, row) = target_logit_of(args, t, z, c);
+    at(kTargetSlope, row) = finite_or_zero(vector_entry<A>(args.scale, t, A(0)) * z +
+                                           vector_entry<A>(args.bias, t, A(0)));
+  }
+
+  // By the row's lane.
+  __device__ __forceinline__ void keep(int row, const PositionSums<A>& sums, bool slopes,
+                                       bool smoothing) const {
+    at(kMaximum, row) = sums.maximum, at(kRest, row) = sums.rest;
+    if (slopes) at(kRestSlope, row) = sums.rest_slope;
+    if (smoothing) at(kSmooth, row) = sums.smooth;
+    if (slopes && smoothing) at(kSmoothSlope, row) = sums.smooth_slope;
+  }
+  __device__ __forceinline__ PositionSums<A> kept(int row, bool slopes, bool smoothing,
+                                                  A weights) const {
+    PositionSums<A> sums;
+    sums.maximum = at(kMaximum, row), sums.rest = at(kRest, row);
+    sums.target_logit = at(kTargetLogit, row), sums.target_slope = at(kTargetSlope, row);
+    if (slopes) sums.rest_slope = at(kRestSlope, row);
+    if (smoothing) sums.smooth = at(kSmooth, row);
+    if (slopes && smoothing) sums.smooth_slope = at(kSmoothSlope, row);
+    sums.weight = weights;
+    return sums;
+  }
+
+ private:
+  A* memory_;
+};
+
+// Class vectors of a lane's class at the rows' edges, in shared memory: it is the same in all rows.
+template <class A>
+class EdgeVectors {
+ public:
+  static constexpr int kBytes = 4 * 32 * static_cast<int>(sizeof(A));
+
+  // j: the lane's class, or -1.
+  __device__ __forceinline__ EdgeVectors(const LossArgs& args, int j, int lane,
+                                         unsigned char* memory)
+      : own_(reinterpret_cast<A*>(memory) + lane) {
+    own_[0] = of(args.scale, j, A(0));
+    own_[32] = of(args.bias, j, A(0));
+    own_[64] = of(args.weight, j, A(1));
+    own_[96] = of(args.prior, j, A(0));
+  }
+  __device__ __forceinline__ A scale() const { return own_[0]; }
+  __device__ __forceinline__ A bias() const { return own_[32]; }
+  __device__ __forceinline__ A weight() const { return own_[64]; }
+  __device__ __forceinline__ A prior() const { return own_[96]; }
+
+ private:
+  static __device__ __forceinline__ A of(const void* vector, int j, A absent) {
+    return j < 0 ? A(0) : vector_entry<A>(vector, j, absent);
+  }
+  A* own_;
+};
+
+// Of a warp: its vectors, then its turn and its edges. At the end its class sums, two floats an
+// element.
+constexpr int kWarpBytes =
+    32 * kWarpStaged * kVectorBytes + Turn<float>::kBytes + EdgeVectors<float>::kBytes;
+
+// Where a row's target is.
+template <class T, int K>
+struct TargetPlace {
+  int k, v;      // vector of a lane, the same for all of a warp, and element of the vector; k is -1
+                 // where it is not among the warp's
+  bool holds;    // whether it is among this lane's vectors
+  bool at_edge;  // whether it is this lane's edge
+
+  template <bool Wide>
+  __device__ __forceinline__ TargetPlace(const WarpTile<T, K, Wide>& tile, int target) {
+    constexpr int V = kVector<T>;
+    const unsigned element = static_cast<unsigned>(target - tile.base_class);  // large below 0
+    const int vectors = Wide ? min(tile.staged_vectors(), 32 * K) : tile.vectors;
+    const bool inside = vectors > 0 && element < static_cast<unsigned>(vectors * V);
+    k = inside ? static_cast<int>(element / V / 32) : -1;
+    v = element % V;
+    holds = inside && element / V % 32 == static_cast<unsigned>(tile.lane);
+    at_edge = target == tile.edge;
+  }
+  // Whether it is element p of this lane's vectors.
+  __device__ __forceinline__ bool is(int p) const {
+    return holds && k == p / kVector<T> && v == p % kVector<T>;
+  }
+};
+
+// body(k) with k known to the compiler, by a few branches that all lanes take alike.
+template <int Begin, int End, class Body>
+__device__ __forceinline__ void at_index(int k, const Body& body) {
+  if constexpr (End - Begin == 1) {
+    body(std::integral_constant<int, Begin>{});
+  } else {
+    constexpr int kMiddle = (Begin + End) / 2;
+    if (k < kMiddle)
+      at_index<Begin, kMiddle>(k, body);
+    else
+      at_index<kMiddle, End>(k, body);
+  }
+}
+
+template <int Count, class A>
+__device__ __forceinline__ A sum_of(const A (&values)[Count]) {
+  A sum = 0;
+#pragma unroll
+  for (int p = 0; p < Count; p += 2) sum += p + 1 < Count ? values[p] + values[p + 1] : values[p];
+  return sum;
+}
+
+// A block's class sums. Those of warps with a row each are added in their order; of a wide row a
+// class is one warp's. `memory` has kWarpBytes a warp, where neighbouring classes are brought to
+// neighbouring lanes.
+template <class T, int K, bool Wide>
+__device__ __forceinline__ void write_warp_sums(const RowArgs& args,
+                                                const WarpTile<T, K, Wide>& tile,
+                                                const Accumulate<T> (&scale)[K * kVector<T> + 1],
+                                                const Accumulate<T> (&bias)[K * kVector<T> + 1],
+                                                unsigned char* memory) {
+  using A = Accumulate<T>;
+  constexpr int V = kVector<T>, P = K * V, kPitch = 33, kPlane = kPitch * (P + 1);
+  static_assert(2 * kPlane * sizeof(A) <= kWarpBytes, "the sums are larger than the vectors");
+  const auto of_warp = [=](int warp) { return reinterpret_cast<A*>(memory + warp * kWarpBytes); };
+  A* own = of_warp(tile.warp);
+  __syncwarp();
+#pragma unroll
+  for (int p = 0; p <= P; ++p) {
+    own[p * kPitch + tile.lane] = scale[p];
+    own[kPlane + p * kPitch + tile.lane] = bias[p];
+  }
+  A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * tile.classes;
+  // The i-th 32 neighbours: element `lane % V` of so many vectors.
+  const int of_lane = tile.lane % V * kPitch + tile.lane / V;
+  const auto place = [=](int i) { return i / V * V * kPitch + i % V * (32 / V) + of_lane; };
+  if constexpr (Wide) {
+    __syncwarp();
+    A* first = to + tile.base_class + tile.lane;
+    const int elements = tile.staged_vectors() * V - tile.lane;
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      if (elements <= 32 * i) continue;
+      first[32 * i] = own[place(i)];
+      first[tile.classes + 32 * i] = own[kPlane + place(i)];
+    }
+    if (tile.edge < 0) return;
+    to[tile.edge] = scale[P];
+    to[tile.classes + tile.edge] = bias[P];
+  } else {
+    __syncthreads();
+    const int warps = blockDim.x / 32;
+    const auto add_up = [&](int at, int j) {
+      A scales = 0, biases = 0;
+      for (int warp = 0; warp < warps; ++warp) {
+        scales += of_warp(warp)[at];
+        biases += of_warp(warp)[kPlane + at];
+      }
+      to[j] = scales;
+      to[tile.classes + j] = biases;
+    };
+    for (int i = tile.warp; 32 * i < tile.vectors * V; i += warps) {
+      const int element = 32 * i + tile.lane;
+      if (element < tile.vectors * V) add_up(place(i), tile.first_class + element);
+    }
+    if (tile.warp == 0 && tile.edge >= 0) add_up(P * kPitch + tile.lane, tile.edge);
+  }
+}
+
+// A vector of V elements.
+template <class T>
+__device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
+  Raw raw = {};
+#pragma unroll
+  for (int part = 0; part < kPartsOfVector<T>; ++part) pack<T>(values + part * kPart<T>, part, raw);
+  return raw;
+}
+
+template <class A>
+__device__ __forceinline__ A warp_sum(A v) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(kFullWarp, v, distance);
+  return v;
+}
+
+}  // namespace disalign::cuda
