@@ -60,8 +60,9 @@ INSTRUCTIONS = {
 }
 
 # csrc/cuda/launch/row_launch.h and the kernels' headers. Vectors of 16 bytes that a warp keeps of a
-# row, warps of a block at most, and of such a warp the shared memory in bytes, class vectors aside.
-_WARP_VECTORS, _WARPS, _WARP_BYTES = 320, 8, 11648
+# row, warps of a block at most, and in bytes the shared memory of such a warp, class vectors aside,
+# and of the block besides.
+_WARP_VECTORS, _WARPS, _WARP_BYTES, _BLOCK_BYTES = 320, 8, 12160, 2560
 # Elements of a row that a thread keeps, of a block that has a whole row by other kernels, and of a
 # block of a cluster.
 _KEPT = 16
@@ -138,8 +139,7 @@ def way(gpu: Gpu, step: str, dtype: str, classes: int) -> str:
         return "warp"
     warps = -(-vectors // of_a_warp)
     class_bytes = 2 * of_a_warp * (16 // SIZES[dtype]) * 4 if sums else 0
-    # Less some hundred bytes for the sums of warps.
-    if warps <= _WARPS and warps * (_WARP_BYTES + class_bytes) < shared_bytes - 1024:
+    if warps <= _WARPS and warps * (_WARP_BYTES + class_bytes) + _BLOCK_BYTES <= shared_bytes:
         return "warps"
     elements = _elements(dtype, classes)
     # Scale and bias lie in shared memory, for whole warps.

@@ -192,6 +192,15 @@ def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:
             assert sums <= 1.02 * most, (name, step, dtype, classes)
 
 
+def test_the_model_knows_the_shared_memory_of_a_rows_warps(plans: Plans) -> None:
+    launch = next(
+        n for n in plans["H100 SXM", (2048, 8142), "fp32", "stage 2"].launches if n["fills"]
+    )
+    class_vectors = 2 * model._WARP_VECTORS * launch_plans.VECTOR_BYTES
+    of_warps = launch["threads"] // 32 * (model._WARP_BYTES + class_vectors)
+    assert launch["shared_bytes"] == of_warps + model._BLOCK_BYTES
+
+
 # CUDA's own calculator. It knows how many blocks a multiprocessor has at most, and its sizes of
 # shared memory.
 OCCUPANCY = """

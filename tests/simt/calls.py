@@ -147,8 +147,9 @@ class Problem:
     ) -> list[Call]:
         """Of rows: forward that makes the gradient of the logits too, and two backwards after it.
 
-        For an upstream gradient of 1 backward leaves the memory as it is, for one of 1/3 it makes
-        the gradient there. offset: elements between an aligned address and that memory.
+        The first backward has an upstream gradient of 1, and must not write to the memory of the
+        gradient. The second one has 1/3, and must overwrite that memory with the gradient.
+        offset: elements between an aligned address and the memory.
         """
         forward, backward = self.calls(class_gradients, **limits)
         gradient = backward.expected["grad_logits"]

@@ -17,8 +17,8 @@ struct RowArgs : LossArgs {
   // Workspace; blocks are those along grid_x.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
-  double* divisors =
-      nullptr;  // [divisor_blocks]: shares of the denominator, where forward needs it
+  // [divisor_blocks]: shares of the denominator, where forward needs it.
+  double* divisors = nullptr;
   int32_t divisor_blocks = 0;
   unsigned* ticket = nullptr;  // blocks that are done, where the last one makes the loss
   void* tile_sums = nullptr;   // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles

@@ -3,7 +3,7 @@
 
 #include "common/mean.h"
 #include "cuda/kernels/arguments.h"
-#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/group.cuh"
 #include "cuda/kernels/launch.h"
 
 namespace disalign::cuda {
@@ -22,9 +22,7 @@ constexpr int kDivisorBlocks = 64;  // at most
 __device__ __forceinline__ double total_of_divisors(const double* divisors, int blocks) {
   double sum = 0;
   for (int block = threadIdx.x % 32; block < blocks; block += 32) sum += divisors[block];
-  for (int distance = 16; distance > 0; distance /= 2)
-    sum += __shfl_xor_sync(kFullWarp, sum, distance);
-  return sum;
+  return warp_sum(sum);
 }
 
 // Of forward, what the summed loss is divided by, before args.denominator is written.

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/loss_math.h"
-#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/group.cuh"
 #include "cuda/kernels/launch.h"
 
 namespace disalign::cuda {

@@ -297,11 +297,4 @@ __device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
   return raw;
 }
 
-template <class A>
-__device__ __forceinline__ A warp_sum(A v) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(kFullWarp, v, distance);
-  return v;
-}
-
 }  // namespace disalign::cuda
