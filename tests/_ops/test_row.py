@@ -94,6 +94,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
 # How far a class lies above the others, and why.
 PEAKS = {
     9.0: "within the headroom of the number taken off before the exponential is made",
+    22.0: "about as far as a GPU's kernel goes without the maximum",
     40.0: "beyond it: the row is done again",
     300.0: "beyond what an exponential in float32 can hold",
     1e30: "beyond any integer that it is made with",
@@ -105,13 +106,14 @@ PEAKS = {
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize(("classes", "step"), [(530, 3), (1500, 31)])
 def test_a_class_far_above_the_others(
-    peak: float, dtype: torch.dtype, smoothing: float, calibrated: bool
+    classes: int, step: int, peak: float, dtype: torch.dtype, smoothing: float, calibrated: bool
 ) -> None:
     # A row for each place of the peak: it may be among the classes looked at first, or not, or in
-    # the rest of a register; and next to rows of its block that have none.
-    classes = 530
-    places = torch.arange(0, classes, 3)
+    # the rest of a register; and next to rows of its block that have none. On a GPU, a warp's rows
+    # and those of several warps.
+    places = torch.arange(0, classes, step)
     r = rows(2 * len(places), classes, dtype, label_smoothing=smoothing, reduction="none")
     with torch.no_grad():
         r.logits[torch.arange(len(places)) * 2, places] = peak

@@ -81,16 +81,22 @@ ORDINARY = {
     r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !P": False,  # the inverse of the denominator is not 0
 }
+# What row_warp_kernel makes of them otherwise.
+OF_WARP_ROWS = {
+    r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
+    r"ISETP\.NE\.OR P, PT, R, RZ, !P": True,  # the sum of the others is moderate
+    r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # log1p of a positive number
+}
 
 
 class NewBranchError(AssertionError):
     """A branch that data decide, of which ORDINARY says nothing."""
 
 
-def decide(unknown: Unknown) -> bool:
+def decide(ordinary: dict[str, bool], unknown: Unknown) -> bool:
     text = unknown.source.text if unknown.source else "?"
     plain = re.sub(r"\bU?([RP])(\d+|(?=[ZT]))", r"\1", re.sub(r"^U", "", text))
-    for pattern, value in ORDINARY.items():
+    for pattern, value in ordinary.items():
         if re.match(pattern, f"{plain}; {unknown.branch.name}"):
             return value
     raise NewBranchError(f"{unknown.branch.text} at {unknown.branch.address:#x} after {plain}")
@@ -249,13 +255,15 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
     alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
     constants = _constants(kernel, code, DEVICES[architecture][1], rounds)
     total: Counter[str] = Counter()
+    of_warps = OF_WARP_ROWS if WarpRows.of(kernel.declaration) else {}
+    deciding = functools.partial(decide, ORDINARY | of_warps)
 
     def walk(times: float, block: int, tile: int, warp: int, holder: int) -> None:
         """Adds a warp's to the total. holder: the first tile's warp with the target's class."""
         first = kernel.vectors_of_a_warp(size) * (holder if kernel.rows == 1 else 0)
         target = (first + 5) * (16 // size) + 1
         memory = functools.partial(_memory, target)
-        walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), decide)
+        walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), deciding)
         walking.run(MOST)
         for opcode, issued in walking.opcodes().items():
             total[opcode] += times * issued  # type: ignore[assignment]

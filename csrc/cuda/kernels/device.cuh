@@ -209,6 +209,17 @@ __device__ __forceinline__ void set_element(Raw& raw, int v, T value) {
   }
 }
 
+template <class A>
+constexpr A kLowest = static_cast<A>(-FLT_MAX);
+template <>
+inline constexpr double kLowest<double> = -DBL_MAX;
+
+// The larger one; that which is no NaN. One instruction of a float.
+template <class A>
+__device__ __forceinline__ A larger(A a, A b) {
+  return std::fmax(a, b);
+}
+
 // Entries of the arithmetic type that one load brings from shared memory: kernels work on so many
 // elements at a time, a part of a vector, which bounds the registers they need.
 template <class T>
@@ -236,6 +247,18 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, __half) {
   return word;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Two elements of a word, the lowest finite number where they are -inf.
+__device__ __forceinline__ uint32_t finite_pair(uint32_t word, __nv_bfloat16) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(0xff7fff7fu));
+  return word;
+}
+__device__ __forceinline__ uint32_t finite_pair(uint32_t word, __half) {
+  asm("max.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0xfbfffbffu));
+  return word;
+}
+#endif
+
 template <class T>
 __device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (&out)[kPart<T>]) {
 #pragma unroll
@@ -245,6 +268,28 @@ __device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (
     } else {
       out[q] = to_accumulate(element<T>(raw, part * kPart<T> + q));
     }
+  }
+}
+
+// The same, with the lowest finite number of T or of the arithmetic for -inf.
+template <class T>
+__device__ __forceinline__ void unpack_finite(Raw raw, int part, Accumulate<T> (&out)[kPart<T>]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool kInPairs = sizeof(T) == 2;  // one instruction for two elements
+#else
+  constexpr bool kInPairs = false;
+#endif
+  if constexpr (kInPairs) {
+#pragma unroll
+    for (int q = 0; q < kPart<T>; q += 2) {
+      uint32_t& word = raw.word[(part * kPart<T> + q) / 2];
+      word = finite_pair(word, T());
+    }
+  }
+  unpack<T>(raw, part, out);
+  if constexpr (!kInPairs) {
+#pragma unroll
+    for (int q = 0; q < kPart<T>; ++q) out[q] = larger(out[q], kLowest<Accumulate<T>>);
   }
 }
 
@@ -315,17 +360,6 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 __device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
-
-template <class A>
-constexpr A kLowest = static_cast<A>(-FLT_MAX);
-template <>
-inline constexpr double kLowest<double> = -DBL_MAX;
-
-// The larger one; that which is no NaN. One instruction of a float.
-template <class A>
-__device__ __forceinline__ A larger(A a, A b) {
-  return std::fmax(a, b);
-}
 
 // u becomes exp(u - maximum) times a factor that all of them share; returns what takes it off. A
 // float's difference and product with log2 e are one multiply-add: the factor is what maximum * log2 e

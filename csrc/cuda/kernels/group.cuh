@@ -43,13 +43,13 @@ __device__ __forceinline__ A warp_sum(A v, int lanes = 32) {
   return v;
 }
 
-// The threads that work on one row together: a power of two within a warp, or, Wide, the block.
-template <class A, bool Wide>
+// The threads that work on one row together: a power of two within a warp, or, Wide, the block, which
+// has at most so many warps.
+template <class A, bool Wide, int kMostWarps = 16>
 class Group {
  public:
-  static constexpr int kWarps = 32;      // entries of a value in the scratch
-  static constexpr int kMostWarps = 16;  // of a block that is a group
-  static constexpr int kValues = 8;      // that one reduction sums, at most
+  static constexpr int kWarps = 32;  // entries of a value in the scratch
+  static constexpr int kValues = 8;  // that one reduction sums, at most
   // Two areas in turn: a reduction's readers are done before the one after the next begins.
   static constexpr int kScratchEntries = Wide ? 2 * kValues * kWarps : 0;
 

@@ -3,13 +3,17 @@
 //
 // - Maps: row_warp_tile.cuh. The next rows' vectors are on their way to shared memory while this one
 //   is computed; a lane reads what it has copied, so that nothing waits for other lanes. Barriers at
-//   the ends; Wide, two a row, of the maximum and of the sums.
+//   the ends; Wide, one a row, of the sums, and one a turn.
+// - The exponentials are exp(u - u_t): no pass for the maximum, no reduction of it. Where the sum of
+//   the others is not moderate (a logit 22 above the target's, NaN) the row is done again by its
+//   maximum.
 // - What is of a row alone (target, weights; loss, statistics) is read and made by one lane for 32
 //   rows of the warp at a time, one a lane: a turn. Wide, every warp reads, the first one writes.
 // - The target's logit is marked -inf in shared memory: its exponential is 0 and it is left out of
-//   the sums, as PositionSums wants it.
-// - Memory: one read of the logits (besides the target's), one write of their gradient (the target's
-//   over what was written of the mark), which may be the logits.
+//   the sums, as PositionSums wants it. What its gradient is divided by that of the others then
+//   takes its place among the exponentials, and gradients are made of all alike.
+// - Memory: one read of the logits (besides the target's), one write of their gradient, which may be
+//   the logits.
 #pragma once
 
 #include "cuda/kernels/row_warp_tile.cuh"
@@ -30,23 +34,24 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
   const WarpTile<T, K, Wide> tile(args);
   const int lane = tile.lane;
   unsigned char* areas = memory + kWarpScratchBytes<A, Wide>;
-  unsigned char* staged = areas + tile.warp * kWarpBytes;
-  A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kWarpBytes) +
+  constexpr int kBytes = kWarpBytes<Calibrated>;
+  unsigned char* staged = areas + tile.warp * kBytes;
+  A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kBytes) +
                     (Wide ? tile.warp * ClassVectors<T>::count(args) * 32 * P : 0);
 
   const ClassVectors<T> classes(args, tile, class_memory);
   const EdgeVectors<A> edge(args, tile.edge, lane,
-                            staged + 32 * kWarpStaged * kVectorBytes + Turn<T>::kBytes);
+                            staged + kWarpStagedBytes + Turn<A, Calibrated>::kBytes);
   const RowOptions<A> options(args);
   const bool smoothing = options.label_smoothing > 0;
-  const bool slopes = Calibrated && args.grad_confidence;
+  const bool slopes = Sums || (Calibrated && args.grad_confidence);
   A weights = 0;
   if (smoothing) {
     weights = weight_sum<A>(args, 0, tile.classes, reinterpret_cast<A*>(memory));
     __syncthreads();
   }
   BlockSums block_sums(reinterpret_cast<double*>(memory), Wide ? 1 : blockDim.x / 32);
-  Group<A, Wide> group(32, reinterpret_cast<A*>(memory + kWarpSumsBytes));
+  WarpGroup<A, Wide> group(32, reinterpret_cast<A*>(memory + kWarpSumsBytes));
   const A inverse = args.backward      ? inverse_denominator<A>(args)
                     : args.grad_logits ? inverse_of<A>(forward_denominator(args))
                                        : A(1);
@@ -94,14 +99,15 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
   for (int round = 0; round < kStages - 1; ++round) ask_for(round);
   A next_edge = edge_of(0);
   int own_target = kNoTarget;  // of this lane's row of the turn
-  const Turn<T> turn(staged + 32 * kWarpStaged * kVectorBytes);
+  using RowTurn = Turn<A, Calibrated>;
+  const RowTurn turn(staged + kWarpStagedBytes);
   A grad_scale[Sums ? P + 1 : 1] = {}, grad_bias[Sums ? P + 1 : 1] = {};  // the last: the edge's
   for (int round = 0; round < tile.rounds; ++round) {
     const int at_turn = round % 32;
     if (at_turn == 0) {
       __syncwarp();
       own_target = ahead;  // whose row is of this turn by now
-      turn.read(args, tile.row_at(round + lane), own_target, lane, inverse);
+      turn.read(args, logits, tile.row_at(round + lane), own_target, lane, inverse);
       __syncwarp();
     }
     ask_for(round + kStages - 1);
@@ -130,124 +136,92 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     if (!is_valid(target)) {
       if (writes_logits) write(grad_row(), {});
     } else {
-      const A c = Calibrated ? of_row(Turn<T>::kC) : A(0);
+      const A c = Calibrated ? of_row(RowTurn::kC) : A(0);
       const TargetPlace<T, K> place(tile, target);
-      if (place.holds)
-        *reinterpret_cast<T*>(vector_at(round, place.k) + place.v * sizeof(T)) =
-            from_accumulate<T>(negative_infinity<A>());
+      const auto stage_target = [&](A z) {
+        if (place.holds)
+          *reinterpret_cast<T*>(vector_at(round, place.k) + place.v * sizeof(T)) =
+              from_accumulate<T>(z);
+      };
+      stage_target(negative_infinity<A>());
 
       PositionSums<A> sums;
-      sums.target_logit = of_row(Turn<T>::kTargetLogit);
+      sums.target_logit = of_row(RowTurn::kTargetLogit);
       sums.weight = weights;
-      A e[P + 1];  // u, then exp(u - maximum); the last is the edge's
-      e[P] = place.at_edge ? negative_infinity<A>()
-                           : calibrated(z_edge, edge.scale(), edge.bias(), c) + edge.prior();
-      sums.maximum = larger(larger(sums.maximum, sums.target_logit), e[P]);
-#pragma unroll
-      for (int part = 0; part < K * N; ++part) {
-        A z[Q], u[Q];
-        unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-        classes.template calibrate<Calibrated>(lane + 32 * (part / N), part % N, z, c, u);
-#pragma unroll
-        for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
-      }
-      if (classes.prior) {
+      // u, then exp(u - shift); the last is the edge's. The shift is the target's logit, which spares
+      // the rows their maximum, or, where the sum of the others is not moderate, the maximum.
+      A e[P + 1];
+      A correction, values[2];
+      sums.maximum = sums.target_logit;
+#pragma unroll 1
+      for (int by_maximum = 0;; by_maximum = 1) {
 #pragma unroll
         for (int part = 0; part < K * N; ++part) {
-          A o[Q];
-          classes.load(classes.prior, lane + 32 * (part / N), part % N, o);
-#pragma unroll
-          for (int q = 0; q < Q; ++q) e[part * Q + q] += o[q];
-        }
-      }
-#pragma unroll
-      for (int p = 0; p < P; p += 2) sums.maximum = larger(sums.maximum, larger(e[p], e[p + 1]));
-      sums.maximum = group.max(sums.maximum);
-
-      if (smoothing) {
-#pragma unroll
-        for (int part = 0; part < K * N; ++part) {
-          A w[Q];
-          classes.load(classes.weight, lane + 32 * (part / N), part % N, w);
-#pragma unroll
-          for (int q = 0; q < Q; ++q) {
-            // What is not the row's own is -inf, and would add 0 * -inf.
-            const bool own = tile.has(part / N) && !place.is(part * Q + q);
-            sums.smooth += own ? w[q] * (e[part * Q + q] - sums.maximum) : A(0);
-          }
-        }
-        if (tile.edge >= 0 && !place.at_edge) sums.smooth += edge.weight() * (e[P] - sums.maximum);
-      }
-      const A correction = make_exponentials(e, sums.maximum);
-      sums.rest = sum_of(e);
-      // exp(u - maximum) z of some vectors, as many as registers hold: it is used twice. 0 of the
-      // target and of a masked class, and not 0 * -inf.
-      constexpr int kProducts = Sums && sizeof(T) == 4 ? 4 : 0;
-      A products[kProducts + 1];
-      const auto product = [&](int p, A z) { return e[p] * larger(z, kLowest<A>); };
-      if constexpr (Sums) {
-        forget_loads();
-#pragma unroll
-        for (int part = 0; part < kProducts / Q; ++part) {
-          A z[Q];
+          A z[Q], u[Q];
           unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
+          classes.template calibrate<Calibrated>(lane + 32 * (part / N), part % N, z, c, u);
 #pragma unroll
-          for (int q = 0; q < Q; ++q) products[part * Q + q] = product(part * Q + q, z[q]);
+          for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
         }
-      }
-      if (Calibrated && slopes) {
-        forget_loads();
-#pragma unroll
-        for (int part = 0; part < K * N; ++part) {
-          A z[Q], a[Q], b[Q];
-          unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-          classes.load(classes.scale, lane + 32 * (part / N), part % N, a);
-          classes.load(classes.bias, lane + 32 * (part / N), part % N, b);
-#pragma unroll
-          for (int q = 0; q < Q; ++q) {
-            const int p = part * Q + q;
-            const A weighted = p < kProducts ? products[p < kProducts ? p : 0] : product(p, z[q]);
-            sums.rest_slope = std::fma(a[q], weighted, std::fma(b[q], e[p], sums.rest_slope));
-          }
-        }
-        const A weighted = product(P, z_edge);
-        sums.rest_slope += edge.scale() * weighted + edge.bias() * e[P];
-        if (smoothing) {
-          forget_loads();
+        e[P] = place.at_edge ? negative_infinity<A>()
+                             : calibrated(z_edge, edge.scale(), edge.bias(), c) + edge.prior();
+        if (classes.prior) {
 #pragma unroll
           for (int part = 0; part < K * N; ++part) {
-            A z[Q], d[Q], w[Q];
-            unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-            classes.slope(lane + 32 * (part / N), part % N, z, d);  // 0 of the target
+            A o[Q];
+            classes.load(classes.prior, lane + 32 * (part / N), part % N, o);
+#pragma unroll
+            for (int q = 0; q < Q; ++q) e[part * Q + q] += o[q];
+          }
+        }
+        if (by_maximum) {
+          sums.maximum = larger(larger(sums.maximum, kLowest<A>), e[P]);
+#pragma unroll
+          for (int p = 0; p < P; ++p) sums.maximum = larger(sums.maximum, e[p]);
+          sums.maximum = group.max(sums.maximum);
+        }
+        values[1] = 0;
+        if (smoothing) {
+          const TargetPlace<T, K> here = place.made_anew();
+#pragma unroll
+          for (int part = 0; part < K * N; ++part) {
+            A w[Q];
             classes.load(classes.weight, lane + 32 * (part / N), part % N, w);
 #pragma unroll
-            for (int q = 0; q < Q; ++q) sums.smooth_slope += w[q] * d[q];
+            for (int q = 0; q < Q; ++q) {
+              // What is not the row's own is -inf, and would add 0 * -inf.
+              const bool own = tile.has(part / N) && !here.is(part * Q + q);
+              values[1] += own ? w[q] * (e[part * Q + q] - sums.maximum) : A(0);
+            }
           }
-          const A d = finite_or_zero(edge.scale() * z_edge + edge.bias());
-          if (!place.at_edge) sums.smooth_slope += edge.weight() * d;
+          if (tile.edge >= 0 && !place.at_edge)
+            values[1] += edge.weight() * (e[P] - sums.maximum);
         }
-      }
-      A values[4] = {sums.rest, sums.rest_slope, sums.smooth, sums.smooth_slope};
-      if (smoothing) {
-        group.sum(values);
-        const A w_t = of_row(Turn<T>::kWeight);
-        values[2] += w_t * (sums.target_logit - sums.maximum);
-        if (slopes) values[3] += w_t * of_row(Turn<T>::kTargetSlope);
-      } else if (slopes) {
-        sum_first<2>(group, values);
-      } else {
-        sum_first<1>(group, values);
+        correction = make_exponentials(e, sums.maximum);
+        values[0] = sum_of(e);
+        if (smoothing)
+          group.sum(values);
+        else
+          sum_first<1>(group, values);
+        if (values[0] <= kModerate<A>) break;
+        if (by_maximum) break;  // NaN or infinity
+        forget_loads();
       }
       sums.rest = values[0] * correction;
-      sums.rest_slope = values[1] * correction;
-      sums.smooth = values[2], sums.smooth_slope = values[3];
-      if (lane == at_turn) turn.keep(at_turn, sums, slopes, smoothing);
+      const A w_t = of_row(RowTurn::kWeight);
+      if (smoothing) sums.smooth = values[1] + w_t * (sums.target_logit - sums.maximum);
+      if (lane == at_turn) turn.keep(at_turn, sums);
 
-      if (writes_logits || Sums) {
+      if (writes_logits || slopes) {
         forget_loads();
-        const A w_t = of_row(Turn<T>::kWeight), v_i = of_row(Turn<T>::kFactor);
         const PositionResult<A> result = position_result(options, sums, w_t, false);
         const A of_e = result.softmax * correction;
+        // Of the target, what makes softmax e_t its gradient, smoothing's share left out.
+        A e_t = -values[0];
+        if (smoothing)
+          e_t = of_e == A(0) ? A(0) : (result.at_target + result.smooth * w_t) / of_e;
+        place.set(e, e_t);
+        const A v_i = of_row(RowTurn::kFactor);
         if (writes_logits) {
           const A factor = args.backward ? v_i : v_i * inverse;
           const A softmax = factor * of_e, smooth = factor * result.smooth;
@@ -274,69 +248,71 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
             }
             g[P] *= edge.scale() * c + A(1);
           }
-          T* grad = grad_row();
-          write(grad, g);
-          if (place.holds || place.at_edge) {  // over what it has written of the marked one
-            A g_t = factor * result.at_target;
-            if constexpr (Calibrated) g_t *= static_cast<const A*>(args.scale)[target] * c + A(1);
-            store_one(grad + target, from_accumulate<T>(g_t));
-          }
+          write(grad_row(), g);
         }
-        if constexpr (Sums) {
-          const A softmax = v_i * c * of_e, smooth = v_i * c * result.smooth;
-          forget_loads();
-#pragma unroll
-          for (int part = 0; part < K * N; ++part) {
-            A z[Q];
-            unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-#pragma unroll
-            for (int q = 0; q < Q; ++q) {
-              const int p = part * Q + q;
-              const A ez = p < kProducts ? products[p < kProducts ? p : 0] : product(p, z[q]);
+        if (Calibrated && slopes) {
+          const A z_t = of_row(RowTurn::kTargetZ);
+          stage_target(z_t);
+          const A z_of_edge = place.at_edge ? z_t : z_edge;
+          const A softmax = v_i * c * of_e;
+          A slope = 0;  // sum_j q_j d_j of this lane's, of q_j = e_j
+          const auto add = [&](int p, A z, A a, A b) {
+            const A ez = e[p] * z;
+            slope = std::fma(a, ez, std::fma(b, e[p], slope));
+            if constexpr (Sums) {
               grad_scale[p] = std::fma(softmax, ez, grad_scale[p]);
               grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
             }
+          };
+          forget_loads();
+#pragma unroll
+          for (int part = 0; part < K * N; ++part) {
+            A z[Q], a[Q], b[Q];
+            unpack_finite<T>(read_shared(vector_at(round, part / N)), part % N, z);
+            classes.load(classes.scale, lane + 32 * (part / N), part % N, a);
+            classes.load(classes.bias, lane + 32 * (part / N), part % N, b);
+#pragma unroll
+            for (int q = 0; q < Q; ++q) add(part * Q + q, z[q], a[q], b[q]);
           }
-          grad_scale[P] = std::fma(softmax, product(P, z_edge), grad_scale[P]);
-          grad_bias[P] = std::fma(softmax, e[P], grad_bias[P]);
+          add(P, larger(z_of_edge, kLowest<A>), edge.scale(), edge.bias());
+          slope *= of_e;
           if (smoothing) {
+            const A smooth = v_i * c * result.smooth;
+            A smooth_slope = 0;
+            const auto subtract = [&](int p, A z, A d, A w) {
+              smooth_slope += w * d;
+              if constexpr (Sums) {
+                grad_scale[p] -= smooth * w * (z == negative_infinity<A>() ? A(0) : z);
+                grad_bias[p] -= smooth * w;
+              }
+            };
+            forget_loads();
 #pragma unroll
             for (int part = 0; part < K * N; ++part) {
-              A z[Q], w[Q];
+              A z[Q], d[Q], w[Q];
               unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
+              classes.slope(lane + 32 * (part / N), part % N, z, d);
               classes.load(classes.weight, lane + 32 * (part / N), part % N, w);
 #pragma unroll
-              for (int q = 0; q < Q; ++q) {
-                const int p = part * Q + q;
-                const A g = place.is(p) ? A(0) : -smooth * w[q];
-                grad_scale[p] += g * (z[q] == negative_infinity<A>() ? A(0) : z[q]);
-                grad_bias[p] += g;
-              }
+              for (int q = 0; q < Q; ++q) subtract(part * Q + q, z[q], d[q], w[q]);
             }
-            const A g = place.at_edge ? A(0) : -smooth * edge.weight();
-            grad_scale[P] += g * (z_edge == negative_infinity<A>() ? A(0) : z_edge);
-            grad_bias[P] += g;
+            if (tile.edge >= 0)
+              subtract(P, z_of_edge, finite_or_zero(edge.scale() * z_of_edge + edge.bias()),
+                       edge.weight());
+            slope -= result.smooth * smooth_slope;
           }
-          const A g = v_i * c * result.at_target;
-          const A g_z = g * of_row(Turn<T>::kTargetZ);
-          // Selects on what differs between lanes, which must not index registers.
-          if (place.k >= 0)
-            at_index<0, K>(place.k, [&](auto index) {
-              constexpr int k = decltype(index)::value;
-#pragma unroll
-              for (int v = 0; v < V; ++v) {
-                const bool here = place.holds && v == place.v;
-                grad_scale[k * V + v] += here ? g_z : A(0);
-                grad_bias[k * V + v] += here ? g : A(0);
-              }
-            });
-          grad_scale[P] += place.at_edge ? g_z : A(0);
-          grad_bias[P] += place.at_edge ? g : A(0);
+          turn.keep_slope(at_turn, slope, lane);
         }
       }
     }
 
     if (at_turn < 31 && round + 1 < tile.rounds) continue;
+    if (slopes) {  // their shares are there
+      if constexpr (Wide)
+        __syncthreads();
+      else
+        __syncwarp();
+    }
     if (Wide && tile.warp > 0) continue;
     double loss = 0, divisor = 0;
     if (lane <= at_turn) {
@@ -345,11 +321,14 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
       PositionSums<A> sums;
       A w_t = 1, v_i = 0, c = 0;
       if (valid) {  // of an ignored row there is nothing in the turn
-        sums = turn.kept(lane, slopes, smoothing, weights);
-        w_t = turn.at(Turn<T>::kWeight, lane), v_i = turn.at(Turn<T>::kFactor, lane);
-        c = turn.at(Turn<T>::kC, lane);
+        sums = turn.kept(lane, weights);
+        w_t = turn.at(RowTurn::kWeight, lane), v_i = turn.at(RowTurn::kFactor, lane);
+        c = turn.at(RowTurn::kC, lane);
       }
-      const PositionResult<A> result = position_result(options, sums, w_t, !args.backward);
+      PositionResult<A> result = position_result(options, sums, w_t, !args.backward);
+      if (Calibrated && slopes && valid)
+        result.confidence = turn.slope(lane, Wide ? blockDim.x / 32 : 1, kBytes) +
+                            result.at_target * turn.at(RowTurn::kNoSlope, lane);
       if (!args.backward) {
         write_position(args, own, own_target, sums, result, v_i, c);
         if (valid) {

@@ -22,8 +22,10 @@ template <int K>
 constexpr int kWarpStages = kWarpStaged / K;
 constexpr int kWarpSumsBytes = BlockSums::entries(32) * static_cast<int>(sizeof(double));
 template <class A, bool Wide>
+using WarpGroup = Group<A, Wide, kWarpSumsThreads / 32>;
+template <class A, bool Wide>
 constexpr int kWarpScratchBytes =
-    kWarpSumsBytes + Group<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
+    kWarpSumsBytes + WarpGroup<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
 
 template <class T, int K, bool Wide>
 struct WarpTile : GroupRows {
@@ -80,27 +82,33 @@ struct WarpTile : GroupRows {
   }
 };
 
+// Of exponentials by the target's logit, the largest sum: of logits up to 22 above the target's. The
+// exponents' rounding, 2^-24 of them, is an error of all exponentials.
+template <class A>
+constexpr A kModerate = A(4294967296);
+
 // What is of a row alone, for the rows of a turn, in shared memory: a row is one lane's, which reads
 // and finishes it; all lanes read what it has read.
-template <class T>
+template <class A, bool Calibrated>
 class Turn {
  public:
-  using A = Accumulate<T>;
   enum Value {
     kC,        // confidence after the sigmoid
     kWeight,   // of the target's class
     kFactor,   // sample weight; backward: times the upstream gradient over the denominator
     kTargetZ,  // z_t, 0 where that is -inf
     kTargetLogit,
-    kTargetSlope,
+    kNoSlope,  // what d_t has not of a z_t + b: 0, or -b of a masked target
     kMaximum,  // the following are PositionSums
     kRest,
-    kRestSlope,
     kSmooth,
-    kSmoothSlope,
     kValues
   };
-  static constexpr int kBytes = kValues * 32 * static_cast<int>(sizeof(A));
+  // A row's gradient of the confidence is of as many shares; the pitch is odd for the banks.
+  static constexpr int kShares = 4, kSharePitch = kShares + 1;
+  static constexpr int kBytesBeforeShares = kValues * 32 * static_cast<int>(sizeof(A));
+  static constexpr int kBytes =
+      kBytesBeforeShares + (Calibrated ? kSharePitch * 32 * static_cast<int>(sizeof(A)) : 0);
 
   __device__ __forceinline__ explicit Turn(unsigned char* memory)
       : memory_(reinterpret_cast<A*>(memory)) {}
@@ -108,8 +116,9 @@ class Turn {
   __device__ __forceinline__ A& at(Value value, int row) const { return memory_[value * 32 + row]; }
   // Row i of the logits and its target, as row `row` of the turn. Other lanes see it after a
   // __syncwarp.
-  __device__ __forceinline__ void read(const RowArgs& args, int64_t i, int t, int row,
-                                       A inverse) const {
+  template <class T>
+  __device__ __forceinline__ void read(const RowArgs& args, const T* logits, int64_t i, int t,
+                                       int row, A inverse) const {
     if (!is_valid(t)) return;
     const A c = confidence_of<A>(args, i);
     A factor = vector_entry<A>(args.sample_weight, i, A(1));
@@ -117,38 +126,52 @@ class Turn {
       factor = inverse == A(0) ? A(0)
                                : vector_entry<A>(args.upstream, i * args.upstream_stride, A(1)) *
                                      factor * inverse;
-    const T* from = static_cast<const T*>(args.logits) + i * args.outer_stride;
-    const A z = to_accumulate(load_one(from + t));
+    const A z = to_accumulate(load_one(logits + i * args.outer_stride + t));
+    const bool masked = z == negative_infinity<A>();
     at(kC, row) = c;
     at(kWeight, row) = vector_entry<A>(args.weight, t, A(1));
     at(kFactor, row) = factor;
-    at(kTargetZ, row) = z == negative_infinity<A>() ? A(0) : z;
+    at(kTargetZ, row) = masked ? A(0) : z;
     at(kTargetLogit, row) = target_logit_of(args, t, z, c);
-    at(kTargetSlope, row) = finite_or_zero(vector_entry<A>(args.scale, t, A(0)) * z +
-                                           vector_entry<A>(args.bias, t, A(0)));
+    if constexpr (Calibrated) {
+      const A b = static_cast<const A*>(args.bias)[t];
+      at(kNoSlope, row) = masked ? -b : A(0);
+    }
   }
 
   // By the row's lane.
-  __device__ __forceinline__ void keep(int row, const PositionSums<A>& sums, bool slopes,
-                                       bool smoothing) const {
-    at(kMaximum, row) = sums.maximum, at(kRest, row) = sums.rest;
-    if (slopes) at(kRestSlope, row) = sums.rest_slope;
-    if (smoothing) at(kSmooth, row) = sums.smooth;
-    if (slopes && smoothing) at(kSmoothSlope, row) = sums.smooth_slope;
+  __device__ __forceinline__ void keep(int row, const PositionSums<A>& sums) const {
+    at(kMaximum, row) = sums.maximum, at(kRest, row) = sums.rest, at(kSmooth, row) = sums.smooth;
   }
-  __device__ __forceinline__ PositionSums<A> kept(int row, bool slopes, bool smoothing,
-                                                  A weights) const {
+  __device__ __forceinline__ PositionSums<A> kept(int row, A weights) const {
     PositionSums<A> sums;
-    sums.maximum = at(kMaximum, row), sums.rest = at(kRest, row);
-    sums.target_logit = at(kTargetLogit, row), sums.target_slope = at(kTargetSlope, row);
-    if (slopes) sums.rest_slope = at(kRestSlope, row);
-    if (smoothing) sums.smooth = at(kSmooth, row);
-    if (slopes && smoothing) sums.smooth_slope = at(kSmoothSlope, row);
+    sums.maximum = at(kMaximum, row), sums.rest = at(kRest, row), sums.smooth = at(kSmooth, row);
+    sums.target_logit = at(kTargetLogit, row);
     sums.weight = weights;
     return sums;
   }
 
+  // sum_j q_j d_j of a row, of which each lane has some classes; `warps` of turns `warp_bytes` apart
+  // have the others. Added up by the row's lane, later: nothing waits for it.
+  __device__ __forceinline__ void keep_slope(int row, A sum, int lane) const {
+#pragma unroll
+    for (int distance = 16; distance >= kShares; distance /= 2)
+      sum += __shfl_xor_sync(kFullWarp, sum, distance);
+    if (lane < kShares) shares()[row * kSharePitch + lane] = sum;
+  }
+  __device__ __forceinline__ A slope(int row, int warps, int warp_bytes) const {
+    A sum = 0;
+    const auto* of_warp = reinterpret_cast<const unsigned char*>(shares() + row * kSharePitch);
+    for (int warp = 0; warp < warps; ++warp, of_warp += warp_bytes) {
+#pragma unroll
+      for (int i = 0; i < kShares; ++i) sum += reinterpret_cast<const A*>(of_warp)[i];
+    }
+    return sum;
+  }
+
  private:
+  __device__ __forceinline__ A* shares() const { return memory_ + kValues * 32; }
+
   A* memory_;
 };
 
@@ -181,8 +204,24 @@ class EdgeVectors {
 
 // Of a warp: its vectors, then its turn and its edges. At the end its class sums, two floats an
 // element.
+constexpr int kWarpStagedBytes = 32 * kWarpStaged * kVectorBytes;
+template <bool Calibrated>
 constexpr int kWarpBytes =
-    32 * kWarpStaged * kVectorBytes + Turn<float>::kBytes + EdgeVectors<float>::kBytes;
+    kWarpStagedBytes + Turn<float, Calibrated>::kBytes + EdgeVectors<float>::kBytes;
+
+// body(k) with k known to the compiler, by a few branches that all lanes take alike.
+template <int Begin, int End, class Body>
+__device__ __forceinline__ void at_index(int k, const Body& body) {
+  if constexpr (End - Begin == 1) {
+    body(std::integral_constant<int, Begin>{});
+  } else {
+    constexpr int kMiddle = (Begin + End) / 2;
+    if (k < kMiddle)
+      at_index<Begin, kMiddle>(k, body);
+    else
+      at_index<kMiddle, End>(k, body);
+  }
+}
 
 // Where a row's target is.
 template <class T, int K>
@@ -207,21 +246,23 @@ struct TargetPlace {
   __device__ __forceinline__ bool is(int p) const {
     return holds && k == p / kVector<T> && v == p % kVector<T>;
   }
-};
-
-// body(k) with k known to the compiler, by a few branches that all lanes take alike.
-template <int Begin, int End, class Body>
-__device__ __forceinline__ void at_index(int k, const Body& body) {
-  if constexpr (End - Begin == 1) {
-    body(std::integral_constant<int, Begin>{});
-  } else {
-    constexpr int kMiddle = (Begin + End) / 2;
-    if (k < kMiddle)
-      at_index<Begin, kMiddle>(k, body);
-    else
-      at_index<kMiddle, End>(k, body);
+  // The same, of which the compiler knows nothing: it makes no predicates of it before a branch.
+  __device__ __forceinline__ TargetPlace made_anew() const {
+    TargetPlace place = *this;
+    asm volatile("" : "+r"(place.k), "+r"(place.v));
+    return place;
   }
-}
+  // Puts a value into the target's place, of elements in registers, the last of which is the edge's.
+  template <class A>
+  __device__ __forceinline__ void set(A (&elements)[K * kVector<T> + 1], A value) const {
+    constexpr int P = K * kVector<T>;
+    if (k >= 0)  // the same for all lanes, as is the element: a lane's own index would need memory
+      at_index<0, P>(k * kVector<T> + v, [&](auto p) {
+        elements[p.value] = holds ? value : elements[p.value];
+      });
+    elements[P] = at_edge ? value : elements[P];
+  }
+};
 
 template <int Count, class A>
 __device__ __forceinline__ A sum_of(const A (&values)[Count]) {
@@ -242,8 +283,9 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args,
                                                 unsigned char* memory) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, P = K * V, kPitch = 33, kPlane = kPitch * (P + 1);
-  static_assert(2 * kPlane * sizeof(A) <= kWarpBytes, "the sums are larger than the vectors");
-  const auto of_warp = [=](int warp) { return reinterpret_cast<A*>(memory + warp * kWarpBytes); };
+  static_assert(2 * kPlane * sizeof(A) <= kWarpStagedBytes + Turn<A, true>::kBytesBeforeShares,
+                "the first warp may still read the shares of a wide row");
+  const auto of_warp = [=](int warp) { return reinterpret_cast<A*>(memory + warp * kWarpBytes<true>); };
   A* own = of_warp(tile.warp);
   __syncwarp();
 #pragma unroll

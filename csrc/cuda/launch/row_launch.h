@@ -108,18 +108,19 @@ std::optional<RowPlan> row_warp_plan(const RowArgs& args, const Limits& limits, 
   const int most = (plan.wide || args.class_gradients ? kWarpSumsThreads : kWarpRowThreads) / 32;
   const int64_t class_bytes = ClassVectors<T>::count(args) * 32 * plan.warp_vectors * kVector<T> *
                               static_cast<int64_t>(sizeof(Accumulate<T>));
+  const int64_t warp_bytes = args.scale ? kWarpBytes<true> : kWarpBytes<false>;
   const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
   int64_t warps = 0;
   plan.shape = Shape{};
   if (plan.wide) {
     warps = divide_up(vectors, 32 * plan.warp_vectors);
     plan.shape.shared_bytes =
-        kWarpScratchBytes<Accumulate<T>, true> + warps * (kWarpBytes + class_bytes);
+        kWarpScratchBytes<Accumulate<T>, true> + warps * (warp_bytes + class_bytes);
     if (warps > most || static_cast<int64_t>(plan.shape.shared_bytes) > limit) return std::nullopt;
   } else {
     const int64_t fixed = kWarpScratchBytes<Accumulate<T>, false> + class_bytes;
-    warps = std::min<int64_t>(most, (limit - fixed) / kWarpBytes);
-    plan.shape.shared_bytes = fixed + warps * kWarpBytes;
+    warps = std::min<int64_t>(most, (limit - fixed) / warp_bytes);
+    plan.shape.shared_bytes = fixed + warps * warp_bytes;
     if (warps <= 0) return std::nullopt;
   }
   plan.lanes = plan.wide ? 0 : 32;
