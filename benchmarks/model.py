@@ -62,12 +62,12 @@ INSTRUCTIONS = {
 # csrc/cuda/launch/row_launch.h and the kernels' headers. Vectors of 16 bytes that a warp keeps of a
 # row, warps of a block at most, and in bytes the shared memory of such a warp, class vectors aside,
 # and of the block besides.
-_WARP_VECTORS, _WARPS, _WARP_BYTES, _BLOCK_BYTES = 320, 8, 12160, 2560
-# Elements of a row that a thread keeps, of a block that has a whole row by other kernels, and of a
-# block of a cluster.
+_WARP_VECTORS, _WARPS, _WARP_BYTES, _BLOCK_BYTES = 320, 8, 12544, 2560
+# Of plain fp32 rows; of plain rows; of a cluster's blocks, and how many it has at most.
+_PLAIN_WARPS, _PLAIN_WARP_BYTES, _CLUSTER_BYTES, _CLUSTER = 14, 11904, 4608, 8
+# Elements of a row that a thread keeps, and of a block that has a whole row by other kernels.
 _KEPT = 16
 _BLOCK = 512 * _KEPT
-_CLUSTER_BLOCK, _CLUSTER = 384 * _KEPT, 8
 # Elements whose class sums a multiprocessor keeps by these kernels: about 16 warps', as registers
 # bound them.
 _SUMS = 16 * 32 * _KEPT
@@ -124,9 +124,9 @@ def _elements(dtype: str, classes: int) -> int:
 def way(gpu: Gpu, step: str, dtype: str, classes: int) -> str:
     """How forward works on a row of more than 512 classes.
 
-    warp: a warp keeps it. warps: several of a block. block: a block, where there is too little
-    shared memory for the former. cluster: the blocks of one. tiles: several blocks, none of which
-    keeps it until the row's sums are known.
+    warp: a warp keeps it. warps: several of a block. cluster: those of a cluster's blocks. block: a
+    block, where there is too little shared memory for the former. tiles: several blocks, none of
+    which keeps it until the row's sums are known.
     """
     sums = step != "plain"
     shared_bytes = gpu.capability.shared_bytes_of_a_block
@@ -137,17 +137,18 @@ def way(gpu: Gpu, step: str, dtype: str, classes: int) -> str:
     of_a_warp = _WARP_VECTORS // 2 if half else _WARP_VECTORS
     if vectors <= of_a_warp:
         return "warp"
-    warps = -(-vectors // of_a_warp)
+    most = _PLAIN_WARPS if dtype == "fp32" and not sums else _WARPS
     class_bytes = 2 * of_a_warp * (16 // SIZES[dtype]) * 4 if sums else 0
-    if warps <= _WARPS and warps * (_WARP_BYTES + class_bytes) + _BLOCK_BYTES <= shared_bytes:
-        return "warps"
+    warp_bytes = class_bytes + (_WARP_BYTES if sums else _PLAIN_WARP_BYTES)
+    for blocks in range(1, _CLUSTER + 1 if gpu.capability.has_clusters else 2):
+        warps = -(-vectors // (of_a_warp * blocks))
+        besides = _BLOCK_BYTES if blocks == 1 else _CLUSTER_BYTES
+        if warps <= most and warps * warp_bytes + besides <= shared_bytes:
+            return "warps" if blocks == 1 else "cluster"
     elements = _elements(dtype, classes)
     # Scale and bias lie in shared memory, for whole warps.
     shared = 8 * -(-elements // (32 * _KEPT)) * 32 * _KEPT if sums else 0
-    if elements <= _BLOCK and shared < shared_bytes:
-        return "block"
-    clustered = gpu.capability.has_clusters and -(-elements // _CLUSTER_BLOCK) <= _CLUSTER
-    return "cluster" if clustered else "tiles"
+    return "block" if elements <= _BLOCK and shared < shared_bytes else "tiles"
 
 
 def class_sum_bytes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> int:
@@ -157,7 +158,7 @@ def class_sum_bytes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) ->
     """
     how = way(gpu, step, dtype, classes)
     blocks = -(-rows // (_WARPS if how == "warp" else 1))
-    kept = classes if how in ("warp", "warps") else _SUMS
+    kept = classes if how in ("warp", "warps") else _SUMS  # of a cluster's block no more
     return 2 * 2 * 4 * min(gpu.multiprocessors * kept, blocks * classes)
 
 

@@ -32,8 +32,6 @@ REGISTERS = {
     ("row_forward_kernel plain", True): 184,
     ("row_forward_kernel calibrated", False): 208,  # as with 176: 2 blocks
     ("row_forward_kernel calibrated", True): 224,
-    ("row_forward_kernel clusters", False): 168,  # what there is for blocks of 384 threads
-    ("row_forward_kernel clusters", True): 216,
     ("row_warp_kernel plain", False): 168,  # 3 blocks of 128 threads
     ("row_warp_kernel all registers", False): 255,  # 2 blocks, or one of 256 threads
     ("row_divisor_kernel", False): 40,
@@ -91,8 +89,6 @@ def _budget(kernel: Kernel) -> tuple[str, bool]:
         kind = " all registers"
     if kernel.name == "row_backward_kernel" and kernel.flags[2]:
         kind = " class sums"
-    if kernel.name == "row_forward_kernel" and kernel.flags[2]:
-        kind = " clusters"
     return kernel.name + kind, kernel.type == "d"
 
 
@@ -183,7 +179,7 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         floats = {i for i in atomics if re.search(r"\.(F16|F32|F64|BF16)", i)}
         assert not floats, f"{kernel.symbol} adds in no order"
         assert not atomics or kernel.name in ("row_forward_kernel", "row_warp_kernel")
-        if "clusters" in _budget(kernel)[0]:
+        if kernel.name == "row_warp_kernel" and kernel.flags[-1] == 2:
             clusters = "UCGABAR_WAIT" in code[kernel.symbol]
             assert clusters == (int(architecture) >= 90), kernel.symbol
             if not clusters:

@@ -172,9 +172,11 @@ def test_bytes_in_flight(plans: Plans, name: str, of_warps: bool) -> None:
 
 def _way(plan: Plan) -> str:
     walk, launch = plan.walks[0], next(launch for launch in plan.launches if launch["fills"])
+    if launch["clustered"]:
+        return "cluster"
     if walk.warp_rows:
         return "warps" if walk.warp_rows.wide else "warp"
-    return "cluster" if launch["clustered"] else "block" if walk.tiles == 1 else "tiles"
+    return "block" if walk.tiles == 1 else "tiles"
 
 
 def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:

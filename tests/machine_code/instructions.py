@@ -53,8 +53,8 @@ PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
 WITH_BITS = ("LOP3", "MOV")  # they know what operations.Bits are
 # What they write is not followed.
 DATA = {
-    "FMNMX", "FMNMX3", "HMNMX2", "VHMNMX", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC", "MUFU",
-    "ATOMG",
+    "FMNMX", "FMNMX3", "HMNMX2", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC",
+    "MUFU", "ATOMG",
 }  # fmt: skip
 NOTHING = {"STG", "STS", "ST", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
            "ENDCOLLECTIVE", "ERRBAR", "CGAERRBAR", "CCTL"}  # fmt: skip

@@ -36,8 +36,10 @@ class Kernel:
         return re.search(r"_kernelI(d|f|13__nv_bfloat16|6__half)", self.symbol)[1]  # type: ignore[index]
 
     @property
-    def flags(self) -> tuple[bool, ...]:
-        return tuple(f == "1" for f in re.findall(r"Lb([01])E", self.symbol))
+    def flags(self) -> tuple[int, ...]:
+        """Of row_warp_kernel the last is Keeper of row_warp_tile.cuh."""
+        keeper = re.findall(r"Li(\d)EEEv", self.symbol)
+        return tuple(int(f) for f in re.findall(r"Lb([01])E", self.symbol) + keeper)
 
     @property
     def elements(self) -> int:
@@ -70,28 +72,22 @@ def compile(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
     return kernels
 
 
-Spill = tuple[str, str, tuple[bool, ...], str]  # architecture; name, flags, type of the kernel
-_WIDE_STAGE_2 = ("row_forward_kernel", (True, True, False))
-_CLUSTERS = ("row_forward_kernel", (True, True, True))
+Spill = tuple[str, str, tuple[int, ...], str]  # architecture; name, flags, type of the kernel
+_WIDE_STAGE_2 = ("row_forward_kernel", (True, True))
 _WIDE_BACKWARD = ("row_backward_kernel", (False, True, False))
-_WARP_STAGE_2 = ("row_warp_kernel", (True, True, False))
-_WARPS_STAGE_2 = ("row_warp_kernel", (True, True, True))
+_WARPS_CALIBRATED = ("row_warp_kernel", (True, False, 1))
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
 # Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
-# registers (of clusters 168, of backward 80, of warps 255), some fewer than the code of the widest
+# registers (of backward 80, of warps 255), some fewer than the code of the widest
 # kernels takes. It keeps in memory what all rows share: stored before the loop over rows, read two
 # to five times a row.
 KNOWN_SPILLS: dict[Spill, int] = {
     ("75", *_WIDE_STAGE_2, "f"): 16,
-    ("75", *_WARPS_STAGE_2, "f"): 16,
     ("80", *_WIDE_STAGE_2, "f"): 16,
     ("100", *_WIDE_STAGE_2, "f"): 72,
     ("100", *_WIDE_STAGE_2, _BF16): 112,
     ("100", *_WIDE_STAGE_2, _FP16): 112,
-    ("100", *_WARP_STAGE_2, "f"): 8,
-    ("100", *_WARPS_STAGE_2, "f"): 8,
-    ("100", *_CLUSTERS, "f"): 40,
     ("100", *_WIDE_BACKWARD, "f"): 24,
     ("100", *_WIDE_BACKWARD, _BF16): 16,
     ("100", *_WIDE_BACKWARD, _FP16): 16,

@@ -50,13 +50,13 @@ class WarpRows:
     """A row_warp_kernel."""
 
     vectors: int  # of a lane
-    wide: bool  # a row is a block's, else a warp's
+    wide: bool  # a row is that of several warps
 
     @staticmethod
     def of(declaration: str) -> WarpRows | None:
         """None: another kernel."""
-        found = re.search(r"row_warp_kernel<.*?, (\d+),.*, (true|false)>", declaration)
-        return WarpRows(int(found[1]), found[2] == "true") if found else None
+        found = re.search(r"row_warp_kernel<.*?, (\d+),.*, (\d)>", declaration)
+        return WarpRows(int(found[1]), found[2] != "0") if found else None
 
     def rows_ahead(self, gpu: Gpu) -> int:
         """That are asked for while a row is computed. Before compute capability 8.0 there are no

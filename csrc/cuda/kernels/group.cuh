@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kernels/device.cuh"
+#include "cuda/kernels/launch.h"
 
 namespace disalign::cuda {
 
@@ -134,6 +135,69 @@ class Group {
   }
 
   int lanes_;
+  A* scratch_;
+  int turn_ = 0;
+};
+
+// The same of the blocks of a cluster, each of at most so many warps: one barrier a reduction, of the
+// cluster.
+template <class A, int kMostWarps>
+class ClusterGroup {
+ public:
+  static constexpr int kValues = 2;                             // that one reduction sums, at most
+  static constexpr int kEntries = kClusterBlocks * kMostWarps;  // of a value
+  // Two areas in turn: who writes one again has met all others since they read it.
+  static constexpr int kScratchEntries = 2 * kValues * kEntries;
+
+  // Ends with a barrier: until then blocks may not have started, and have no memory to write to.
+  __device__ __forceinline__ ClusterGroup(int blocks, A* scratch)
+      : blocks_(blocks), scratch_(scratch) {
+    Cluster::barrier();
+  }
+
+  __device__ __forceinline__ A max(A v) {
+    A values[1] = {warp_max(v)};
+    const A* area = exchange(values);
+    v = kLowest<A>;
+    for (int i = threadIdx.x % 32; i < entries(); i += 32) v = larger(v, area[i]);
+    return warp_max(v);
+  }
+
+  template <int Count>
+  __device__ __forceinline__ void sum(A (&values)[Count]) {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) values[k] = warp_sum(values[k]);
+    const A* area = exchange(values);
+    // Every warp of every block by the same additions: the same bits.
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+      values[k] = 0;
+      for (int i = threadIdx.x % 32; i < entries(); i += 32) values[k] += area[k * kEntries + i];
+      values[k] = warp_sum(values[k]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
+  __device__ __forceinline__ int entries() const { return blocks_ * warps(); }
+
+  // A warp's values to all blocks, a lane a block. Returns where those of all warps are.
+  template <int Count>
+  __device__ __forceinline__ const A* exchange(const A (&values)[Count]) {
+    static_assert(Count <= kValues, "scratch is too small");
+    A* area = scratch_ + turn_ * kValues * kEntries;
+    turn_ ^= 1;
+    const int block = threadIdx.x % 32;
+    if (block < blocks_) {
+      A* to = Cluster::of_block(area, block) + blockIdx.y * warps() + threadIdx.x / 32;
+#pragma unroll
+      for (int k = 0; k < Count; ++k) to[k * kEntries] = values[k];
+    }
+    Cluster::barrier();
+    return area;
+  }
+
+  int blocks_;
   A* scratch_;
   int turn_ = 0;
 };

@@ -4,10 +4,8 @@
 //   the class sums; the next row's are on their way meanwhile.
 // - row_forward_kernel: the maximum of u, the exponentials and their sums, the row's loss, and with
 //   these known the row's share of the gradients of scale, bias and confidence (position.cuh).
-// - With more vectors than a block keeps, the blocks of a cluster keep a tile each and add their
-//   sums through shared memory (sm_90 and newer, class sums wanted, up to kClusterBlocks tiles). Else
-//   each block sums a tile and row_combine_kernel adds the tiles; class sums are then made by
-//   row_backward_kernel.cuh from a second read.
+// - With more vectors than a block keeps each block sums a tile and row_combine_kernel adds the tiles;
+//   class sums are then made by row_backward_kernel.cuh from a second read.
 // - Memory: the logits are read once (but for that second read).
 // - Whatever reduction divides by is known when all blocks are done: finish_kernel.cuh divides.
 #pragma once
@@ -44,63 +42,9 @@ struct FetchedRow {
   }
 };
 
-// The sums of a row's tiles, one of each block of a cluster, added up in every block.
-template <class A>
-class ClusterSums {
- public:
-  // Ends with a barrier: until then blocks may not have started, and have no memory to write to.
-  __device__ __forceinline__ ClusterSums(A* memory, int tiles) : memory_(memory), tiles_(tiles) {
-    Cluster::barrier();
-  }
-
-  __device__ __forceinline__ PositionSums<A> add(const PositionSums<A>& sums, bool smoothing,
-                                                 int round) {
-    if (static_cast<int>(threadIdx.x) < tiles_)
-      sums.write(Cluster::of_block(area(round), threadIdx.x) + blockIdx.y * kValues, 1);
-    Cluster::barrier();
-    const int tile = threadIdx.x % kClusterBlocks;
-    PositionSums<A> total;
-    if (tile < tiles_) total = PositionSums<A>::read(area(round) + tile * kValues, 1);
-    // Every thread of every block by the same additions: the same bits.
-#pragma unroll
-    for (int distance = kClusterBlocks / 2; distance > 0; distance /= 2)
-      total.add(total.of_lane(distance), smoothing);
-    return total;
-  }
-
-  // The maximum that this block has added, again: read, so as not to be kept in a register.
-  __device__ __forceinline__ A own_maximum(int round) const {
-    return area(round)[blockIdx.y * kValues];
-  }
-
- private:
-  // Two in turn: who writes one again has met all others since they read it.
-  __device__ __forceinline__ A* area(int round) const {
-    return memory_ + (round & 1) * kClusterBlocks * kValues;
-  }
-
-  static constexpr int kValues = PositionSums<A>::kValues;
-  static_assert(2 * kClusterBlocks * kValues == kClusterSumsEntries, "scratch of another size");
-  A* memory_;
-  int tiles_;
-};
-
-struct NoCluster {
-  __device__ __forceinline__ NoCluster(const void*, int) {}
-};
-
-// Clustered: a row's tiles are the blocks of a cluster.
-template <class T, bool Calibrated, bool Wide, bool Clustered = false>
-__global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
-                                  : Wide    ? kWideThreads<T>
-                                            : kNarrowThreads,
-                                  1) row_forward_kernel(const RowArgs args) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (Clustered) {  // not launched: these devices have no clusters
-    __trap();
-    return;
-  }
-#endif
+template <class T, bool Calibrated, bool Wide>
+__global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
+    row_forward_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>;
   DISALIGN_SHARED_MEMORY(memory);
@@ -117,12 +61,8 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     __syncthreads();
   }
   BlockSums block_sums(reinterpret_cast<double*>(memory), tile.groups);
-  A* group_memory = class_memory - Group<A, Wide>::kScratchEntries;
-  Group<A, Wide> group(tile.lanes, group_memory);
-  std::conditional_t<Clustered, ClusterSums<A>, NoCluster> cluster(
-      group_memory - kClusterSumsEntries, args.tiles);
-  const bool tiled = !Clustered && args.tiles > 1;
-  const bool writes = !Clustered || blockIdx.y == 0;  // what is the whole row's
+  Group<A, Wide> group(tile.lanes, class_memory - Group<A, Wide>::kScratchEntries);
+  const bool tiled = args.tiles > 1;
   const bool sum_classes = Calibrated && args.class_gradients && !tiled;
   const bool writes_logits = args.grad_logits && !tiled;
   const A inverse = writes_logits ? inverse_of<A>(forward_denominator(args)) : A(1);
@@ -238,12 +178,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       continue;
     }
 
-    A rescale = correction;  // of e, which is relative to the tile's maximum
-    if constexpr (Clustered) {
-      sums = cluster.add(sums, smoothing, round);
-      rescale *= exponential(cluster.own_maximum(round) - sums.maximum);
-    }
-    const bool first = writes && tile.lane == 0 && i < args.outer;
+    const bool first = tile.lane == 0 && i < args.outer;
     if (!first && !sum_classes && !writes_logits) continue;
     const A target_weight = target >= 0 && class_weight ? class_weight[target] : A(1);
     const A v_i = valid ? vector_entry<A>(args.sample_weight, i, A(1)) : A(0);
@@ -261,7 +196,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
       const bool aligned = tile.aligned(grad);
       const A factor = v_i * inverse;
-      const A of_e = factor * result.softmax * rescale, of_w = factor * result.smooth;
+      const A of_e = factor * result.softmax * correction, of_w = factor * result.smooth;
 #pragma unroll
       for (int k = 0; k < kKept<T>; ++k) {
         Raw out = {};
@@ -292,7 +227,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
       }
     }
     if (!sum_classes || !valid) continue;
-    const A softmax = v_i * c * result.softmax * rescale, smooth = v_i * c * result.smooth;
+    const A softmax = v_i * c * result.softmax * correction, smooth = v_i * c * result.smooth;
 #pragma unroll
     for (int part = 0; part < kParts<T>; ++part) {
       A z[Q];
@@ -323,7 +258,7 @@ __global__ void __launch_bounds__(Clustered ? kClusterThreads<T>
     }
   }
   if (tiled) return;
-  if (args.block_sums && writes) block_sums.write_and_finish<A>(args);
+  if (args.block_sums) block_sums.write_and_finish<A>(args);
   if (sum_classes) {
     if constexpr (Calibrated)
       write_class_sums<T, Wide>(args, tile, grad_scale, grad_bias, class_memory);

@@ -20,8 +20,6 @@ namespace disalign::cuda {
 constexpr int kNarrowThreads = 128;
 template <class T>
 constexpr int kWideThreads = sizeof(T) == 8 ? 256 : 512;  // 255 and 128 registers a thread
-template <class T>
-constexpr int kClusterThreads = sizeof(T) == 8 ? 256 : 384;  // 255 and 168
 
 // Vectors that a thread keeps: 16 elements (float64: 8), with their class sums about all that the
 // registers hold.
@@ -34,12 +32,10 @@ constexpr int kPartsOfVector = kVector<T> / kPart<T>;
 template <class T>
 constexpr int kParts = kElements<T> / kPart<T>;  // that a thread keeps
 
-// Bytes of shared memory before the class vectors: BlockSums, ClusterSums, Group.
-constexpr int kClusterSumsEntries = 2 * kClusterBlocks * 8;
+// Bytes of shared memory before the class vectors: BlockSums, Group.
 template <class A, bool Wide>
 constexpr int kRowScratchBytes =
     BlockSums::entries(Wide ? 32 : kNarrowThreads) * static_cast<int>(sizeof(double)) +
-    (Wide ? kClusterSumsEntries : 0) * static_cast<int>(sizeof(A)) +
     Group<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
 
 // The rows of a group, all aligned alike: of the rows that the block's may be, the `first` and every

@@ -1,9 +1,10 @@
-// Row kernels, rows that a warp keeps in its registers, or, Wide, the warps of a block. Forward,
-// forward with the gradient of the logits, and backward are one kernel.
+// Row kernels, rows that a warp keeps in its registers, or, Wide, the warps of a block or of a
+// cluster's blocks (sm_90 and newer). Forward, forward with the gradient of the logits, and backward
+// are one kernel.
 //
 // - Maps: row_warp_tile.cuh. The next rows' vectors are on their way to shared memory while this one
 //   is computed; a lane reads what it has copied, so that nothing waits for other lanes. Barriers at
-//   the ends; Wide, one a row, of the sums, and one a turn.
+//   the ends; Wide, one a row, of the sums, and with the confidence's gradient one a turn.
 // - The exponentials are exp(u - u_t): no pass for the maximum, no reduction of it. Where the sum of
 //   the others is not moderate (a logit 22 above the target's, NaN) the row is done again by its
 //   maximum.
@@ -20,20 +21,27 @@
 
 namespace disalign::cuda {
 
-// Sums: the class sums are wanted. Wide: a row is a block's, and each warp has its part of it.
-template <class T, int K, bool Calibrated, bool Sums, bool Wide>
-__global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThreads,
-                                  Sums || Wide                        ? 1
+// Sums: the class sums are wanted. By: who keeps a row; of several warps each has its part of it.
+template <class T, int K, bool Calibrated, bool Sums, int By>
+__global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
+                                  Sums || By != kByWarp               ? 1
                                   : Calibrated || K * kVector<T> > 40 ? 2
                                                                       : 3)
     row_warp_kernel(const RowArgs args) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (By == kByCluster) {  // not launched: these devices have no clusters
+    __trap();
+    return;
+  }
+#endif
+  constexpr bool Wide = By != kByWarp;
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>, P = K * V;
   constexpr int kStages = kWarpStages<K>;
   DISALIGN_SHARED_MEMORY(memory);
-  const WarpTile<T, K, Wide> tile(args);
+  const WarpTile<T, K, By> tile(args);
   const int lane = tile.lane;
-  unsigned char* areas = memory + kWarpScratchBytes<A, Wide>;
+  unsigned char* areas = memory + kWarpScratchBytes<A, By>;
   constexpr int kBytes = kWarpBytes<Calibrated>;
   unsigned char* staged = areas + tile.warp * kBytes;
   A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kBytes) +
@@ -51,7 +59,9 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     __syncthreads();
   }
   BlockSums block_sums(reinterpret_cast<double*>(memory), Wide ? 1 : blockDim.x / 32);
-  WarpGroup<A, Wide> group(32, reinterpret_cast<A*>(memory + kWarpSumsBytes));
+  A* group_memory = reinterpret_cast<A*>(memory + kWarpSumsBytes);
+  using RowGroup = WarpGroup<A, By, kWarpThreads<T, Calibrated, Sums, By> <= 256 ? 8 : 16>;
+  RowGroup group(By == kByCluster ? args.tiles : 32, group_memory);
   const A inverse = args.backward      ? inverse_denominator<A>(args)
                     : args.grad_logits ? inverse_of<A>(forward_denominator(args))
                                        : A(1);
@@ -194,8 +204,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
               values[1] += own ? w[q] * (e[part * Q + q] - sums.maximum) : A(0);
             }
           }
-          if (tile.edge >= 0 && !place.at_edge)
-            values[1] += edge.weight() * (e[P] - sums.maximum);
+          if (tile.edge >= 0 && !place.at_edge) values[1] += edge.weight() * (e[P] - sums.maximum);
         }
         correction = make_exponentials(e, sums.maximum);
         values[0] = sum_of(e);
@@ -218,8 +227,7 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
         const A of_e = result.softmax * correction;
         // Of the target, what makes softmax e_t its gradient, smoothing's share left out.
         A e_t = -values[0];
-        if (smoothing)
-          e_t = of_e == A(0) ? A(0) : (result.at_target + result.smooth * w_t) / of_e;
+        if (smoothing) e_t = of_e == A(0) ? A(0) : (result.at_target + result.smooth * w_t) / of_e;
         place.set(e, e_t);
         const A v_i = of_row(RowTurn::kFactor);
         if (writes_logits) {
@@ -313,7 +321,18 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
       else
         __syncwarp();
     }
-    if (Wide && tile.warp > 0) continue;
+    A* of_blocks = nullptr;  // the sums of the cluster's blocks
+    if constexpr (By == kByCluster) {
+      if (slopes) {
+        of_blocks = group_memory + RowGroup::kScratchEntries +
+                    round / 32 % 2 * (kClusterSlopes<By> / 2);
+        if (tile.warp == 0)
+          Cluster::of_block(of_blocks, 0)[tile.block_of_row * 32 + lane] =
+              turn.slope(lane, blockDim.x / 32, kBytes);
+        Cluster::barrier();
+      }
+    }
+    if (!tile.is_first()) continue;
     double loss = 0, divisor = 0;
     if (lane <= at_turn) {
       const int64_t own = tile.row_at(round - at_turn + lane);
@@ -326,9 +345,14 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
         c = turn.at(RowTurn::kC, lane);
       }
       PositionResult<A> result = position_result(options, sums, w_t, !args.backward);
-      if (Calibrated && slopes && valid)
-        result.confidence = turn.slope(lane, Wide ? blockDim.x / 32 : 1, kBytes) +
-                            result.at_target * turn.at(RowTurn::kNoSlope, lane);
+      if (Calibrated && slopes && valid) {
+        A slope = 0;
+        if constexpr (By == kByCluster)
+          for (int block = 0; block < args.tiles; ++block) slope += of_blocks[block * 32 + lane];
+        else
+          slope = turn.slope(lane, Wide ? blockDim.x / 32 : 1, kBytes);
+        result.confidence = slope + result.at_target * turn.at(RowTurn::kNoSlope, lane);
+      }
       if (!args.backward) {
         write_position(args, own, own_target, sums, result, v_i, c);
         if (valid) {
@@ -344,8 +368,8 @@ __global__ void __launch_bounds__(Sums || Wide ? kWarpSumsThreads : kWarpRowThre
     loss = warp_sum(loss), divisor = warp_sum(divisor);
     if (lane == 0) block_sums.add(tile.warp, loss, divisor);
   }
-  if (args.block_sums) block_sums.write_and_finish<A>(args);
-  if constexpr (Sums) write_warp_sums<T, K, Wide>(args, tile, grad_scale, grad_bias, areas);
+  if (args.block_sums && tile.block_of_row == 0) block_sums.write_and_finish<A>(args);
+  if constexpr (Sums) write_warp_sums<T, K, By>(args, tile, grad_scale, grad_bias, areas);
 }
 
 }  // namespace disalign::cuda

@@ -4,7 +4,8 @@
 // - A row is its whole 16-byte vectors, the k-th of a lane 32 k after its first, and at its edges fewer
 //   elements than two vectors have, at most one a lane. So every vector is whole, and rows of any
 //   length and alignment take the same path. Rows aligned alike: row_tile.cuh.
-// - Wide: the row is a block's. Each warp has 32 K neighbouring vectors, the first one the edges, too.
+// - Wide: the row is that of several warps, of a block or of a cluster's blocks. Each has 32 K
+//   neighbouring vectors, the first one the edges, too.
 #pragma once
 
 #include "cuda/kernels/position.cuh"
@@ -12,31 +13,43 @@
 
 namespace disalign::cuda {
 
-constexpr int kWarpRowThreads = 128;
-// With class sums, and where a row is a block's: of 255 registers.
-constexpr int kWarpSumsThreads = 256;
+// Who keeps a row.
+enum Keeper { kByWarp, kByBlock, kByCluster };
+
+// Threads of a block, at most: of 255 registers with class sums, and of several warps a row; of a
+// plain row of floats 144 are enough.
+template <class T, bool Calibrated, bool Sums, int By>
+constexpr int kWarpThreads = By == kByWarp && !Sums                           ? 128
+                             : By != kByWarp && !Calibrated && sizeof(T) == 4 ? 448
+                                                                              : 256;
 constexpr int kWarpVectors = 10;  // of a lane: with class sums about all that registers hold
 // Vectors in shared memory, of a lane: a row's and the next one's; of short rows, the next three's.
 constexpr int kWarpStaged = 2 * kWarpVectors;
 template <int K>
 constexpr int kWarpStages = kWarpStaged / K;
 constexpr int kWarpSumsBytes = BlockSums::entries(32) * static_cast<int>(sizeof(double));
-template <class A, bool Wide>
-using WarpGroup = Group<A, Wide, kWarpSumsThreads / 32>;
-template <class A, bool Wide>
-constexpr int kWarpScratchBytes =
-    kWarpSumsBytes + WarpGroup<A, Wide>::kScratchEntries * static_cast<int>(sizeof(A));
+template <class A, int By, int kMostWarps = 16>
+using WarpGroup = std::conditional_t<By == kByCluster, ClusterGroup<A, kMostWarps>,
+                                     Group<A, By != kByWarp, kMostWarps>>;
+// Of the sums of slopes of a cluster's blocks, for a turn; two turns'.
+template <int By>
+constexpr int kClusterSlopes = By == kByCluster ? 2 * kClusterBlocks * 32 : 0;
+template <class A, int By>
+constexpr int kWarpScratchBytes = kWarpSumsBytes + (WarpGroup<A, By>::kScratchEntries +
+                                                    kClusterSlopes<By>)*static_cast<int>(sizeof(A));
 
-template <class T, int K, bool Wide>
+template <class T, int K, int By>
 struct WarpTile : GroupRows {
+  static constexpr bool Wide = By != kByWarp;
   static constexpr int V = kVector<T>;
 
-  int warp, lane;
-  int first_class;  // of the row's first whole vector
-  int vectors;      // whole ones of the row
-  int base_class;   // of this warp's first
-  int left;         // from this lane's first on, other warps' included
-  int edge;         // this lane's class at the row's edges, or -1
+  int warp, lane;    // warp: of the block
+  int block_of_row;  // of the cluster
+  int first_class;   // of the row's first whole vector
+  int vectors;       // whole ones of the row
+  int base_class;    // of this warp's first
+  int left;          // from this lane's first on, other warps' included
+  int edge;          // this lane's class at the row's edges, or -1
   int classes;
 
   __device__ __forceinline__ explicit WarpTile(const RowArgs& args)
@@ -45,6 +58,7 @@ struct WarpTile : GroupRows {
                   Wide ? blocks(args) : blocks(args) * (blockDim.x / 32), group(args)),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
+        block_of_row(By == kByCluster ? blockIdx.y : 0),
         first_class((V - phase) % V),
         vectors((static_cast<int>(args.classes) - first_class) / V),
         classes(static_cast<int>(args.classes)) {
@@ -54,16 +68,21 @@ struct WarpTile : GroupRows {
     asm("" : "+r"(lane));
     asm("" : "+r"(warp));  // and these it would make anew wherever they are used
     asm("" : "+l"(row));
-    const int before = Wide ? warp * 32 * K : 0;
+    const int before =
+        Wide ? (block_of_row * static_cast<int>(blockDim.x / 32) + warp) * 32 * K : 0;
     base_class = first_class + before * V;
     left = vectors - before - lane;
     const int after = classes - first_class - vectors * V;
-    edge = Wide && warp > 0     ? -1
+    edge = !is_first()          ? -1
            : lane < first_class ? lane
            : lane >= 32 - after ? classes - 32 + lane
                                 : -1;
   }
 
+  // Whether this warp writes what is of a whole row.
+  __device__ __forceinline__ bool is_first() const {
+    return !Wide || (warp == 0 && block_of_row == 0);
+  }
   __device__ __forceinline__ bool has(int k) const { return left > 32 * k; }
   // Of this lane's first vector, from the row's first element.
   __device__ __forceinline__ int first() const { return base_class + lane * V; }
@@ -151,8 +170,8 @@ class Turn {
     return sums;
   }
 
-  // sum_j q_j d_j of a row, of which each lane has some classes; `warps` of turns `warp_bytes` apart
-  // have the others. Added up by the row's lane, later: nothing waits for it.
+  // sum_j q_j d_j of a row, of which each lane has some classes; of the block, `warps` of turns
+  // `warp_bytes` apart have the others. Added up by the row's lane, later: nothing waits for it.
   __device__ __forceinline__ void keep_slope(int row, A sum, int lane) const {
 #pragma unroll
     for (int distance = 16; distance >= kShares; distance /= 2)
@@ -231,9 +250,10 @@ struct TargetPlace {
   bool holds;    // whether it is among this lane's vectors
   bool at_edge;  // whether it is this lane's edge
 
-  template <bool Wide>
-  __device__ __forceinline__ TargetPlace(const WarpTile<T, K, Wide>& tile, int target) {
+  template <int By>
+  __device__ __forceinline__ TargetPlace(const WarpTile<T, K, By>& tile, int target) {
     constexpr int V = kVector<T>;
+    constexpr bool Wide = By != kByWarp;
     const unsigned element = static_cast<unsigned>(target - tile.base_class);  // large below 0
     const int vectors = Wide ? min(tile.staged_vectors(), 32 * K) : tile.vectors;
     const bool inside = vectors > 0 && element < static_cast<unsigned>(vectors * V);
@@ -257,9 +277,8 @@ struct TargetPlace {
   __device__ __forceinline__ void set(A (&elements)[K * kVector<T> + 1], A value) const {
     constexpr int P = K * kVector<T>;
     if (k >= 0)  // the same for all lanes, as is the element: a lane's own index would need memory
-      at_index<0, P>(k * kVector<T> + v, [&](auto p) {
-        elements[p.value] = holds ? value : elements[p.value];
-      });
+      at_index<0, P>(k * kVector<T> + v,
+                     [&](auto p) { elements[p.value] = holds ? value : elements[p.value]; });
     elements[P] = at_edge ? value : elements[P];
   }
 };
@@ -275,9 +294,8 @@ __device__ __forceinline__ A sum_of(const A (&values)[Count]) {
 // A block's class sums. Those of warps with a row each are added in their order; of a wide row a
 // class is one warp's. `memory` has kWarpBytes a warp, where neighbouring classes are brought to
 // neighbouring lanes.
-template <class T, int K, bool Wide>
-__device__ __forceinline__ void write_warp_sums(const RowArgs& args,
-                                                const WarpTile<T, K, Wide>& tile,
+template <class T, int K, int By>
+__device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpTile<T, K, By>& tile,
                                                 const Accumulate<T> (&scale)[K * kVector<T> + 1],
                                                 const Accumulate<T> (&bias)[K * kVector<T> + 1],
                                                 unsigned char* memory) {
@@ -285,7 +303,9 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args,
   constexpr int V = kVector<T>, P = K * V, kPitch = 33, kPlane = kPitch * (P + 1);
   static_assert(2 * kPlane * sizeof(A) <= kWarpStagedBytes + Turn<A, true>::kBytesBeforeShares,
                 "the first warp may still read the shares of a wide row");
-  const auto of_warp = [=](int warp) { return reinterpret_cast<A*>(memory + warp * kWarpBytes<true>); };
+  const auto of_warp = [=](int warp) {
+    return reinterpret_cast<A*>(memory + warp * kWarpBytes<true>);
+  };
   A* own = of_warp(tile.warp);
   __syncwarp();
 #pragma unroll
@@ -297,7 +317,7 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args,
   // The i-th 32 neighbours: element `lane % V` of so many vectors.
   const int of_lane = tile.lane % V * kPitch + tile.lane / V;
   const auto place = [=](int i) { return i / V * V * kPitch + i % V * (32 / V) + of_lane; };
-  if constexpr (Wide) {
+  if constexpr (By != kByWarp) {
     __syncwarp();
     A* first = to + tile.base_class + tile.lane;
     const int elements = tile.staged_vectors() * V - tile.lane;

@@ -93,51 +93,47 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
   return plan;
 }
 
-// The same rows by row_warp_kernel, by a warp each or by as many as keep one. None for float64, for
-// shards, for rows that a narrow group keeps, and where a row needs more warps or more shared memory
-// than a block has.
-template <class T>
-std::optional<RowPlan> row_warp_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
+// The same rows by row_warp_kernel: by a warp each, by several of a block, or by those of a cluster of
+// so many blocks. None for float64, for shards, for rows that a narrow group keeps, and where a row
+// needs more warps or more shared memory than there are.
+template <class T, bool Calibrated>
+std::optional<RowPlan> row_warp_plan(const RowArgs& args, const Limits& limits, RowPlan plan,
+                                     int blocks) {
+  using A = Accumulate<T>;
   if (sizeof(T) == 8 || args.shard_sums || args.shard_factors || !plan.wide) return std::nullopt;
   const int64_t vectors = args.classes / kVector<T>;
+  const bool sums = Calibrated && args.class_gradients;
   // The class sums of a half precision's elements do not fit into registers.
-  const bool half_of_them =
-      sizeof(T) == 2 && (args.class_gradients || vectors <= 16 * kWarpVectors);
+  const bool half_of_them = sizeof(T) == 2 && (sums || vectors <= 16 * kWarpVectors);
   plan.warp_vectors = half_of_them ? kWarpVectors / 2 : kWarpVectors;
   plan.wide = vectors > 32 * plan.warp_vectors;
-  const int most = (plan.wide || args.class_gradients ? kWarpSumsThreads : kWarpRowThreads) / 32;
   const int64_t class_bytes = ClassVectors<T>::count(args) * 32 * plan.warp_vectors * kVector<T> *
-                              static_cast<int64_t>(sizeof(Accumulate<T>));
-  const int64_t warp_bytes = args.scale ? kWarpBytes<true> : kWarpBytes<false>;
+                              static_cast<int64_t>(sizeof(A));
   const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
   int64_t warps = 0;
   plan.shape = Shape{};
   if (plan.wide) {
-    warps = divide_up(vectors, 32 * plan.warp_vectors);
+    plan.shape.clustered = blocks > 1;
+    plan.shape.grid_y = blocks;
+    const int64_t most = (sums ? kWarpThreads<T, Calibrated, Calibrated, kByBlock>
+                               : kWarpThreads<T, Calibrated, false, kByBlock>) /
+                         32;
+    warps = divide_up(vectors, 32 * plan.warp_vectors * blocks);
     plan.shape.shared_bytes =
-        kWarpScratchBytes<Accumulate<T>, true> + warps * (warp_bytes + class_bytes);
+        (blocks > 1 ? kWarpScratchBytes<A, kByCluster> : kWarpScratchBytes<A, kByBlock>)+warps *
+        (kWarpBytes<Calibrated> + class_bytes);
     if (warps > most || static_cast<int64_t>(plan.shape.shared_bytes) > limit) return std::nullopt;
   } else {
-    const int64_t fixed = kWarpScratchBytes<Accumulate<T>, false> + class_bytes;
-    warps = std::min<int64_t>(most, (limit - fixed) / warp_bytes);
-    plan.shape.shared_bytes = fixed + warps * warp_bytes;
+    const int64_t most = kWarpThreads<T, Calibrated, false, kByWarp> / 32 * (sums ? 2 : 1);
+    const int64_t fixed = kWarpScratchBytes<A, kByWarp> + class_bytes;
+    warps = std::min<int64_t>(most, (limit - fixed) / kWarpBytes<Calibrated>);
+    plan.shape.shared_bytes = fixed + warps * kWarpBytes<Calibrated>;
     if (warps <= 0) return std::nullopt;
   }
   plan.lanes = plan.wide ? 0 : 32;
-  plan.tiles = 1;
-  plan.tile_vectors = static_cast<int>(plan.vectors);
+  plan.tiles = blocks;
+  plan.tile_vectors = static_cast<int>(divide_up(plan.vectors, blocks));
   plan.shape.threads = static_cast<int>(32 * warps);
-  return plan;
-}
-
-// The same rows by clusters: a tile as large as a block can keep, all tiles of a row at once. None
-// where they are too many, or there is too little shared memory.
-template <class T>
-std::optional<RowPlan> row_cluster_plan(const RowArgs& args, const Limits& limits, RowPlan plan) {
-  set_tiles<T>(plan, args, divide_up(plan.vectors, kClusterThreads<T> * kKept<T>));
-  plan.shape.clustered = true;
-  if (plan.tiles > kClusterBlocks || plan.shape.shared_bytes > limits.shared_bytes)
-    return std::nullopt;
   return plan;
 }
 
@@ -191,27 +187,31 @@ static inline void apply(const RowPlan& plan, RowArgs& args) {
 
 using RowKernel = void (*)(RowArgs);
 
+template <class T, int K, bool Calibrated, bool Sums>
+RowKernel row_warp_kernel_of(const RowPlan& plan) {
+  return plan.shape.clustered ? row_warp_kernel<T, K, Calibrated, Sums, kByCluster>
+         : plan.wide          ? row_warp_kernel<T, K, Calibrated, Sums, kByBlock>
+                              : row_warp_kernel<T, K, Calibrated, Sums, kByWarp>;
+}
+
 template <class T, bool Calibrated>
 RowKernel row_warp_kernel_of(const RowArgs& args, const RowPlan& plan) {
-  constexpr int kAll = kWarpVectors, kOfSums = sizeof(T) == 2 ? kAll / 2 : kAll;
+  constexpr int kAll = kWarpVectors, kHalf = kWarpVectors / 2;
   if constexpr (sizeof(T) == 8) {
     return nullptr;  // row_warp_plan
   } else {
     if constexpr (Calibrated) {
       if (args.class_gradients)
-        return plan.wide ? row_warp_kernel<T, kOfSums, true, true, true>
-                         : row_warp_kernel<T, kOfSums, true, true, false>;
+        return row_warp_kernel_of<T, sizeof(T) == 2 ? kHalf : kAll, true, true>(plan);
     }
-    if (plan.wide) return row_warp_kernel<T, kAll, Calibrated, false, true>;
-    return plan.warp_vectors == kAll ? row_warp_kernel<T, kAll, Calibrated, false, false>
-                                     : row_warp_kernel<T, kOfSums, Calibrated, false, false>;
+    if (plan.warp_vectors == kAll) return row_warp_kernel_of<T, kAll, Calibrated, false>(plan);
+    return row_warp_kernel<T, kHalf, Calibrated, false, kByWarp>;
   }
 }
 
 template <class T, bool Calibrated>
 RowKernel row_forward_kernel_of(const RowArgs& args, const RowPlan& plan) {
   if (plan.warp_vectors) return row_warp_kernel_of<T, Calibrated>(args, plan);
-  if (plan.shape.clustered) return row_forward_kernel<T, Calibrated, true, true>;
   return plan.wide ? row_forward_kernel<T, Calibrated, true>
                    : row_forward_kernel<T, Calibrated, false>;
 }
@@ -248,17 +248,18 @@ int64_t launch_row_gradients(Launcher& launcher, RowArgs& args) {
   return plan.shape.grid_x;
 }
 
-// The plan of forward, and the tiles of a row that are several blocks' work but no cluster's.
+// The rows by warps, if a warp, a block or a cluster can keep one: by as few blocks as can.
 template <class T, bool Calibrated, class Launcher>
-RowPlan row_forward_plan(Launcher& launcher, const RowArgs& args) {
+std::optional<RowPlan> row_warp_plan(Launcher& launcher, const RowArgs& args) {
   const Limits limits = launcher.limits();
-  const RowPlan plan = row_plan<T>(args, limits, kWideThreads<T>);
-  if (const auto warp = row_warp_plan<T>(args, limits, plan)) return *warp;
-  if (plan.tiles == 1 || !(args.class_gradients || args.grad_logits)) return plan;
-  const auto cluster = row_cluster_plan<T>(args, limits, plan);
-  const bool runs = cluster && launcher.clusters(row_forward_kernel<T, Calibrated, true, true>,
-                                                 cluster->shape) > 0;
-  return runs ? *cluster : plan;
+  const RowPlan rows = row_plan<T>(args, limits, kWideThreads<T>);
+  for (int blocks = 1; blocks <= (limits.has_clusters ? kClusterBlocks : 1); ++blocks) {
+    const auto plan = row_warp_plan<T, Calibrated>(args, limits, rows, blocks);
+    if (plan && (blocks == 1 || launcher.clusters(row_warp_kernel_of<T, Calibrated>(args, *plan),
+                                                  plan->shape) > 0))
+      return plan;
+  }
+  return std::nullopt;
 }
 
 template <class T, bool Calibrated, class Launcher>
@@ -269,7 +270,8 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   using A = Accumulate<T>;
   const bool reduce = args.reduction != kReduceNone;
   FinishArgs last;
-  RowPlan plan = row_forward_plan<T, Calibrated>(launcher, args);
+  const auto by_warps = row_warp_plan<T, Calibrated>(launcher, args);
+  RowPlan plan = by_warps ? *by_warps : row_plan<T>(args, launcher.limits(), kWideThreads<T>);
   const bool tiled = plan.tiles > 1 && !plan.shape.clustered;
   if (tiled && args.grad_logits) {
     // The row leaves the chip before its sums are known: forward, then backward.
@@ -337,9 +339,7 @@ template <class T, bool Calibrated, class Launcher>
 void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
   FinishArgs last;
   if (args.outer > 0) {
-    auto plan = row_warp_plan<T>(args, launcher.limits(),
-                                 row_plan<T>(args, launcher.limits(), kWideThreads<T>));
-    if (plan) {
+    if (auto plan = row_warp_plan<T, Calibrated>(launcher, args)) {
       args.backward = true;
       const RowKernel kernel = row_warp_kernel_of<T, Calibrated>(args, *plan);
       fill_grid<T>(launcher, kernel, args, *plan);
