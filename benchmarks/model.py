@@ -64,7 +64,7 @@ INSTRUCTIONS = {
 # and of the block besides.
 _WARP_VECTORS, _WARPS, _WARP_BYTES, _BLOCK_BYTES = 320, 8, 12544, 2560
 # Of plain fp32 rows; of plain rows; of a cluster's blocks, and how many it has at most.
-_PLAIN_WARPS, _PLAIN_WARP_BYTES, _CLUSTER_BYTES, _CLUSTER = 14, 11904, 4608, 8
+_PLAIN_WARPS, _PLAIN_WARP_BYTES, _CLUSTER_BYTES, _CLUSTER = 16, 11904, 4608, 8
 # Elements of a row that a thread keeps, and of a block that has a whole row by other kernels.
 _KEPT = 16
 _BLOCK = 512 * _KEPT
@@ -121,6 +121,26 @@ def _elements(dtype: str, classes: int) -> int:
     return -(-(before + classes) // vector) * vector
 
 
+def _blocks(gpu: Gpu, calibrated: bool, sums: bool, dtype: str, classes: int) -> int | None:
+    """Whose warps keep a row: 0 where one warp does, and None where no cluster's do."""
+    vectors = classes * SIZES[dtype] // 16
+    # The class sums of a half precision's elements do not fit into registers, nor need short rows
+    # so many.
+    half = dtype == "bf16" and (sums or vectors <= _WARP_VECTORS // 2)
+    of_a_warp = _WARP_VECTORS // 2 if half else _WARP_VECTORS
+    if vectors <= of_a_warp:
+        return 0
+    most = _WARPS if calibrated or dtype == "bf16" else _PLAIN_WARPS
+    class_bytes = 2 * of_a_warp * (16 // SIZES[dtype]) * 4 if calibrated else 0
+    warp_bytes = class_bytes + (_WARP_BYTES if calibrated else _PLAIN_WARP_BYTES)
+    for blocks in range(1, _CLUSTER + 1 if gpu.capability.has_clusters else 2):
+        warps = -(-vectors // (of_a_warp * blocks))
+        besides = _BLOCK_BYTES if blocks == 1 else _CLUSTER_BYTES
+        if warps <= most and warps * warp_bytes + besides <= gpu.capability.shared_bytes_of_a_block:
+            return blocks
+    return None
+
+
 def way(gpu: Gpu, step: str, dtype: str, classes: int) -> str:
     """How forward works on a row of more than 512 classes.
 
@@ -129,26 +149,14 @@ def way(gpu: Gpu, step: str, dtype: str, classes: int) -> str:
     which keeps it until the row's sums are known.
     """
     sums = step != "plain"
-    shared_bytes = gpu.capability.shared_bytes_of_a_block
-    vectors = classes * SIZES[dtype] // 16
-    # The class sums of a half precision's elements do not fit into registers, nor need short rows
-    # so many.
-    half = dtype == "bf16" and (sums or vectors <= _WARP_VECTORS // 2)
-    of_a_warp = _WARP_VECTORS // 2 if half else _WARP_VECTORS
-    if vectors <= of_a_warp:
-        return "warp"
-    most = _PLAIN_WARPS if dtype == "fp32" and not sums else _WARPS
-    class_bytes = 2 * of_a_warp * (16 // SIZES[dtype]) * 4 if sums else 0
-    warp_bytes = class_bytes + (_WARP_BYTES if sums else _PLAIN_WARP_BYTES)
-    for blocks in range(1, _CLUSTER + 1 if gpu.capability.has_clusters else 2):
-        warps = -(-vectors // (of_a_warp * blocks))
-        besides = _BLOCK_BYTES if blocks == 1 else _CLUSTER_BYTES
-        if warps <= most and warps * warp_bytes + besides <= shared_bytes:
-            return "warps" if blocks == 1 else "cluster"
+    blocks = _blocks(gpu, sums, sums, dtype, classes)
+    if blocks is not None:
+        return ("warp", "warps", "cluster")[min(blocks, 2)]
     elements = _elements(dtype, classes)
     # Scale and bias lie in shared memory, for whole warps.
     shared = 8 * -(-elements // (32 * _KEPT)) * 32 * _KEPT if sums else 0
-    return "block" if elements <= _BLOCK and shared < shared_bytes else "tiles"
+    enough = elements <= _BLOCK and shared < gpu.capability.shared_bytes_of_a_block
+    return "block" if enough else "tiles"
 
 
 def class_sum_bytes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> int:
@@ -202,6 +210,8 @@ def launches(gpu: Gpu, step: str, dtype: str, classes: int) -> int:
     """
     tiled = way(gpu, step, dtype, classes) == "tiles"
     of_loss = 2 if tiled and step != "stage 2" else 1 if tiled or step != "stage 2" else 0
+    if tiled and step != "stage 2":  # forward alone may be a cluster's
+        of_loss -= _blocks(gpu, step != "plain", False, dtype, classes) is not None
     return reads(gpu, step, dtype, classes) + of_loss + int(step != "plain")
 
 

@@ -85,6 +85,8 @@ ORDINARY = {
 OF_WARP_ROWS = {
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
     r"ISETP\.NE\.OR P, PT, R, RZ, !P": True,  # the sum of the others is moderate
+    r"FSETP\.LE\.OR P, PT, R, 4\.29\d*e\+09, P": True,
+    r"FSETP\.GTU\.AND P, PT, R, 4\.29\d*e\+09, PT": False,
     r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # log1p of a positive number
 }
 
@@ -180,6 +182,7 @@ def _compiled(
 
 def compile_all() -> None:
     """In parallel, what one after the other would take a minute."""
+    _folder()  # once: two threads would make two, one of which goes
     with ThreadPoolExecutor(2) as pool:
         for dtype in DTYPES:
             _declarations(dtype, False)

@@ -75,22 +75,32 @@ def compile(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
 Spill = tuple[str, str, tuple[int, ...], str]  # architecture; name, flags, type of the kernel
 _WIDE_STAGE_2 = ("row_forward_kernel", (True, True))
 _WIDE_BACKWARD = ("row_backward_kernel", (False, True, False))
-_WARPS_CALIBRATED = ("row_warp_kernel", (True, False, 1))
+_WARP_CALIBRATED, _WARPS_CALIBRATED, _CLUSTER_CALIBRATED = (
+    ("row_warp_kernel", (True, False, keeper)) for keeper in range(3)
+)
+_CLUSTER_PLAIN = ("row_warp_kernel", (False, False, 2))
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
 # Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
-# registers (of backward 80, of warps 255), some fewer than the code of the widest
+# registers (of backward 80, of warps 255 or 128), some fewer than the code of the widest
 # kernels takes. It keeps in memory what all rows share: stored before the loop over rows, read two
 # to five times a row.
 KNOWN_SPILLS: dict[Spill, int] = {
     ("75", *_WIDE_STAGE_2, "f"): 16,
     ("80", *_WIDE_STAGE_2, "f"): 16,
+    ("90", *_WARPS_CALIBRATED, _BF16): 40,
+    ("90", *_WARPS_CALIBRATED, _FP16): 40,
     ("100", *_WIDE_STAGE_2, "f"): 72,
     ("100", *_WIDE_STAGE_2, _BF16): 112,
     ("100", *_WIDE_STAGE_2, _FP16): 112,
     ("100", *_WIDE_BACKWARD, "f"): 24,
     ("100", *_WIDE_BACKWARD, _BF16): 16,
     ("100", *_WIDE_BACKWARD, _FP16): 16,
+    ("120", *_CLUSTER_PLAIN, "f"): 100,
+    ("120", *_WARP_CALIBRATED, _BF16): 60,
+    ("120", *_WARP_CALIBRATED, _FP16): 60,
+    ("120", *_CLUSTER_CALIBRATED, _BF16): 60,
+    ("120", *_CLUSTER_CALIBRATED, _FP16): 60,
     ("120", *_WIDE_STAGE_2, "f"): 20,
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,

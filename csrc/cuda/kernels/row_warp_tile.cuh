@@ -17,10 +17,10 @@ namespace disalign::cuda {
 enum Keeper { kByWarp, kByBlock, kByCluster };
 
 // Threads of a block, at most: of 255 registers with class sums, and of several warps a row; of a
-// plain row of floats 144 are enough.
+// plain row of floats 128 are enough.
 template <class T, bool Calibrated, bool Sums, int By>
 constexpr int kWarpThreads = By == kByWarp && !Sums                           ? 128
-                             : By != kByWarp && !Calibrated && sizeof(T) == 4 ? 448
+                             : By != kByWarp && !Calibrated && sizeof(T) == 4 ? 512
                                                                               : 256;
 constexpr int kWarpVectors = 10;  // of a lane: with class sums about all that registers hold
 // Vectors in shared memory, of a lane: a row's and the next one's; of short rows, the next three's.
