@@ -1,5 +1,6 @@
-# Every target sets up what it needs: a virtual environment with pinned versions and the library built from this
-# tree. The demos need few packages (requirements-demo.txt), the others all of them (requirements.txt).
+# Every target but gpu-check sets up what it needs: a virtual environment with pinned versions and the
+# library built from this tree. The demos need few packages (requirements-demo.txt), the others all of
+# them (requirements.txt).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations bench bench-full lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations bench bench-full gpu-check lint docs format clean
 
 setup: $(VENV)/.installed $(VENV)/.built
 
@@ -49,7 +50,8 @@ test-slow: setup
 TRITON_TESTS := row forward_backward shard dense calibrate in_place autograd stage2 operators upsample linear
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -q \
-	  -p support.triton_operators -k "not depend_on and not beyond_the_cache" $(foreach name,$(TRITON_TESTS),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+	  -p support.triton_operators -k "not depend_on and not beyond_the_cache and not keeps_no_gradient" \
+	  $(foreach name,$(TRITON_TESTS),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 	DISALIGN_OPS_TRITON_COMPILE=all $(BIN)/python -m pytest -q tests/_ops/test_triton_targets.py
 
 # An environment with the frameworks, 6 GB of packages, and the wheel of this tree under another torch
@@ -84,6 +86,12 @@ bench: setup
 
 bench-full: setup
 	$(BIN)/python -m benchmarks.run --device $(DEVICE) --full
+
+# On a machine with a GPU and no network: by PYTHON's own packages, in no virtual environment. Further
+# runs go on; STEPS="build model": these again, and no others; MINUTES: of this run. See docs/gpus.md.
+OUT ?= out/gpu-check
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(STEPS)
 
 # Into build/site; a warning fails it (and would be none with --quiet). The variable silences an
 # announcement of the theme's makers.

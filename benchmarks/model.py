@@ -15,9 +15,6 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.gpus import GPUS, Gpu
 
 SHARE_OF_BANDWIDTH = 0.9
@@ -292,6 +289,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.markdown:
         print(markdown())
         return 0
+    # Here: what compares measurements with the model needs no rich.
+    from rich.console import Console
+    from rich.table import Table
+
     shown = Table(title="Predicted: ms (captured in a CUDA graph), share of a copy, limit")
     for heading in HEADINGS:
         shown.add_column(heading, overflow="fold")

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import peers, plot, report
+from benchmarks import peers, report
 from benchmarks.cases import Case, select
 from benchmarks.results import CaseResult, run_case
 
@@ -118,7 +118,12 @@ def main(arguments: list[str] | None = None) -> int:
     if warning := report.disturbance(results):
         console.print(warning, style="yellow")
     written = report.write(options.out, results, left_out, about)
-    written.append(plot.bar_chart(options.out / "bench.png", results, about))
+    try:
+        from benchmarks import plot
+    except ModuleNotFoundError as error:
+        console.print(f"no plot: {error}")
+    else:
+        written.append(plot.bar_chart(options.out / "bench.png", results, about))
     console.print("written: " + ", ".join(str(path) for path in written), soft_wrap=True)
 
     failed = [result.case.name for result in results if result.ours_failed]

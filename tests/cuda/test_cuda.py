@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -199,13 +200,28 @@ def test_autocast_makes_no_float32_copy(dtype: torch.dtype) -> None:
     assert torch.cuda.max_memory_allocated() - before < z.numel() * z.itemsize / 4
 
 
-def test_dense_and_upsampling_equal_the_reference() -> None:
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+BACKENDS = ["native", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_equal_the_reference(backend: Any) -> None:
+    r = on_gpu(rows(64, 1203), torch.float32)
+    with disalign_ops.set_backend(backend):
+        found = step(r)
+    with disalign_ops.set_backend("reference"):
+        expected = step(r)
+    assert_same(found, expected, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dense_and_upsampling_equal_the_reference(backend: Any) -> None:
     d = dense((2, 21, 16, 16), (64, 64))
     z = d.logits.detach().to("cuda", torch.float32).requires_grad_()
     t = d.target.cuda()
     found, expected = [], []
-    for results, backend in ((found, "native"), (expected, "reference")):
-        with disalign_ops.set_backend(backend):
+    for results, name in ((found, backend), (expected, "reference")):
+        with disalign_ops.set_backend(name):
             loss = disalign_ops.upsample_cross_entropy(z, t)
             results += [loss.detach(), *torch.autograd.grad(loss, z)]
             loss = disalign_ops.cross_entropy(z, t[:, :16, :16], ignore_index=255)
@@ -213,15 +229,16 @@ def test_dense_and_upsampling_equal_the_reference() -> None:
     assert_same(found, expected, "on the device")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(9, 1203), (2, 21, 8, 9)], ids=str)
-def test_calibrate_equals_the_reference(shape: tuple[int, ...]) -> None:
+def test_calibrate_equals_the_reference(shape: tuple[int, ...], backend: Any) -> None:
     z = torch.randn(shape, device="cuda", requires_grad=True)
     c = torch.randn(shape[0], *shape[2:], device="cuda", requires_grad=True)
     a, b = (torch.randn(shape[1], device="cuda", requires_grad=True) for _ in range(2))
     upstream = torch.randn_like(z)
     found, expected = [], []
-    for results, backend in ((found, "native"), (expected, "reference")):
-        with disalign_ops.set_backend(backend):
+    for results, name in ((found, backend), (expected, "reference")):
+        with disalign_ops.set_backend(name):
             u = disalign_ops.calibrate(z, c, a, b)
             results += [u.detach(), *torch.autograd.grad(u, (z, c, a, b), upstream)]
     assert_same(found, expected, "calibrate")

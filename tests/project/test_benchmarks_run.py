@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import benchmarks
 from benchmarks import peers, report, run
 from benchmarks.cases import Case, Inputs, Mode
 from benchmarks.peers import Contestant, eager_loss, our_loss
@@ -98,6 +99,18 @@ def test_the_command_line_writes_files_that_parse(tmp_path: Path) -> None:
     assert [peer["name"] for peer in document["left_out"]] == ["flash-attn"]
     assert document["results"][0]["relative_errors"].keys() == {"loss", "logits"}
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_without_matplotlib_there_is_no_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.plot", raising=False)
+    monkeypatch.delattr(benchmarks, "plot", raising=False)
+    what = ["--case", "small-plain", "--peer", "flash-attn", "--rounds", "1"]
+    assert run.main([*what, "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert "no plot: import of matplotlib halted" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.csv", "bench.json"}
 
 
 @pytest.mark.parametrize(
