@@ -19,7 +19,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads, 
 from torch import Tensor
 
 from .. import nn as dnn
-from .._call.types import Form
+from .._call.types import Form, Normalizer
 from ..class_stats import grw_weights
 from ..count_files import read_counts
 from ..errors import ArgumentError
@@ -27,8 +27,15 @@ from ..functional import cross_entropy
 
 
 def add_disalign_config(cfg: Any) -> None:
-    """MODEL.ROI_BOX_HEAD.DISALIGN: FORM, RHO, COUNTS (a file of `read_counts`, "": no weights)."""
-    cfg.MODEL.ROI_BOX_HEAD.DISALIGN = CfgNode({"FORM": "interpolated", "COUNTS": "", "RHO": 0.8})
+    """MODEL.ROI_BOX_HEAD.DISALIGN: FORM, RHO, COUNTS (a file of `read_counts`, "": no weights),
+    COUNT (its argument count: "image" or "instance"), NORMALIZER (of `cross_entropy`).
+    """
+    cfg.MODEL.ROI_BOX_HEAD.DISALIGN = CfgNode(
+        {
+            "FORM": "interpolated", "COUNTS": "", "COUNT": "image", "RHO": 0.8,
+            "NORMALIZER": "weights",
+        }
+    )  # fmt: skip
 
 
 class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ignore[misc]
@@ -39,6 +46,8 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
         class_weight: (num_classes + 1,), of the background 1, or None:
             `grw_weights(counts, rho, background="last")`.
         form: as in `disalign_ops.nn.DisAlignLinear`.
+        normalizer: as in `disalign_ops.cross_entropy`: "weights" is the released detectors',
+            "valid" detectron2's own.
         options: of FastRCNNOutputLayers; use_sigmoid_ce and use_fed_loss are refused.
 
     From a config: `DisAlignFastRCNNOutputLayers(cfg, input_shape)`, see `add_disalign_config`.
@@ -51,7 +60,7 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
     @configurable  # type: ignore[misc]
     def __init__(
         self, input_shape: Any, *, class_weight: Tensor | None = None, form: Form = "interpolated",
-        **options: Any,
+        normalizer: Normalizer = "weights", **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(input_shape, **options)
         if getattr(self, "use_sigmoid_ce", False) or getattr(self, "use_fed_loss", False):
@@ -65,14 +74,15 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
         calibrated.weight, calibrated.bias = linear.weight, linear.bias
         self.cls_score = calibrated
         self.register_buffer("class_weight", class_weight, persistent=False)
+        self.normalizer = normalizer
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: Any) -> dict[str, Any]:
         found: dict[str, Any] = super().from_config(cfg, input_shape)
         given = cfg.MODEL.ROI_BOX_HEAD.DISALIGN
-        found["form"] = given.FORM
+        found["form"], found["normalizer"] = given.FORM, given.NORMALIZER
         if given.COUNTS:
-            counts = read_counts(given.COUNTS)
+            counts = read_counts(given.COUNTS, count=given.COUNT)
             found["class_weight"] = grw_weights(counts, given.RHO, background="last")
         return found
 
@@ -89,7 +99,7 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
             boxes = true_boxes = torch.empty(0, 4, device=deltas.device)
         fast_rcnn._log_classification_stats(scores, classes)
         if len(classes):
-            loss = cross_entropy(scores, classes, self.class_weight)
+            loss = cross_entropy(scores, classes, self.class_weight, normalizer=self.normalizer)
         else:  # no mean of nothing, but a gradient for all ranks
             loss = 0.0 * scores.sum()
         found = {
