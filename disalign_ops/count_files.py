@@ -11,7 +11,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from .errors import ArgumentError
 
 __all__ = ["read_counts"]
 
+CountKind: TypeAlias = Literal["image", "instance", "pixel"]
+
 
 def read_counts(
     path: str | os.PathLike[str],
     *,
     num_classes: int | None = None,
-    count: Literal["image", "instance", "pixel"] = "image",
+    count: CountKind = "image",
     format: Literal["counts", "samples"] | None = None,
 ) -> torch.Tensor:
     """Reads class counts from a file; extension and content tell which format it has.

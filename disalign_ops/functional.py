@@ -74,7 +74,8 @@ def cross_entropy(
 
     Returns:
         What `F.cross_entropy` returns, a 0-d tensor or the positions' shape, in the input's dtype
-        (float32 under autocast).
+        (float32 under autocast; with class probabilities the widest of theirs, the weight's and the
+        input's).
 
     Raises:
         ArgumentError: an argument of the wrong value or shape; weight, prior, margin or

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,26 +12,38 @@ import torch
 from torch import Tensor
 
 from ._call.arguments import LOGITS_DTYPES
-from ._ops.dispatch import serving_backend
+from ._ops.backends import constant_in_graphs
+from ._ops.dispatch import serving_backend, transformed
 from .functional import cross_entropy
 
+# By __torch_function__ of a subclass or a mode, such as `with torch.device(...)`: it calls again.
+_OVERRIDDEN = "overridden"
 
-def _is_covered(input: Any, target: Any, weight: Any, numbers: Iterable[Any]) -> bool:
-    """Whether our kernels take the call: else it is torch's own, errors included."""
+
+def _why_torch(input: Any, target: Any, weight: Any, numbers: Iterable[Any]) -> str:
+    """Why the call is torch's own, errors included; "" where our kernels take it."""
     tensors = [t for t in (input, target, weight) if t is not None]
     if not all(isinstance(t, Tensor) for t in tensors):
-        return False
+        return "input, target or weight is no tensor"
     if torch.overrides.has_torch_function(tensors):
-        return False
+        return _OVERRIDDEN
     if any(hasattr(type(t), "__tensor_flatten__") for t in tensors):
-        return False  # DTensor and other wrappers, which know torch's operators alone
+        return "wrapper of tensors (DTensor)"  # which knows torch's operators alone
     if not all(_is_at_hand(n) for n in numbers):
-        return False
+        return "number on a device"
     if input.dtype not in LOGITS_DTYPES:
-        return False
-    if target.is_floating_point() or (weight is not None and weight.requires_grad):
-        return False
-    return input.dim() > 0 and serving_backend(input) != "reference"
+        return "dtype of the logits"
+    if target.is_floating_point():
+        return "class probabilities as target"
+    if weight is not None and weight.requires_grad:
+        return "weight that requires a gradient"
+    if input.dim() == 0:
+        return "logits without a class dimension"
+    if serving_backend(input) == "reference":
+        if transformed():
+            return "torch.func transform, forward-mode differentiation or torch.jit.trace"
+        return "no kernels for the device, or backend 'reference': see backend_info()"
+    return ""
 
 
 def _is_at_hand(number: object) -> bool:
@@ -41,6 +54,14 @@ def _is_at_hand(number: object) -> bool:
 
 
 _torch_cross_entropy = torch.nn.functional.cross_entropy
+_calls: Counter[str] = Counter()  # by why they were torch's; "" of ours
+
+
+@constant_in_graphs
+def _count(why: str) -> None:
+    _calls[why] += 1
+
+
 _active = 0  # how many replacements hold; the first one puts ours there, the last one torch's back
 
 
@@ -48,8 +69,10 @@ _active = 0  # how many replacements hold; the first one puts ours there, the la
 def _replacement(
     input: Any, target: Any, weight: Any = None, *arguments: Any, **options: Any
 ) -> Tensor:
-    ours = _is_covered(input, target, weight, (*arguments, *options.values()))
-    function: Callable[..., Tensor] = cross_entropy if ours else _torch_cross_entropy
+    why_torch = _why_torch(input, target, weight, (*arguments, *options.values()))
+    if why_torch != _OVERRIDDEN:
+        _count(why_torch)
+    function: Callable[..., Tensor] = _torch_cross_entropy if why_torch else cross_entropy
     return function(input, target, weight, *arguments, **options)
 
 
@@ -63,6 +86,11 @@ class replace_cross_entropy:  # noqa: N801 - a function to its users, and a cont
     and so does what it refuses: a weight that requires a gradient. Code that
     imported the function itself (`from torch.nn.functional import cross_entropy`) before keeps
     torch's.
+
+    Attributes, of the calls since it was made and until it is undone:
+        served: how many our kernels took. 0 after a loop: its code keeps torch's function.
+        not_served: how many went to torch's function, by the reason.
+    Compiled code counts when it is traced, once or more, and not when it runs.
     """
 
     def __init__(self) -> None:
@@ -72,6 +100,7 @@ class replace_cross_entropy:  # noqa: N801 - a function to its users, and a cont
             torch.nn.functional.cross_entropy = _replacement
         _active += 1
         self._holds = True
+        self._before, self._after = _calls.copy(), _calls
 
     def undo(self) -> None:
         """Put back what stood there before; a second call does nothing."""
@@ -79,9 +108,19 @@ class replace_cross_entropy:  # noqa: N801 - a function to its users, and a cont
         if not self._holds:
             return
         self._holds = False
+        self._after = _calls.copy()
         _active -= 1
         if _active == 0:
             torch.nn.functional.cross_entropy = _torch_cross_entropy
+
+    @property
+    def served(self) -> int:
+        return self._after[""] - self._before[""]
+
+    @property
+    def not_served(self) -> dict[str, int]:
+        calls = self._after - self._before
+        return {why: n for why, n in calls.items() if why}
 
     def __enter__(self) -> replace_cross_entropy:
         return self

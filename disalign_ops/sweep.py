@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._call.arguments import check_integer, check_number
+from ._call.arguments import check_choice, check_integer, check_number
 from .class_stats import Counts, grw_weights
 from .errors import ArgumentError, ArgumentTypeError
 from .nn.linear import _DisAlign
@@ -39,6 +39,8 @@ def cache_features(
     """What the model's DisAlign layer is given for every batch, (N, D), and the targets (N,).
 
     The model runs as it is: in eval mode, unless you want another. On the device of its layer.
+    Several passes over a loader that augments, `itertools.chain(loader, loader)`, give several
+    views of every image.
     Raises ArgumentError: no such layer, or several; no batches; a layer that is not called once.
     """
     layer = _layer_of(model)
@@ -65,19 +67,30 @@ def sweep_rho(
     model: nn.Module, features: Tensor, target: Tensor, counts: Counts,
     rhos: Sequence[float] | npt.NDArray[Any] | Tensor, *,
     epochs: int = 10, batch_size: int = 256, lr: float = 0.1, momentum: float = 0.9,
+    weight_decay: float = 0.0, step: Literal["epoch", "batch"] = "epoch",
     generator: torch.Generator | None = None, **options: Any,
 ) -> dict[float, nn.Module]:  # fmt: skip
     """Stage 2 for every rho at once: a trained copy of the model's DisAlign layer for each.
 
     The raw logits of a batch are made once for all of them. Each copy learns by SGD with a learning
-    rate that falls from lr to 0 along a cosine, as the released ImageNet-LT configuration (10
-    epochs, batch 256, 0.1).
+    rate that falls from lr along a cosine, without a warm-up. The defaults are those of the
+    released ImageNet-LT configuration but for weight_decay, which it has at 5e-4.
+
+    Augmentation: what the features were computed from. The released stage 2 draws another crop
+    (RandomResizedCrop), flip and ColorJitter(0.4) in every epoch and has BatchNorm in train mode;
+    cached features are the views that `cache_features` saw, the same ones in every epoch. For v
+    views of every image train epochs / v, with step="batch". To compare rho one view will often
+    do; train the layer that you keep on the images.
 
     Args:
         model: with one DisAlign layer, or the layer; it stays as it is.
         features, target: (N, D) and (N,), as from `cache_features`.
         counts: training samples of each class, a background not among them.
         rhos: numbers, see `class_stats.grw_weights`; the keys of what is returned.
+        weight_decay: of all that learns, as in torch.optim.SGD. It pulls logit_scale to 0: in the
+            residual form to the logits of stage 1, u = z, from which the released start is away; in
+            the interpolated form away from them, to (1 - c) z.
+        step: when the learning rate falls: after every "epoch", as released, or every "batch".
         generator: of the order of the rows, on the CPU; every rho sees the same one.
         options: keywords of `disalign_cross_entropy` but weight, form and background.
 
@@ -88,6 +101,8 @@ def sweep_rho(
     layer = _layer_of(model)
     epochs, batch_size = check_integer("epochs", epochs), check_integer("batch_size", batch_size)
     lr, momentum = check_number("lr", lr, 0.0), check_number("momentum", momentum, 0.0)
+    weight_decay = check_number("weight_decay", weight_decay, 0.0)
+    check_choice("step", step, ("epoch", "batch"))
     if epochs < 1 or batch_size < 1:
         raise ArgumentError(
             f"epochs and batch_size must be 1 or more, got {epochs} and {batch_size}"
@@ -112,9 +127,9 @@ def sweep_rho(
         for part in (one.logit_scale, one.logit_bias, one.confidence_layer):
             part.requires_grad_()
             learned += [part] if isinstance(part, Tensor) else list(part.parameters())
-    optimizer = torch.optim.SGD(learned, lr=lr, momentum=momentum)
-    batches = -(-len(features) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    optimizer = torch.optim.SGD(learned, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    steps = epochs if step == "epoch" else epochs * -(-len(features) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         order = torch.randperm(len(features), generator=generator, device="cpu")
         order = order.to(features.device)
@@ -129,5 +144,8 @@ def sweep_rho(
                     weights[rho], **one._form(), **options,
                 ).backward()  # fmt: skip
             optimizer.step()
+            if step == "batch":
+                schedule.step()
+        if step == "epoch":
             schedule.step()
     return {rho: one.eval().requires_grad_(False) for rho, one in copies.items()}

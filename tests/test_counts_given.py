@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from disalign_ops import class_stats, losses, metrics, plots, segmentation_metrics
+from disalign_ops import class_stats, functional, losses, metrics, plots, segmentation_metrics
 from disalign_ops import nn as dnn
 from disalign_ops.class_stats import grw_weights
 from disalign_ops.errors import ArgumentError
 from disalign_ops.integrations._openmm import GRWCrossEntropyLoss
+from support.ade20k import ADE20K_RATIOS
 
 
 class Series:
@@ -157,3 +158,19 @@ def test_class_weights_of_a_file(tmp_path: Any) -> None:
         (tmp_path / name).write_text(content)
         with pytest.raises(ArgumentError, match=f"class_weight must be numbers, .*{name}"):
             GRWCrossEntropyLoss(class_weight=tmp_path / name)
+
+
+@pytest.mark.parametrize(("ignored", "factor"), [(0.0, 1.79), (0.1, 1.99)])
+def test_pytorchs_mean_is_larger_than_the_released_one_on_ade20k(
+    ignored: float, factor: float
+) -> None:
+    """docs/segmentation.md: by so much, where a mask has the data set's shares of the classes."""
+    ratios = torch.tensor([n for n, classes in ADE20K_RATIOS for _ in range(classes)])
+    labels = torch.repeat_interleave(torch.arange(150), ratios)
+    pixels = torch.cat([labels, torch.full((round(len(labels) * ignored / (1 - ignored)),), 255)])
+    z, weight = torch.zeros(len(pixels), 150), class_stats.grw_weights(ratios, 0.2)
+    by_weights, by_count = (
+        functional.cross_entropy(z, pixels, weight, ignore_index=255, normalizer=normalizer)
+        for normalizer in ("weights", "count")
+    )
+    assert round(float(by_weights / by_count), 2) == factor

@@ -55,6 +55,46 @@ def test_class_probabilities(shape: tuple[int, ...], reduction: str) -> None:
         assert_close(actual, expected, torch.float32, str(shape))
 
 
+HALF_TO_DOUBLE = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("logits", HALF_TO_DOUBLE)
+@pytest.mark.parametrize("probabilities", HALF_TO_DOUBLE)
+@pytest.mark.parametrize("weighted", [None, *HALF_TO_DOUBLE])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_probabilities_promote_as_pytorchs(
+    logits: torch.dtype, probabilities: torch.dtype, weighted: torch.dtype | None, reduction: Any
+) -> None:
+    z = torch.randn(4, 5).to(logits).requires_grad_()
+    y = torch.softmax(torch.randn(4, 5), 1).to(probabilities)
+    weight = None if weighted is None else torch.rand(5).to(weighted)
+    exact = F.cross_entropy(
+        z.double(), y.double(), None if weight is None else weight.double(), reduction=reduction
+    )
+    for autocast in (True, False):
+        with torch.autocast("cpu", enabled=autocast):
+            found = disalign_ops.cross_entropy(z, y, weight, reduction=reduction)
+            theirs = F.cross_entropy(z, y, weight, reduction=reduction)
+        assert found.dtype == theirs.dtype
+        # What half logits are computed with is float32: only a half loss rounds.
+        near = 0.01 if found.dtype in (torch.bfloat16, torch.float16) else 1e-5
+        torch.testing.assert_close(found.double(), exact, rtol=near, atol=near)
+    (grad,) = torch.autograd.grad(found.sum(), z)
+    assert grad.dtype == logits
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_traced_class_probabilities_promote_too(reduction: Any) -> None:
+    z, y = torch.randn(4, 5, dtype=torch.bfloat16), torch.softmax(torch.randn(4, 5), 1)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return disalign_ops.cross_entropy(z, y, reduction=reduction)
+
+    traced = torch.jit.trace(loss, (z, y))(z, y)
+    assert traced.dtype == torch.float32
+    torch.testing.assert_close(traced, loss(z, y))
+
+
 def test_class_probabilities_get_a_gradient_too() -> None:
     z = torch.randn(3, 5, dtype=torch.float64)
     y = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)

@@ -209,6 +209,68 @@ def test_errors_are_torchs_types() -> None:
             F.cross_entropy(torch.zeros(3, 5), torch.zeros(3).long(), torch.ones(4))
 
 
+def test_calls_are_counted_by_who_served_them() -> None:
+    z, t = torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
+    with disalign_ops.replace_cross_entropy() as outer:
+        assert (outer.served, outer.not_served) == (0, {})
+        F.cross_entropy(z, t)
+        nn.CrossEntropyLoss()(z, t)
+        with disalign_ops.replace_cross_entropy() as inner:
+            F.cross_entropy(z, z.softmax(1))
+            with pytest.raises(RuntimeError, match="not differentiable"):
+                F.cross_entropy(z, t, torch.rand(9, requires_grad=True))
+            F.cross_entropy(z, t, torch.rand(9))
+            torch.func.grad(F.cross_entropy)(z, t)
+            for _ in range(2):
+                with disalign_ops.set_backend("reference"):
+                    F.cross_entropy(z, t)
+            with pytest.raises(TypeError):
+                F.cross_entropy([1.0], t)  # type: ignore[arg-type]
+        F.cross_entropy(z, t)
+    F.cross_entropy(z, t)
+    assert (outer.served, inner.served) == (4, 1)
+    assert inner.not_served == outer.not_served
+    assert inner.not_served == {
+        "class probabilities as target": 1,
+        "weight that requires a gradient": 1,
+        "torch.func transform, forward-mode differentiation or torch.jit.trace": 1,
+        "no kernels for the device, or backend 'reference': see backend_info()": 2,
+        "input, target or weight is no tensor": 1,
+    }
+
+
+def test_an_override_that_calls_again_counts_once(mesh: Any) -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    z, t = torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
+    with disalign_ops.replace_cross_entropy() as replaced:
+        with torch.device("cpu"):
+            F.cross_entropy(z, t)
+        F.cross_entropy(z.as_subclass(Mine), t)
+        assert (replaced.served, replaced.not_served) == (2, {})
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        F.cross_entropy(*(distribute_tensor(x, mesh, [Replicate()]) for x in (z, t)))
+    assert replaced.not_served == {"wrapper of tensors (DTensor)": 1}
+
+
+def test_a_compiled_call_is_counted_when_it_is_traced() -> None:
+    compiled = torch.compile(
+        lambda z, t: F.cross_entropy(z, t), backend="aot_eager", fullgraph=True
+    )
+    z, t = torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
+    with disalign_ops.replace_cross_entropy() as replaced:
+        compiled(z, t)
+        traced = replaced.served
+        assert traced > 0
+        assert not replaced.not_served
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(3):
+                compiled(z, t)
+    assert replaced.served == traced
+
+
 def test_a_training_loop_reaches_the_same_parameters() -> None:
     def train() -> torch.Tensor:
         torch.manual_seed(1)

@@ -11,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disalign_ops.segmentation_metrics import ADE20K_SPLIT, split_pixels
-
-# Column Ratio of objectInfo150.txt, in 1/10000, as (ratio, classes that have it).
-ADE20K_RATIOS = [
-    *((n, 1) for n in (1576, 1072, 878, 621, 480, 450, 398, 231, 198, 183, 181, 166, 160, 151)),
-    *((n, 1) for n in (118, 110, 109)),
-    *((104, 2), (103, 1), (98, 1), (74, 1), (67, 1), (65, 1), (61, 1), (60, 1), (53, 1), (52, 1)),
-    *((46, 1), (44, 3), (33, 1), (31, 1), (30, 1), (27, 1), (26, 1), (24, 2), (23, 2), (22, 2)),
-    *((20, 1), (19, 2), (18, 7), (17, 5), (15, 4), (14, 5), (13, 3), (12, 4), (11, 1), (10, 1)),
-    *((9, 5), (8, 5), (7, 7), (6, 11), (5, 17), (4, 13), (3, 13), (2, 3)),
-]
+from support.ade20k import ADE20K_RATIOS
 
 
 def test_split_pixels_bounds() -> None:

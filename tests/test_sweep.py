@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,13 @@ def test_the_cache_has_what_the_layer_is_given() -> None:
 
 @pytest.mark.parametrize("cls", [dnn.DisAlignLinear, dnn.DisAlignCosineLinear])
 @pytest.mark.parametrize("form", ["residual", "interpolated"])
-def test_each_rho_is_a_stage_2_of_its_own(cls: Any, form: str) -> None:
+@pytest.mark.parametrize("recipe", [{}, {"weight_decay": 0.05, "step": "batch"}], ids=str)
+def test_each_rho_is_a_stage_2_of_its_own(cls: Any, form: str, recipe: dict[str, Any]) -> None:
     model = model_of(cls, form=form)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     features, target = sweep.cache_features(model, data())
     rhos = (0.5, 1.2)
-    given: dict[str, Any] = {"epochs": 3, "batch_size": 16, "label_smoothing": 0.05}
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 16, "label_smoothing": 0.05, **recipe}
     found = sweep.sweep_rho(model, features, target, COUNTS, rhos,
                             generator=torch.Generator().manual_seed(4), **given)  # fmt: skip
     assert list(found) == list(rhos)
@@ -58,16 +60,19 @@ def test_each_rho_is_a_stage_2_of_its_own(cls: Any, form: str) -> None:
     for rho, layer in found.items():
         # The recipe of the README, on the same order of rows.
         alone = model_of(cls, form=form)
-        optimizer = torch.optim.SGD(dnn.freeze_for_stage2(alone), lr=0.1, momentum=0.9)
+        learned = dnn.freeze_for_stage2(alone)
+        decay = recipe.get("weight_decay", 0.0)
+        optimizer = torch.optim.SGD(learned, lr=0.1, momentum=0.9, weight_decay=decay)
         criterion = dnn.GRWCrossEntropyLoss(COUNTS, rho, label_smoothing=0.05)
         generator = torch.Generator().manual_seed(4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3 * 4)
-        for _ in range(3):
-            for rows in torch.randperm(60, generator=generator).split(16):
+        for epoch in range(3):
+            for batch, rows in enumerate(torch.randperm(60, generator=generator).split(16)):
+                # By epoch: cvpods' WarmupCosineLR with EPOCH_WISE and no warm-up.
+                part = (4 * epoch + batch) / 12 if recipe else epoch / 3
+                optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * part))
                 optimizer.zero_grad()
                 criterion(alone[1](features[rows]), target[rows]).backward()
                 optimizer.step()
-                schedule.step()
         for name, value in alone[1].state_dict().items():
             torch.testing.assert_close(layer.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     scales = [layer.get_parameter("logit_scale") for layer in found.values()]
@@ -101,6 +106,29 @@ def test_rhos_are_any_sequence_of_numbers() -> None:
         sweep.sweep_rho(model, features, target, COUNTS, 0.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("form", "start"), [("residual", "released"), ("interpolated", "identity")]
+)
+def test_decay_pulls_the_scale_to_0(form: str, start: str) -> None:
+    """In the residual form that is to stage 1's logits, in the interpolated one away from them."""
+    model = model_of(form=form, start=start)
+    features, target = sweep.cache_features(model, data())
+    layers = [
+        sweep.sweep_rho(model, features, target, COUNTS, [0.0], epochs=200, batch_size=60,
+                        weight_decay=decay)[0.0]
+        for decay in (0.0, 0.5)
+    ]  # fmt: skip
+    free, decayed = (layer.get_parameter("logit_scale").abs().max() for layer in layers)
+    assert decayed < 0.2 < free
+    layer: Any = layers[1]
+    for vector in (layer.logit_scale, layer.logit_bias):
+        vector.zero_()
+    raw, c = layer.raw_logits(features), torch.sigmoid(layer.confidence_layer(features))
+    assert c.max() > 0.1
+    expected = raw if form == "residual" else (1 - c) * raw
+    torch.testing.assert_close(layer(features), expected)
+
+
 def test_a_background_has_no_count() -> None:
     model = model_of(background="first")
     features, target = sweep.cache_features(model, data())
@@ -120,6 +148,10 @@ def test_errors() -> None:
         sweep.sweep_rho(model, features, target[:-1], COUNTS, [1.0])
     with pytest.raises(ArgumentError, match="epochs and batch_size must be 1 or more, got 0"):
         sweep.sweep_rho(model, features, target, COUNTS, [1.0], epochs=0)
+    with pytest.raises(ArgumentError, match="weight_decay must be a number >= 0"):
+        sweep.sweep_rho(model, features, target, COUNTS, [1.0], weight_decay=-1)
+    with pytest.raises(ArgumentError, match=r"step must be .*, got 'row'"):
+        sweep.sweep_rho(model, features, target, COUNTS, [1.0], step="row")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"model must have one DisAlignLinear .*, got 0"):
         sweep.cache_features(nn.Linear(4, 3), batches)
     with pytest.raises(ArgumentError, match=r"batches must have at least one .*, got none"):

@@ -192,7 +192,8 @@ def _probability_loss(
         prior=given.prior, reduction=given.reduction, normalizer=given.normalizer,
         label_smoothing=given.label_smoothing,
     )  # fmt: skip
-    return output(input, found, positions if given.reduction == "none" else None)
+    shape = positions if given.reduction == "none" else None
+    return output(input, found, shape, target, options.weight)
 
 
 def _check_probability_options(options: Options, given: Validated) -> None:

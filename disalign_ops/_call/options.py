@@ -166,9 +166,17 @@ def calibration_vectors(
     return (*calibration_form.vectors(a, b), c)
 
 
-def output(input: Tensor, loss: Tensor, shape: torch.Size | None) -> Tensor:
-    """The loss in the dtype that F.cross_entropy has, of the positions' shape unless None."""
+def output(
+    input: Tensor, loss: Tensor, shape: torch.Size | None, *promoting: Tensor | None
+) -> Tensor:
+    """The loss in the dtype that F.cross_entropy has, of the positions' shape unless None.
+
+    promoting: class probabilities and their weight, whose dtype may be the wider one.
+    """
     wanted = input.dtype
+    for other in promoting:
+        if other is not None:
+            wanted = torch.promote_types(wanted, other.dtype)
     if loss.dtype is not wanted:  # half logits, whose loss is float32; or a float64 denominator
         if wanted in (torch.bfloat16, torch.float16):
             # Under autocast F.cross_entropy yields float32; the half logits are not copied.

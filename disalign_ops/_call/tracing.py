@@ -76,12 +76,13 @@ def loss(
     divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
     if target.is_floating_point():
         u = reference.calibrated_logits(flat, a, b, c, prior)
+        wide = torch.promote_types(dtype, target.dtype)
         found = composed.torch_cross_entropy(
-            u, target.reshape(u.shape).to(dtype), weight, label_smoothing=options.label_smoothing,
+            u, target.reshape(u.shape).to(wide), weight, label_smoothing=options.label_smoothing,
             reduction="sum" if divided else options.reduction,
         )  # fmt: skip
         if isinstance(normalizer, Tensor) and divided:
-            found = (found / normalizer).to(dtype)
+            found = (found / normalizer).to(wide)
     else:
         if margin is not None:
             margin = margin.expand(flat.shape[1])
@@ -92,7 +93,8 @@ def loss(
             Inputs(flat, target, weight, a, b, c, prior, margin, sample_weight, denominator),
             Problem(layout, numbers, REDUCTIONS[options.reduction], code),
         )
-    found = output(input, found, None)
+    promoting = (target, options.weight) if target.is_floating_point() else ()
+    found = output(input, found, None, *promoting)
     if options.reduction != "none":
         return found
     if target.is_floating_point():

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -153,7 +154,10 @@ def _why_not(device: torch.device) -> str | None:
     return _why_not_cuda_device(device.index) or None
 
 
-def _constant(function: Callable[[int | None], str]) -> Callable[[int | None], str]:
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_in_graphs(function: Function) -> Function:
     """torch.compiler.assume_constant_result, without importing dynamo: a trace calls the function
     and keeps its answer, so that what serves does not depend on whether a call is compiled.
     """
@@ -161,7 +165,7 @@ def _constant(function: Callable[[int | None], str]) -> Callable[[int | None], s
     return function
 
 
-@_constant
+@constant_in_graphs
 def _why_not_cuda_device(index: int | None) -> str:
     """Why the CUDA library does not serve this device (None: the current one); "" if it does."""
     if index is None:
@@ -190,7 +194,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     return _why_not_triton_device(device.index) or None
 
 
-@_constant
+@constant_in_graphs
 def _why_not_triton_device(index: int | None) -> str:
     """As _why_not_cuda_device."""
     if index is None:

@@ -383,7 +383,7 @@ def soft_cross_entropy(
     'weights', 'valid' and 'count' all divide by N.
     """
     u = calibrated_logits(logits, scale, bias, confidence, prior)
-    y = target.to(u.dtype)
+    y = target.to(torch.promote_types(target.dtype, u.dtype))
     if label_smoothing > 0:
         y = y * (1 - label_smoothing) + label_smoothing / u.shape[1]
     if weight is not None:

@@ -16,11 +16,13 @@ from .. import nn as dnn
 from .._call.types import Background, BatchNormMode, Normalizer, ReductionName
 from .._ops.reference import class_indices, denominator_of
 from ..class_stats import grw_weights
-from ..count_files import read_counts
+from ..count_files import CountKind, read_counts
 from ..errors import ArgumentError
 from ..functional import cross_entropy
+from ..nn.losses import check_number_of_classes, released_names
 
 _EPSILON = torch.finfo(torch.float32).eps
+_RELEASED_EXP_SCALE = 0.3  # the released segmentation loss's default; its configuration has 0.2
 
 
 class GRWCrossEntropyLoss(nn.Module):
@@ -30,40 +32,64 @@ class GRWCrossEntropyLoss(nn.Module):
         counts: training samples (mmseg: pixels) of each class, a list or a file that
             `class_stats.read_counts` reads; the weights are `class_stats.grw_weights(counts, rho)`.
         rho: strength.
+        count: which counts of a file, as in `read_counts`: "pixel" (mmseg's default), "image"
+            (mmdet's) or "instance".
+        num_classes: raises ArgumentError if counts are not of so many classes.
         background: "last" for mmdet's additional column, which has weight 1.
         class_weight: weights as they are, instead of counts: a list, or a .npy or .json file of
-            one. Neither: no weights.
+            one. Neither: no weights. A .txt file is ADE20K's object list, as in the released
+            configuration: the counts are its pixel shares, rho is 0.3 unless exp_scale is given,
+            and the normalizer "count".
         reduction: "mean", "sum" or "none".
         loss_weight: a factor.
         loss_name: of mmseg's log; with another prefix than "loss_" it is not differentiated.
-        normalizer: what "mean" divides by where the caller gives no avg_factor, as in
-            `disalign_ops.cross_entropy`. "weights": the sum of the weights of the positions that
-            are not ignored, PyTorch's weighted mean. "valid": their number, the frameworks'
-            avg_non_ignore=True. "count": all positions, ignored ones too, the frameworks' default.
-            Where nothing counts, the loss is 0, as theirs.
+        normalizer: what "mean" divides by, as in `disalign_ops.cross_entropy`. "weights": the sum
+            of the weights of the positions that are not ignored, PyTorch's weighted mean and that
+            of the released detectors. "valid": their number, the frameworks' avg_non_ignore=True.
+            "count": all positions, ignored ones too, the frameworks' default and the released
+            segmentation loss. None: the caller's avg_factor, which a box head of mmdet gives, and
+            "weights" where there is none. Where nothing counts, the loss is 0, as theirs.
         label_smoothing: as F.cross_entropy's.
+        num_samples_list, exp_scale: the released constructors' names of counts and rho.
+        use_sigmoid, use_mask: as in the frameworks' configs, False.
 
     forward(cls_score (N, C, ...), label (N, ...), weight of label's shape, avg_factor,
     reduction_override, ignore_index). The class weights are no entry of the state_dict, so a
     checkpoint of stage 1 loads. Raises ArgumentError: both counts and class_weight; one channel
-    (a sigmoid's); avg_factor with reduction "sum", as the frameworks do.
+    or use_sigmoid; avg_factor with reduction "sum", as the frameworks do.
     """
 
     weight: Tensor | None
+    _count: CountKind = "pixel"
 
     def __init__(
         self, counts: Sequence[float] | str | os.PathLike[str] | None = None, rho: float = 1.0,
-        *, background: Background | None = None,
+        *, count: CountKind | None = None, num_classes: int | None = None,
+        background: Background | None = None,
         class_weight: Sequence[float] | str | os.PathLike[str] | None = None,
         reduction: ReductionName = "mean", loss_weight: float = 1.0, loss_name: str = "loss_ce",
-        normalizer: Normalizer = "weights", label_smoothing: float = 0.0,
+        normalizer: Normalizer | None = None, label_smoothing: float = 0.0,
+        num_samples_list: Sequence[float] | str | os.PathLike[str] | None = None,
+        exp_scale: float | None = None, use_sigmoid: bool = False, use_mask: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
+        if use_sigmoid or use_mask:
+            raise ArgumentError(
+                "use_sigmoid and use_mask must be False, since this is a softmax, got True"
+            )
+        counts, rho = released_names(counts, rho, num_samples_list, exp_scale)
         if counts is not None and class_weight is not None:
             raise ArgumentError("counts or class_weight must be None, got both")
+        if isinstance(class_weight, str | os.PathLike) and Path(class_weight).suffix == ".txt":
+            counts, class_weight, count = class_weight, None, "pixel"
+            rho = _RELEASED_EXP_SCALE if exp_scale is None else rho
+            normalizer = "count" if normalizer is None else normalizer
         weight = None
         if counts is not None:
-            given = read_counts(counts) if isinstance(counts, str | os.PathLike) else counts
+            given: Any = counts
+            if isinstance(counts, str | os.PathLike):
+                given = read_counts(counts, num_classes=num_classes, count=count or self._count)
+            check_number_of_classes(given, num_classes)
             weight = grw_weights(given, rho, background=background)
         elif class_weight is not None:
             weight = _class_weight(class_weight)
@@ -84,9 +110,11 @@ class GRWCrossEntropyLoss(nn.Module):
         if avg_factor is not None and reduction == "sum":
             raise ArgumentError("reduction must be 'mean' where avg_factor is given, got 'sum'")
         ignore_index = -100 if ignore_index is None else ignore_index
-        normalizer: str | float | Tensor = self.normalizer
-        if avg_factor is not None:
+        normalizer = self.normalizer
+        if normalizer is None and avg_factor is not None:
             normalizer = avg_factor + _EPSILON  # as the frameworks: an avg_factor may be 0
+        elif normalizer is None:
+            normalizer = "weights"
         if isinstance(normalizer, str) and normalizer == "weights" and reduction == "mean":
             # As a number, of which 0 gives the loss 0; the name would give NaN, as PyTorch.
             normalizer = self._weights(label, weight, ignore_index)
@@ -142,8 +170,8 @@ def _class_weight(given: Any) -> Tensor:
     return weight
 
 
-def register(models: Any) -> None:
-    """Adds to a framework's registry what is the same in all of them."""
+def register(models: Any, loss: type[GRWCrossEntropyLoss]) -> None:
+    """Adds to a framework's registry its loss, and what is the same in all of them."""
 
     def stage2(model: dict[str, Any], bn: BatchNormMode = "eval", **arguments: Any) -> nn.Module:
         """A model as its config says, frozen but for its DisAlign layers: see freeze_for_stage2.
@@ -154,5 +182,5 @@ def register(models: Any) -> None:
         dnn.freeze_for_stage2(built, bn=bn)
         return built
 
-    models.register_module(name="GRWCrossEntropyLoss", module=GRWCrossEntropyLoss, force=True)
+    models.register_module(name="GRWCrossEntropyLoss", module=loss, force=True)
     models.register_module(name="DisAlignStage2", module=stage2, force=True)

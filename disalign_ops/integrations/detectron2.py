@@ -7,6 +7,9 @@ cfg.MODEL.ROI_BOX_HEAD.DISALIGN.COUNTS = "lvis_v1_train.json"
 model = build_model(cfg)
 DetectionCheckpointer(model).load("stage1.pth")
 parameters = disalign_ops.nn.freeze_for_stage2(model)
+
+Cascade R-CNN has "DisAlignCascadeROIHeads". A cosine head, DISALIGN.COSINE = True, has no
+counterpart in detectron2: its stage 1 is this model with disalign_ops.nn.freeze_for_stage1(model).
 """
 
 from __future__ import annotations
@@ -15,11 +18,16 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads, fast_rcnn
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    StandardROIHeads,
+    fast_rcnn,
+)
 from torch import Tensor
 
 from .. import nn as dnn
-from .._call.types import Form
+from .._call.types import Form, Normalizer
 from ..class_stats import grw_weights
 from ..count_files import read_counts
 from ..errors import ArgumentError
@@ -27,8 +35,16 @@ from ..functional import cross_entropy
 
 
 def add_disalign_config(cfg: Any) -> None:
-    """MODEL.ROI_BOX_HEAD.DISALIGN: FORM, RHO, COUNTS (a file of `read_counts`, "": no weights)."""
-    cfg.MODEL.ROI_BOX_HEAD.DISALIGN = CfgNode({"FORM": "interpolated", "COUNTS": "", "RHO": 0.8})
+    """MODEL.ROI_BOX_HEAD.DISALIGN: FORM, RHO, COUNTS (a file of `read_counts`, "": no weights),
+    COUNT (its argument count: "image" or "instance"), NORMALIZER (of `cross_entropy`), COSINE and
+    COSINE_SCALE (where its learnable scale starts).
+    """
+    cfg.MODEL.ROI_BOX_HEAD.DISALIGN = CfgNode(
+        {
+            "FORM": "interpolated", "COUNTS": "", "COUNT": "image", "RHO": 0.8,
+            "NORMALIZER": "weights", "COSINE": False, "COSINE_SCALE": 20.0,
+        }
+    )  # fmt: skip
 
 
 class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ignore[misc]
@@ -39,6 +55,10 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
         class_weight: (num_classes + 1,), of the background 1, or None:
             `grw_weights(counts, rho, background="last")`.
         form: as in `disalign_ops.nn.DisAlignLinear`.
+        normalizer: as in `disalign_ops.cross_entropy`: "weights" is the released detectors',
+            "valid" detectron2's own.
+        cosine_scale: None, or where the learnable scale of a `DisAlignCosineLinear` starts; the
+            released detectors have 20.
         options: of FastRCNNOutputLayers; use_sigmoid_ce and use_fed_loss are refused.
 
     From a config: `DisAlignFastRCNNOutputLayers(cfg, input_shape)`, see `add_disalign_config`.
@@ -51,7 +71,7 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
     @configurable  # type: ignore[misc]
     def __init__(
         self, input_shape: Any, *, class_weight: Tensor | None = None, form: Form = "interpolated",
-        **options: Any,
+        normalizer: Normalizer = "weights", cosine_scale: float | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(input_shape, **options)
         if getattr(self, "use_sigmoid_ce", False) or getattr(self, "use_fed_loss", False):
@@ -59,20 +79,27 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
                 "use_sigmoid_ce and use_fed_loss must be False, since this is a softmax, got True"
             )
         linear = self.cls_score
-        calibrated = dnn.DisAlignLinear(
-            linear.in_features, linear.out_features, form=form, background="last"
-        )
-        calibrated.weight, calibrated.bias = linear.weight, linear.bias
-        self.cls_score = calibrated
+        sizes = linear.in_features, linear.out_features
+        if cosine_scale is None:
+            self.cls_score = dnn.DisAlignLinear(*sizes, form=form, background="last")
+            self.cls_score.bias = linear.bias
+        else:
+            self.cls_score = dnn.DisAlignCosineLinear(
+                *sizes, scale_init=cosine_scale, form=form, background="last"
+            )
+        self.cls_score.weight = linear.weight
         self.register_buffer("class_weight", class_weight, persistent=False)
+        self.normalizer = normalizer
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: Any) -> dict[str, Any]:
         found: dict[str, Any] = super().from_config(cfg, input_shape)
         given = cfg.MODEL.ROI_BOX_HEAD.DISALIGN
-        found["form"] = given.FORM
+        found["form"], found["normalizer"] = given.FORM, given.NORMALIZER
+        if given.COSINE:
+            found["cosine_scale"] = given.COSINE_SCALE
         if given.COUNTS:
-            counts = read_counts(given.COUNTS)
+            counts = read_counts(given.COUNTS, count=given.COUNT)
             found["class_weight"] = grw_weights(counts, given.RHO, background="last")
         return found
 
@@ -89,7 +116,7 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
             boxes = true_boxes = torch.empty(0, 4, device=deltas.device)
         fast_rcnn._log_classification_stats(scores, classes)
         if len(classes):
-            loss = cross_entropy(scores, classes, self.class_weight)
+            loss = cross_entropy(scores, classes, self.class_weight, normalizer=self.normalizer)
         else:  # no mean of nothing, but a gradient for all ranks
             loss = 0.0 * scores.sum()
         found = {
@@ -99,13 +126,31 @@ class DisAlignFastRCNNOutputLayers(fast_rcnn.FastRCNNOutputLayers):  # type: ign
         return {name: value * self.loss_weight.get(name, 1.0) for name, value in found.items()}
 
 
-@ROI_HEADS_REGISTRY.register()  # type: ignore[misc]
-class DisAlignROIHeads(StandardROIHeads):  # type: ignore[misc]
-    """StandardROIHeads with a DisAlignFastRCNNOutputLayers, by name in a config."""
+class _DisAlignBoxes:
+    """A mixin of detectron2's RoI heads: their box predictors are ours."""
 
     @classmethod
     def _init_box_head(cls, cfg: Any, input_shape: Any) -> dict[str, Any]:
-        found: dict[str, Any] = super()._init_box_head(cfg, input_shape)
-        shape = found["box_head"].output_shape
-        found["box_predictor"] = DisAlignFastRCNNOutputLayers(cfg, shape)
+        found: dict[str, Any] = super()._init_box_head(cfg, input_shape)  # type: ignore[misc]
+
+        def ours(head: Any, plain: Any) -> Any:
+            return DisAlignFastRCNNOutputLayers(
+                cfg, head.output_shape, box2box_transform=plain.box2box_transform
+            )
+
+        if "box_predictors" in found:  # one a stage of a cascade
+            both = zip(found["box_heads"], found["box_predictors"], strict=True)
+            found["box_predictors"] = [ours(head, plain) for head, plain in both]
+        else:
+            found["box_predictor"] = ours(found["box_head"], found["box_predictor"])
         return found
+
+
+@ROI_HEADS_REGISTRY.register()  # type: ignore[misc]
+class DisAlignROIHeads(_DisAlignBoxes, StandardROIHeads):  # type: ignore[misc]
+    """StandardROIHeads with a DisAlignFastRCNNOutputLayers, by name in a config."""
+
+
+@ROI_HEADS_REGISTRY.register()  # type: ignore[misc]
+class DisAlignCascadeROIHeads(_DisAlignBoxes, CascadeROIHeads):  # type: ignore[misc]
+    """CascadeROIHeads with a DisAlignFastRCNNOutputLayers a stage, by name in a config."""

@@ -22,10 +22,13 @@ from ._openmm import register
 class GRWCrossEntropyLoss(_Loss):
     """`loss_cls` of a box head: counts of the foreground classes, the background last.
 
-    Arguments as mmsegmentation's: counts, rho, class_weight (then with the background's),
-    reduction, loss_weight, normalizer, label_smoothing. The box head calls it with
-    (cls_score (R, K + 1), labels, label_weights, avg_factor, reduction_override).
+    Arguments as mmsegmentation's, with count "image" ("instance": the boxes) and class_weight with
+    the background's. The box head calls it with (cls_score (R, K + 1), labels, label_weights,
+    avg_factor, reduction_override). normalizer="weights" is the mean of the released detectors;
+    by default it is the box head's, over its sampled boxes.
     """
+
+    _count = "image"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"background": "last", **options})
@@ -48,6 +51,6 @@ class DisAlignCosineLinear(dnn.DisAlignCosineLinear):
         super().__init__(*arguments, **{"background": "last", **options})
 
 
-register(MODELS)
-for _module in (GRWCrossEntropyLoss, DisAlignLinear, DisAlignCosineLinear):
+register(MODELS, GRWCrossEntropyLoss)
+for _module in (DisAlignLinear, DisAlignCosineLinear):
     MODELS.register_module(name=_module.__name__, module=_module, force=True)

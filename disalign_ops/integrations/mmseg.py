@@ -7,7 +7,12 @@ model = dict(
         type="EncoderDecoder", ...,
         decode_head=dict(
             type="DisAlignUPerHead", ...,
-            loss_decode=dict(type="GRWCrossEntropyLoss", counts="pixels.npy", rho=0.2))))
+            loss_decode=dict(
+                type="GRWCrossEntropyLoss", counts="objectInfo150.txt", rho=0.2,
+                normalizer="count"))))
+
+The loss of the released configuration (class_weight=objectInfo150.txt, exp_scale=0.2) is taken as
+it is, too.
 """
 
 from __future__ import annotations
@@ -115,7 +120,7 @@ def disalign_head(head: type[nn.Module]) -> type[nn.Module]:
     return made
 
 
-register(MODELS)
+register(MODELS, GRWCrossEntropyLoss)
 for _name in HEADS:
     if hasattr(decode_heads, _name):  # versions differ in which there are
         globals()[f"DisAlign{_name}"] = disalign_head(getattr(decode_heads, _name))

@@ -24,14 +24,29 @@ class DisAlignFastRCNNPredictor(nn.Module):
     Args:
         in_channels, num_classes: as FastRCNNPredictor's; num_classes counts the background.
         form: as in `disalign_ops.nn.DisAlignLinear`.
+        cosine_scale: None, or where the learnable scale of a `DisAlignCosineLinear` starts; the
+            released detectors have 20. torchvision has no cosine head: its stage 1 is this one
+            after `disalign_ops.nn.freeze_for_stage1(model)`.
 
     forward(x) gives the calibrated scores (R, num_classes) and box deltas (R, 4 num_classes) of box
     features (R, in_channels) or (R, in_channels, 1, 1).
     """
 
-    def __init__(self, in_channels: int, num_classes: int, *, form: Form = "interpolated") -> None:
+    cls_score: dnn.DisAlignLinear | dnn.DisAlignCosineLinear
+
+    def __init__(
+        self, in_channels: int, num_classes: int, *, form: Form = "interpolated",
+        cosine_scale: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.cls_score = dnn.DisAlignLinear(in_channels, num_classes, form=form, background="first")
+        if cosine_scale is None:
+            self.cls_score = dnn.DisAlignLinear(
+                in_channels, num_classes, form=form, background="first"
+            )
+        else:
+            self.cls_score = dnn.DisAlignCosineLinear(
+                in_channels, num_classes, scale_init=cosine_scale, form=form, background="first"
+            )
         self.bbox_pred = nn.Linear(in_channels, num_classes * 4)
 
     @classmethod

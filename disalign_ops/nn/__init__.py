@@ -15,7 +15,7 @@ from __future__ import annotations
 from .linear import DisAlignCosineLinear, DisAlignLinear
 from .losses import CrossEntropyLoss, GRWCrossEntropyLoss, UpsampleCrossEntropyLoss
 from .segmentation import DisAlignSegHead
-from .stage2 import convert_form, convert_to_disalign, freeze_for_stage2
+from .stage2 import convert_form, convert_to_disalign, freeze_for_stage1, freeze_for_stage2
 
 __all__ = [
     "CrossEntropyLoss",
@@ -26,5 +26,6 @@ __all__ = [
     "UpsampleCrossEntropyLoss",
     "convert_form",
     "convert_to_disalign",
+    "freeze_for_stage1",
     "freeze_for_stage2",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -210,6 +211,9 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
         counts: training samples of each class, a background not among them.
         rho: strength; the released configurations have 1.2 (ImageNet-LT), 0.8 (LVIS), 0.2 (ADE20K).
         background, normalize, empty: as in `class_stats.grw_weights`; a background adds a class.
+        num_samples_list, exp_scale: the released constructor's names of counts and rho.
+        num_classes: raises ArgumentError if counts are not of so many classes. Those that a mapping
+            lacks count 0.
         options: the keywords of `CrossEntropyLoss` but `weight`.
 
     Raises what `class_stats.grw_weights` raises. The weights are the float32 buffer `weight`.
@@ -220,16 +224,46 @@ class GRWCrossEntropyLoss(CrossEntropyLoss):
     _derived = ("weight",)
 
     def __init__(
-        self, counts: Counts, rho: float = 1.0,
+        self, counts: Counts | None = None, rho: float = 1.0,
         *, background: Background | None = None,
         normalize: Literal["sum_to_classes", "sum_to_one"] = "sum_to_classes",
-        empty: Literal["error", "zero", "max"] = "error", **options: Unpack[CriterionOptions],
+        empty: Literal["error", "zero", "max"] = "error", num_samples_list: Counts | None = None,
+        num_classes: int | None = None, exp_scale: float | None = None,
+        **options: Unpack[CriterionOptions],
     ) -> None:  # fmt: skip
-        n, rho = _as_counts(counts), check_number("rho", rho, -math.inf)
+        given: Counts | None
+        given, rho = released_names(counts, rho, num_samples_list, exp_scale)
+        if given is None:
+            raise ArgumentError("counts must be one number a class, got None")
+        n, rho = _as_counts(given, num_classes=num_classes), check_number("rho", rho, -math.inf)
+        check_number_of_classes(n, num_classes)
         weight = grw_weights(n, rho, normalize=normalize, empty=empty, background=background)
         super().__init__(weight, **options)
         self.rho = rho
         self._keep(n, rho=rho, background=background, normalize=normalize, empty=empty)
+
+
+Given = TypeVar("Given")
+
+
+def released_names(
+    counts: Given | None, rho: float, num_samples_list: Given | None, exp_scale: float | None
+) -> tuple[Given | None, float]:
+    """counts and rho, each by one of its two names."""
+    if counts is not None and num_samples_list is not None:
+        raise ArgumentError("counts or num_samples_list must be None, got both")
+    if exp_scale is not None and rho != 1.0:
+        raise ArgumentError(f"rho must be left out where exp_scale is given, got {rho}")
+    return counts if num_samples_list is None else num_samples_list, (
+        rho if exp_scale is None else exp_scale
+    )
+
+
+def check_number_of_classes(counts: Sized, num_classes: int | None) -> None:
+    if num_classes is not None and len(counts) != num_classes:
+        raise ArgumentError(
+            f"num_classes must be the number of counts ({len(counts)}), got {num_classes}"
+        )
 
 
 def _normalizer(value: Normalizer) -> Normalizer:

@@ -57,6 +57,19 @@ def convert_form(model: Model, form: Form) -> Model:
     return model
 
 
+def freeze_for_stage1(model: nn.Module) -> list[nn.Parameter]:
+    """Freezes the calibration of the model's DisAlign layers, and nothing else.
+
+    For a head that has no plain counterpart to be trained in stage 1, such as
+    `DisAlignCosineLinear`: at start="identity" its logits are those of a plain cosine classifier.
+    Returns the trained parameters, for an optimizer. Raises ArgumentError: no DisAlign layer.
+    """
+    for layer in _layers(model):
+        for frozen in (layer.logit_scale, layer.logit_bias, layer.confidence_layer):
+            frozen.requires_grad_(False)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def freeze_for_stage2(model: nn.Module, bn: BatchNormMode = "eval") -> list[nn.Parameter]:
     """Freezes all but logit_scale, logit_bias and confidence_layer of the model's DisAlign layers.
 

@@ -107,6 +107,20 @@ def test_a_predictor_takes_over_a_trained_one() -> None:
         DisAlignFastRCNNPredictor.from_predictor(nn.Linear(2, 2))
 
 
+def test_a_cosine_predictor_of_torchvision() -> None:
+    pytest.importorskip("torchvision", reason=WHY)
+    from disalign_ops.integrations.torchvision import DisAlignFastRCNNPredictor
+
+    predictor = DisAlignFastRCNNPredictor(6, 4, cosine_scale=20.0)
+    layer = predictor.cls_score
+    assert isinstance(layer, dnn.DisAlignCosineLinear)
+    assert layer.background == "first"
+    x = torch.randn(5, 6)
+    close(predictor(x)[0], 20 * F.normalize(x) @ F.normalize(layer.weight).T)
+    assert layer.scale in set(dnn.freeze_for_stage1(predictor))
+    assert layer.scale not in set(dnn.freeze_for_stage2(predictor))
+
+
 def test_the_detectors_loss_is_weighted_while_it_is_replaced() -> None:
     pytest.importorskip("torchvision", reason=WHY)
     from torchvision.models.detection import roi_heads

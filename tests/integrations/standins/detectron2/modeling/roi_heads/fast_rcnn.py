@@ -28,7 +28,7 @@ class FastRCNNOutputLayers(nn.Module):
     def __init__(
         self, input_shape: ShapeSpec, *, box2box_transform: Any, num_classes: int,
         loss_weight: float | dict[str, float] = 1.0, use_fed_loss: bool = False,
-        use_sigmoid_ce: bool = False,
+        use_sigmoid_ce: bool = False, get_fed_loss_cls_weights: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         size = input_shape.channels * (input_shape.width or 1) * (input_shape.height or 1)
@@ -39,6 +39,7 @@ class FastRCNNOutputLayers(nn.Module):
         if isinstance(loss_weight, float):
             loss_weight = {"loss_cls": loss_weight, "loss_box_reg": loss_weight}
         self.loss_weight = loss_weight
+        self.box2box_transform = box2box_transform
         self.use_fed_loss, self.use_sigmoid_ce = use_fed_loss, use_sigmoid_ce
 
     @classmethod
