@@ -312,10 +312,11 @@ MODEL = {
     # Without the shared memory for several warps' class vectors.
     **{("block", s): ("120", 8192, s) for s in ("stage2", "all")},
     **{("cluster", s): ("90", 32000, s) for s in ("gradient", "stage2", "all")},
-    ("tiles", "forward"): ("90", 128256, "forward"),
+    ("tiles", "forward"): ("80", 128256, "forward"),
     ("tiles", "calibrated forward"): ("90", 128256, "all"),
     ("tiles", "stage2 forward"): ("90", 128256, "stage2"),
-    **{("tiles", s): ("90", 128256, s) for s in ("backward", *SUMS)},
+    ("tiles", "backward"): ("80", 128256, "backward"),
+    **{("tiles", s): ("90", 128256, s) for s in SUMS},
 }
 
 

@@ -324,8 +324,8 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
     A* of_blocks = nullptr;  // the sums of the cluster's blocks
     if constexpr (By == kByCluster) {
       if (slopes) {
-        of_blocks = group_memory + RowGroup::kScratchEntries +
-                    round / 32 % 2 * (kClusterSlopes<By> / 2);
+        of_blocks =
+            group_memory + RowGroup::kScratchEntries + round / 32 % 2 * (kClusterSlopes<By> / 2);
         if (tile.warp == 0)
           Cluster::of_block(of_blocks, 0)[tile.block_of_row * 32 + lane] =
               turn.slope(lane, blockDim.x / 32, kBytes);
