@@ -66,6 +66,9 @@ DEVICES = {
     "120": (GPUS["RTX 5090"], (0x360, 0x370)),
 }
 
+# For the model also a GPU without clusters, and with too little shared memory for several warps.
+WITH_MODEL = DEVICES | {"89": (GPUS["RTX 4090"], (0, 12))}
+
 # What the ordinary case makes of predicates that data decide: a pattern of the instruction that
 # makes the predicate, registers without numbers (and uniform ones as others), and of the branch ->
 # the predicate. The first that matches.
@@ -142,7 +145,7 @@ def _planner() -> ModuleType:
 
 def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
     """The step's first launch that walks over the rows. registers: of a thread."""
-    device = launch_plans.Device(DEVICES[architecture][0], defaultdict(lambda: registers))
+    device = launch_plans.Device(WITH_MODEL[architecture][0], defaultdict(lambda: registers))
     launches = _planner().row_launches(
         **(STEPS | SUMS)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
         device=device,
@@ -160,7 +163,7 @@ def _declarations(dtype: str, long: bool) -> tuple[str, ...]:
     steps = STEPS | SUMS if long else STEPS
     return tuple(sorted({
         launch(a, dtype, c, step).declaration
-        for a in DEVICES for c in (LONG if long else CLASSES) for step in steps
+        for a in WITH_MODEL for c in (LONG if long else CLASSES) for step in steps
     }))  # fmt: skip
 
 
@@ -256,7 +259,7 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
     warps, tiles = kernel.threads // 32, kernel.grid[1]
     size = DTYPES[dtype][1]
     alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
-    constants = _constants(kernel, code, DEVICES[architecture][1], rounds)
+    constants = _constants(kernel, code, WITH_MODEL[architecture][1], rounds)
     total: Counter[str] = Counter()
     of_warps = OF_WARP_ROWS if WarpRows.of(kernel.declaration) else {}
     deciding = functools.partial(decide, ORDINARY | of_warps)
@@ -309,8 +312,7 @@ def budgets() -> str:
 MODEL = {
     **{("warp", s): ("90", 1203, s) for s in ("gradient", "stage2", "all")},
     **{("warps", s): ("90", 8192, s) for s in ("gradient", "stage2", "all")},
-    # Without the shared memory for several warps' class vectors.
-    **{("block", s): ("120", 8192, s) for s in ("stage2", "all")},
+    **{("block", s): ("89", 8192, s) for s in ("stage2", "all")},
     **{("cluster", s): ("90", 32000, s) for s in ("gradient", "stage2", "all")},
     ("tiles", "forward"): ("80", 128256, "forward"),
     ("tiles", "calibrated forward"): ("90", 128256, "all"),
