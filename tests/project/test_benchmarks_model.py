@@ -60,8 +60,8 @@ def test_plain_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiles_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(model.INSTRUCTIONS, ("tiles", "forward"), (0, 200))
     monkeypatch.setitem(model.INSTRUCTIONS, ("tiles", "backward"), (0, 1))
-    time = model.predict(H100, "plain", "bf16", 512, 100000)
-    logits = 512 * 100000 * 2
+    time = model.predict(H100, "plain", "bf16", 512, 500000)  # beyond a cluster
+    logits = 512 * 500000 * 2
     # Forward by its instructions; backward reads and writes, and for each row two floats and its
     # target.
     forward = logits / 512 * 200 / 463.32e9
