@@ -111,15 +111,7 @@ def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], 
     """The replay of a step; on a CPU the step itself."""
     if device.type != "cuda":
         return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = step()
+    graph, kept = measure.captured(step)
 
     def replay() -> object:
         graph.replay()

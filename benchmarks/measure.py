@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +19,7 @@ from benchmarks.cases import Case, Mode
 # Kineto announces every profile on stderr, in the middle of the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
+Result = TypeVar("Result")
 Clock = Callable[[Callable[[], object]], float]
 
 _BUDGET_S = 10.0  # of timed rounds a case: six quick cases and their compilation in three minutes
@@ -96,6 +98,20 @@ def make_clock(device: torch.device, overhead: bool) -> Clock:
         return float(begin.elapsed_time(end)) * 1e-3
 
     return on_cuda
+
+
+def captured(step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A step as a CUDA graph, and what it returned, whose memory a replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    return graph, found
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ def class_sum_bytes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) ->
     """
     how = way(gpu, step, dtype, classes)
     blocks = -(-rows // (_WARPS if how == "warp" else 1))
-    kept = classes if how in ("warp", "warps") else _SUMS  # of a cluster's block no more
+    # A cluster's block has fewer: at most.
+    kept = classes if how in ("warp", "warps") else _SUMS
     return 2 * 2 * 4 * min(gpu.multiprocessors * kept, blocks * classes)
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import disalign_ops
+from benchmarks.measure import captured
 from support.cases import Rows, rows
 from support.dense_cases import dense
 from support.places import TESTS, test_files
@@ -98,22 +99,9 @@ def test_another_stream() -> None:
     assert_same(actual, expected, "another stream")
 
 
-def _captured(function: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph, results
-
-
 def test_cuda_graph() -> None:
     r = on_gpu(rows(64, 1203), torch.float32)
-    graph, results = _captured(lambda: step(r))
+    graph, results = captured(lambda: step(r))
     with torch.no_grad():
         r.logits.mul_(0.5)
     graph.replay()
@@ -140,14 +128,14 @@ def test_a_captured_step_takes_any_upstream_gradient(
 ) -> None:
     r = on_gpu(rows(64, classes, torch.float32), dtype)
     upstream = torch.ones((), device="cuda")
-    graph, results = _captured(lambda: training_step(r, upstream, gradient))
+    graph, results = captured(lambda: training_step(r, upstream, gradient))
     for factor in UPSTREAM:  # of one graph: whether it is 1 is found out on the device
         upstream.fill_(factor)
         graph.replay()
         torch.cuda.synchronize()
         expected = training_step(r, upstream, gradient)
-        for captured, eager in zip(results, expected, strict=True):
-            assert torch.equal(captured.nan_to_num(), eager.nan_to_num())
+        for replayed, eager in zip(results, expected, strict=True):
+            assert torch.equal(replayed.nan_to_num(), eager.nan_to_num())
 
 
 @pytest.mark.parametrize("gradient", ["auto", "backward"])

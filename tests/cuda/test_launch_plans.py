@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
@@ -212,6 +213,29 @@ def test_the_model_knows_the_shared_memory_of_a_rows_warps(
         of_a_warp = model._WARP_BYTES + 2 * model._WARP_VECTORS * launch_plans.VECTOR_BYTES
     besides = model._CLUSTER_BYTES if launch["clustered"] else model._BLOCK_BYTES
     assert launch["shared_bytes"] == launch["threads"] // 32 * of_a_warp + besides
+
+
+@pytest.mark.parametrize(
+    ("gpu", "classes", "blocks"),
+    [
+        # README.md: one read in stage 2, by a block to 10,240 classes, a cluster to 81,920.
+        ("H100 SXM", 10_240, 1), ("H100 SXM", 10_248, 2), ("H100 SXM", 81_920, 8),
+        ("H100 SXM", 81_928, None), ("RTX 4090", 8185, 1), ("RTX 4090", 8196, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [1, 2], ids=["fp32", "bf16"])  # of launch.h
+def test_as_far_as_a_row_is_read_once_in_stage_2(
+    planner: ModuleType, dtype: int, gpu: str, classes: int, blocks: int | None
+) -> None:
+    device = launch_plans.Device(GPUS[gpu], defaultdict(lambda: 255))
+    launches = planner.row_launches(
+        **launch_plans.STAGE_2, dtype=dtype, rows=64, classes=classes,
+        weighted=True, device=device,
+    )  # fmt: skip
+    walks = [launch for launch in launches if launch["fills"]]
+    assert len(walks) == (2 if blocks is None else 1)
+    if blocks is not None:
+        assert walks[0]["grid_y"] == blocks
 
 
 # CUDA's own calculator. It knows how many blocks a multiprocessor has at most, and its sizes of

@@ -39,8 +39,10 @@ template <class A>
 struct PositionSums {
   static constexpr int kValues = 8;
 
-  A maximum = kLowest<A>;  // of u; finite, so that u - maximum is never NaN
-  A rest = 0;              // sum of exp(u_j - maximum) over the classes that are not the target
+  // Of u; finite, so that u - maximum is never NaN. row_warp_kernel has the target's u here where that
+  // serves: what is said of the maximum holds for any number that is taken off instead.
+  A maximum = kLowest<A>;
+  A rest = 0;          // sum of exp(u_j - maximum) over the classes that are not the target
   A rest_slope = 0;    // of exp(u_j - maximum) d_j, where d = a z + b, 0 where that is not finite
   A target_logit = 0;  // u_t, margin included; 0 where the target is not among the classes
   A target_slope = 0;  // d_t
