@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, gpu_check, gpu_machine
+from benchmarks import cases, gpu_check, gpu_machine, gpu_report
 from benchmarks.gpu_check import Step
 from support.places import ROOT, TESTS
 
@@ -166,7 +166,7 @@ def test_a_long_log_is_cut(runs: Runs) -> None:
 
 
 def test_without_matplotlib_there_is_no_plot(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "why_missing", lambda need: f"{need} is not installed")
+    monkeypatch.setattr(gpu_report, "why_missing", lambda need: f"{need} is not installed")
     runs.steps.append(Step("model", "bench.log", (("-c", MODEL_CSV, "{out}"),), after="",
                            table="model.csv"))  # fmt: skip
     assert runs() == 0
@@ -180,10 +180,10 @@ def row(classes: int, milliseconds: float, predicted: float | None) -> dict[str,
 
 
 def test_gaps_are_ranked_by_their_ratio_either_way() -> None:
-    few = gpu_check.RANKED_MS / 2
+    few = gpu_report.RANKED_MS / 2
     rows = [row(1, 0.1, 0.1), row(2, 0.1, 0.3), row(3, 0.2, 0.1), row(4, 0.15, 0.1),
             row(5, 9.0, few), row(6, 9.0, None)]  # fmt: skip
-    found = gpu_check.gaps(rows)
+    found = gpu_report.gaps(rows)
     assert [text.split(" bf16")[0] for text in found] == ["8 x 2", "8 x 3", "8 x 4"]
     assert found[0] == "8 x 2 bf16 plain: 0.100 ms, 0.33 times the model's"
 
