@@ -27,7 +27,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a mac
 @needs_no_gpu
 def test_make_goes_as_far_as_a_device_is_needed_and_says_so(tmp_path: Path) -> None:
     command = ["make", "gpu-check", f"PYTHON={sys.executable}", f"OUT={tmp_path}"]
-    # By itself: below `make test` make would take over its options, and name the folders it goes into.
+    # Not as part of `make test`, whose options it would take over, and name the folders it enters.
     alone = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode != 0
