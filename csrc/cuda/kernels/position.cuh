@@ -150,17 +150,26 @@ __device__ __forceinline__ PositionResult<A> position_result(const RowOptions<A>
 
 // Loss and statistics of position i of target t.
 template <class A>
-__device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, int t,
-                                               const PositionSums<A>& sums,
-                                               const PositionResult<A>& result, A sample_weight,
-                                               A c) {
+__device__ __forceinline__ void write_statistics(const LossArgs& args, int64_t i, int t,
+                                                 const PositionSums<A>& sums,
+                                                 const PositionResult<A>& result,
+                                                 A sample_weight) {
   const bool valid = is_valid(t);
   if (args.loss) static_cast<A*>(args.loss)[i] = valid ? result.loss * sample_weight : A(0);
   static_cast<A*>(args.row_shift)[i] = valid ? sums.maximum : A(0);
   static_cast<A*>(args.row_sum)[i] = valid ? result.sum : A(1);
+}
+
+// The same, and the gradient of its confidence.
+template <class A>
+__device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, int t,
+                                               const PositionSums<A>& sums,
+                                               const PositionResult<A>& result, A sample_weight,
+                                               A c) {
+  write_statistics(args, i, t, sums, result, sample_weight);
   if (args.grad_confidence)
     static_cast<A*>(args.grad_confidence)[i] =
-        valid ? sample_weight * c * (A(1) - c) * result.confidence : A(0);
+        is_valid(t) ? sample_weight * c * (A(1) - c) * result.confidence : A(0);
 }
 
 // What backward's classes of a position share, everything included:
