@@ -24,7 +24,7 @@ struct RowArgs : DivisorArgs {
   // Workspace; blocks are those along grid_x.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
-  void* tile_sums = nullptr;   // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
+  void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
   void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
   void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
@@ -33,13 +33,15 @@ struct RowArgs : DivisorArgs {
 
 // dense_tile.cuh
 struct DenseArgs : DivisorArgs {
-  int32_t lane_bits = 0;     // of the threads that have neighbouring positions of a class, as exponent
-  int32_t rounds = 1;        // classes of a thread that a stage has
-  int32_t chunks = 1;        // stages of a tile
-  int64_t image_tiles = 0;   // tiles of an image
+  int32_t lane_bits = 0;  // of the threads that have neighbouring positions of a class, as exponent
+  int32_t rounds = 1;     // classes of a thread that a stage has
+  int32_t chunks = 1;     // stages of a tile
+  int32_t image_tiles = 0;   // tiles of an image
   bool backward = false;     // the gradients alone, for the upstream gradient
   bool table = false;        // whether the class vectors lie in shared memory,
   bool shared_sums = false;  // and the class sums
+  int32_t scratch_at = 0, table_at = 0, exchange_at = 0, positions_at = 0, class_sums_at = 0,
+          targets_at = 0;             // DenseMemory
   void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
   // Workspace.
@@ -77,7 +79,7 @@ struct UpsampleArgs : LossArgs {
 
 // finish_kernel.cuh
 struct FinishArgs : DivisorArgs {
-  bool forward = false;                // loss and denominator are wanted
+  bool forward = false;  // loss and denominator are wanted
   // [blocks][2: loss, denominator]; null for 'none'. The denominator is theirs without divisors.
   const double* block_sums = nullptr;
   int64_t blocks = 0;

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kDenseThreads, 1) dense_calibrate_kernel(const
       sums[j] = sums[place.classes + j] = A(0);
   }
   for (DenseTiles tiles(args); tiles.image < args.outer; tiles.next(args)) {
-    const int64_t at = tiles.tile * place.lanes + place.lane;
+    const int64_t at = int64_t{tiles.tile} * place.lanes + place.lane;
     const bool inside = at < args.inner;
     const int64_t i = tiles.image * args.inner + at;
     const T* logits = static_cast<const T*>(args.logits) + tiles.image * args.outer_stride + at;

@@ -90,18 +90,29 @@ struct DenseWanted {
 };
 
 // A class and a thread's positions in it: u from z.
-template <bool Calibrated, class A, int V>
-__device__ __forceinline__ void dense_calibrate(const ClassEntry<A>& entry, bool prior,
-                                                const A (&z)[V], const A (&c)[V], A (&u)[V]) {
+template <bool Calibrated, bool Options, class A, int V>
+__device__ __forceinline__ void dense_calibrate(const ClassEntry<A>& entry, const A (&z)[V],
+                                                const A (&c)[V], A (&u)[V]) {
 #pragma unroll
-  for (int v = 0; v < V; ++v)
+  for (int v = 0; v < V; ++v) {
     u[v] = Calibrated ? calibrated(z[v], entry.a, entry.b, c[v]) : z[v];
-  if (!prior) return;
-#pragma unroll
-  for (int v = 0; v < V; ++v) u[v] += entry.o;
+    if constexpr (Options) u[v] += entry.o;
+  }
 }
 
-template <class T, bool Calibrated, bool Whole>
+// A position's factors into the second pass's entries.
+template <class A>
+__device__ __forceinline__ void put(A* entries, int positions, int p,
+                                    const PositionFactors<A>& factors) {
+  entries[kEntryShift * positions + p] = factors.maximum;
+  entries[kEntrySoftmax * positions + p] = factors.softmax;
+  entries[kEntrySmooth * positions + p] = factors.smooth;
+  entries[kEntryTarget * positions + p] = factors.at_target;
+  entries[kEntrySlope * positions + p] = factors.target_slope;
+}
+
+// Options: there is a prior or label smoothing; without, nothing is asked of them in the loops.
+template <class T, bool Calibrated, bool Whole, bool Options>
 __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
     dense_kernel(const DenseArgs args) {
   using A = Accumulate<T>;
@@ -111,7 +122,7 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
   const DenseMemory<T> memory(args, raw_memory);
   const DensePlace place(args);
   const RowOptions<A> options(args);
-  const bool smoothing = options.label_smoothing > 0;
+  const bool smoothing = Options && options.label_smoothing > 0;
   const DenseWanted wanted = {args.grad_logits && !is_made<A>(args),
                               Calibrated && args.grad_confidence,
                               Calibrated && args.class_gradients};
@@ -125,69 +136,88 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
   const A inverse = args.backward      ? inverse_denominator<A>(args)
                     : args.grad_logits ? inverse_of<A>(forward_denominator(args))
                                        : A(1);
-  const bool prior = args.prior != nullptr, entries = Calibrated || prior || smoothing;
   if (args.table) {
     for (int j = threadIdx.x; j < place.classes; j += kDenseThreads)
       memory.table[j] = ClassEntry<A>::of(args, j);
   }
   A* const block_class_sums =
       static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * args.classes;
-  A* class_sums = args.shared_sums
-                      ? memory.class_sums + (place.lane / 32) * 2 * args.classes
-                      : block_class_sums;
+  A* class_sums = args.shared_sums ? memory.class_sums + (place.lane / 32) * 2 * args.classes
+                                   : block_class_sums;
   if (wanted.sums) {
     A* all = args.shared_sums ? memory.class_sums : block_class_sums;
     const int64_t count = args.shared_sums ? DenseMemory<T>::sum_entries(args) : 2 * args.classes;
     for (int64_t i = threadIdx.x; i < count; i += kDenseThreads) all[i] = A(0);
   }
   const auto entry_of = [&](int j) -> ClassEntry<A> {
-    if (!entries) return {A(0), A(0), A(0), A(0)};
+    if constexpr (!Calibrated && !Options) return {A(0), A(0), A(0), A(0)};
     return args.table ? memory.table[j] : ClassEntry<A>::of(args, j);
   };
-  const int positions = place.lanes * V, p = threadIdx.x;
+  const int positions = place.lanes * V, step = place.slices;
   const auto entries_of = [&](int which) { return memory.positions + which * positions; };
 
   DenseStages<T, Whole> stages(args, place, memory.stages, args.backward ? 1 : 1 + second_pass);
   double loss = 0, divisor = 0;
-  for (DenseTiles tiles(args); tiles.image < args.outer; tiles.next(args)) {
-    const int64_t at = tiles.tile * positions;
-    const int count = static_cast<int>(min(args.inner - at, int64_t{positions}));
-    const int64_t i = tiles.image * args.inner + at + p;
-    int t = kNoTarget;  // of this thread's position
-    A c = 0;
-    if (p < positions) {
-      if (p < count) t = target_of(args, i);
-      if (Calibrated && is_valid(t)) c = confidence_of<A>(args, i);
+  while (stages.more()) {
+    const int64_t at = stages.first_position();
+    const int image = stages.image(), count = stages.count();
+    const int64_t first_index = image * args.inner + at;
+    // Of a target of this tile, z and u.
+    const auto target_logit = [&](int t, int p, A c) -> TargetLogit<A> {
+      const T* logits = static_cast<const T*>(args.logits) + image * args.outer_stride + at;
+      const A z = to_accumulate(
+          args.chunks == 1
+              ? *reinterpret_cast<const T*>(stages.begin() + Vector::offset(place, args, t, p))
+              : load_one(logits + t * args.class_stride + p));
+      const ClassEntry<A> entry = entry_of(t);
+      A u = Calibrated ? calibrated(z, entry.a, entry.b, c) : z;
+      if constexpr (Options) u += entry.o;
+      return {z, u - vector_entry<A>(args.margin, t, A(0))};
+    };
+    const auto slope_of = [&](int t, A z) {
+      const ClassEntry<A> entry = entry_of(t);
+      return finite_or_zero(entry.a * z + entry.b);
+    };
+    if (args.backward) stages.arrive();
+#pragma unroll 1
+    for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
+      const int64_t i = first_index + p;
+      const int t = p < count ? target_of(args, i) : kNoTarget;
       memory.targets[p] = t;
-      entries_of(kEntryC)[p] = c;
+      A c = 0;
+      if constexpr (Calibrated) {
+        if (is_valid(t)) c = confidence_of<A>(args, i);
+        entries_of(kEntryC)[p] = c;
+      }
+      if (!args.backward) continue;
+      PositionFactors<A> factors;
+      if (is_valid(t)) {
+        const TargetLogit<A> at_t = target_logit(t, p, c);
+        factors = position_factors(args, i, t, c, weights, inverse, [&](int) { return at_t; });
+        factors.at_target = factors.softmax * exponential(at_t.u - factors.maximum) -
+                            factors.smooth * vector_entry<A>(args.weight, t, A(1)) -
+                            factors.at_target;
+        if (wanted.slopes) factors.target_slope = slope_of(t, at_t.z);
+      }
+      put(entries_of(0), positions, p, factors);
     }
-    stages.arrive();
-    __syncthreads();
-    A z_t = 0, u_t = 0, w_t = 1, v_i = 0;
-    if (is_valid(t)) {
-      const T* logits = static_cast<const T*>(args.logits) + tiles.image * args.outer_stride + at;
-      z_t = to_accumulate(args.chunks == 1 ? *reinterpret_cast<const T*>(
-                                                 stages.begin() + Vector::offset(place, args, t, p))
-                                           : load_one(logits + t * args.class_stride + p));
-      u_t = target_logit_of(args, t, z_t, c);
-      w_t = vector_entry<A>(args.weight, t, A(1));
-      v_i = vector_entry<A>(args.sample_weight, i, A(1));
-    }
+    if (args.backward)
+      __syncthreads();
+    else
+      stages.arrive();
     int target[V];
     A of_c[V];
     Vector::read(place, memory.targets, target);
     if constexpr (Calibrated) Vector::read(place, entries_of(kEntryC), of_c);
-    const int step = place.slices;
 
-    PositionFactors<A> factors;
     if (!args.backward) {
       DenseSums<A, V> of_slice;
       for (int chunk = 0; chunk < args.chunks; ++chunk) {
         if (chunk > 0) stages.arrive();
         const int first = chunk * args.rounds, rounds = min(args.rounds, place.mine - first);
+        int j = place.slice + first * step;
         const auto add = [&](auto unroll, int round) {
           constexpr int U = decltype(unroll)::value;
-          const int j = place.slice + (first + round) * step;
           A u[U][V], w[U];
 #pragma unroll
           for (int k = 0; k < U; ++k) {
@@ -195,13 +225,14 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
             unpack_vector<T>(stages.vector(round + k), z);
             const ClassEntry<A> entry = entry_of(j + k * step);
             w[k] = entry.w;
-            dense_calibrate<Calibrated>(entry, prior, z, of_c, u[k]);
+            dense_calibrate<Calibrated, Options>(entry, z, of_c, u[k]);
 #pragma unroll
             for (int v = 0; v < V; ++v)
               if (j + k * step == target[v]) u[k][v] = negative_infinity<A>();
           }
           of_slice.add(u, smoothing,
                        [&](int k, int v) { return j + k * step == target[v] ? A(0) : w[k]; });
+          j += U * step;
         };
         int round = 0;
         for (; round + kDenseUnroll<T> <= rounds; round += kDenseUnroll<T>)
@@ -209,62 +240,60 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
         for (; round < rounds; ++round) add(std::integral_constant<int, 1>{}, round);
       }
       // [values][slices][positions]
-      const int values = DenseMemory<T>::values(args);
-      const auto exchanged = [&](int value, int slice) {
-        return memory.exchange + (value * place.slices + slice) * positions;
-      };
-      Vector::write(place, exchanged(0, place.slice), of_slice.maximum);
-      Vector::write(place, exchanged(1, place.slice), of_slice.rest);
+      const int values_of_slices = place.slices * positions;
+      A* const exchange = memory.exchange + place.slice * positions;
+      Vector::write(place, exchange, of_slice.maximum);
+      Vector::write(place, exchange + values_of_slices, of_slice.rest);
       if (smoothing) {
-        Vector::write(place, exchanged(2, place.slice), of_slice.smooth);
-        Vector::write(place, exchanged(3, place.slice), of_slice.weight);
+        Vector::write(place, exchange + 2 * values_of_slices, of_slice.smooth);
+        Vector::write(place, exchange + 3 * values_of_slices, of_slice.weight);
       }
       __syncthreads();
-      if (p < count) {
-        PositionSums<A> sums;
-        sums.maximum = larger(u_t, kLowest<A>);
-        for (int slice = 0; slice < place.slices; ++slice)
-          sums.maximum = larger(sums.maximum, exchanged(0, slice)[p]);
-        for (int slice = 0; slice < place.slices; ++slice) {
-          const A below = exchanged(0, slice)[p] - sums.maximum;
-          sums.rest += exchanged(1, slice)[p] * exponential(below);
-          if (!smoothing) continue;
-          const A weight = exchanged(3, slice)[p];
-          sums.smooth += exchanged(2, slice)[p];
-          if (weight != A(0)) sums.smooth += weight * below;  // else 0 * infinity
-        }
-        sums.target_logit = u_t;
-        sums.weight = weights;
-        if (smoothing) sums.smooth += w_t * (u_t - sums.maximum);
-        const PositionResult<A> result = position_result(options, sums, w_t);
-        write_statistics(args, i, t, sums, result, v_i);
-        if (is_valid(t)) {
+#pragma unroll 1
+      for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
+        const int t = memory.targets[p];
+        PositionFactors<A> factors;
+        const bool valid = is_valid(t);
+        if (valid) {
+          const TargetLogit<A> at_t =
+              target_logit(t, p, Calibrated ? entries_of(kEntryC)[p] : A(0));
+          const A u_t = at_t.u;
+          const A w_t = vector_entry<A>(args.weight, t, A(1));
+          const A v_i = vector_entry<A>(args.sample_weight, first_index + p, A(1));
+          PositionSums<A> sums;
+          sums.maximum = larger(u_t, kLowest<A>);
+          const A* from = memory.exchange + p;
+#pragma unroll 4
+          for (int slice = 0; slice < place.slices; ++slice)
+            sums.maximum = larger(sums.maximum, from[slice * positions]);
+#pragma unroll 4
+          for (int slice = 0; slice < place.slices; ++slice, from += positions) {
+            const A below = *from - sums.maximum;
+            sums.rest += from[values_of_slices] * exponential(below);
+            if (!smoothing) continue;
+            const A weight = from[3 * values_of_slices];
+            sums.smooth += from[2 * values_of_slices];
+            if (weight != A(0)) sums.smooth += weight * below;  // else 0 * infinity
+          }
+          sums.target_logit = u_t;
+          sums.weight = weights;
+          if (smoothing) sums.smooth += w_t * (u_t - sums.maximum);
+          const PositionResult<A> result = position_result(options, sums, w_t);
+          write_statistics(args, first_index + p, t, sums, result, v_i);
           loss += static_cast<double>(result.loss * v_i);
           divisor += divisor_share(args, w_t, v_i);
           factors.maximum = sums.maximum;
           factors.softmax = v_i * result.softmax, factors.smooth = v_i * result.smooth;
           factors.at_target = v_i * result.at_target;
-          factors.target_slope = finite_or_zero(vector_entry<A>(args.scale, t, A(0)) * z_t +
-                                                vector_entry<A>(args.bias, t, A(0)));
+          if (wanted.slopes) factors.target_slope = slope_of(t, at_t.z);
+        } else if (p < count) {
+          write_statistics(args, first_index + p, t, PositionSums<A>(), PositionResult<A>(), A(0));
         }
+        if (second_pass) put(entries_of(0), positions, p, factors);
       }
-    } else if (is_valid(t)) {
-      factors = position_factors(args, i, c, weights, inverse, [&](int) -> TargetLogit<A> {
-        return {z_t, u_t};
-      });
-      factors.at_target = factors.softmax * exponential(u_t - factors.maximum) -
-                          factors.smooth * w_t - factors.at_target;
     }
     if (!second_pass) continue;
-
-    if (p < positions) {
-      entries_of(kEntryShift)[p] = factors.maximum;
-      entries_of(kEntrySoftmax)[p] = factors.softmax;
-      entries_of(kEntrySmooth)[p] = factors.smooth;
-      entries_of(kEntryTarget)[p] = is_valid(t) ? factors.at_target : A(0);
-      entries_of(kEntrySlope)[p] = factors.target_slope;
-    }
-    __syncthreads();
+    if (!args.backward) __syncthreads();
     A shift[V], softmax[V], smooth[V], at_target[V], target_slope[V], slope[V], highest[V];
     Vector::read(place, entries_of(kEntryShift), shift);
     Vector::read(place, entries_of(kEntrySoftmax), softmax);
@@ -282,10 +311,12 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
       if (args.chunks > 1 && (chunk > 0 || !args.backward)) stages.arrive();
       const int first = chunk * args.rounds, rounds = min(args.rounds, place.mine - first);
       // Those that all slices have, as they shuffle together, and those that any has.
-      const int common = min(args.rounds, place.classes / place.slices - first);
-      const int most = min(args.rounds, (place.classes + step - 1) / step - first);
+      const int common =
+          min(args.rounds, (place.classes >> (kDenseThreadBits - args.lane_bits)) - first);
+      const int most = min(
+          args.rounds, ((place.classes + step - 1) >> (kDenseThreadBits - args.lane_bits)) - first);
       const int64_t grad_step = step * args.grad_class_stride;
-      T* grad = static_cast<T*>(args.grad_logits) + tiles.image * args.grad_outer_stride + at +
+      T* grad = static_cast<T*>(args.grad_logits) + image * args.grad_outer_stride + at +
                 place.slice * args.grad_class_stride + first * grad_step;
       const auto add = [&](auto unroll, int round) {
         constexpr int U = decltype(unroll)::value;
@@ -300,7 +331,7 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
 #pragma unroll
           for (int v = 0; v < V; ++v) z[v] = std::fmin(z[v], highest[v]);
           const ClassEntry<A> entry = entry_of(j);
-          dense_calibrate<Calibrated>(entry, prior, z, of_c, u);
+          dense_calibrate<Calibrated, Options>(entry, z, of_c, u);
           A scale_sum = 0, bias_sum = 0;
 #pragma unroll
           for (int v = 0; v < V; ++v) {
@@ -310,9 +341,9 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
             if (Calibrated && wanted.slopes) {
               // A masked class has d = 0 where it has a share of the smoothing; else q = 0.
               const A zq = z[v] == negative_infinity<A>() ? A(0) : z[v] * q;
-              const A share = smoothing ? q * (finite_or_zero(entry.a * z[v] + entry.b) -
-                                               target_slope[v])
-                                        : entry.a * zq + q * (entry.b - target_slope[v]);
+              const A share = smoothing
+                                  ? q * (finite_or_zero(entry.a * z[v] + entry.b) - target_slope[v])
+                                  : entry.a * zq + q * (entry.b - target_slope[v]);
               slope[v] += is_target ? A(0) : share;
             }
             if (is_target) q = at_target[v];
@@ -346,11 +377,13 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
     if (wanted.slopes) {
       Vector::write(place, memory.exchange + place.slice * positions, slope);
       __syncthreads();
-      if (p < count) {
+#pragma unroll 1
+      for (int p = threadIdx.x; p < count; p += kDenseThreads) {
+        const A c = entries_of(kEntryC)[p];
         A sum = 0;
         for (int slice = 0; slice < place.slices; ++slice)
           sum += memory.exchange[slice * positions + p];
-        static_cast<A*>(args.grad_confidence)[i] = c * (A(1) - c) * sum;
+        static_cast<A*>(args.grad_confidence)[first_index + p] = c * (A(1) - c) * sum;
       }
     }
     __syncthreads();  // the tile's shared memory is the next one's

@@ -21,7 +21,8 @@ namespace disalign::cuda {
 constexpr int kDenseThreads = 256;
 constexpr int kDenseThreadBits = 8;
 constexpr int kDenseStages = 2;
-constexpr int kDenseRoundBytes = kDenseThreads * kVectorBytes;  // of a stage, a class of each thread
+constexpr int kDenseRoundBytes =
+    kDenseThreads * kVectorBytes;  // of a stage, a class of each thread
 
 // What a thread needs of a class vector's entry j.
 template <class A>
@@ -43,20 +44,20 @@ static DISALIGN_METHOD bool needs_class_entries(const LossArgs& args) {
 enum PositionEntry { kEntryC, kEntryShift, kEntrySoftmax, kEntrySmooth, kEntryTarget, kEntrySlope };
 constexpr int kPositionEntries = 6;
 
-// Shared memory of a block, in this order.
+// Shared memory of a block, in this order; offsets in bytes, which the host knows.
 template <class T>
 struct DenseMemory {
   using A = Accumulate<T>;
 
   unsigned char* stages;  // [kDenseStages][rounds][threads][16]
-  double* scratch;        // of the sums over the block
+  double* scratch;        // [kScratch], of the sums over the block
   ClassEntry<A>* table;   // [classes], where args.table
   A* exchange;            // [values][slices][positions]
   A* positions;           // [kPositionEntries][positions]
   A* class_sums;          // [warps of a slice][2: scale, bias][classes], where args.shared_sums
   int* targets;           // [positions]
 
-  static constexpr int kScratch = 32;  // entries
+  static constexpr int kScratch = 32;
   // Of the first pass: the maximum and the sum of exponentials, and two more of label smoothing.
   static __host__ __device__ int values(const LossArgs& args) {
     return args.label_smoothing > 0 ? 4 : 2;
@@ -64,26 +65,32 @@ struct DenseMemory {
   static __host__ __device__ int64_t sum_entries(const DenseArgs& args) {
     return (args.lane_bits > 5 ? 1 << (args.lane_bits - 5) : 1) * 2 * args.classes;
   }
-  static __host__ __device__ int64_t bytes(const DenseArgs& args) {
+  // Sets the offsets. Returns the bytes of all.
+  static int64_t divide(DenseArgs& args) {
+    int64_t bytes = kDenseStages * int64_t{args.rounds} * kDenseRoundBytes;
+    const auto take = [&](int64_t entries, size_t size) {
+      const int64_t begin = bytes;
+      bytes += entries * static_cast<int64_t>(size);
+      return static_cast<int32_t>(begin);
+    };
     const int64_t positions = int64_t{kVector<T>} << args.lane_bits;
-    const int64_t entries = values(args) * kDenseThreads * kVector<T> +
-                            kPositionEntries * positions +
-                            (args.shared_sums ? sum_entries(args) : 0);
-    return kDenseStages * args.rounds * kDenseRoundBytes +
-           kScratch * static_cast<int64_t>(sizeof(double)) +
-           (args.table ? args.classes * static_cast<int64_t>(sizeof(ClassEntry<A>)) : 0) +
-           entries * static_cast<int64_t>(sizeof(A)) +
-           positions * static_cast<int64_t>(sizeof(int));
+    args.scratch_at = take(kScratch, sizeof(double));
+    args.table_at = take(args.table ? args.classes : 0, sizeof(ClassEntry<A>));
+    args.exchange_at = take(int64_t{values(args)} * kDenseThreads * kVector<T>, sizeof(A));
+    args.positions_at = take(kPositionEntries * positions, sizeof(A));
+    args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(A));
+    args.targets_at = take(positions, sizeof(int));
+    return bytes;
   }
 
   __device__ __forceinline__ DenseMemory(const DenseArgs& args, unsigned char* memory)
       : stages(memory),
-        scratch(reinterpret_cast<double*>(stages + kDenseStages * args.rounds * kDenseRoundBytes)),
-        table(reinterpret_cast<ClassEntry<A>*>(scratch + kScratch)),
-        exchange(reinterpret_cast<A*>(table + (args.table ? args.classes : 0))),
-        positions(exchange + values(args) * kDenseThreads * kVector<T>),
-        class_sums(positions + kPositionEntries * (kVector<T> << args.lane_bits)),
-        targets(reinterpret_cast<int*>(class_sums + (args.shared_sums ? sum_entries(args) : 0))) {}
+        scratch(reinterpret_cast<double*>(memory + args.scratch_at)),
+        table(reinterpret_cast<ClassEntry<A>*>(memory + args.table_at)),
+        exchange(reinterpret_cast<A*>(memory + args.exchange_at)),
+        positions(reinterpret_cast<A*>(memory + args.positions_at)),
+        class_sums(reinterpret_cast<A*>(memory + args.class_sums_at)),
+        targets(reinterpret_cast<int*>(memory + args.targets_at)) {}
 };
 
 // A thread's place in every tile.
@@ -100,16 +107,16 @@ struct DensePlace {
         mine((classes - slice + slices - 1) >> (kDenseThreadBits - args.lane_bits)) {}
 };
 
-// The tiles of a block, one after the other.
+// The tiles of a block, one after the other. Their number in an image is no more than 2^31.
 struct DenseTiles {
-  int64_t image, tile;  // of the image
-  int64_t image_step, tile_step;
+  int image, tile;  // of the image
+  int image_step, tile_step;
 
   __device__ __forceinline__ explicit DenseTiles(const DenseArgs& args)
-      : image(blockIdx.x / args.image_tiles),
-        tile(blockIdx.x - image * args.image_tiles),
-        image_step(gridDim.x / args.image_tiles),
-        tile_step(gridDim.x - image_step * args.image_tiles) {}
+      : image(static_cast<int>(blockIdx.x / static_cast<unsigned>(args.image_tiles))),
+        tile(static_cast<int>(blockIdx.x % static_cast<unsigned>(args.image_tiles))),
+        image_step(static_cast<int>(gridDim.x / static_cast<unsigned>(args.image_tiles))),
+        tile_step(static_cast<int>(gridDim.x % static_cast<unsigned>(args.image_tiles))) {}
 
   __device__ __forceinline__ void next(const DenseArgs& args) {
     image += image_step, tile += tile_step;
@@ -174,8 +181,7 @@ struct DenseVector {
       Raw raw = {};
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        if (position(place, v) < count)
-          set_element(raw, v, load_one(from + position(place, v)));
+        if (position(place, v) < count) set_element(raw, v, load_one(from + position(place, v)));
       write_shared(shared, raw);
     }
   }
@@ -206,18 +212,27 @@ class DenseStages {
       : args_(args),
         place_(place),
         own_(stages + threadIdx.x * kVectorBytes),
+        logits_(static_cast<const T*>(args.logits) + place.slice * args.class_stride),
         stage_bytes_(args.rounds * kDenseRoundBytes),
         passes_(args.chunks == 1 ? 1 : passes),
         tiles_(args) {
     ask();
   }
 
-  // The next stage has arrived, and the one after it is on its way. Own vectors alone: a barrier has
-  // to follow before those of others are read.
+  // Of the stage that arrives next: whether there is one, its image, its tile's first position in the
+  // image, how many positions the tile has.
+  __device__ __forceinline__ bool more() const { return count_ > 0; }
+  __device__ __forceinline__ int image() const { return image_; }
+  __device__ __forceinline__ int64_t first_position() const { return at_; }
+  __device__ __forceinline__ int count() const { return count_; }
+
+  // It has arrived, for all threads, and the one after it is on its way: until then threads may still
+  // read the one before. By the whole block.
   __device__ __forceinline__ void arrive() {
+    wait_for_copies<0>();
+    __syncthreads();
     current_ = own_ + (next_ ^ 1) * stage_bytes_;
     ask();
-    wait_for_copies<kDenseStages - 1>();
   }
 
   // This thread's vector of a round of the stage, and the stage's first byte.
@@ -230,19 +245,20 @@ class DenseStages {
 
  private:
   __device__ __forceinline__ void ask() {
+    count_ = 0;
     if (tiles_.image < args_.outer) {
-      const int64_t at = tiles_.tile * (place_.lanes * kVector<T>);
-      const int64_t left = args_.inner - at;
-      const int count = static_cast<int>(min(left, int64_t{place_.lanes * kVector<T>}));
+      const int positions = place_.lanes * kVector<T>;
+      image_ = tiles_.image;
+      at_ = int64_t{tiles_.tile} * positions;
+      count_ = static_cast<int>(min(args_.inner - at_, int64_t{positions}));
       const int first = chunk_ * args_.rounds;
       const int rounds = min(args_.rounds, place_.mine - first);
       const int64_t step = place_.slices * args_.class_stride;
-      const T* from = static_cast<const T*>(args_.logits) + tiles_.image * args_.outer_stride + at +
-                      place_.slice * args_.class_stride + first * step;
+      const T* from = logits_ + image_ * args_.outer_stride + at_ + first * step;
       unsigned char* to = own_ + next_ * stage_bytes_;
 #pragma unroll 4
       for (int round = 0; round < rounds; ++round, from += step, to += kDenseRoundBytes)
-        DenseVector<T, Whole>::copy(place_, to, from, count);
+        DenseVector<T, Whole>::copy(place_, to, from, count_);
       if (++chunk_ == args_.chunks) {
         chunk_ = 0;
         if (++pass_ == passes_) {
@@ -258,7 +274,10 @@ class DenseStages {
   const DenseArgs& args_;
   const DensePlace& place_;
   unsigned char *own_, *current_ = nullptr;
+  const T* logits_;  // of this thread's first class
   int stage_bytes_, passes_;
+  int image_ = 0, count_ = 0;
+  int64_t at_ = 0;
   int next_ = 0, chunk_ = 0, pass_ = 0;  // of the stage that is asked for next
   DenseTiles tiles_;
 };

@@ -22,8 +22,7 @@ bool has_whole_vectors(const DenseArgs& args) {
     return (reinterpret_cast<uintptr_t>(plane) | static_cast<uintptr_t>(strides)) % kVectorBytes ==
            0;
   };
-  return args.inner % kVector<T> == 0 &&
-         whole(args.logits, args.class_stride, args.outer_stride) &&
+  return args.inner % kVector<T> == 0 && whole(args.logits, args.class_stride, args.outer_stride) &&
          (!args.grad_logits ||
           whole(args.grad_logits, args.grad_class_stride, args.grad_outer_stride));
 }
@@ -35,63 +34,74 @@ static inline double imbalance(int64_t tiles, int multiprocessors) {
 }
 
 // two_passes: whether a tile is wanted twice.
+// Returns the bytes of shared memory.
 template <class T>
-void divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
+int64_t divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
   constexpr int64_t V = kVector<T>;
   const auto rounds_of = [&](int bits) { return divide_up(args.classes, kDenseThreads >> bits); };
   const auto tiles_of = [&](int bits) { return divide_up(args.inner, V << bits); };
   constexpr int kLeast = 2, kLine = 3;  // exponents: of the class sums' shuffles; 128 bytes
   int bits = kDenseThreadBits;
-  while ((V << bits) > kDenseThreads) --bits;  // a thread a position
   while (bits > kLeast && tiles_of(bits - 1) == 1) --bits;
   while (bits > kLine && rounds_of(bits) > kDenseRounds) --bits;
   while (bits > kLeast && args.outer * tiles_of(bits) < int64_t{64} * limits.multiprocessors &&
          imbalance(args.outer * tiles_of(bits), limits.multiprocessors) > 1.1)
     --bits;
   args.lane_bits = bits;
-  args.image_tiles = tiles_of(bits);
-  args.table = needs_class_entries(args) &&
-               args.classes * static_cast<int64_t>(sizeof(ClassEntry<Accumulate<T>>)) <=
-                   kDenseTableBytes;
-  args.shared_sums =
-      args.class_gradients &&
-      DenseMemory<T>::sum_entries(args) * static_cast<int64_t>(sizeof(Accumulate<T>)) <=
-          kDenseTableBytes;
+  args.image_tiles = static_cast<int32_t>(tiles_of(bits));
+  args.table =
+      needs_class_entries(args) &&
+      args.classes * static_cast<int64_t>(sizeof(ClassEntry<Accumulate<T>>)) <= kDenseTableBytes;
+  args.shared_sums = args.class_gradients && DenseMemory<T>::sum_entries(args) *
+                                                     static_cast<int64_t>(sizeof(Accumulate<T>)) <=
+                                                 kDenseTableBytes;
   args.rounds = 0;
-  const int64_t free = static_cast<int64_t>(limits.shared_bytes) - DenseMemory<T>::bytes(args);
-  const int64_t most = free / (kDenseStages * kDenseRoundBytes);
+  constexpr int64_t kRound = kDenseStages * kDenseRoundBytes;
+  const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
+  const int64_t fixed = DenseMemory<T>::divide(args);
+  const int64_t most = (limit - fixed) / kRound;
   // Two blocks a multiprocessor, if their stages are not too small for it.
-  const int64_t half = most / 2 - DenseMemory<T>::bytes(args) / 2 / (kDenseStages * kDenseRoundBytes);
+  const int64_t half = (limit / 2 - fixed) / kRound;
   const int64_t all = rounds_of(bits);
   int64_t rounds = std::clamp<int64_t>(half < 4 ? most : half, 1, kDenseRounds);
   if (all <= rounds || (two_passes && all <= most)) rounds = all;
   args.chunks = static_cast<int32_t>(divide_up(all, rounds));
   args.rounds = static_cast<int32_t>(divide_up(all, args.chunks));
+  return DenseMemory<T>::divide(args);
+}
+
+// Not every combination is compiled: planes that are not aligned, and doubles, are read element by
+// element, whatever the options.
+template <class T, bool Calibrated>
+auto dense_kernel_of(const DenseArgs& args) {
+  if constexpr (sizeof(T) < 8) {
+    if (has_whole_vectors<T>(args))
+      return args.prior || args.label_smoothing > 0 ? dense_kernel<T, Calibrated, true, true>
+                                                    : dense_kernel<T, Calibrated, true, false>;
+  }
+  return dense_kernel<T, Calibrated, false, true>;
 }
 
 template <class T, bool Calibrated, class Launcher>
 void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) {
-  const bool gradients = args.grad_logits || args.class_gradients || args.grad_confidence;
-  for_bool(has_whole_vectors<T>(args), [&](auto whole) {
-    const auto kernel = dense_kernel<T, Calibrated, decltype(whole)::value>;
-    divide_dense<T>(args, launcher.limits(), !args.backward && gradients);
-    Shape shape;
-    shape.threads = kDenseThreads;
-    shape.shared_bytes = static_cast<size_t>(DenseMemory<T>::bytes(args));
-    const int blocks =
-        launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes);
-    shape.grid_x = std::min(int64_t{launcher.limits().multiprocessors} * std::max(1, blocks),
-                            args.outer * args.image_tiles);
-    last.blocks = shape.grid_x;
-    if (!args.backward && args.reduction != kReduceNone)
-      args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
-    if (args.class_gradients) {
-      last.class_blocks = shape.grid_x;
-      args.class_sums =
-          launcher.allocate(2 * last.class_blocks * args.classes * sizeof(Accumulate<T>));
-    }
-    launcher.launch(kernel, shape, args);
-  });
+  const auto kernel = dense_kernel_of<T, Calibrated>(args);
+  const bool two_passes =
+      !args.backward && (args.grad_logits || args.class_gradients || args.grad_confidence);
+  Shape shape;
+  shape.threads = kDenseThreads;
+  shape.shared_bytes = static_cast<size_t>(divide_dense<T>(args, launcher.limits(), two_passes));
+  const int blocks = launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes);
+  shape.grid_x = std::min(int64_t{launcher.limits().multiprocessors} * std::max(1, blocks),
+                          args.outer * args.image_tiles);
+  last.blocks = shape.grid_x;
+  if (!args.backward && args.reduction != kReduceNone)
+    args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
+  if (args.class_gradients) {
+    last.class_blocks = shape.grid_x;
+    args.class_sums =
+        launcher.allocate(2 * last.class_blocks * args.classes * sizeof(Accumulate<T>));
+  }
+  launcher.launch(kernel, shape, args);
 }
 
 template <class T, bool Calibrated, class Launcher>
