@@ -140,7 +140,9 @@ def test_either_pass_makes_the_same_gradient_of_class_planes(
     with disalign_ops.set_backend("reference"):
         exact = gradients(r.to(torch.float64))
     for found in (gradients(r), gradients(r, gradient="backward")):
-        for what, g, e in zip(("logits", "confidence", "scale", "bias"), found, exact, strict=False):
+        for what, g, e in zip(
+            ("logits", "confidence", "scale", "bias"), found, exact, strict=False
+        ):
             if dtype == torch.bfloat16:
                 assert_no_worse(g, e.bfloat16(), e, dtype, what)
             else:

@@ -48,14 +48,11 @@ REGISTERS = {
     ("row_target_kernel", True): 32,
     ("finish_kernel", False): 56,
     ("finish_kernel", True): 64,
-    ("dense_forward_kernel plain", False): 64,
-    ("dense_forward_kernel plain", True): 80,
-    ("dense_forward_kernel calibrated", False): 88,
-    ("dense_forward_kernel calibrated", True): 128,
-    ("dense_backward_kernel plain", False): 64,
-    ("dense_backward_kernel plain", True): 80,
-    ("dense_backward_kernel calibrated", False): 80,
-    ("dense_backward_kernel calibrated", True): 96,
+    ("dense_kernel plain", False): 128,  # 2 blocks
+    ("dense_kernel plain", True): 136,
+    ("dense_kernel calibrated", False): 128,
+    ("dense_kernel by element", False): 184,  # 1 block; calibrated, half precision
+    ("dense_kernel calibrated", True): 184,
     ("row_calibrate_kernel forward", False): 128,
     ("row_calibrate_kernel forward", True): 128,
     ("row_calibrate_kernel backward", False): 184,
@@ -89,6 +86,8 @@ def _budget(kernel: Kernel) -> tuple[str, bool]:
         kind = " all registers"
     if kernel.name == "row_backward_kernel" and kernel.flags[2]:
         kind = " class sums"
+    if kernel.name == "dense_kernel" and kernel.flags[:2] == (True, False):
+        kind = " calibrated" if kernel.type in "df" else " by element"
     return kernel.name + kind, kernel.type == "d"
 
 
@@ -178,7 +177,9 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         atomics = {i for i in found if i.startswith(("ATOM", "RED"))}
         floats = {i for i in atomics if re.search(r"\.(F16|F32|F64|BF16)", i)}
         assert not floats, f"{kernel.symbol} adds in no order"
-        assert not atomics or kernel.name in ("row_forward_kernel", "row_warp_kernel")
+        assert not atomics or kernel.name in (
+            "row_forward_kernel", "row_warp_kernel", "dense_kernel",
+        )  # fmt: skip
         if kernel.name == "row_warp_kernel" and kernel.flags[-1] == 2:
             clusters = "UCGABAR_WAIT" in code[kernel.symbol]
             assert clusters == (int(architecture) >= 90), kernel.symbol
@@ -187,8 +188,9 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         if kernel.name in ("row_forward_kernel", "row_backward_kernel"):
             # How often, at C = 1203 and others: test_cuda_simt.py counts.
             assert "LDG.E.128" in found, kernel.symbol
-        if kernel.name == "row_warp_kernel":
+        if kernel.name == "row_warp_kernel" or (kernel.name == "dense_kernel" and kernel.flags[1]):
             copies = "LDGSTS.E.BYPASS.128" if int(architecture) >= 80 else "LDG.E.128"
             assert copies in code[kernel.symbol], kernel.symbol
-        if kernel.name in ("row_backward_kernel", "row_warp_kernel"):
-            assert "STG.E.128" in found, kernel.symbol
+        by_element = kernel.name == "dense_kernel" and not kernel.flags[1]
+        if kernel.name in ("row_backward_kernel", "row_warp_kernel", "dense_kernel"):
+            assert ("STG.E.128" in found) == (not by_element), kernel.symbol

@@ -54,8 +54,6 @@ OF_PLANES = {
 }
 
 
-
-
 def launch(architecture: str, dtype: str, classes: int, step: str,
            registers: int = 128) -> dict[str, Any]:  # fmt: skip
     """The step's dense kernel: simt/planner.cpp. registers: of a thread."""
@@ -70,7 +68,9 @@ def launch(architecture: str, dtype: str, classes: int, step: str,
 
 
 @functools.cache
-def _compiled(architecture: str, dtype: str) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
+def _compiled(
+    architecture: str, dtype: str
+) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
     """Kernels and their registers, by symbol."""
     declarations = sorted({
         launch(a, dtype, c, step)["declaration"] for a in DEVICES for c in SHAPES for step in STEPS

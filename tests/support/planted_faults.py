@@ -58,7 +58,7 @@ FAULTS = [
     ("cuda", "confidence's gradient not divided", "csrc/cuda/kernels/finish_kernel.cuh",
      "out[i] = scaled(static_cast<double>(out[i]));", ""),
     ("cuda", "sample weight lost in class planes", "csrc/cuda/kernels/dense_kernel.cuh",
-     "vector_entry<A>(args.sample_weight, i, A(1)) : A(0)", "A(1) : A(0)"),
+     "vector_entry<A>(args.sample_weight, first_index + p, A(1))", "A(1)"),
     ("composed", "sample weight lost", COMPOSED,
      "losses = losses * sample_weight", "losses = losses * 1"),
     ("composed", "wrong sign of the margin", COMPOSED, "-margin[at]", "margin[at]"),

@@ -81,6 +81,10 @@ __device__ __forceinline__ void put(A* entries, int positions, int p,
   entries[kEntrySlope * positions + p] = factors.target_slope;
 }
 
+// Blocks that shall fit on a multiprocessor.
+template <class T, bool Calibrated, bool Whole>
+constexpr int kDenseBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && Calibrated && !Whole) ? 1 : 2;
+
 // The arguments, with what is known of them when the kernel is compiled: what is absent costs nothing.
 // Options: there may be a prior, a margin, sample weights, label smoothing, a focal exponent.
 template <bool Calibrated, bool Options>
@@ -103,13 +107,14 @@ static inline bool has_options(const DenseArgs& args) {
 }
 
 template <class T, bool Calibrated, bool Whole, bool Options>
-__global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Whole>))
     dense_kernel(const DenseArgs given) {
   const DenseArgs args = known<Calibrated, Options>(given);
   using A = Accumulate<T>;
   using Vector = DenseVector<T, Whole>;
   constexpr int V = kVector<T>;
-  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? 2 : 4;
+  // Classes at a time: what fits into registers.
+  [[maybe_unused]] constexpr int kUnroll = V == 8 ? (Calibrated ? 1 : 2) : 4;
   DISALIGN_SHARED_MEMORY(raw_memory);
   const DenseMemory<T> memory(args, raw_memory);
   const DensePlace place(args);
@@ -377,7 +382,7 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
                 place.slice * args.grad_class_stride + first * grad_step;
       ClassSum<A>* sums_of_class = class_sums + first * kDenseThreads;
       int j = place.slice + first * step;
-#pragma unroll(kUnroll / 2)
+#pragma unroll(V == 8 ? 1 : 2)
       for (int round = 0; round < rounds; ++round, j += step) {
         A z[V], q[V];
         unpack_vector<T>(stages.vector(round), z);

@@ -190,7 +190,7 @@ struct DenseVector {
         copy_vector(to + round * kDenseRoundBytes, from);
       return;
     }
-#pragma unroll 2
+#pragma unroll(Whole ? 1 : kPart<T> * 4 / V)
     for (int round = 0; round < rounds; ++round, from += step)
       write_shared(to + round * kDenseRoundBytes, load(place, from, count));
   }
