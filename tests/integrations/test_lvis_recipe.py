@@ -22,7 +22,8 @@ from recipes import lvis, lvis_data  # noqa: E402
 TINY = """
 --classes 5 --train-images 12 12 --val-images 4 4 --batch 2 --iterations 8 --steps 6
 --stage2-iterations 8 --stage2-steps 6 --warmup 2 --min-sizes 48 64 --max-size 96
---backbone resnet18 --backbone-weights none --regions 16 --proposals 40 --workers 0 --save-every 3
+--backbone resnet18 --backbone-weights none --lr 0.002 --regions 16 --proposals 40 --workers 0
+--save-every 3
 """
 
 
@@ -266,7 +267,7 @@ def test_a_run_from_stage_1_to_the_scores(undisturbed: Path) -> None:
     events = [line["event"] for line in log(undisturbed)]
     assert events == ["stage 1"] * 3 + ["evaluation of stage 1"] + ["stage 2"] * 3 + [
         "evaluation of stage 2"]  # fmt: skip
-    assert [line["lr"] for line in log(undisturbed)[:3]] == pytest.approx([0.02, 0.02, 0.002])
+    assert [line["lr"] for line in log(undisturbed)[:3]] == pytest.approx([2e-3, 2e-3, 2e-4])
     first, second = (torch.load(undisturbed / f"stage{s}.pth")["parts"]["model"] for s in (1, 2))
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     score = "roi_heads.box_predictor.cls_score."
