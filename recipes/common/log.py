@@ -25,7 +25,7 @@ class Log:
     def write(self, event: str, **values: Any) -> None:
         if self.ranks.first:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, **values}) + "\n")
+                file.write(json.dumps({"event": event, **values}, allow_nan=False) + "\n")
 
     def size(self) -> int:
         """Bytes so far."""
