@@ -27,6 +27,7 @@ from disalign_ops.class_stats import grw_weights
 from disalign_ops.metrics import LongTailAccuracy
 
 from .common import checkpoint
+from .common.checkpoint import load_weights
 from .common.config import Recipe, add_options, from_options, sourced
 from .common.log import Log
 from .common.order import TrainingOrder
@@ -109,18 +110,6 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear]:
     if not linears:
         raise ValueError(f"model must have an nn.Linear, got a {type(model).__name__} without one")
     return linears[-1]
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """A state_dict, or a checkpoint that has it as "state_dict" or "model"."""
-    state = checkpoint.load(path, "a state_dict of the model")
-    for name in ("state_dict", "model"):
-        state = state[name] if isinstance(state.get(name), dict) else state
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {error}; expected a state_dict of the model") from error
 
 
 def stage1_optimizer(model: nn.Module, recipe: Classification) -> torch.optim.SGD:

@@ -71,6 +71,7 @@ class LVISv1(Recipe):
     backbone_weights: str = sourced(
         "IMAGENET1K_V1", "torchvision's for MSRA's R-50.pkl; a file of a state_dict, or none"
     )
+    stage1: str = sourced("", "none: stage 1 is trained. A file of its weights: it is skipped")
     seed: int = sourced(0, "ours: the released one is random")
 
 
@@ -149,36 +150,28 @@ def optimizer_of(
 
 
 def run_stage(
-    stage: int, recipe: LVISv1, model: Any, data: Any, weight: Tensor, options: argparse.Namespace,
-    ranks: Ranks, log: Log,
+    stage: int, path: Path, recipe: LVISv1, model: Any, data: Any, weight: Tensor,
+    options: argparse.Namespace, ranks: Ranks, log: Log,
 ) -> None:  # fmt: skip
-    """Trains to the end, from the last checkpoint on; data: the training set's `LVISImages`."""
+    """Trains to the end, from the checkpoint in `path` on; data: `LVISImages` of training."""
     from disalign_ops.integrations.torchvision import replace_fastrcnn_loss
 
     if stage == 1:
         parameters = dnn.freeze_for_stage1(model)
         threshold, total = recipe.repeat_threshold, recipe.iterations
-        term = "all"
     else:
         parameters = dnn.freeze_for_stage2(model)
-        threshold, total = 0.0, recipe.stage2_iterations  # the released stage 2 samples plainly
-        term = "loss_classifier"  # the others have no gradient here
+        threshold, total = 0.0, recipe.stage2_iterations  # no released stage 2 repeats images
     optimizer, schedule = optimizer_of(recipe, parameters, stage)
-    checkpoint = Checkpoint(
-        iterations.stage_file(options.out, stage), recipe, ranks, log,
-        {"model": model, "optimizer": optimizer, "schedule": schedule},
-    )  # fmt: skip
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     replicas = iterations.replicated(model, ranks)
 
-    def step(
-        batch: tuple[list[Tensor], list[dict[str, Tensor]]],
-    ) -> tuple[Tensor, dict[str, float]]:
+    def step(batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> Tensor:
         images = [image.to(ranks.device, non_blocking=True) for image in batch[0]]
-        targets = [
-            {k: v.to(ranks.device, non_blocking=True) for k, v in t.items()} for t in batch[1]
-        ]
-        losses = replicas(images, targets)
-        return (sum(losses.values()) if term == "all" else losses[term]), {}
+        targets = [{k: v.to(ranks.device, non_blocking=True) for k, v in t.items()}
+                   for t in batch[1]]  # fmt: skip
+        losses: dict[str, Tensor] = replicas(images, targets)
+        return torch.stack(list(losses.values())).sum()
 
     factors = iterations.repeat_factors(data.image_classes(), threshold)
     order = iterations.EndlessOrder(
@@ -188,8 +181,8 @@ def run_stage(
     torch.manual_seed(recipe.seed + ranks.rank)  # which regions are sampled
     with replace_fastrcnn_loss(weight.to(ranks.device) if stage == 2 else None):
         iterations.train(
-            f"stage {stage}", step, data, order, checkpoint, log, collate=_collate,
-            workers=options.workers, save_every=options.save_every,
+            stage, step, data, order, Checkpoint(path, recipe, ranks, log, parts), log,
+            collate=_collate, workers=options.workers, save_every=options.save_every,
         )  # fmt: skip
 
 
@@ -264,13 +257,15 @@ def main(arguments: list[str] | None = None) -> None:
         torch.manual_seed(recipe.seed)
         model = build_model(recipe).to(ranks.device)
 
-        def run(stage: int) -> None:
-            run_stage(stage, recipe, model, train, weight, options, ranks, log)
+        def run(stage: int, path: Path) -> None:
+            run_stage(stage, path, recipe, model, train, weight, options, ranks, log)
 
         def scores() -> iterations.Scores:
             return evaluate(model, val, read["val"], ranks, log, options.workers)
 
-        iterations.two_stages(options.out, ranks, log, run, scores, table)
+        iterations.two_stages(
+            model, recipe, recipe.stage1, options.out, ranks, log, run, scores, table
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, load_weights, save
+from .config import Recipe
 from .log import Log
 from .order import Key, _seed
 from .ranks import Ranks
@@ -129,11 +129,11 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
 
-Step = Callable[[Any], tuple[Tensor, dict[str, float]]]  # a batch: the loss, what the log gets
+Step = Callable[[Any], Tensor]  # the loss of a batch
 
 
 def train(
-    title: str, step: Step, dataset: Dataset[Any], order: EndlessOrder, checkpoint: Checkpoint,
+    stage: int, step: Step, dataset: Dataset[Any], order: EndlessOrder, checkpoint: Checkpoint,
     log: Log, *, collate: Callable[[list[Any]], Any], workers: int, save_every: int,
 ) -> None:  # fmt: skip
     """From the last checkpoint, if there is one, to the last iteration, and a checkpoint of it.
@@ -143,24 +143,28 @@ def train(
     """
     optimizer, schedule = checkpoint.parts["optimizer"], checkpoint.parts["schedule"]
     _, order.step = checkpoint.resume()
+    if not order.step:
+        checkpoint.save(0, 0)  # so that the log is cut back to here
     # A generator of its own: a loader draws a number when it starts, and starts again on resuming.
     loader = DataLoader(
         dataset, batch_sampler=order, collate_fn=collate, num_workers=workers,
         generator=torch.Generator(), pin_memory=order.ranks.device.type == "cuda",
     )  # fmt: skip
-    with log.progress(title, order.iterations, order.step) as advance:
+    with log.progress(f"stage {stage}", order.iterations, order.step) as advance:
         for done, batch in enumerate(loader, order.step + 1):
-            loss, values = step(batch)
+            loss = step(batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             saved, word = done == order.iterations or done % save_every == 0, ""
             if saved or done % LOG_EVERY == 0:
-                number = loss.item()
+                number = sum(order.ranks.gather(loss.item())) / order.ranks.world
                 if not math.isfinite(number):
-                    raise FloatingPointError(f"{title}: the loss of iteration {done} is {number}")
+                    raise FloatingPointError(
+                        f"loss must be finite, got {number} in stage {stage}, iteration {done}"
+                    )
                 rate = optimizer.param_groups[0]["lr"]
-                log.write(title, iteration=done, loss=number, lr=rate, **values)
+                log.write("step", stage=stage, step=done, loss=number, lr=rate)
                 word = f"loss {number:.3f}"
             schedule.step()
             advance(1, word)
@@ -172,32 +176,33 @@ Scores = dict[str, Any]
 
 
 def two_stages(
-    folder: Path, ranks: Ranks, log: Log, run: Callable[[int], None],
-    evaluate: Callable[[], Scores], table: Callable[[Scores], str],
+    model: nn.Module, recipe: Recipe, stage1: str, folder: Path, ranks: Ranks, log: Log,
+    run: Callable[[int, Path], None], evaluate: Callable[[], Scores],
+    table: Callable[[Scores], str],
 ) -> None:  # fmt: skip
-    """run(1), the scores, run(2), the scores, which go to results.json, the log and the terminal.
+    """Each stage and its scores; folder then has stage1.pth and stage2.pth, state_dicts.
 
-    What an earlier run with this folder has done is not done again. The checkpoint of stage 2 holds
-    all of the model, so with one stage 1 is left out.
+    What an earlier run with this folder has done is not done again.
+
+    Args:
+        stage1: "", or a file of the model's weights after stage 1, which is then only evaluated.
+        run: trains a stage, with its checkpoint in the file it is given.
     """
-    path = folder / "results.json"
-    there = [ranks.gather(stage_file(folder, stage).exists())[0] for stage in (1, 2)]
-    if not any(there):
-        log.cut(0)  # killed before its first checkpoint
-        path.unlink(missing_ok=True)
-    known = json.loads(path.read_text()) if ranks.first and path.exists() else {}
-    results = ranks.gather(known)[0]
-    for stage in (2,) if there[1] else (1, 2):
-        name = f"stage {stage}"
-        run(stage)
-        if name not in results:
-            results[name] = evaluate()
-            if ranks.first:
-                path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        log.write(f"evaluation of {name}", **results[name])
+    started = [f"stage{stage}.{kind}" for stage in (1, 2) for kind in ("ckpt", "pth")]
+    if not any(ranks.gather(any((folder / name).exists() for name in started))):
+        log.cut(0)
+        log.write("recipe", values=recipe.values(), sources=recipe.sources())
+    for stage in (1, 2):
+        done = folder / f"stage{stage}.pth"
+        if any(ranks.gather(done.exists())):
+            load_weights(model, done)
+            continue
+        if stage == 1 and stage1:
+            load_weights(model, Path(stage1))
+        else:
+            run(stage, folder / f"stage{stage}.ckpt")
+        scores = evaluate()
+        log.write("evaluation", stage=stage, **scores)
         if ranks.first:
-            print(f"{name}\n{table(results[name])}", flush=True)
-
-
-def stage_file(folder: Path, stage: int) -> Path:
-    return folder / f"stage{stage}.pth"
+            print(f"stage {stage}\n{table(scores)}", flush=True)
+            save(done, model.state_dict())

@@ -35,12 +35,11 @@ def run(module: str, arguments: list[str], ranks: int = 1) -> str:
     return printed
 
 
-def kill(module: str, arguments: list[str], out: Path, stage: int, iteration: int) -> None:
-    """Starts a run with --out `out` and kills it at that iteration or shortly after."""
+def kill(module: str, arguments: list[str], out: Path, stage: int, step: int) -> None:
+    """Starts a run with --out `out` and kills it once its log has that step, or shortly after."""
     process = start(module, arguments)
     while process.poll() is None:
-        if any(line.get("iteration", 0) >= iteration and line["event"] == f"stage {stage}"
-               for line in log(out)):  # fmt: skip
+        if any((line.get("stage"), line.get("step")) == (stage, step) for line in log(out)):
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.01)
@@ -54,12 +53,16 @@ def log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def scores(out: Path) -> dict[int, dict[str, Any]]:
+    """The evaluation after each stage."""
+    lines = [line for line in log(out) if line["event"] == "evaluation"]
+    assert [line["stage"] for line in lines] == [1, 2]
+    return {line["stage"]: line for line in lines}
+
+
 def same(one: Path, other: Path) -> None:
-    """The logs, the results and every tensor of the checkpoints, to the bit."""
+    """The logs and every tensor of the weights, to the bit."""
     assert log(one) == log(other)
-    for name in ("results.json", "stage1.pth", "stage2.pth"):
-        assert (one / name).exists()
-    assert (one / "results.json").read_text() == (other / "results.json").read_text()
-    for stage in ("stage1.pth", "stage2.pth"):
-        states = [torch.load(folder / stage)["parts"] for folder in (one, other)]
+    for name in ("stage1.pth", "stage2.pth"):
+        states = [torch.load(folder / name) for folder in (one, other)]
         torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)

@@ -15,7 +15,7 @@ pytest.importorskip("torchvision", reason=WHY)
 pytest.importorskip("faster_coco_eval", reason=WHY)
 
 import lvis_files  # noqa: E402
-from recipe_runs import kill, log, run, same  # noqa: E402
+from recipe_runs import kill, log, run, same, scores  # noqa: E402
 
 from recipes import lvis, lvis_data  # noqa: E402
 
@@ -264,17 +264,19 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_from_stage_1_to_the_scores(undisturbed: Path) -> None:
-    events = [line["event"] for line in log(undisturbed)]
-    assert events == ["stage 1"] * 3 + ["evaluation of stage 1"] + ["stage 2"] * 3 + [
-        "evaluation of stage 2"]  # fmt: skip
-    assert [line["lr"] for line in log(undisturbed)[:3]] == pytest.approx([2e-3, 2e-3, 2e-4])
-    first, second = (torch.load(undisturbed / f"stage{s}.pth")["parts"]["model"] for s in (1, 2))
+    lines = log(undisturbed)
+    assert [line["event"] for line in lines] == [
+        "recipe", *3 * ["step"], "evaluation", *3 * ["step"], "evaluation"
+    ]  # fmt: skip
+    assert lines[0]["sources"]["lr"] == "changed by the user"
+    assert lines[0]["sources"]["rho"].endswith("GRW_SCALE")
+    assert [line["lr"] for line in lines[1:4]] == pytest.approx([2e-3, 2e-3, 2e-4])
+    assert scores(undisturbed)[2]["segm"].keys() == lvis_data.SCORES.keys()
+    first, second = (torch.load(undisturbed / f"stage{s}.pth") for s in (1, 2))
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     score = "roi_heads.box_predictor.cls_score."
     names = ("logit_scale", "logit_bias", "confidence_layer.weight", "confidence_layer.bias")
     assert changed == {score + name for name in names}
-    results = json.loads((undisturbed / "results.json").read_text())
-    assert results.keys() == {"stage 1", "stage 2"}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -282,7 +284,7 @@ def test_a_killed_run_goes_on_with_the_same_result(
     folder: Path, undisturbed: Path, tmp_path: Path, stage: int
 ) -> None:
     arguments = ["--data", str(folder), "--out", str(tmp_path / "out"), *TINY.split()]
-    kill("recipes.lvis", arguments, tmp_path / "out", stage, iteration=3)
+    kill("recipes.lvis", arguments, tmp_path / "out", stage, step=3)
     run("recipes.lvis", arguments)
     same(tmp_path / "out", undisturbed)
 
@@ -294,6 +296,5 @@ def test_two_ranks_of_v05_with_repeat_factors_and_a_linear_head(
     arguments = ["--data", str(folder), "--out", str(tmp_path / "out"), "--version", "v0.5",
                  "--head", "linear", "--repeat-threshold", "0.3", *TINY.split()]  # fmt: skip
     run("recipes.lvis", arguments, ranks=2)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results.keys() == {"stage 1", "stage 2"}
-    assert [line["event"] for line in log(tmp_path / "out")].count("stage 2") == 3
+    assert scores(tmp_path / "out")[2]["bbox"].keys() == lvis_data.SCORES.keys()
+    assert [line.get("stage") for line in log(tmp_path / "out")].count(2) == 4
