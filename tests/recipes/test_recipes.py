@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from recipes import classification
+from recipes.places_lt import PlacesLT, read
 from support import image_sets
 from support.with_torchvision import start
 
@@ -81,10 +83,12 @@ def test_rho_by_the_sweep(data: Path, tmp_path: Path, recipe: str) -> None:
     assert sweep["accuracy"][str(sweep["rho"])] == max(sweep["accuracy"].values())
 
 
-def test_a_rho_that_was_never_published_must_be_given(data: Path, tmp_path: Path) -> None:
-    done = run("places_lt", data, tmp_path)
-    assert done.returncode == 2
-    assert "--rho or --sweep-rho must be given" in done.stderr
+def test_a_rho_that_was_never_published_must_be_given(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        classification.run(PlacesLT, read, image_sets.arguments(data, tmp_path / "out"))
+    assert "--rho or --sweep-rho must be given" in capsys.readouterr().err
 
 
 @pytest.mark.slow
