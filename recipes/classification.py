@@ -310,11 +310,7 @@ def _accuracy(layer: nn.Module, features: Tensor, target: Tensor, batch: int) ->
     return (predicted == target).double().mean().item()
 
 
-def run(
-    recipe_class: type[Classification], read: Callable[[Path, Any], Splits],
-    arguments: Sequence[str] | None = None,
-) -> None:  # fmt: skip
-    """The command line of a recipe; read(DIR, recipe) reads the data set."""
+def command_line(recipe_class: type[Classification]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=recipe_class.__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the data set's folder")
     parser.add_argument("--out", type=Path, required=True, help="for results and checkpoints")
@@ -322,6 +318,15 @@ def run(
     parser.add_argument("--workers", type=int, default=8, help="processes that read images")
     parser.add_argument("--save-steps", type=int, default=1000, help="between two checkpoints")
     add_options(parser, recipe_class)
+    return parser
+
+
+def run(
+    recipe_class: type[Classification], read: Callable[[Path, Any], Splits],
+    arguments: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """The main program of a recipe; read(DIR, recipe) reads the data set."""
+    parser = command_line(recipe_class)
     options = parser.parse_args(arguments)
     recipe = from_options(recipe_class, options)
     if options.sweep_rho:
@@ -329,10 +334,13 @@ def run(
     elif recipe.rho is None:
         parser.error("--rho or --sweep-rho must be given: rho was never published")
     with process_group() as ranks:
-        _run(recipe, read(options.data, recipe), ranks, options)
+        train_and_evaluate(recipe, read(options.data, recipe), ranks, options)
 
 
-def _run(recipe: Classification, splits: Splits, ranks: Ranks, options: argparse.Namespace) -> None:
+def train_and_evaluate(
+    recipe: Classification, splits: Splits, ranks: Ranks, options: argparse.Namespace
+) -> nn.Module:
+    """Both stages, or what is left of them; returns the model of stage 2."""
     if recipe.batch % (ranks.world * recipe.mean_images):
         raise ValueError(
             f"batch must be a multiple of {ranks.world} processes x mean_images "
@@ -365,3 +373,4 @@ def _run(recipe: Classification, splits: Splits, ranks: Ranks, options: argparse
     report(this, 2, model)
     if ranks.first:
         checkpoint.save(options.out / "stage2.pth", model.state_dict())
+    return model
