@@ -37,6 +37,18 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """A state_dict, or a checkpoint that has it as "state_dict" or "model"."""
+    state = load(path, "a state_dict of the model")
+    for name in ("state_dict", "model"):
+        state = state[name] if isinstance(state.get(name), dict) else state
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}; expected a state_dict of the model") from error
+
+
 class Checkpoint:
     """One stage's file: its parts (model, optimizer, schedule), its place, the random numbers.
 
