@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,23 +79,22 @@ class Classification(Recipe):
 
 def build_model(recipe: Classification) -> nn.Module:
     """The classifier of stage 1."""
+    from_file = Path(recipe.pretrained).is_file()
+    by_name = "" if from_file else recipe.pretrained
     if recipe.model.startswith("timm:"):
         import timm
 
         name = recipe.model.removeprefix("timm:")
-        model: nn.Module = timm.create_model(name, pretrained=bool(recipe.pretrained))
+        model: nn.Module = timm.create_model(name, pretrained=bool(by_name))
     else:
         from torchvision import models
 
         options: dict[str, Any] = {}
         if recipe.zero_init_residual and recipe.model.startswith(("resne", "wide_resnet")):
             options["zero_init_residual"] = True
-        weights = recipe.pretrained or None
-        if weights and Path(weights).is_file():
-            model = models.get_model(recipe.model, **options)
-            load_weights(model, Path(weights))
-        else:
-            model = models.get_model(recipe.model, weights=weights, **options)
+        model = models.get_model(recipe.model, weights=by_name or None, **options)
+    if from_file:
+        load_weights(model, Path(recipe.pretrained))
     name, old = classifier(model)
     new = nn.Linear(old.in_features, recipe.classes)
     nn.init.normal_(new.weight, std=recipe.head_std)
@@ -243,23 +243,22 @@ def train(
             schedule.step()
             step = 0
             saved.save(epoch + 1, 0)
+    ranks.broadcast(model)
 
 
 @torch.no_grad()
-def evaluate(run: Run, predict: Callable[[Tensor], Tensor], images: Images) -> dict[str, float]:
-    """top-1, top-5 and macro F1 in float32; many, medium and few by the training images."""
+def evaluate(run: Run, stage: int, model: nn.Module) -> None:
+    """The official evaluation, in float32, into the log and to the terminal: top-1, top-5 and macro
+    F1; many, medium and few by the training images.
+    """
+    model.eval()
     metric = LongTailAccuracy(run.splits.train.counts, topk=(1, 5))
-    for inputs, target in run.batches(run.in_order(images, part=True)):
-        metric.update(predict(inputs), target)
-    scores = metric.compute()
-    # A split without classes is NaN.
-    return {k: v for k, v in scores.items() if isinstance(v, float) and not math.isnan(v)}
-
-
-def report(run: Run, stage: int, model: nn.Module) -> None:
-    """The official evaluation, into the log and to the terminal."""
     images = Images(run.splits.test, test_transform(run.recipe))
-    scores = evaluate(run, model.eval(), images)
+    for inputs, target in run.batches(run.in_order(images, part=True)):
+        metric.update(model(inputs), target)
+    # A split without classes is NaN.
+    found = {k: v for k, v in metric.compute().items() if isinstance(v, float)}
+    scores = {k: v for k, v in found.items() if not math.isnan(v)}
     run.log.write("evaluation", stage=stage, images=str(run.splits.test.listed), **scores)
     if run.ranks.first:
         shown = (f"{name} {100 * value:.2f}" for name, value in scores.items())
@@ -299,18 +298,26 @@ def _accuracy(layer: nn.Module, features: Tensor, target: Tensor, batch: int) ->
     return (predicted == target).double().mean().item()
 
 
-def run(
-    recipe_class: type[Classification], read: Callable[[Path, Any], Splits],
-    arguments: Sequence[str] | None = None,
-) -> None:  # fmt: skip
-    """The command line of a recipe; read(DIR, recipe) reads the data set."""
-    parser = argparse.ArgumentParser(description=recipe_class.__doc__)
+def command_line(recipe_class: type[Classification]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=sys.modules[recipe_class.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, required=True, help="the data set's folder")
     parser.add_argument("--out", type=Path, required=True, help="for results and checkpoints")
     parser.add_argument("--sweep-rho", action="store_true", help="choose rho among rhos on val")
     parser.add_argument("--workers", type=int, default=8, help="processes that read images")
     parser.add_argument("--save-steps", type=int, default=1000, help="between two checkpoints")
     add_options(parser, recipe_class)
+    return parser
+
+
+def run(
+    recipe_class: type[Classification], read: Callable[[Path, Any], Splits],
+    arguments: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """The main program of a recipe; read(DIR, recipe) reads the data set."""
+    parser = command_line(recipe_class)
     options = parser.parse_args(arguments)
     recipe = from_options(recipe_class, options)
     if options.sweep_rho:
@@ -318,10 +325,13 @@ def run(
     elif recipe.rho is None:
         parser.error("--rho or --sweep-rho must be given: rho was never published")
     with process_group() as ranks:
-        _run(recipe, read(options.data, recipe), ranks, options)
+        train_and_evaluate(recipe, read(options.data, recipe), ranks, options)
 
 
-def _run(recipe: Classification, splits: Splits, ranks: Ranks, options: argparse.Namespace) -> None:
+def train_and_evaluate(
+    recipe: Classification, splits: Splits, ranks: Ranks, options: argparse.Namespace
+) -> nn.Module:
+    """Both stages, or what is left of them; returns the model of stage 2."""
     if recipe.batch % (ranks.world * recipe.mean_images):
         raise ValueError(
             f"batch must be a multiple of {ranks.world} processes x mean_images "
@@ -343,7 +353,7 @@ def _run(recipe: Classification, splits: Splits, ranks: Ranks, options: argparse
         else:
             train(this, 1, model, stage1_optimizer(model, recipe), recipe.epochs,
                   torch.ones(recipe.classes), recipe.lr_steps)  # fmt: skip
-        report(this, 1, model)
+        evaluate(this, 1, model)
         if ranks.first:
             checkpoint.save(done, model.state_dict())
     optimizer = stage2_optimizer(model, recipe)
@@ -351,6 +361,7 @@ def _run(recipe: Classification, splits: Splits, ranks: Ranks, options: argparse
     this = replace(this, recipe=replace(recipe, rho=rho))
     weight = grw_weights(splits.train.counts, rho)
     train(this, 2, model, optimizer, recipe.stage2_epochs, weight)
-    report(this, 2, model)
+    evaluate(this, 2, model)
     if ranks.first:
         checkpoint.save(options.out / "stage2.pth", model.state_dict())
+    return model

@@ -15,7 +15,7 @@ from . import classification
 from .common.config import sourced
 from .images import Splits, read_list
 
-LISTS = "the lists of OLTR"
+LISTS = "OLTR's lists; TensorFlow Datasets' imagenet_lt has the same counts"
 RELEASED = "released config resx50.scratch.imagenet_lt.224size.90e"
 RELEASED2 = RELEASED + ".disalign.10e"
 CVPODS = "default of the cvpods release that the released code runs in"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def broadcast(self, module: nn.Module) -> None:
+        """The first rank's state to all: BatchNorm's statistics are each rank's own."""
+        if self.world > 1:
+            for value in module.state_dict().values():
+                dist.broadcast(value, 0)
 
 
 @contextlib.contextmanager

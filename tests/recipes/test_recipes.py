@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from recipes import classification
+from recipes.common.log import Log
+from recipes.common.ranks import Ranks
+from recipes.imagenet_lt import ImageNetLT
+from recipes.places_lt import PlacesLT, read
 from support import image_sets
 from support.with_torchvision import start
 
@@ -73,7 +81,7 @@ def test_imagenet_lt_from_stage_1_to_the_evaluation(data: Path, tmp_path: Path) 
 @pytest.mark.parametrize("recipe", ["places_lt", "inaturalist2018"])
 def test_rho_by_the_sweep(data: Path, tmp_path: Path, recipe: str) -> None:
     options = {"val_images": 18} if recipe == "inaturalist2018" else {"lr_steps": 1}
-    done = run(recipe, data, tmp_path, "--sweep-rho", **options)
+    done = run(recipe, data, tmp_path, "--sweep-rho", bf16=True, **options)
     assert done.returncode == 0, done.stderr
     check(tmp_path)
     (sweep,) = [event for event in events(tmp_path) if event["event"] == "sweep"]
@@ -81,10 +89,12 @@ def test_rho_by_the_sweep(data: Path, tmp_path: Path, recipe: str) -> None:
     assert sweep["accuracy"][str(sweep["rho"])] == max(sweep["accuracy"].values())
 
 
-def test_a_rho_that_was_never_published_must_be_given(data: Path, tmp_path: Path) -> None:
-    done = run("places_lt", data, tmp_path)
-    assert done.returncode == 2
-    assert "--rho or --sweep-rho must be given" in done.stderr
+def test_a_rho_that_was_never_published_must_be_given(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        classification.run(PlacesLT, read, image_sets.arguments(data, tmp_path / "out"))
+    assert "--rho or --sweep-rho must be given" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -92,11 +102,11 @@ def test_a_rho_that_was_never_published_must_be_given(data: Path, tmp_path: Path
 def test_a_killed_run_goes_on_with_the_same_bits(
     data: Path, tmp_path: Path, processes: int
 ) -> None:
-    """Killed in each stage, in the middle of an epoch and of the steps between checkpoints; then
-    images are read by other processes. Dropout has random numbers of its own.
+    """Killed in each stage, in the middle of an epoch and of the steps between checkpoints. The
+    images of the other run are read by processes of their own; dropout draws its own numbers.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run("imagenet_lt", data, whole, processes=processes)
+    done = run("imagenet_lt", data, whole, processes=processes, workers=1)
     assert done.returncode == 0, done.stderr
     epoch = -(-sum(image_sets.COUNTS) // image_sets.OPTIONS["batch"])  # steps
     # Goes on at step 4 of epoch 1; then all of stage 1, and into the second epoch of stage 2.
@@ -105,13 +115,33 @@ def test_a_killed_run_goes_on_with_the_same_bits(
         assert stopped.returncode == (-signal.SIGKILL if processes == 1 else 1)
         assert not (killed / "stage2.pth").exists()
     assert (killed / "stage1.pth").exists()
-    done = run("imagenet_lt", data, killed, processes=processes, workers=1)
+    done = run("imagenet_lt", data, killed, processes=processes)
     assert done.returncode == 0, done.stderr
     for name in ("stage1.pth", "stage2.pth"):
         expected, found = torch.load(whole / name), torch.load(killed / name)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[k], found[k]) for k in expected)
     assert (whole / "log.jsonl").read_text() == (killed / "log.jsonl").read_text()
+
+
+def test_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm is not installed here; its models were built by hand."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1000))
+    asked: list[Any] = []
+    stand_in: Any = types.ModuleType("timm")
+    stand_in.create_model = lambda name, pretrained: asked.append((name, pretrained)) or model
+    monkeypatch.setitem(sys.modules, "timm", stand_in)
+    recipe = ImageNetLT(model="timm:resnet50", classes=7)
+    assert classification.build_model(recipe) is model
+    assert asked == [("resnet50", False)]
+    assert model[1].out_features == 7
+
+
+def test_the_log_needs_no_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    log = Log(tmp_path, Ranks(0, 1, torch.device("cpu")))
+    with log.progress("stage 1", 3) as advance:
+        advance(1, "loss 1")
 
 
 @pytest.mark.slow

@@ -25,11 +25,14 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def arguments(data: Path, out: Path, **others: Any) -> list[str]:
+def arguments(data: Path, out: Path, bf16: bool = False, **others: Any) -> list[str]:
     """Of a recipe's command line, for one of these data sets."""
     options = {"data": data, "out": out, "workers": 0, "save-steps": 4, **OPTIONS}
     options |= {name.replace("_", "-"): value for name, value in others.items()}
-    return ["--no-bf16", *(f"--{name}={value}" for name, value in options.items())]
+    return [
+        "--bf16" if bf16 else "--no-bf16",
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
 
 
 def _image(path: Path, label: int, number: int) -> None:
