@@ -201,6 +201,7 @@ def two_stages(
             load_weights(model, Path(stage1))
         else:
             run(stage, folder / f"stage{stage}.ckpt")
+            ranks.broadcast(model)
         scores = evaluate()
         log.write("evaluation", stage=stage, **scores)
         if ranks.first:

@@ -187,7 +187,7 @@ def test_a_distortion_is_none_half_of_the_times_and_within_its_bounds() -> None:
         assert made.std() == 0  # grey has no saturation and no hue
         grey.append(int(made.flat[0]))
     assert 0.15 < np.mean(np.array(grey) == 100) < 0.4  # neither brightness nor contrast: 1/4
-    assert min(grey) < 50
+    assert min(grey) < 60
     assert max(grey) > 150
     assert all(34 <= value <= 198 for value in grey)  # (100 -+ 32) * 0.5 to 1.5
 
