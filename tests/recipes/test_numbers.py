@@ -178,20 +178,8 @@ def test_every_number_is_an_option(recipe: type[classification.Classification]) 
     parser = classification.command_line(recipe)
     given = ["--data=d", "--out=o"]
     assert from_options(recipe, parser.parse_args(given)) == recipe()
-    given += [
-        "--lr-steps",
-        "3",
-        "5",
-        "--rho",
-        "0.7",
-        "--no-bf16",
-        "--mean",
-        "0",
-        "0",
-        "1",
-        "--batch",
-        "64",
-    ]
+    given += ["--lr-steps", "3", "5", "--mean", "0", "0", "1"]
+    given += ["--rho=0.7", "--no-bf16", "--batch=64"]
     changed = from_options(recipe, parser.parse_args(given))
     assert changed.changed() == {
         "lr_steps": (3, 5), "rho": 0.7, "bf16": False, "mean": (0.0, 0.0, 1.0), "batch": 64,
