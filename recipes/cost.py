@@ -1,13 +1,12 @@
 """What the recipes need, predicted: python -m recipes.cost
 
 None of it was measured here. Hours are images / (images a second), and images a second those that
-NVIDIA measured on one A100 of 80 GB (40 GB for ResNeXt) with automatic mixed precision and a GPU's
-decoding (DeepLearningExamples, PyTorch/Classification/ConvNets: ResNet-50 v1.5 2470, ResNeXt-101
-32x4d 908), times the ratio of the forward FLOPs of that network and the recipe's. Training counts
-as three forward passes, so stage 2, which only runs forward through the backbone, is three times as
-fast. A step's memory is float32 weights, gradients and momentum, and what forward keeps for
-backward in bfloat16, for the images of one process; workspaces and the allocator's rest come on
-top.
+NVIDIA measured on one A100 with automatic mixed precision and DALI as the loader
+(DeepLearningExamples, PyTorch/Classification/ConvNets: ResNet-50 v1.5 2470, ResNeXt-101 32x4d 908),
+times the ratio of the forward FLOPs of that network and the recipe's. Training counts as three
+forward passes, so stage 2, which only runs forward through the backbone, is three times as fast.
+A step's memory is float32 weights, gradients and momentum, and what forward keeps for backward
+under autocast, for the images of one process; workspaces and the allocator's rest come on top.
 """
 
 from __future__ import annotations
@@ -79,7 +78,8 @@ def saved_bytes(model: nn.Module, recipe: Classification, images: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def predict(recipe: Classification, processes: int = 8) -> Cost:
+def predict(recipe: Classification, images: int) -> Cost:
+    """images: of one process."""
     from torchvision.models.resnet import Bottleneck, ResNet
 
     with FakeTensorMode():
@@ -92,7 +92,7 @@ def predict(recipe: Classification, processes: int = 8) -> Cost:
         own = gflops(model, recipe.image_size)
         rate = known.images * gflops(other, 224) / own
         weights = 3 * 4 * sum(p.numel() for p in model.parameters())
-        kept = saved_bytes(model, recipe, recipe.batch // processes)
+        kept = saved_bytes(model, recipe, images)
     hours = recipe.train_images / rate / 3600
     stage1, stage2 = hours * recipe.epochs, hours * recipe.stage2_epochs / 3
     return Cost(own, stage1, stage2, (weights + kept) / GIB)
@@ -101,13 +101,14 @@ def predict(recipe: Classification, processes: int = 8) -> Cost:
 def table() -> str:
     rows = [
         "| recipe | GFLOPs an image, forward | hours of an A100, stage 1 | stage 2 "
-        "| GiB, each of 8 processes | of one |",
+        "| GiB, 32 images a process | the whole batch |",
         "|---|---|---|---|---|---|",
     ]
     for recipe_class in RECIPES:
-        cost, alone = (predict(recipe_class(), processes) for processes in (8, 1))
+        recipe = recipe_class()
+        cost, alone = (predict(recipe, images) for images in (32, recipe.batch))
         rows.append(
-            f"| `{recipe_class.__module__}` | {cost.gflops:.1f} | {cost.stage1_hours:.1f} | "
+            f"| `{recipe.__module__}` | {cost.gflops:.1f} | {cost.stage1_hours:.1f} | "
             f"{cost.stage2_hours:.1f} | {cost.gib:.1f} | {alone.gib:.1f} |"
         )
     return "\n".join(rows)

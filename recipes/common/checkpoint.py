@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ from .ranks import Ranks
 def load(path: Path, what: str) -> dict[str, Any]:
     """The dict in a file of torch.save, on the CPU. what: a word for it in the error."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # torchvision's and timm's training scripts save their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; expected {what}") from None
     except Exception as error:

@@ -34,8 +34,8 @@ REGISTERS = {
     ("row_forward_kernel calibrated", True): 224,
     ("row_warp_kernel plain", False): 168,  # 3 blocks of 128 threads
     ("row_warp_kernel all registers", False): 255,  # 2 blocks, or one of 256 threads
-    ("row_divisor_kernel", False): 40,
-    ("row_divisor_kernel", True): 40,
+    ("divisor_kernel", False): 40,
+    ("divisor_kernel", True): 40,
     ("row_backward_kernel plain", False): 96,
     ("row_backward_kernel plain", True): 160,
     ("row_backward_kernel calibrated", False): 128,

@@ -134,19 +134,19 @@ class Kernel:
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
 @functools.cache
-def _planner() -> ModuleType:
+def planner() -> ModuleType:
     return build.module("planner")
 
 
 def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
     """The step's first launch that walks over the rows. registers: of a thread."""
     device = launch_plans.Device(WITH_MODEL[architecture][0], defaultdict(lambda: registers))
-    launches = _planner().row_launches(
+    launches = planner().row_launches(
         **(STEPS | SUMS)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
         device=device,
     )  # fmt: skip
@@ -172,7 +172,7 @@ def _compiled(
     architecture: str, dtype: str, long: bool = False
 ) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
     """Kernels and their registers, by symbol."""
-    source = Path(_folder().name, f"{dtype}_{architecture}_{long}.cu")
+    source = Path(folder().name, f"{dtype}_{architecture}_{long}.cu")
     headers = ("row_kernel.cuh", "row_backward_kernel.cuh", "row_warp_kernel.cuh")
     source.write_text("".join(
         [f'#include "cuda/kernels/{h}"\n' for h in headers]
@@ -185,7 +185,7 @@ def _compiled(
 
 def compile_all() -> None:
     """In parallel, what one after the other would take a minute."""
-    _folder()  # once: two threads would make two, one of which goes
+    folder()  # once: two threads would make two, one of which goes
     with ThreadPoolExecutor(2) as pool:
         for dtype in DTYPES:
             _declarations(dtype, False)
@@ -225,9 +225,9 @@ MOST = 60_000  # instructions of a warp: more and the walk has gone astray
 OUTER = 8  # where RowArgs has the number of rows
 
 
-def _memory(target: int, address: int, size: int) -> int | None:
+def target_memory(target: int, address: int, size: int) -> int | None:
     """All targets are the same class; nothing else is known. Little-endian int64."""
-    if not 0 <= address - _planner().TARGETS < 1 << 32:
+    if not 0 <= address - planner().TARGETS < 1 << 32:
         return None
     return target >> 8 * (address % 8) & ((1 << 8 * size) - 1)
 
@@ -268,7 +268,7 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
         """Adds a warp's to the total. holder: the first tile's warp with the target's class."""
         first = kernel.vectors_of_a_warp(size) * (holder if kernel.rows == 1 else 0)
         target = (first + 5) * (16 // size) + 1
-        memory = functools.partial(_memory, target)
+        memory = functools.partial(target_memory, target)
         walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), deciding)
         walking.run(MOST)
         for opcode, issued in walking.opcodes().items():

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from disalign_ops import nn as dnn
 from disalign_ops.class_stats import grw_weights
 from recipes import classification, images
+from recipes.common.config import from_options
 from recipes.common.order import TrainingOrder
 from recipes.common.ranks import Ranks
 from recipes.imagenet_lt import ImageNetLT
@@ -170,6 +171,21 @@ def test_every_number_has_a_source(recipe: type[classification.Classification]) 
     assert {f.name for f in dataclasses.fields(recipe)} == declared
     assert all(recipe().sources().values())
     assert "changed by the user" not in recipe().sources().values()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_number_is_an_option(recipe: type[classification.Classification]) -> None:
+    parser = classification.command_line(recipe)
+    given = ["--data=d", "--out=o"]
+    assert from_options(recipe, parser.parse_args(given)) == recipe()
+    given += ["--lr-steps", "3", "5", "--mean", "0", "0", "1"]
+    given += ["--rho=0.7", "--no-bf16", "--batch=64"]
+    changed = from_options(recipe, parser.parse_args(given))
+    assert changed.changed() == {
+        "lr_steps": (3, 5), "rho": 0.7, "bf16": False, "mean": (0.0, 0.0, 1.0), "batch": 64,
+    }  # fmt: skip
+    sources = changed.sources()
+    assert {name for name, source in sources.items() if "changed" in source} == {*changed.changed()}
 
 
 @pytest.mark.parametrize(

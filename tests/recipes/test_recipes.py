@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import sys
@@ -150,7 +151,8 @@ def test_stage_1_from_a_file(data: Path, tmp_path: Path) -> None:
     done = run("imagenet_lt", data, tmp_path / "a", epochs=1)
     assert done.returncode == 0, done.stderr
     weights = torch.load(tmp_path / "a" / "stage1.pth")
-    torch.save({"model": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "stage1.pth")
+    model = {f"module.{k}": v for k, v in weights.items()}
+    torch.save({"model": model, "args": argparse.Namespace(lr=0.1)}, tmp_path / "stage1.pth")
     done = run("imagenet_lt", data, tmp_path / "b", stage1=tmp_path / "stage1.pth")
     assert done.returncode == 0, done.stderr
     check(tmp_path / "b")

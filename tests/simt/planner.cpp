@@ -1,7 +1,8 @@
-// What the row operators would launch on a device, without launching it: the launchers of
+// What the row and the dense operators would launch on a device, without launching it: the launchers of
 // csrc/cuda over one that answers for the device from Python and records.
 //
 //   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device)
+//   dense_launches(forward=True, dtype=1, images=2, classes=150, positions=262144, ...)
 //
 // A dict a launch: kernel (its symbol, as nvcc has it), declaration, arguments (their bytes, of
 // addresses that nothing reads, all aligned; TARGETS is that of the targets), grid, and more.
@@ -22,6 +23,7 @@
 
 #include "simt.h"
 //
+#include "cuda/launch/dense_launch.h"
 #include "cuda/launch/row_launch.h"
 
 namespace {
@@ -95,6 +97,15 @@ class Launcher {
     record["period"] = args.period;
     record["tile_vectors"] = args.tile_vectors;
   }
+  static void add(const DenseArgs& args, py::dict& record) {
+    record["lane_bits"] = args.lane_bits;
+    record["rounds"] = args.rounds;
+    record["chunks"] = args.chunks;
+    record["tiles"] = args.outer * int64_t{args.image_tiles};
+    record["image_tiles_at"] =
+        reinterpret_cast<const char*>(&args.image_tiles) - reinterpret_cast<const char*>(&args);
+  }
+  static void add(const DivisorArgs&, py::dict&) {}
   static void add(const FinishArgs& args, py::dict& record) {
     record["class_blocks"] = args.class_blocks;
   }
@@ -105,34 +116,60 @@ class Launcher {
   uintptr_t allocated_ = 0;
 };
 
+// The options that every layout has.
+struct Step {
+  bool forward, weighted, calibrated, class_gradients, grad_logits;
+};
+
+template <class Args>
+void set(Launcher& launcher, const Step& step, Args& args) {
+  const auto memory = [&] { return launcher.allocate(0); };
+  args.target = memory();  // the first
+  args.logits = memory();
+  args.row_shift = memory(), args.row_sum = memory();
+  args.denominator = static_cast<double*>(memory());
+  args.reduction = disalign::kReduceMean;
+  if (step.weighted) args.weight = memory();
+  if (step.calibrated) args.scale = memory(), args.bias = memory(), args.confidence = memory();
+  if (step.class_gradients) {
+    args.class_gradients = true;
+    args.grad_scale = memory(), args.grad_bias = memory(), args.grad_confidence = memory();
+  }
+  if (step.grad_logits) args.grad_logits = memory();
+  if (step.forward)
+    args.reduced_loss = memory();
+  else
+    args.upstream = memory();
+}
+
 py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool weighted,
                       bool calibrated, bool class_gradients, bool grad_logits,
                       const py::object& device) {
   Launcher launcher(device);
-  const auto memory = [&] { return launcher.allocate(0); };
   RowArgs args;
-  args.target = memory();  // the first
-  args.logits = memory();
   args.outer = rows, args.classes = classes;
   args.outer_stride = args.grad_outer_stride = classes;
-  args.row_shift = memory(), args.row_sum = memory();
-  args.denominator = static_cast<double*>(memory());
-  args.reduction = disalign::kReduceMean;
-  if (weighted) args.weight = memory();
-  if (calibrated) args.scale = memory(), args.bias = memory(), args.confidence = memory();
-  if (class_gradients) {
-    args.class_gradients = true;
-    args.grad_scale = memory(), args.grad_bias = memory(), args.grad_confidence = memory();
-  }
-  if (grad_logits) args.grad_logits = memory();
-  if (forward)
-    args.reduced_loss = memory();
-  else
-    args.upstream = memory();
+  set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
   if (forward)
     launch_row_forward(launcher, static_cast<Dtype>(dtype), args);
   else
     launch_row_backward(launcher, static_cast<Dtype>(dtype), args);
+  return launcher.launches();
+}
+
+py::list dense_launches(bool forward, int dtype, int64_t images, int64_t classes, int64_t positions,
+                        bool weighted, bool calibrated, bool class_gradients, bool grad_logits,
+                        const py::object& device) {
+  Launcher launcher(device);
+  DenseArgs args;
+  args.outer = images, args.classes = classes, args.inner = positions;
+  args.class_stride = args.grad_class_stride = positions;
+  args.outer_stride = args.grad_outer_stride = classes * positions;
+  set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
+  if (forward)
+    launch_dense_forward(launcher, static_cast<Dtype>(dtype), args);
+  else
+    launch_dense_backward(launcher, static_cast<Dtype>(dtype), args);
   return launcher.launches();
 }
 
@@ -142,5 +179,9 @@ PYBIND11_MODULE(planner, module) {
   module.def("row_launches", row_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("rows"), py::arg("classes"), py::arg("weighted"), py::arg("calibrated"),
              py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"));
+  module.def("dense_launches", dense_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
+             py::arg("images"), py::arg("classes"), py::arg("positions"), py::arg("weighted"),
+             py::arg("calibrated"), py::arg("class_gradients"), py::arg("grad_logits"),
+             py::arg("device"));
   module.attr("TARGETS") = kFirst;
 }

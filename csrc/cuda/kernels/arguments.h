@@ -6,8 +6,15 @@
 
 namespace disalign::cuda {
 
+// Shares of the denominator, where forward needs it before the loss: block_sums.cuh.
+struct DivisorArgs : LossArgs {
+  double* divisors = nullptr;  // [divisor_blocks]
+  int32_t divisor_blocks = 0;
+  unsigned* ticket = nullptr;  // blocks that are done, where the last one makes the loss
+};
+
 // row_tile.cuh
-struct RowArgs : LossArgs {
+struct RowArgs : DivisorArgs {
   int32_t lanes = 0;         // threads of a group
   int32_t period = 1;        // rows this far apart are aligned alike: a power of two,
   int32_t period_bits = 0;   // of this exponent
@@ -17,11 +24,7 @@ struct RowArgs : LossArgs {
   // Workspace; blocks are those along grid_x.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
-  // [divisor_blocks]: shares of the denominator, where forward needs it.
-  double* divisors = nullptr;
-  int32_t divisor_blocks = 0;
-  unsigned* ticket = nullptr;  // blocks that are done, where the last one makes the loss
-  void* tile_sums = nullptr;   // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
+  void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
   void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
   void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
@@ -29,10 +32,16 @@ struct RowArgs : LossArgs {
 };
 
 // dense_tile.cuh
-struct DenseArgs : LossArgs {
-  int32_t slices = 1;                 // of the classes: a power of two of warps
-  bool resident = false;              // whether a tile's logits stay in shared memory
-  int64_t image_tiles = 0;            // tiles of an image
+struct DenseArgs : DivisorArgs {
+  int32_t lane_bits = 0;  // of the threads that have neighbouring positions of a class, as exponent
+  int32_t rounds = 1;     // classes of a thread that a stage has
+  int32_t chunks = 1;     // stages of a tile
+  int32_t image_tiles = 0;   // tiles of an image
+  bool backward = false;     // the gradients alone, for the upstream gradient
+  bool table = false;        // whether the class vectors lie in shared memory,
+  bool shared_sums = false;  // and the class sums
+  int32_t scratch_at = 0, table_at = 0, exchange_at = 0, positions_at = 0, class_sums_at = 0,
+          targets_at = 0;             // DenseMemory
   void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
   // Workspace.
@@ -69,12 +78,11 @@ struct UpsampleArgs : LossArgs {
 };
 
 // finish_kernel.cuh
-struct FinishArgs : LossArgs {
-  bool forward = false;                // loss and denominator are wanted
-  const double* block_sums = nullptr;  // [blocks][2: loss, denominator]; null for 'none'
+struct FinishArgs : DivisorArgs {
+  bool forward = false;  // loss and denominator are wanted
+  // [blocks][2: loss, denominator]; null for 'none'. The denominator is theirs without divisors.
+  const double* block_sums = nullptr;
   int64_t blocks = 0;
-  const double* divisors = nullptr;  // RowArgs; null: the denominator is in block_sums
-  int32_t divisor_blocks = 0;
   const void* class_sums = nullptr;  // of A: [class_blocks][2: scale, bias][classes]
   int64_t class_blocks = 0;
   int64_t class_grid = 0;                 // blocks of this launch that go over classes

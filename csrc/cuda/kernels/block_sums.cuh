@@ -16,9 +16,9 @@ __device__ __forceinline__ double divisor_share(const LossArgs& args, A target_w
 }
 
 constexpr int kDivisorThreads = 256;
-constexpr int kDivisorBlocks = 64;  // at most
+constexpr int64_t kDivisorBlocks = 64;  // at most
 
-// The sum of what row_divisor_kernel has written; every thread of every kernel gets the same bits.
+// The sum of what divisor_kernel has written; every thread of every kernel gets the same bits.
 __device__ __forceinline__ double total_of_divisors(const double* divisors, int blocks) {
   double sum = 0;
   for (int block = threadIdx.x % 32; block < blocks; block += 32) sum += divisors[block];
@@ -26,7 +26,7 @@ __device__ __forceinline__ double total_of_divisors(const double* divisors, int 
 }
 
 // Of forward, what the summed loss is divided by, before args.denominator is written.
-__device__ __forceinline__ double forward_denominator(const RowArgs& args) {
+__device__ __forceinline__ double forward_denominator(const DivisorArgs& args) {
   if (args.reduction != kReduceMean) return 1;
   if (args.normalizer == kByGiven) return *args.given_denominator;
   if (args.normalizer == kByCount) return static_cast<double>(args.positions());

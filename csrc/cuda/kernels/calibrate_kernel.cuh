@@ -97,54 +97,55 @@ template <class T, bool Backward>
 __global__ void __launch_bounds__(kDenseThreads, 1) dense_calibrate_kernel(const DenseArgs args) {
   using A = Accumulate<T>;
   DISALIGN_SHARED_MEMORY(raw_memory);
-  const DenseMemory<A> memory(args, raw_memory);
-  DenseTile<T> tile(args);
-  const int groups = tile.positions / 32;  // of positions, a warp each for every slice
+  A* exchange = reinterpret_cast<A*>(raw_memory);  // [slices][lanes]
+  const DensePlace place(args);                    // of a thread with one position
   A* sums = static_cast<A*>(args.class_sums) +
-            int64_t{2} * (blockIdx.x * groups + tile.position / 32) * args.classes;
+            int64_t{2} * (blockIdx.x * (place.lanes / 32) + place.lane / 32) * args.classes;
   const bool first = threadIdx.x % 32 == 0;
   if (Backward && args.class_sums && first) {
-    for (int j = tile.slice; j < tile.classes; j += tile.slices)
-      sums[j] = sums[tile.classes + j] = A(0);
+    for (int j = place.slice; j < place.classes; j += place.slices)
+      sums[j] = sums[place.classes + j] = A(0);
   }
-  for (; tile.tile < tile.tiles; tile.tile += gridDim.x) {
-    tile.enter(args);
-    const A c = tile.inside ? confidence_of<A>(args, tile.index()) : A(0);
+  for (DenseTiles tiles(args); tiles.image < args.outer; tiles.next(args)) {
+    const int64_t at = int64_t{tiles.tile} * place.lanes + place.lane;
+    const bool inside = at < args.inner;
+    const int64_t i = tiles.image * args.inner + at;
+    const T* logits = static_cast<const T*>(args.logits) + tiles.image * args.outer_stride + at;
+    const int64_t out_offset = tiles.image * args.grad_outer_stride + at;
+    const A c = inside ? confidence_of<A>(args, i) : A(0);
     A slope = 0;
-    for (int j = tile.slice; j < tile.classes; j += tile.slices) {
+    for (int j = place.slice; j < place.classes; j += place.slices) {
       const A a = static_cast<const A*>(args.scale)[j], b = static_cast<const A*>(args.bias)[j];
-      const A z = tile.inside ? to_accumulate(load_one(tile.logit(args, j) + tile.position)) : A(0);
+      const A z = inside ? to_accumulate(load_one(logits + j * args.class_stride)) : A(0);
       A out = z * (a * c + A(1)) + b * c;
+      const int64_t to = out_offset + j * args.grad_class_stride;
       if constexpr (Backward) {
-        const int64_t at = tile.grad + j * args.grad_class_stride + tile.position;
-        const A g = tile.inside
-                        ? to_accumulate(load_one(static_cast<const T*>(args.grad_output) + at))
-                        : A(0);
+        const A g =
+            inside ? to_accumulate(load_one(static_cast<const T*>(args.grad_output) + to)) : A(0);
         const bool masked = z == negative_infinity<A>();
         out = g * (a * c + A(1));
         slope += masked ? A(0) : g * finite_or_zero(a * z + b);
         if (args.class_sums) {
-          A scale = masked ? A(0) : g * c * z, bias = g * c;
-          for (int distance = 16; distance > 0; distance /= 2) {
-            scale += __shfl_xor_sync(kFullWarp, scale, distance);
-            bias += __shfl_xor_sync(kFullWarp, bias, distance);
-          }
+          const A scale = warp_sum(masked ? A(0) : g * c * z), bias = warp_sum(g * c);
           if (first) {
             sums[j] += scale;
-            sums[tile.classes + j] += bias;
+            sums[place.classes + j] += bias;
           }
         }
       }
       void* out_memory = Backward ? args.grad_logits : args.output;
-      if (out_memory && tile.inside)
-        store_one(
-            static_cast<T*>(out_memory) + tile.grad + tile.position + j * args.grad_class_stride,
-            from_accumulate<T>(out));
+      if (out_memory && inside)
+        store_one(static_cast<T*>(out_memory) + to, from_accumulate<T>(out));
     }
     if (!Backward || !args.grad_confidence) continue;
-    slope = sum_of_slices(memory, tile, slope);
-    if (tile.slice == 0 && tile.inside)
-      static_cast<A*>(args.grad_confidence)[tile.index()] = c * (A(1) - c) * slope;
+    exchange[threadIdx.x] = slope;
+    __syncthreads();
+    if (place.slice == 0 && inside) {
+      for (int slice = 1; slice < place.slices; ++slice)
+        slope += exchange[slice * place.lanes + place.lane];
+      static_cast<A*>(args.grad_confidence)[i] = c * (A(1) - c) * slope;
+    }
+    __syncthreads();
   }
 }
 

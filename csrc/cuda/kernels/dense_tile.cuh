@@ -1,11 +1,15 @@
 // How a block of the dense kernels walks over positions and classes.
 //
-// - Logits (N, C, S), the positions of a class plane next to each other. A thread has one position
-//   and every `slices`-th class: neighbouring threads read neighbouring positions of one class. A
-//   tile is as many positions as the block has threads for, 32 for each `slices` warps. Blocks take
-//   tiles in turn.
-// - Class sums go over positions: for these a thread has a class, and the tile's logits lie in
-//   shared memory, if they fit, so that they are read from global memory once.
+// - Logits (N, C, S), the positions of a class plane next to each other. A thread has a vector of
+//   positions, 16 bytes of a plane, and every `slices`-th class; neighbouring lanes have
+//   neighbouring vectors of one class. A tile is the positions of a slice's lanes. Blocks take tiles
+//   in turn.
+// - Where planes are not all aligned to 16 bytes (not Whole), a thread's positions are as many lanes
+//   apart as a slice has: loads and stores of single elements, which a warp does next to each other.
+// - Stages: a thread copies its vectors into shared memory, the next stage's while it works on this
+//   one's, and reads them there, twice where its gradients are wanted too. No other thread reads
+//   them but the one that wants a target's logit. A tile that does not fit has several stages, which
+//   for its gradients come once more.
 #pragma once
 
 #include "cuda/kernels/arguments.h"
@@ -15,186 +19,267 @@
 namespace disalign::cuda {
 
 constexpr int kDenseThreads = 256;
-constexpr int kDenseUnroll = 4;  // classes whose loads are on their way together
+constexpr int kDenseThreadBits = 8;
+constexpr int kDenseStages = 2;
+constexpr int kDenseRoundBytes =
+    kDenseThreads * kVectorBytes;  // of a stage, a class of each thread
 
-constexpr int dense_positions(int slices) { return kDenseThreads / slices; }  // of a tile
-
-// Shared memory of a block, in this order.
+// What a thread needs of a class vector's entry j.
 template <class A>
-struct DenseMemory {
-  static constexpr int kShared = 5;  // vectors of one entry a position, see ClassPhase
+struct alignas(4 * sizeof(A)) ClassEntry {
+  A a, b, o, w;
 
-  double* block_sums;
-  A* exchange;   // [PositionSums::kValues][slices][positions], where there are slices; ClassPhase's
-                 // [2][threads]
-  A* positions;  // [kShared][positions]
-  int* targets;  // [positions]
-  A* logits;     // [classes][stride], where resident
-
-  // A column more than there are positions: threads with neighbouring classes read other banks.
-  static __host__ __device__ constexpr int stride(int positions) { return positions + 1; }
-
-  static __host__ __device__ int exchange_entries(const DenseArgs& args) {
-    if (args.slices > 1) return PositionSums<A>::kValues * kDenseThreads;
-    return args.class_gradients ? 2 * kDenseThreads : 0;
-  }
-
-  static __host__ __device__ int64_t bytes(const DenseArgs& args) {
-    const int64_t positions = kDenseThreads / args.slices;
-    const int64_t exchange = exchange_entries(args);
-    const int64_t entries =
-        exchange + kShared * positions +
-        (args.resident ? args.classes * stride(static_cast<int>(positions)) : 0);
-    return BlockSums::entries(static_cast<int>(positions)) * static_cast<int64_t>(sizeof(double)) +
-           entries * static_cast<int64_t>(sizeof(A)) +
-           positions * static_cast<int64_t>(sizeof(int));
-  }
-
-  __device__ __forceinline__ DenseMemory(const DenseArgs& args, unsigned char* memory) {
-    const int count = kDenseThreads / args.slices;
-    block_sums = reinterpret_cast<double*>(memory);
-    exchange = reinterpret_cast<A*>(block_sums + BlockSums::entries(count));
-    positions = exchange + exchange_entries(args);
-    logits = positions + kShared * count;
-    targets = reinterpret_cast<int*>(logits +
-                                     (args.resident ? args.classes * stride(count) : int64_t{0}));
+  static __device__ __forceinline__ ClassEntry of(const LossArgs& args, int j) {
+    return {vector_entry<A>(args.scale, j, A(0)), vector_entry<A>(args.bias, j, A(0)),
+            vector_entry<A>(args.prior, j, A(0)), vector_entry<A>(args.weight, j, A(1))};
   }
 };
 
-// A thread's place in the tile, and the tile's in the logits.
-template <class T>
-struct DenseTile {
-  int positions, position, slice, slices, classes;
-  int64_t tiles, tile;
-  // Of the present tile.
-  int64_t offset;  // of its first position in class 0 of the logits
-  int64_t grad;    // and in those of their gradient
-  int64_t first;   // of its first position, counted over all images
-  int count;       // positions that there are
-  bool inside;     // whether this thread's is one of them
-
-  __device__ __forceinline__ explicit DenseTile(const DenseArgs& args)
-      : positions(kDenseThreads / args.slices),
-        // A warp has 32 positions of one slice.
-        position(threadIdx.x / (32 * args.slices) * 32 + threadIdx.x % 32),
-        slice(threadIdx.x / 32 % args.slices),
-        slices(args.slices),
-        classes(static_cast<int>(args.classes)),
-        tiles(args.outer * args.image_tiles),
-        tile(blockIdx.x) {}
-
-  __device__ __forceinline__ void enter(const DenseArgs& args) {
-    const int64_t image = tile / args.image_tiles;
-    const int64_t at = (tile - image * args.image_tiles) * positions;
-    offset = image * args.outer_stride + at;
-    grad = image * args.grad_outer_stride + at;
-    first = image * args.inner + at;
-    const int64_t left = args.inner - at;
-    count = static_cast<int>(left < positions ? left : positions);
-    inside = position < count;
-  }
-
-  __device__ __forceinline__ int64_t index() const { return first + position; }
-  __device__ __forceinline__ const T* logit(const DenseArgs& args, int j) const {
-    return static_cast<const T*>(args.logits) + offset + j * args.class_stride;
-  }
-};
-
-// Over a position's slices; each of its threads gets it. By the whole block.
-template <class A, class T>
-__device__ __forceinline__ A sum_of_slices(const DenseMemory<A>& memory, const DenseTile<T>& tile,
-                                           A value) {
-  if (tile.slices == 1) return value;
-  memory.exchange[tile.slice * tile.positions + tile.position] = value;
-  __syncthreads();
-  value = 0;
-  for (int slice = 0; slice < tile.slices; ++slice)
-    value += memory.exchange[slice * tile.positions + tile.position];
-  __syncthreads();
-  return value;
+// Whether there is anything in them that exponentials or gradients need.
+static DISALIGN_METHOD bool needs_class_entries(const LossArgs& args) {
+  return args.scale || args.prior || args.label_smoothing > 0;
 }
 
-// The class sums of a tile. The block's positions put what q_j needs into shared memory; then each
-// thread takes a class (and its every blockDim.x-th after it) through all positions. Sums over the
-// block's tiles are kept in global memory, each class by the same thread.
-template <class T, bool Forward>
-class ClassPhase {
- public:
+// What the threads of a position share: what the second pass multiplies by.
+enum PositionEntry { kEntryC, kEntryShift, kEntrySoftmax, kEntrySmooth, kEntryTarget, kEntrySlope };
+constexpr int kPositionEntries = 6;
+
+// Shared memory of a block, in this order; offsets in bytes, which the host knows.
+template <class T>
+struct DenseMemory {
   using A = Accumulate<T>;
 
-  __device__ __forceinline__ ClassPhase(const DenseArgs& args, const DenseMemory<A>& memory)
-      : sums_(static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * args.classes),
-        memory_(memory) {
-    if (!args.class_sums) return;  // none are wanted
-    for (int64_t i = threadIdx.x; i < args.classes; i += blockDim.x)
-      sums_[i] = sums_[args.classes + i] = A(0);
+  unsigned char* stages;  // [kDenseStages][rounds][threads][16]
+  double* scratch;        // [kScratch], of the sums over the block
+  ClassEntry<A>* table;   // [classes], where args.table
+  A* exchange;            // [values][slices][positions]
+  A* positions;           // [kPositionEntries][positions]
+  A* class_sums;          // [warps of a slice][2: scale, bias][classes], where args.shared_sums
+  int* targets;           // [positions]
+
+  static constexpr int kScratch = 32;
+  // Of the first pass: the maximum and the sum of exponentials, and two more of label smoothing.
+  static __host__ __device__ int values(const LossArgs& args) {
+    return args.label_smoothing > 0 ? 4 : 2;
+  }
+  static __host__ __device__ int64_t sum_entries(const DenseArgs& args) {
+    return (args.lane_bits > 5 ? 1 << (args.lane_bits - 5) : 1) * 2 * args.classes;
+  }
+  // Sets the offsets. Returns the bytes of all.
+  static int64_t divide(DenseArgs& args) {
+    int64_t bytes = kDenseStages * int64_t{args.rounds} * kDenseRoundBytes;
+    const auto take = [&](int64_t entries, size_t size) {
+      const int64_t begin = bytes;
+      bytes += entries * static_cast<int64_t>(size);
+      return static_cast<int32_t>(begin);
+    };
+    const int64_t positions = int64_t{kVector<T>} << args.lane_bits;
+    args.scratch_at = take(kScratch, sizeof(double));
+    args.table_at = take(args.table ? args.classes : 0, sizeof(ClassEntry<A>));
+    args.exchange_at = take(int64_t{values(args)} * kDenseThreads * kVector<T>, sizeof(A));
+    args.positions_at = take(kPositionEntries * positions, sizeof(A));
+    args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(A));
+    args.targets_at = take(positions, sizeof(int));
+    return bytes;
   }
 
-  // By one thread a position. at_target: in forward q_t itself, else what is taken off it.
-  __device__ __forceinline__ void put(const DenseTile<T>& tile, int target, A c, A maximum,
-                                      A softmax, A smooth, A at_target) {
-    const A values[DenseMemory<A>::kShared] = {c, maximum, softmax, smooth, at_target};
+  __device__ __forceinline__ DenseMemory(const DenseArgs& args, unsigned char* memory)
+      : stages(memory),
+        scratch(reinterpret_cast<double*>(memory + args.scratch_at)),
+        table(reinterpret_cast<ClassEntry<A>*>(memory + args.table_at)),
+        exchange(reinterpret_cast<A*>(memory + args.exchange_at)),
+        positions(reinterpret_cast<A*>(memory + args.positions_at)),
+        class_sums(reinterpret_cast<A*>(memory + args.class_sums_at)),
+        targets(reinterpret_cast<int*>(memory + args.targets_at)) {}
+};
+
+// A thread's place in every tile.
+struct DensePlace {
+  int lanes, lane, slice, slices, classes;
+  int mine;  // this thread's classes: slice, slice + slices, ...
+
+  __device__ __forceinline__ explicit DensePlace(const DenseArgs& args)
+      : lanes(1 << args.lane_bits),
+        lane(threadIdx.x & (lanes - 1)),
+        slice(threadIdx.x >> args.lane_bits),
+        slices(kDenseThreads >> args.lane_bits),
+        classes(static_cast<int>(args.classes)),
+        mine((classes - slice + slices - 1) >> (kDenseThreadBits - args.lane_bits)) {}
+};
+
+// The tiles of a block, one after the other. Their number in an image is no more than 2^31.
+struct DenseTiles {
+  int image, tile;  // of the image
+  int image_step, tile_step;
+
+  __device__ __forceinline__ explicit DenseTiles(const DenseArgs& args)
+      : image(static_cast<int>(blockIdx.x / static_cast<unsigned>(args.image_tiles))),
+        tile(static_cast<int>(blockIdx.x % static_cast<unsigned>(args.image_tiles))),
+        image_step(static_cast<int>(gridDim.x / static_cast<unsigned>(args.image_tiles))),
+        tile_step(static_cast<int>(gridDim.x % static_cast<unsigned>(args.image_tiles))) {}
+
+  __device__ __forceinline__ void next(const DenseArgs& args) {
+    image += image_step, tile += tile_step;
+    if (tile >= args.image_tiles) tile -= args.image_tiles, ++image;
+  }
+};
+
+// A vector's elements, all of them.
+template <class T>
+__device__ __forceinline__ void unpack_vector(const Raw& raw, Accumulate<T> (&out)[kVector<T>]) {
 #pragma unroll
-    for (int k = 0; k < DenseMemory<A>::kShared; ++k)
-      memory_.positions[k * tile.positions + tile.position] = values[k];
-    memory_.targets[tile.position] = target;
+  for (int part = 0; part < kVector<T> / kPart<T>; ++part) {
+    Accumulate<T> z[kPart<T>];
+    unpack<T>(raw, part, z);
+#pragma unroll
+    for (int q = 0; q < kPart<T>; ++q) out[part * kPart<T> + q] = z[q];
+  }
+}
+
+// The positions of a thread's vector, Whole or not.
+template <class T, bool Whole>
+struct DenseVector {
+  static constexpr int V = kVector<T>;
+
+  // Of element v, counted from the tile's first.
+  static __device__ __forceinline__ int position(const DensePlace& place, int v) {
+    return Whole ? place.lane * V + v : place.lane + v * place.lanes;
+  }
+  // The thread that has the tile's position p of class t, as an offset in bytes into a stage.
+  static __device__ __forceinline__ int offset(const DensePlace& place, const DenseArgs& args,
+                                               int t, int p) {
+    const int slice = t & (place.slices - 1), round = t >> (kDenseThreadBits - args.lane_bits);
+    const int lane = Whole ? p / V : p & (place.lanes - 1);
+    const int v = Whole ? p % V : p >> args.lane_bits;
+    return (round * kDenseThreads + slice * place.lanes + lane) * kVectorBytes +
+           v * static_cast<int>(sizeof(T));
+  }
+  // This thread's of one entry a position.
+  template <class E>
+  static __device__ __forceinline__ void read(const DensePlace& place, const E* entries,
+                                              E (&out)[V]) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) out[v] = entries[position(place, v)];
+  }
+  template <class E>
+  static __device__ __forceinline__ void write(const DensePlace& place, E* entries,
+                                               const E (&values)[V]) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) entries[position(place, v)] = values[v];
   }
 
-  // By the whole block, between two barriers. Where there are fewer classes than threads, several
-  // threads share a class: each takes a part of the positions, added up in their order.
-  __device__ __forceinline__ void run(const DenseArgs& args, const DenseTile<T>& tile) {
-    const int threads = blockDim.x, id = threadIdx.x;
-    const int parts = tile.classes < threads ? threads / tile.classes : 1;
-    const int step = parts > 1 ? tile.classes : threads;
-    const int part = id / step;
-    A scale = 0, bias = 0;
-    for (int j = part < parts ? id % step : tile.classes; j < tile.classes; j += step) {
-      scale = bias = 0;
-      add(args, tile, j, tile.count * part / parts, tile.count * (part + 1) / parts, scale, bias);
-      if (parts > 1) break;
-      sums_[j] += scale;
-      sums_[tile.classes + j] += bias;
+  // Of a plane whose tile begins at `from` and has so many positions, into shared memory; 0 where
+  // there is no position. Whole: on its way, as copy_vector's.
+  static __device__ __forceinline__ void copy(const DensePlace& place, unsigned char* shared,
+                                              const T* from, int count) {
+    if constexpr (Whole) {
+      if (place.lane * V < count)
+        copy_vector(shared, from + place.lane * V);
+      else
+        write_shared(shared, Raw{});
+    } else {
+      Raw raw = {};
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (position(place, v) < count) set_element(raw, v, load_one(from + position(place, v)));
+      write_shared(shared, raw);
     }
-    if (parts == 1) return;
-    memory_.exchange[id] = scale;
-    memory_.exchange[threads + id] = bias;
+  }
+  static __device__ __forceinline__ void store(const DensePlace& place, T* to, int count,
+                                               const Accumulate<T> (&g)[V]) {
+    if constexpr (Whole) {
+      if (place.lane * V >= count) return;
+      Raw raw = {};
+#pragma unroll
+      for (int part = 0; part < V / kPart<T>; ++part) pack<T>(g + part * kPart<T>, part, raw);
+      store_vector(to + place.lane * V, raw);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (position(place, v) < count)
+          store_one(to + position(place, v), from_accumulate<T>(g[v]));
+    }
+  }
+};
+
+// The stages of a block's tiles, in the order in which it works on them.
+template <class T, bool Whole>
+class DenseStages {
+ public:
+  // passes: over a tile of several stages.
+  __device__ __forceinline__ DenseStages(const DenseArgs& args, const DensePlace& place,
+                                         unsigned char* stages, int passes)
+      : args_(args),
+        place_(place),
+        own_(stages + threadIdx.x * kVectorBytes),
+        logits_(static_cast<const T*>(args.logits) + place.slice * args.class_stride),
+        stage_bytes_(args.rounds * kDenseRoundBytes),
+        passes_(args.chunks == 1 ? 1 : passes),
+        tiles_(args) {
+    ask();
+  }
+
+  // Of the stage that arrives next: whether there is one, its image, its tile's first position in the
+  // image, how many positions the tile has.
+  __device__ __forceinline__ bool more() const { return count_ > 0; }
+  __device__ __forceinline__ int image() const { return image_; }
+  __device__ __forceinline__ int64_t first_position() const { return at_; }
+  __device__ __forceinline__ int count() const { return count_; }
+
+  // It has arrived, for all threads, and the one after it is on its way: until then threads may still
+  // read the one before. By the whole block.
+  __device__ __forceinline__ void arrive() {
+    wait_for_copies<0>();
     __syncthreads();
-    if (part > 0) return;
-    for (int other = 1; other < parts; ++other) {
-      scale += memory_.exchange[other * tile.classes + id];
-      bias += memory_.exchange[threads + other * tile.classes + id];
-    }
-    sums_[id] += scale;
-    sums_[tile.classes + id] += bias;
+    current_ = own_ + (next_ ^ 1) * stage_bytes_;
+    ask();
+  }
+
+  // This thread's vector of a round of the stage, and the stage's first byte.
+  __device__ __forceinline__ Raw vector(int round) const {
+    return read_shared(current_ + round * kDenseRoundBytes);
+  }
+  __device__ __forceinline__ const unsigned char* begin() const {
+    return current_ - threadIdx.x * kVectorBytes;
   }
 
  private:
-  // The share of the positions [begin, end) in class j.
-  __device__ __forceinline__ void add(const DenseArgs& args, const DenseTile<T>& tile, int j,
-                                      int begin, int end, A& scale, A& bias) const {
-    const A* at = memory_.positions;
-    const A a = static_cast<const A*>(args.scale)[j], b = static_cast<const A*>(args.bias)[j];
-    const A o = vector_entry<A>(args.prior, j, A(0)), w = vector_entry<A>(args.weight, j, A(1));
-    const A m = Forward ? A(0) : vector_entry<A>(args.margin, j, A(0));
-    const T* row = tile.logit(args, j);
-    for (int p = begin; p < end; ++p) {
-      const int t = memory_.targets[p];
-      if (t < 0) continue;
-      const A z = args.resident ? memory_.logits[j * DenseMemory<A>::stride(tile.positions) + p]
-                                : to_accumulate(load_one(row + p));
-      const A c = at[p], maximum = at[tile.positions + p], softmax = at[2 * tile.positions + p];
-      const A smooth = at[3 * tile.positions + p], at_target = at[4 * tile.positions + p];
-      const A u = calibrated(z, a, b, c) + o - (j == t ? m : A(0));
-      A q = softmax * exponential(u - maximum) - smooth * w;
-      if (j == t) q = Forward ? at_target : q - at_target;
-      // A masked class adds 0, not 0 * -inf.
-      scale += q * c * (z == negative_infinity<A>() ? A(0) : z);
-      bias += q * c;
+  __device__ __forceinline__ void ask() {
+    count_ = 0;
+    if (tiles_.image < args_.outer) {
+      const int positions = place_.lanes * kVector<T>;
+      image_ = tiles_.image;
+      at_ = int64_t{tiles_.tile} * positions;
+      count_ = static_cast<int>(min(args_.inner - at_, int64_t{positions}));
+      const int first = chunk_ * args_.rounds;
+      const int rounds = min(args_.rounds, place_.mine - first);
+      const int64_t step = place_.slices * args_.class_stride;
+      const T* from = logits_ + image_ * args_.outer_stride + at_ + first * step;
+      unsigned char* to = own_ + next_ * stage_bytes_;
+#pragma unroll 4
+      for (int round = 0; round < rounds; ++round, from += step, to += kDenseRoundBytes)
+        DenseVector<T, Whole>::copy(place_, to, from, count_);
+      if (++chunk_ == args_.chunks) {
+        chunk_ = 0;
+        if (++pass_ == passes_) {
+          pass_ = 0;
+          tiles_.next(args_);
+        }
+      }
     }
+    next_ ^= 1;
+    commit_copies();
   }
 
-  A* sums_;
-  const DenseMemory<A>& memory_;
+  const DenseArgs& args_;
+  const DensePlace& place_;
+  unsigned char *own_, *current_ = nullptr;
+  const T* logits_;  // of this thread's first class
+  int stage_bytes_, passes_;
+  int image_ = 0, count_ = 0;
+  int64_t at_ = 0;
+  int next_ = 0, chunk_ = 0, pass_ = 0;  // of the stage that is asked for next
+  DenseTiles tiles_;
 };
 
 }  // namespace disalign::cuda

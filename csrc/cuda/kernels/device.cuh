@@ -133,6 +133,23 @@ __device__ __forceinline__ void copy_vector(unsigned char* shared, const unsigne
 #endif
 }
 
+// The same of one vector that there is.
+__device__ __forceinline__ void copy_vector(unsigned char* shared, const void* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(from)
+               : "memory");
+#else
+  DISALIGN_NOTE_LOAD(from, kVectorBytes);
+#if defined(DISALIGN_SIMT)
+  ::simt::copy_async(shared, from, kVectorBytes);
+#else
+  *reinterpret_cast<uint4*>(shared) = *static_cast<const uint4*>(from);
+#endif
+#endif
+}
+
 // Every 32nd vector. The addresses are made from the middle one: an instruction adds 4 KB at most.
 template <int... k>
 __device__ __forceinline__ void copy_vectors(unsigned char* shared, const void* from, int vectors,

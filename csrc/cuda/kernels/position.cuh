@@ -150,17 +150,25 @@ __device__ __forceinline__ PositionResult<A> position_result(const RowOptions<A>
 
 // Loss and statistics of position i of target t.
 template <class A>
-__device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, int t,
-                                               const PositionSums<A>& sums,
-                                               const PositionResult<A>& result, A sample_weight,
-                                               A c) {
+__device__ __forceinline__ void write_statistics(const LossArgs& args, int64_t i, int t,
+                                                 const PositionSums<A>& sums,
+                                                 const PositionResult<A>& result, A sample_weight) {
   const bool valid = is_valid(t);
   if (args.loss) static_cast<A*>(args.loss)[i] = valid ? result.loss * sample_weight : A(0);
   static_cast<A*>(args.row_shift)[i] = valid ? sums.maximum : A(0);
   static_cast<A*>(args.row_sum)[i] = valid ? result.sum : A(1);
+}
+
+// The same, and the gradient of its confidence.
+template <class A>
+__device__ __forceinline__ void write_position(const LossArgs& args, int64_t i, int t,
+                                               const PositionSums<A>& sums,
+                                               const PositionResult<A>& result, A sample_weight,
+                                               A c) {
+  write_statistics(args, i, t, sums, result, sample_weight);
   if (args.grad_confidence)
     static_cast<A*>(args.grad_confidence)[i] =
-        valid ? sample_weight * c * (A(1) - c) * result.confidence : A(0);
+        is_valid(t) ? sample_weight * c * (A(1) - c) * result.confidence : A(0);
 }
 
 // What backward's classes of a position share, everything included:
@@ -211,19 +219,19 @@ __device__ __forceinline__ bool is_made(const LossArgs& args) {
   return args.gradient_made && *static_cast<const A*>(args.upstream) == A(1);
 }
 
-// target_logit(t): z_t and u_t, called where they are needed. weights: sum_j w_j.
+// z_t and u_t.
 template <class A>
 struct TargetLogit {
   A z, u;
 };
+
+// Of position i, whose target t is valid. target_logit(t): called where it is needed. weights: sum_j w_j.
 template <class A, class Target>
-__device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args, int64_t i, A c,
-                                                               A weights, A inverse,
+__device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args, int64_t i,
+                                                               int t, A c, A weights, A inverse,
                                                                Target target_logit) {
   PositionFactors<A> out;
-  out.target = target_of(args, i);
-  if (!is_valid(out.target)) return out;
-  const int t = out.target;
+  out.target = t;
   out.c = c;
   out.maximum = static_cast<const A*>(args.row_shift)[i];
   const A sum = static_cast<const A*>(args.row_sum)[i];
@@ -246,6 +254,16 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& a
   out.smooth = g * terms.smooth;
   out.at_target = g * terms.target;
   return out;
+}
+
+// Of position i, whatever its target.
+template <class A, class Target>
+__device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args, int64_t i, A c,
+                                                               A weights, A inverse,
+                                                               Target target_logit) {
+  const int t = target_of(args, i);
+  if (!is_valid(t)) return {};
+  return position_factors(args, i, t, c, weights, inverse, target_logit);
 }
 
 // u_t from z_t.

@@ -265,24 +265,6 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
   }
 }
 
-// The shares of the denominator of 'mean', of forward where the gradient needs it: `forward_denominator`
-// adds them up.
-template <class A>
-__global__ void __launch_bounds__(kDivisorThreads, 1) row_divisor_kernel(const RowArgs args) {
-  DISALIGN_SHARED_MEMORY(memory);
-  double sum = 0;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.outer;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    const int t = target_of(args, i);
-    if (is_valid(t))
-      sum += divisor_share(args, vector_entry<A>(args.weight, t, A(1)),
-                           vector_entry<A>(args.sample_weight, i, A(1)));
-  }
-  sum = block_sum(sum, reinterpret_cast<double*>(memory));
-  if (threadIdx.x == 0) args.divisors[blockIdx.x] = sum;
-  if (args.ticket && blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = 0;
-}
-
 // The tiles of each row added up; a warp a row.
 template <class A>
 __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const RowArgs args) {

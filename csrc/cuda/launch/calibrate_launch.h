@@ -31,8 +31,18 @@ template <class T, bool Backward, class Launcher>
 void launch_calibrate_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) {
   using A = Accumulate<T>;
   const auto kernel = dense_calibrate_kernel<T, Backward>;
-  const Shape shape = dense_plan<A>(launcher, kernel, args, false);
-  last.class_blocks = shape.grid_x * (dense_positions(args.slices) / 32);
+  constexpr int64_t kClassesOfThread = 48;  // at most, before a position gets another warp
+  args.lane_bits = kDenseThreadBits;
+  while (args.lane_bits > 5 && args.classes > kClassesOfThread * (kDenseThreads >> args.lane_bits))
+    --args.lane_bits;
+  args.image_tiles = static_cast<int32_t>(divide_up(args.inner, int64_t{1} << args.lane_bits));
+  Shape shape;
+  shape.threads = kDenseThreads;
+  shape.shared_bytes = kDenseThreads * sizeof(A);
+  const int blocks = launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes);
+  shape.grid_x = std::min(int64_t{launcher.limits().multiprocessors} * std::max(1, blocks),
+                          args.outer * args.image_tiles);
+  last.class_blocks = shape.grid_x << (args.lane_bits - 5);
   if (args.class_gradients)
     args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));
   launcher.launch(kernel, shape, args);

@@ -9,50 +9,106 @@
 
 namespace disalign::cuda {
 
-// At most about so many classes a thread before a position gets another warp.
-constexpr int64_t kDenseClassesOfThread = 48;
+// Classes a thread that a stage has, at most: tiles become narrower before it has more.
+constexpr int kDenseRounds = 12;
+// Class vectors and class sums lie in shared memory up to so many bytes each.
+constexpr int64_t kDenseTableBytes = 32 << 10;
 
-// resident: whether the kernel wants a tile's logits in shared memory.
-template <class A, class Launcher, class Kernel>
-Shape dense_plan(Launcher& launcher, Kernel kernel, DenseArgs& args, bool resident) {
-  const size_t most = launcher.limits().shared_bytes;
-  args.slices = 1;
-  while (args.slices < kDenseThreads / 32 && args.classes > kDenseClassesOfThread * args.slices)
-    args.slices *= 2;
-  args.resident = resident;
-  // Fewer positions a tile, until its logits fit.
-  while (args.resident && static_cast<size_t>(DenseMemory<A>::bytes(args)) > most &&
-         args.slices < kDenseThreads / 32)
-    args.slices *= 2;
-  if (static_cast<size_t>(DenseMemory<A>::bytes(args)) > most) args.resident = false;
-  args.image_tiles = divide_up(args.inner, dense_positions(args.slices));
+// Whether 16 bytes of a plane can be read, and written, at once.
+template <class T>
+bool has_whole_vectors(const DenseArgs& args) {
+  const auto whole = [&](const void* plane, int64_t class_stride, int64_t outer_stride) {
+    const int64_t strides = (class_stride | outer_stride) * static_cast<int64_t>(sizeof(T));
+    return (reinterpret_cast<uintptr_t>(plane) | static_cast<uintptr_t>(strides)) % kVectorBytes ==
+           0;
+  };
+  return args.inner % kVector<T> == 0 && whole(args.logits, args.class_stride, args.outer_stride) &&
+         (!args.grad_logits ||
+          whole(args.grad_logits, args.grad_class_stride, args.grad_outer_stride));
+}
+
+// By how much the multiprocessor with the most of so many tiles has more than the mean.
+static inline double imbalance(int64_t tiles, int multiprocessors) {
+  return static_cast<double>(divide_up(tiles, multiprocessors) * multiprocessors) /
+         static_cast<double>(tiles);
+}
+
+// two_passes: whether a tile is wanted twice.
+// Returns the bytes of shared memory.
+template <class T>
+int64_t divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
+  constexpr int64_t V = kVector<T>;
+  const auto rounds_of = [&](int bits) { return divide_up(args.classes, kDenseThreads >> bits); };
+  const auto tiles_of = [&](int bits) { return divide_up(args.inner, V << bits); };
+  constexpr int kLeast = 2, kLine = 3;  // exponents: of the class sums' shuffles; 128 bytes
+  int bits = kDenseThreadBits;
+  while (bits > kLeast && tiles_of(bits - 1) == 1) --bits;
+  while (bits > kLine && rounds_of(bits) > kDenseRounds) --bits;
+  while (bits > kLeast && args.outer * tiles_of(bits) < int64_t{64} * limits.multiprocessors &&
+         imbalance(args.outer * tiles_of(bits), limits.multiprocessors) > 1.1)
+    --bits;
+  args.lane_bits = bits;
+  args.image_tiles = static_cast<int32_t>(tiles_of(bits));
+  args.table =
+      needs_class_entries(args) &&
+      args.classes * static_cast<int64_t>(sizeof(ClassEntry<Accumulate<T>>)) <= kDenseTableBytes;
+  args.shared_sums = args.class_gradients && DenseMemory<T>::sum_entries(args) *
+                                                     static_cast<int64_t>(sizeof(Accumulate<T>)) <=
+                                                 kDenseTableBytes;
+  args.rounds = 0;
+  constexpr int64_t kRound = kDenseStages * kDenseRoundBytes;
+  const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
+  const int64_t fixed = DenseMemory<T>::divide(args);
+  const int64_t most = (limit - fixed) / kRound;
+  // Two blocks a multiprocessor, if their stages are not too small for it.
+  const int64_t half = (limit / 2 - fixed) / kRound;
+  const int64_t all = rounds_of(bits);
+  int64_t rounds = std::clamp<int64_t>(half < 4 ? most : half, 1, kDenseRounds);
+  if (all <= rounds || (two_passes && all <= most)) rounds = all;
+  args.chunks = static_cast<int32_t>(divide_up(all, rounds));
+  args.rounds = static_cast<int32_t>(divide_up(all, args.chunks));
+  return DenseMemory<T>::divide(args);
+}
+
+// Not every combination is compiled: planes that are not aligned, and doubles, are read element by
+// element, whatever the options.
+template <class T, bool Calibrated>
+auto dense_kernel_of(const DenseArgs& args) {
+  if constexpr (sizeof(T) < 8) {
+    if (has_whole_vectors<T>(args))
+      return args.prior || args.label_smoothing > 0 ? dense_kernel<T, Calibrated, true, true>
+                                                    : dense_kernel<T, Calibrated, true, false>;
+  }
+  return dense_kernel<T, Calibrated, false, true>;
+}
+
+template <class T, bool Calibrated, class Launcher>
+void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) {
+  const auto kernel = dense_kernel_of<T, Calibrated>(args);
+  const bool two_passes =
+      !args.backward && (args.grad_logits || args.class_gradients || args.grad_confidence);
   Shape shape;
   shape.threads = kDenseThreads;
-  shape.shared_bytes = static_cast<size_t>(DenseMemory<A>::bytes(args));
-  const int64_t blocks =
-      int64_t{launcher.limits().multiprocessors} *
-      std::max(1, launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes));
-  shape.grid_x = std::max<int64_t>(1, std::min(blocks, args.outer * args.image_tiles));
-  return shape;
+  shape.shared_bytes = static_cast<size_t>(divide_dense<T>(args, launcher.limits(), two_passes));
+  const int blocks = launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes);
+  shape.grid_x = std::min(int64_t{launcher.limits().multiprocessors} * std::max(1, blocks),
+                          args.outer * args.image_tiles);
+  last.blocks = shape.grid_x;
+  if (!args.backward && args.reduction != kReduceNone)
+    args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
+  if (args.class_gradients) {
+    last.class_blocks = shape.grid_x;
+    args.class_sums =
+        launcher.allocate(2 * last.class_blocks * args.classes * sizeof(Accumulate<T>));
+  }
+  launcher.launch(kernel, shape, args);
 }
 
 template <class T, bool Calibrated, class Launcher>
 void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
-  using A = Accumulate<T>;
   FinishArgs last;
-  const auto kernel = dense_forward_kernel<T, Calibrated>;
-  if (args.positions() > 0) {
-    const Shape shape = dense_plan<A>(launcher, kernel, args, args.class_gradients);
-    last.blocks = shape.grid_x;
-    if (args.reduction != kReduceNone)
-      args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
-    if (args.class_gradients) {
-      last.class_blocks = shape.grid_x;
-      args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));
-    }
-    launcher.launch(kernel, shape, args);
-  }
-  static_cast<LossArgs&>(last) = args;
+  if (args.positions() > 0) launch_dense_kernel<T, Calibrated>(launcher, args, last);
+  static_cast<DivisorArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
   last.class_sums = args.class_sums;
@@ -62,19 +118,11 @@ void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
 
 template <class T, bool Calibrated, class Launcher>
 void launch_dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
-  using A = Accumulate<T>;
   FinishArgs last;
-  const auto kernel = dense_backward_kernel<T, Calibrated>;
-  if (args.positions() > 0) {
-    const Shape shape = dense_plan<A>(launcher, kernel, args, args.class_gradients);
-    if (args.class_gradients) {
-      last.class_blocks = shape.grid_x;
-      args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));
-    }
-    launcher.launch(kernel, shape, args);
-  }
+  args.backward = true;
+  if (args.positions() > 0) launch_dense_kernel<T, Calibrated>(launcher, args, last);
   if (!args.class_gradients) return;
-  static_cast<LossArgs&>(last) = args;
+  static_cast<DivisorArgs&>(last) = args;
   last.grad_confidence = nullptr;  // written by the kernel
   last.class_sums = args.class_sums;
   finish(launcher, dtype, last);

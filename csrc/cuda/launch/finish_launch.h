@@ -1,12 +1,31 @@
-// Launches finish_kernel.cuh.
+// Launches divisor_kernel.cuh and finish_kernel.cuh: what comes before and after the positions.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/kernels/divisor_kernel.cuh"
 #include "cuda/kernels/finish_kernel.cuh"
 #include "cuda/launch/dispatch.h"
 
 namespace disalign::cuda {
+
+// Before forward makes the logits' gradient, what the mean divides by. The last block of the kernel
+// that follows finishes, where nothing is left but the loss.
+template <class A, class Launcher>
+void launch_divisors(Launcher& launcher, DivisorArgs& args) {
+  if (!args.grad_logits || args.reduction != kReduceMean ||
+      (args.normalizer != kByWeights && args.normalizer != kByValid))
+    return;
+  Shape shape;
+  shape.threads = kDivisorThreads;
+  shape.shared_bytes = kDivisorThreads / 32 * sizeof(double);
+  shape.grid_x = std::min(divide_up(args.positions(), kDivisorThreads), kDivisorBlocks);
+  args.divisor_blocks = static_cast<int32_t>(shape.grid_x);
+  args.divisors = static_cast<double*>(launcher.allocate(shape.grid_x * sizeof(double)));
+  if (!args.class_gradients && !args.grad_confidence)
+    args.ticket = static_cast<unsigned*>(launcher.allocate(sizeof(unsigned)));
+  launcher.launch(divisor_kernel<A>, shape, args);
+}
 
 template <class Launcher>
 void finish(Launcher& launcher, Dtype dtype, FinishArgs args) {

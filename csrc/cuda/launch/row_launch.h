@@ -282,19 +282,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     return launch_row_backward<T, Calibrated>(launcher, args, dtype);
   }
   if (args.outer > 0) {
-    if (args.grad_logits && args.reduction == kReduceMean &&
-        (args.normalizer == kByWeights || args.normalizer == kByValid)) {
-      Shape shape;
-      shape.threads = kDivisorThreads;
-      shape.shared_bytes = kDivisorThreads / 32 * sizeof(double);
-      shape.grid_x = std::min<int64_t>(divide_up(args.outer, kDivisorThreads), kDivisorBlocks);
-      args.divisor_blocks = static_cast<int32_t>(shape.grid_x);
-      args.divisors = static_cast<double*>(launcher.allocate(shape.grid_x * sizeof(double)));
-      // The last block of the row kernel finishes, where nothing is left but the loss.
-      if (!args.class_gradients && !args.grad_confidence)
-        args.ticket = static_cast<unsigned*>(launcher.allocate(sizeof(unsigned)));
-      launcher.launch(row_divisor_kernel<A>, shape, args);
-    }
+    launch_divisors<A>(launcher, args);
     const RowKernel kernel = row_forward_kernel_of<T, Calibrated>(args, plan);
     fill_grid<T>(launcher, kernel, args, plan);
     apply(plan, args);
@@ -325,11 +313,9 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     }
   }
   if (args.shard_sums || args.ticket) return;  // nothing to divide, or done
-  static_cast<LossArgs&>(last) = args;
+  static_cast<DivisorArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;
-  last.divisors = args.divisors;
-  last.divisor_blocks = args.divisor_blocks;
   last.class_sums = args.class_sums;
   last.confidences = args.outer;
   finish(launcher, dtype, last);
