@@ -58,7 +58,7 @@ def gflops(model: nn.Module, size: int) -> float:
     return float(counter.get_total_flops()) / 1e9
 
 
-def saved_bytes(model: nn.Module, recipe: Classification, images: int) -> int:
+def saved_bytes(model: nn.Module, inputs: torch.Tensor, bf16: bool) -> int:
     """What forward keeps for backward, without the weights, each storage once."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -69,10 +69,9 @@ def saved_bytes(model: nn.Module, recipe: Classification, images: int) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    inputs = torch.empty(images, 3, recipe.image_size, recipe.image_size)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         model.train()(inputs).sum()
     return sum(storage.nbytes() for storage in kept.values())
@@ -92,7 +91,8 @@ def predict(recipe: Classification, images: int) -> Cost:
         own = gflops(model, recipe.image_size)
         rate = known.images * gflops(other, 224) / own
         weights = 3 * 4 * sum(p.numel() for p in model.parameters())
-        kept = saved_bytes(model, recipe, images)
+        inputs = torch.empty(images, 3, recipe.image_size, recipe.image_size)
+        kept = saved_bytes(model, inputs, bf16=True)
     hours = recipe.train_images / rate / 3600
     stage1, stage2 = hours * recipe.epochs, hours * recipe.stage2_epochs / 3
     return Cost(own, stage1, stage2, (weights + kept) / GIB)
