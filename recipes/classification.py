@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -98,10 +99,26 @@ def build_model(recipe: Classification) -> nn.Module:
     name, old = classifier(model)
     new = nn.Linear(old.in_features, recipe.classes)
     nn.init.normal_(new.weight, std=recipe.head_std)
-    nn.init.zeros_(new.bias)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
     return model
+
+
+# A ResNet's names in cvpods, in which the released code runs, and torchvision's.
+_CVPODS = (
+    (r"^network\.(stem\.)?", ""), (r"^linear\.", "fc."),
+    (r"^res(\d)", lambda name: f"layer{int(name[1]) - 1}"),
+    (r"\bconv(\d)\.norm\.", r"bn\1."),
+    (r"\bshortcut\.norm\.", "downsample.1."), (r"\bshortcut\.", "downsample.0."),
+)  # fmt: skip
+
+
+def torchvision_name(name: str) -> str:
+    """Of a parameter or buffer of a released checkpoint of stage 1; other names stay."""
+    if name.startswith("network."):
+        for pattern, replacement in _CVPODS:
+            name = re.sub(pattern, replacement, name)
+    return name
 
 
 def classifier(model: nn.Module) -> tuple[str, nn.Linear]:
@@ -349,7 +366,7 @@ def train_and_evaluate(
     else:
         log.write("recipe", values=recipe.values(), sources=recipe.sources())
         if recipe.stage1:
-            load_weights(model, Path(recipe.stage1))
+            load_weights(model, Path(recipe.stage1), torchvision_name)
         else:
             train(this, 1, model, stage1_optimizer(model, recipe), recipe.epochs,
                   torch.ones(recipe.classes), recipe.lr_steps)  # fmt: skip

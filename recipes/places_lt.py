@@ -5,7 +5,8 @@ Places_LT_train.txt, Places_LT_val.txt and Places_LT_test.txt of OLTR (Liu et al
 
 DisAlign's configuration and its rho for Places-LT were never released. From the paper is ResNet-152
 pretrained on ImageNet, by the public tables that quote it; stage 1 is OLTR's, which the field
-started from (its weights were Caffe's, these are torchvision's); stage 2 is ImageNet-LT's.
+started from (its weights were Caffe's, these are torchvision's, which it downloads unless
+--pretrained names a file); stage 2 is ImageNet-LT's.
 
 Aims at 39.3 % (40.4 / 42.4 / 30.1), which public tables attribute to the paper. Not run by us: no
 data.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,17 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """A state_dict, or a checkpoint that has it as "state_dict" or "model"."""
+def load_weights(
+    model: torch.nn.Module, path: Path, renamed: Callable[[str], str] = lambda name: name
+) -> None:
+    """A state_dict, or a checkpoint that has it as "state_dict" or "model".
+
+    renamed: the model's name for one of the file's.
+    """
     state = load(path, "a state_dict of the model")
     for name in ("state_dict", "model"):
         state = state[name] if isinstance(state.get(name), dict) else state
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    state = {renamed(str(key).removeprefix("module.")): value for key, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from disalign_ops import nn as dnn
 from disalign_ops.class_stats import grw_weights
 from recipes import classification, images
+from recipes.common import checkpoint
 from recipes.common.config import from_options
 from recipes.common.order import TrainingOrder
 from recipes.common.ranks import Ranks
@@ -156,9 +158,51 @@ def others() -> None:
     assert classification.schedule_of(optimizer, 10).T_max == 10  # type: ignore[attr-defined]
 
 
+def released_checkpoint() -> None:
+    """Names and shapes as in cvpods' modeling/backbone/resnet.py; no released file was at hand."""
+    from torchvision.models import resnext50_32x4d
+
+    state: dict[str, torch.Tensor] = {}
+
+    def convolution(name: str, out: int, into: int, size: int) -> None:
+        state[f"{name}.weight"] = torch.randn(out, into, size, size)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.norm.{part}"] = torch.rand(out)
+        state[f"{name}.norm.num_batches_tracked"] = torch.tensor(7)
+
+    convolution("network.stem.conv1", 64, 3, 7)
+    into = 64
+    for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3), strict=True):
+        width, out = 128 * 2 ** (stage - 2), 256 * 2 ** (stage - 2)
+        for block in range(blocks):
+            name = f"network.res{stage}.{block}"
+            convolution(f"{name}.conv1", width, into, 1)
+            convolution(f"{name}.conv2", width, width // 32, 3)
+            convolution(f"{name}.conv3", out, width, 1)
+            if block == 0:
+                convolution(f"{name}.shortcut", out, into, 1)
+            into = out
+    state["network.linear.weight"] = torch.randn(1000, into)
+    state["network.linear.bias"] = torch.rand(1000)
+    model = resnext50_32x4d()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"model": state}, Path(folder) / "model_final_plain.pth")
+        checkpoint.load_weights(
+            model, Path(folder) / "model_final_plain.pth", classification.torchvision_name
+        )
+    loaded = model.state_dict()
+    for ours, theirs in {
+        "conv1.weight": "stem.conv1.weight", "bn1.bias": "stem.conv1.norm.bias",
+        "layer1.0.downsample.0.weight": "res2.0.shortcut.weight",
+        "layer4.2.bn3.running_var": "res5.2.conv3.norm.running_var", "fc.bias": "linear.bias",
+    }.items():  # fmt: skip
+        assert torch.equal(loaded[ours], state[f"network.{theirs}"])
+
+
 def all_three() -> None:
     imagenet_lt()
     others()
+    released_checkpoint()
 
 
 def test_models_optimizers_schedules_and_transforms_hold_the_numbers() -> None:
