@@ -18,6 +18,7 @@ from torch import nn
 
 from recipes import ade20k, ade20k_data
 from support import ade20k_files, with_torchvision
+from support.places import ROOT
 
 TINY = """
 --train-images 12 --val-images 3 --batch 2 --stage2-batch 2 --iterations 8 --stage2-iterations 8
@@ -92,6 +93,13 @@ def test_weights_are_the_released_formula_of_the_pixels_shares(folder: Path) -> 
     weight = ade20k.class_weights(recipe_of(), folder)
     ratio = 1 / np.array(ade20k_files.ratios()) ** 0.2  # the released grw_cross_entropy_loss.py
     torch.testing.assert_close(weight, torch.tensor(ratio / ratio.sum() * 150).float())
+
+
+@pytest.mark.slow
+def test_predicted_costs_are_those_on_the_page() -> None:
+    done = with_torchvision.start("recipes.vision_cost")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in (ROOT / "docs" / "recipes.md").read_text()
 
 
 # --- data
