@@ -130,9 +130,9 @@ def build_model(recipe: LVISv1) -> Any:
     return model
 
 
-def class_weights(recipe: LVISv1, annotations: Path) -> Tensor:
+def class_weights(recipe: LVISv1, categories: list[dict[str, Any]]) -> Tensor:
     """(classes + 1,): of the classes' images in training; the background, 1, comes first."""
-    counts = class_stats.read_counts(annotations, num_classes=recipe.classes, count="image")
+    counts = {category["id"]: category["image_count"] for category in categories}
     return class_stats.grw_weights(counts, recipe.rho, background="first")
 
 
@@ -173,7 +173,7 @@ def run_stage(
         losses: dict[str, Tensor] = replicas(images, targets)
         return torch.stack(list(losses.values())).sum()
 
-    factors = iterations.repeat_factors(data.image_classes(), threshold)
+    factors = iterations.repeat_factors(data.classes, threshold)
     order = iterations.EndlessOrder(
         iterations.repeated(factors), recipe.batch, total, ranks, recipe.seed + stage
     )
@@ -243,17 +243,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     with process_group() as ranks:
         log = Log(options.out, ranks)
-        files = {
-            s: options.data / "lvis" / f"lvis_{options.version}_{s}.json" for s in ("train", "val")
-        }
         images_in = options.data / "coco"
-        read = {
-            s: lvis_data.read_annotations(files[s], recipe.classes, number, images_in)
-            for s, number in (("train", recipe.train_images), ("val", recipe.val_images))
-        }
-        train = lvis_data.LVISImages(read["train"], images_in, training=True, seed=recipe.seed)
-        val = lvis_data.LVISImages(read["val"], images_in, training=False)
-        weight = class_weights(recipe, files["train"])
+
+        def read(split: str, number: tuple[int, ...]) -> dict[str, Any]:
+            file = options.data / "lvis" / f"lvis_{options.version}_{split}.json"
+            return lvis_data.read_annotations(file, recipe.classes, number, images_in)
+
+        annotations = read("train", recipe.train_images)
+        weight = class_weights(recipe, annotations["categories"])
+        train = lvis_data.LVISImages(annotations, images_in, training=True, seed=recipe.seed)
+        annotations = read("val", recipe.val_images)
+        val = lvis_data.LVISImages(annotations, images_in, training=False)
         torch.manual_seed(recipe.seed)
         model = build_model(recipe).to(ranks.device)
 
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
             run_stage(stage, path, recipe, model, train, weight, options, ranks, log)
 
         def scores() -> iterations.Scores:
-            return evaluate(model, val, read["val"], ranks, log, options.workers)
+            return evaluate(model, val, annotations, ranks, log, options.workers)
 
         iterations.two_stages(
             model, recipe, recipe.stage1, options.out, ranks, log, run, scores, table

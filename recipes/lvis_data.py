@@ -44,6 +44,13 @@ def read_annotations(
     missing = {"images", "annotations", "categories"} - set(data)
     if missing:
         raise ValueError(f"{path}: no {', '.join(sorted(missing))}; expected {expected}")
+    lacking = {"id", "image_count", "frequency"} - set.intersection(
+        *(set(category) for category in data["categories"])
+    )
+    if lacking:
+        raise ValueError(
+            f"{path}: a category has no {', '.join(sorted(lacking))}; expected {expected}"
+        )
     ids = sorted(category["id"] for category in data["categories"])
     if ids != list(range(1, classes + 1)):
         raise ValueError(
@@ -80,28 +87,31 @@ class LVISImages(Dataset[Any]):
 
     Args:
         training: leave out images without a usable annotation, and flip half of the images: then
-            an index is a `Key`.
+            an index is a `Key`. False: an index is a number, and a target has the image's id alone.
+
+    The objects of an image are kept as JSON: those of all training images of LVIS v1 are 1 GB so,
+    and several times that as Python's lists, which every process that reads images would copy.
     """
 
     def __init__(
         self, data: dict[str, Any], images_in: Path, training: bool, seed: int = 0
     ) -> None:
-        self.images_in, self.training, self.seed = images_in, training, seed
-        self.objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for annotation in data["annotations"]:
-            if annotation["bbox"][2] > 0 and annotation["bbox"][3] > 0:
-                self.objects[annotation["image_id"]].append(annotation)
+        self.images_in, self.seed = images_in, seed
+        objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for one in data["annotations"] if training else ():
+            if one["bbox"][2] > 0 and one["bbox"][3] > 0:
+                kept = ("category_id", "bbox", "segmentation")
+                objects[one["image_id"]].append({key: one[key] for key in kept})
         self.images = [
             image for image in sorted(data["images"], key=lambda image: image["id"])
-            if not training or image["id"] in self.objects
+            if not training or image["id"] in objects
         ]  # fmt: skip
+        own = [objects.get(image["id"], []) for image in self.images]
+        self.classes = [{one["category_id"] for one in part} for part in own]  # of each image
+        self.objects = [json.dumps(part) for part in own]
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def image_classes(self) -> list[set[int]]:
-        """The classes of each image's objects."""
-        return [{o["category_id"] for o in self.objects[image["id"]]} for image in self.images]
 
     def __getitem__(self, key: int | Key) -> tuple[Tensor, Target]:
         if isinstance(key, int):
@@ -110,7 +120,7 @@ class LVISImages(Dataset[Any]):
         image = self.images[key[1]]
         with seeded(self.seed, key):
             flip = bool(torch.rand(()) < 0.5)
-        pixels, target = self._read(image), self._objects(image)
+        pixels, target = self._read(image), self._objects(key[1])
         if flip:
             width = pixels.shape[2]
             boxes = target["boxes"]
@@ -132,9 +142,9 @@ class LVISImages(Dataset[Any]):
             )
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
-    def _objects(self, image: dict[str, Any]) -> Target:
-        height, width = image["height"], image["width"]
-        objects = self.objects[image["id"]]
+    def _objects(self, index: int) -> Target:
+        height, width = (self.images[index][name] for name in ("height", "width"))
+        objects = json.loads(self.objects[index])
         boxes = torch.tensor([o["bbox"] for o in objects])
         boxes[:, 2:] += boxes[:, :2]
         masks = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,9 @@ def process_group() -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Others wait while the first rank computes LVIS's AP.
+    hours = datetime.timedelta(hours=3)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=hours)
     yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     dist.barrier()
     if not cuda:

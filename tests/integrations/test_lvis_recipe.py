@@ -106,7 +106,7 @@ def test_the_released_model_optimizer_and_schedule(
 
 def test_weights_are_the_released_formula_with_the_background_first(folder: Path) -> None:
     recipe, _ = lvis.parse(["--data", "d", "--out", "o", "--classes", "5"])
-    weight = lvis.class_weights(recipe, folder / "lvis" / "lvis_v1_train.json")
+    weight = lvis.class_weights(recipe, read(folder, "train")["categories"])
     counts = np.array([sum(c in shown for shown in lvis_files.TRAIN) for c in range(1, 6)])
     ratio = 1 / (counts / counts.sum()) ** 0.8  # the released fast_rcnn.py
     assert weight[0] == 1
@@ -128,7 +128,7 @@ def test_a_validation_image_of_train2017_is_found_and_a_sample_fits_its_annotati
 
     images = lvis_data.LVISImages(read(folder, "train"), folder / "coco", training=True)
     assert len(images) == len(lvis_files.TRAIN) - 1  # without the one that shows nothing
-    assert images.image_classes() == [set(shown) for shown in lvis_files.TRAIN if shown]
+    assert images.classes == [set(shown) for shown in lvis_files.TRAIN if shown]
     widths = set()
     for draw in range(8):
         pixels, target = images[draw, 0]
@@ -171,6 +171,9 @@ def test_a_missing_or_damaged_file_is_named_with_what_is_expected(
     data = json.loads(whole)
     file.write_text(json.dumps(data | {"categories": data["categories"][:4]}))
     fails(ValueError, "it holds 4 classes; expected the classes 1 to 5")
+    nameless = [{k: v for k, v in c.items() if k != "image_count"} for c in data["categories"]]
+    file.write_text(json.dumps(data | {"categories": nameless}))
+    fails(ValueError, "a category has no image_count; expected LVIS")
     file.write_text(json.dumps(data | {"images": data["images"][:-1]}))
     fails(ValueError, "it holds 11 images; expected 12$")
     fails(ValueError, "it holds 11 images; expected 12 to 13$", most=13)
