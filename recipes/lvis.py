@@ -16,6 +16,8 @@ grouped by aspect ratio.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ class LVISv1(Recipe):
     train_images: tuple[int, ...] = sourced((100_170, 100_170), "lvis_v1_train.json; least, most")
     val_images: tuple[int, ...] = sourced((19_809, 19_809), "lvis_v1_val.json; least, most")
     batch: int = sourced(16, f"{RELEASED}: IMS_PER_BATCH")
+    mean_images: int = sourced(2, f"{CVPODS}: IMS_PER_DEVICE, 8 GPUs with a mean each")
     lr: float = sourced(0.02, f"{RELEASED}: BASE_LR, of both stages")
     momentum: float = sourced(0.9, f"{CVPODS}: MOMENTUM")
     weight_decay: float = sourced(1e-4, f"{CVPODS}: WEIGHT_DECAY")
@@ -149,13 +152,41 @@ def optimizer_of(
     return optimizer, LambdaLR(optimizer, factor)
 
 
+@contextmanager
+def released_loss(weight: Tensor | None, images: int) -> Iterator[None]:
+    """Within it, torchvision's detectors train with the weights and the mean of the released code.
+
+    The mean over every `images` images of their weighted means: each GPU has its own, and
+    DistributedDataParallel averages them.
+    """
+    from torchvision.models.detection import roi_heads
+
+    from disalign_ops.integrations.torchvision import replace_fastrcnn_loss
+
+    with replace_fastrcnn_loss(weight):
+        of_one = roi_heads.fastrcnn_loss
+
+        def loss(
+            logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]
+        ) -> tuple[Tensor, Tensor]:
+            sizes = [sum(map(len, labels[i : i + images])) for i in range(0, len(labels), images)]
+            whole = zip(logits.split(sizes), boxes.split(sizes), strict=True)
+            parts = [
+                of_one(z, b, labels[i : i + images], targets[i : i + images])
+                for i, (z, b) in zip(range(0, len(labels), images), whole, strict=True)
+            ]
+            classes, regression = (torch.stack(terms).mean() for terms in zip(*parts, strict=True))
+            return classes, regression
+
+        roi_heads.fastrcnn_loss = loss
+        yield
+
+
 def run_stage(
     stage: int, path: Path, recipe: LVISv1, model: Any, data: Any, weight: Tensor,
     options: argparse.Namespace, ranks: Ranks, log: Log,
 ) -> None:  # fmt: skip
     """Trains to the end, from the checkpoint in `path` on; data: `LVISImages` of training."""
-    from disalign_ops.integrations.torchvision import replace_fastrcnn_loss
-
     if stage == 1:
         parameters = dnn.freeze_for_stage1(model)
         threshold, total = recipe.repeat_threshold, recipe.iterations
@@ -179,7 +210,7 @@ def run_stage(
     )
     model.train()
     torch.manual_seed(recipe.seed + ranks.rank)  # which regions are sampled
-    with replace_fastrcnn_loss(weight.to(ranks.device) if stage == 2 else None):
+    with released_loss(weight.to(ranks.device) if stage == 2 else None, recipe.mean_images):
         iterations.train(
             stage, step, data, order, Checkpoint(path, recipe, ranks, log, parts), log,
             collate=_collate, workers=options.workers, save_every=options.save_every,

@@ -99,7 +99,7 @@ def test_the_released_model_optimizer_and_schedule(
             alpha = min(iteration / 1000, 1)  # cvpods, solver/lr_scheduler.py
             lr = 0.02 * (1e-3 * (1 - alpha) + alpha) * 0.1 ** sum(iteration >= d for d in drops)
             assert factor(iteration) * recipe.lr == pytest.approx(lr, rel=1e-12)
-    assert (recipe.batch, recipe.rho) == (16, 0.8)
+    assert (recipe.batch, recipe.mean_images, recipe.rho) == (16, 2, 0.8)
     assert recipe.repeat_threshold == (0.001 if version == "v0.5" else 0)
     assert not recipe.changed().keys() - {"backbone_weights", "head"}
 
@@ -111,6 +111,32 @@ def test_weights_are_the_released_formula_with_the_background_first(folder: Path
     ratio = 1 / (counts / counts.sum()) ** 0.8  # the released fast_rcnn.py
     assert weight[0] == 1
     torch.testing.assert_close(weight[1:], torch.tensor(ratio / ratio.sum() * 5).float())
+
+
+def test_the_mean_is_that_of_gpus_with_two_images_each() -> None:
+    """F.cross_entropy(..., weight=..., reduction="mean") on each, as in the released fast_rcnn.py;
+    the last of five images is alone.
+    """
+    from torchvision.models.detection import roi_heads
+
+    plain = roi_heads.fastrcnn_loss
+    weight = torch.tensor([1.0, 0.2, 1.8])
+    sizes = (4, 7, 5, 6, 3)
+    z, boxes = torch.randn(25, 3, requires_grad=True), torch.randn(25, 12)
+    labels = list(torch.randint(0, 3, (25,)).split(sizes))
+    targets = list(torch.randn(25, 4).split(sizes))
+    with lvis.released_loss(weight, 2):
+        classes, regression = roi_heads.fastrcnn_loss(z, boxes, labels, targets)
+    assert roi_heads.fastrcnn_loss is plain
+    means = [
+        torch.nn.functional.cross_entropy(logits, target, weight)
+        for logits, target in zip(z.split((11, 11, 3)), torch.cat(labels).split((11, 11, 3)),
+                                  strict=True)
+    ]  # fmt: skip
+    torch.testing.assert_close(classes, torch.stack(means).mean())
+    own = [plain(z[i:j], boxes[i:j], labels[k : k + 2], targets[k : k + 2])[1]
+           for i, j, k in ((0, 11, 0), (11, 22, 2), (22, 25, 4))]  # fmt: skip
+    torch.testing.assert_close(regression, torch.stack(own).mean())
 
 
 # --- data
