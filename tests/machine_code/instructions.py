@@ -183,6 +183,14 @@ def _move(instruction: Instruction) -> Step | None:
         return _shuffle(instruction)
     if name in ("VOTE", "VOTEU"):
         return _vote(instruction)
+    if name == "B2R":  # what a barrier has found of all warps: not known
+        guard, results = guard_reader(instruction), instruction.operands
+
+        def of_barrier(warp: Warp) -> None:
+            for result in results:
+                _write(warp, instruction, result, None, False, guard(warp))
+
+        return of_barrier
     if name in ("P2R", "UP2UR"):
         kind = "P" if name == "P2R" else "UP"
         rest, mask = reader(operands[2], "i"), int(operands[3].value)

@@ -40,7 +40,12 @@ STEPS = {
     "backward": launch_plans.BACKWARD,
 }
 OF_PLANES = {
-    r"FSETP\.NEU\.AND P, PT, R, R, PT": True,  # the target's logit is not the largest
+    r"B2R\.RESULT ": False,  # no position of the tile is read once more, by its maximum
+    r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
+    r"F?SETP\.GTU\.OR P, PT, R, 4\.29\d*e\+09, P": False,  # the sum of the others is moderate
+    r"FSETP\.(LT|LE)\.AND P, PT, \|?R\|?, \d\S*, P": True,
+    r"FSETP\.NAN\.AND P, PT, R, R, PT": False,
+    r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # log1p of a positive number
     r"ISETP\.GE\.AND\.EX P, PT, R, -0x1, PT, P": True,  # the position is not ignored
     r"ISETP\.GT\.AND P, PT, R, -0x2, PT": True,
     r"ISETP\.GE\.AND P, PT, R, -0x1, PT": True,

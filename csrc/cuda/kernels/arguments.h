@@ -41,11 +41,12 @@ struct DenseArgs : DivisorArgs {
   bool table = false;        // whether the class vectors lie in shared memory,
   bool shared_sums = false;  // and the class sums
   int32_t scratch_at = 0, table_at = 0, exchange_at = 0, positions_at = 0, class_sums_at = 0,
-          targets_at = 0;             // DenseMemory
-  void* output = nullptr;             // calibrate, forward; contiguous
+          target_z_at = 0, targets_at = 0;  // DenseMemory
+  void* output = nullptr;                   // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous
   // Workspace.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
+  void* thread_sums = nullptr;   // of ClassSum: [blocks][classes of a thread][threads]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
 };
 

@@ -1,12 +1,13 @@
 // Dense kernel: calibrated softmax cross-entropy over class planes, forward and backward.
 //
 // - Maps, and how the logits come into shared memory: dense_tile.cuh.
-// - First pass, of forward: a thread's classes with a running maximum, kDenseUnroll of them at a time;
-//   then a thread a position adds up the slices, and makes the loss and the factors of its
-//   gradient.
+// - First pass, of forward: a thread's classes, by the target's logit, which spares them their
+//   maximum; then a thread a position adds up the slices, and makes the loss and the factors of its
+//   gradient. A tile where the sum of a position's others is not moderate is read once more, by
+//   its maxima. Targets are -inf in shared memory meanwhile: no comparison an element.
 // - Second pass, of backward, and of forward where gradients are wanted: the exponentials once more,
-//   from shared memory; the logits' gradient is written, class sums go over a slice's lanes by
-//   shuffles into sums of the block.
+//   from shared memory; the logits' gradient is written; each thread keeps sums of its classes, which
+//   are added up at the end.
 // - Memory: a tile that fits into a stage is read once, in either direction; else once a pass.
 //   grad_logits may be the logits: a position is one block's alone, and its target's logit is read
 //   before the block writes.
@@ -16,11 +17,7 @@
 
 namespace disalign::cuda {
 
-template <class T>
-constexpr int kDenseUnroll = sizeof(T) == 2 ? 2 : 4;  // classes that share a rise of the maximum
-constexpr int kDenseGradientUnroll = 2;               // classes whose sums are shuffled together
-
-// Over a thread's classes that are not its positions' targets.
+// Over a thread's classes that are not its positions' targets, by their maximum.
 template <class A, int V>
 struct DenseSums {
   A maximum[V], rest[V], smooth[V], weight[V];  // as in PositionSums; the last two with smoothing
@@ -30,75 +27,48 @@ struct DenseSums {
     for (int v = 0; v < V; ++v) maximum[v] = kLowest<A>, rest[v] = smooth[v] = weight[v] = 0;
   }
 
-  // u: -inf of a target. weight_of(i, v): w of class i, 0 of a target; called with smoothing alone.
-  template <int U, class Weight>
-  __device__ __forceinline__ void add(const A (&u)[U][V], bool smoothing, Weight weight_of) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      A top = maximum[v];
-#pragma unroll
-      for (int i = 0; i < U; ++i) top = larger(top, u[i][v]);
-      const A below = maximum[v] - top;
-      rest[v] *= exponential(below);
-#pragma unroll
-      for (int i = 0; i < U; ++i) rest[v] += exponential(u[i][v] - top);
-      if (smoothing) {
-        if (weight[v] != A(0)) smooth[v] += weight[v] * below;  // else 0 * infinity
-#pragma unroll
-        for (int i = 0; i < U; ++i) {
-          const A w = weight_of(i, v);
-          if (w != A(0)) smooth[v] += w * (u[i][v] - top);
-          weight[v] += w;
-        }
-      }
-      maximum[v] = top;
+  __device__ __forceinline__ void add(int v, A u, A w, bool smoothing) {
+    const A top = larger(maximum[v], u), below = maximum[v] - top;
+    rest[v] = rest[v] * exponential(below) + exponential(u - top);
+    if (smoothing) {
+      if (weight[v] != A(0)) smooth[v] += weight[v] * below;  // else 0 * infinity
+      smooth[v] += w * (u - top);
+      weight[v] += w;
     }
+    maximum[v] = top;
   }
 };
 
-// Sums Count (a power of two, no more than lanes) values over so many neighbouring lanes. Lane l gets
-// that of `spread_index<Count>(l)`: each step halves the values, and the lanes that have them.
-template <int Count>
-__device__ __forceinline__ int spread_index(int lane) {
-  int index = 0;
-#pragma unroll
-  for (int half = Count / 2, distance = 1; half > 0; half /= 2, distance *= 2)
-    index |= (lane & distance) ? half : 0;
-  return index;
+// exp(u - shift) of V positions, times a factor for each that `correction` takes off: a float's
+// difference and product with log2 e are one multiply-add, and the factor is what shift * log2 e is
+// rounded by. Where it would leave the range of floats the shift is not `is_near`.
+template <class A>
+__device__ __forceinline__ bool is_near(A shift) {
+  return std::is_same_v<A, double> || std::fabs(shift) < A(1e6);
 }
-template <int Count, class A>
-__device__ __forceinline__ A spread_sum(A (&values)[Count], int lane, int lanes) {
-  int distance = 1;
-#pragma unroll
-  for (int half = Count / 2; half > 0; half /= 2, distance *= 2) {
-    const bool upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const A kept = upper ? values[i + half] : values[i];
-      const A given = upper ? values[i] : values[i + half];
-      values[i] = kept + __shfl_xor_sync(kFullWarp, given, distance);
-    }
-  }
-  for (; distance < lanes; distance *= 2)
-    values[0] += __shfl_xor_sync(kFullWarp, values[0], distance);
-  return values[0];
+template <class A>
+__device__ __forceinline__ A correction(A shift) {
+  if constexpr (std::is_same_v<A, double>)
+    return 1;
+  else
+    return power_of_two(std::fma(-shift, kLog2E, shift * kLog2E));
+}
+template <class A>
+__device__ __forceinline__ A shifted_exponential(A u, A product) {
+  if constexpr (std::is_same_v<A, double>)
+    return exponential(u - product);
+  else
+    return power_of_two(std::fma(u, kLog2E, -product));
+}
+template <class A>
+__device__ __forceinline__ A shift_product(A shift) {
+  return std::is_same_v<A, double> ? shift : shift * static_cast<A>(kLog2E);
 }
 
 // What the second pass wants.
 struct DenseWanted {
   bool logits, slopes, sums;
 };
-
-// A class and a thread's positions in it: u from z.
-template <bool Calibrated, bool Options, class A, int V>
-__device__ __forceinline__ void dense_calibrate(const ClassEntry<A>& entry, const A (&z)[V],
-                                                const A (&c)[V], A (&u)[V]) {
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    u[v] = Calibrated ? calibrated(z[v], entry.a, entry.b, c[v]) : z[v];
-    if constexpr (Options) u[v] += entry.o;
-  }
-}
 
 // A position's factors into the second pass's entries.
 template <class A>
@@ -118,6 +88,7 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
   using A = Accumulate<T>;
   using Vector = DenseVector<T, Whole>;
   constexpr int V = kVector<T>;
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 2 ? 2 : 4;
   DISALIGN_SHARED_MEMORY(raw_memory);
   const DenseMemory<T> memory(args, raw_memory);
   const DensePlace place(args);
@@ -140,19 +111,24 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
     for (int j = threadIdx.x; j < place.classes; j += kDenseThreads)
       memory.table[j] = ClassEntry<A>::of(args, j);
   }
-  A* const block_class_sums =
-      static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * args.classes;
-  A* class_sums = args.shared_sums ? memory.class_sums + (place.lane / 32) * 2 * args.classes
-                                   : block_class_sums;
-  if (wanted.sums) {
-    A* all = args.shared_sums ? memory.class_sums : block_class_sums;
-    const int64_t count = args.shared_sums ? DenseMemory<T>::sum_entries(args) : 2 * args.classes;
-    for (int64_t i = threadIdx.x; i < count; i += kDenseThreads) all[i] = A(0);
-  }
   const auto entry_of = [&](int j) -> ClassEntry<A> {
     if constexpr (!Calibrated && !Options) return {A(0), A(0), A(0), A(0)};
     return args.table ? memory.table[j] : ClassEntry<A>::of(args, j);
   };
+  // u of z, but for the target's margin.
+  const auto calibrate = [](const ClassEntry<A>& entry, A z, A c) {
+    A u = Calibrated ? calibrated(z, entry.a, entry.b, c) : z;
+    if constexpr (Options) u += entry.o;
+    return u;
+  };
+  // This thread's of its first class; the next one's are kDenseThreads further on.
+  ClassSum<A>* const class_sums =
+      threadIdx.x + (args.shared_sums ? memory.class_sums
+                                      : static_cast<ClassSum<A>*>(args.thread_sums) +
+                                            blockIdx.x * DenseMemory<T>::sum_entries(args));
+  if (wanted.sums) {
+    for (int k = 0; k < place.mine; ++k) class_sums[k * kDenseThreads] = {A(0), A(0)};
+  }
   const int positions = place.lanes * V, step = place.slices;
   const auto entries_of = [&](int which) { return memory.positions + which * positions; };
 
@@ -162,227 +138,289 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
     const int64_t at = stages.first_position();
     const int image = stages.image(), count = stages.count();
     const int64_t first_index = image * args.inner + at;
-    // Of a target of this tile, z and u.
-    const auto target_logit = [&](int t, int p, A c) -> TargetLogit<A> {
-      const T* logits = static_cast<const T*>(args.logits) + image * args.outer_stride + at;
-      const A z = to_accumulate(
-          args.chunks == 1
-              ? *reinterpret_cast<const T*>(stages.begin() + Vector::offset(place, args, t, p))
-              : load_one(logits + t * args.class_stride + p));
-      const ClassEntry<A> entry = entry_of(t);
-      A u = Calibrated ? calibrated(z, entry.a, entry.b, c) : z;
-      if constexpr (Options) u += entry.o;
-      return {z, u - vector_entry<A>(args.margin, t, A(0))};
-    };
-    const auto slope_of = [&](int t, A z) {
-      const ClassEntry<A> entry = entry_of(t);
-      return finite_or_zero(entry.a * z + entry.b);
-    };
-    if (args.backward) stages.arrive();
+    const T* const logits = static_cast<const T*>(args.logits) + image * args.outer_stride + at;
+    // The loops over positions, a thread each, are of barriers on both sides.
 #pragma unroll 1
     for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
-      const int64_t i = first_index + p;
-      const int t = p < count ? target_of(args, i) : kNoTarget;
+      const int t = p < count ? target_of(args, first_index + p) : kNoTarget;
       memory.targets[p] = t;
-      A c = 0;
-      if constexpr (Calibrated) {
-        if (is_valid(t)) c = confidence_of<A>(args, i);
-        entries_of(kEntryC)[p] = c;
-      }
-      if (!args.backward) continue;
+      if constexpr (Calibrated)
+        entries_of(kEntryC)[p] = is_valid(t) ? confidence_of<A>(args, first_index + p) : A(0);
+    }
+    stages.arrive();
+    // In forward what the first pass takes off, in backward all factors; of the target, what shall
+    // stand in its place.
+#pragma unroll 1
+    for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
+      const int t = memory.targets[p];
       PositionFactors<A> factors;
+      A z_t = 0;
+      factors.maximum = 0;
       if (is_valid(t)) {
-        const TargetLogit<A> at_t = target_logit(t, p, c);
-        factors = position_factors(args, i, t, c, weights, inverse, [&](int) { return at_t; });
-        factors.at_target = factors.softmax * exponential(at_t.u - factors.maximum) -
-                            factors.smooth * vector_entry<A>(args.weight, t, A(1)) -
-                            factors.at_target;
-        if (wanted.slopes) factors.target_slope = slope_of(t, at_t.z);
+        T* const staged = stages.element(t, p, 0);
+        z_t = to_accumulate(staged ? *staged : load_one(logits + t * args.class_stride + p));
+        const ClassEntry<A> entry = entry_of(t);
+        const A c = Calibrated ? entries_of(kEntryC)[p] : A(0);
+        const A u_t = calibrate(entry, z_t, c) - vector_entry<A>(args.margin, t, A(0));
+        factors.maximum = u_t;
+        if (!args.backward) {
+          if (staged) *staged = from_accumulate<T>(negative_infinity<A>());
+        } else {
+          factors = position_factors(args, first_index + p, t, c, weights, inverse,
+                                     [&](int) -> TargetLogit<A> { return {z_t, u_t}; });
+          factors.at_target = factors.softmax * exponential(u_t - factors.maximum) -
+                              factors.smooth * vector_entry<A>(args.weight, t, A(1)) -
+                              factors.at_target;
+          if (is_near(factors.maximum)) factors.softmax *= correction(factors.maximum);
+          // A masked class adds 0 to the sums, not its gradient times -inf.
+          if (wanted.sums || wanted.slopes) {
+            factors.target_slope = finite_or_zero(entry.a * z_t + entry.b);
+            if (staged && z_t == negative_infinity<A>()) *staged = from_accumulate<T>(A(0));
+          }
+        }
       }
       put(entries_of(0), positions, p, factors);
+      memory.target_z[p] = z_t;
     }
-    if (args.backward)
-      __syncthreads();
-    else
-      stages.arrive();
+    __syncthreads();
     int target[V];
     A of_c[V];
     Vector::read(place, memory.targets, target);
     if constexpr (Calibrated) Vector::read(place, entries_of(kEntryC), of_c);
-
-    if (!args.backward) {
-      DenseSums<A, V> of_slice;
-      for (int chunk = 0; chunk < args.chunks; ++chunk) {
-        if (chunk > 0) stages.arrive();
-        const int first = chunk * args.rounds, rounds = min(args.rounds, place.mine - first);
-        int j = place.slice + first * step;
-        const auto add = [&](auto unroll, int round) {
-          constexpr int U = decltype(unroll)::value;
-          A u[U][V], w[U];
-#pragma unroll
-          for (int k = 0; k < U; ++k) {
-            A z[V];
-            unpack_vector<T>(stages.vector(round + k), z);
-            const ClassEntry<A> entry = entry_of(j + k * step);
-            w[k] = entry.w;
-            dense_calibrate<Calibrated, Options>(entry, z, of_c, u[k]);
-#pragma unroll
-            for (int v = 0; v < V; ++v)
-              if (j + k * step == target[v]) u[k][v] = negative_infinity<A>();
-          }
-          of_slice.add(u, smoothing,
-                       [&](int k, int v) { return j + k * step == target[v] ? A(0) : w[k]; });
-          j += U * step;
-        };
-        int round = 0;
-        for (; round + kDenseUnroll<T> <= rounds; round += kDenseUnroll<T>)
-          add(std::integral_constant<int, kDenseUnroll<T>>{}, round);
-        for (; round < rounds; ++round) add(std::integral_constant<int, 1>{}, round);
-      }
-      // [values][slices][positions]
-      const int values_of_slices = place.slices * positions;
-      A* const exchange = memory.exchange + place.slice * positions;
-      Vector::write(place, exchange, of_slice.maximum);
-      Vector::write(place, exchange + values_of_slices, of_slice.rest);
-      if (smoothing) {
-        Vector::write(place, exchange + 2 * values_of_slices, of_slice.smooth);
-        Vector::write(place, exchange + 3 * values_of_slices, of_slice.weight);
-      }
-      __syncthreads();
+    // Of the targets that the stage has, z (0 where it is -inf), or -inf.
+    const auto set_targets = [&](int first, bool z) {
 #pragma unroll 1
       for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
         const int t = memory.targets[p];
+        T* const staged = is_valid(t) ? stages.element(t, p, first) : nullptr;
+        const A z_t = memory.target_z[p];
+        if (staged)
+          *staged = from_accumulate<T>(!z                              ? negative_infinity<A>()
+                                       : z_t == negative_infinity<A>() ? A(0)
+                                                                       : z_t);
+      }
+      __syncthreads();
+    };
+
+    if (!args.backward) {
+      A product[V], rest[V], smooth[V];
+      Vector::read(place, entries_of(kEntryShift), product);
+#pragma unroll
+      for (int v = 0; v < V; ++v) product[v] = shift_product(product[v]), rest[v] = smooth[v] = 0;
+      for (int chunk = 0; chunk < args.chunks; ++chunk) {
+        const int first = chunk * args.rounds, rounds = min(args.rounds, place.mine - first);
+        if (chunk > 0) {
+          stages.arrive();
+          set_targets(first, false);
+        }
+        int j = place.slice + first * step;
+#pragma unroll kUnroll
+        for (int round = 0; round < rounds; ++round, j += step) {
+          A z[V];
+          unpack_vector<T>(stages.vector(round), z);
+          const ClassEntry<A> entry = entry_of(j);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const A u = calibrate(entry, z[v], of_c[v]);
+            rest[v] += shifted_exponential(u, product[v]);
+            if (smoothing && j != target[v])
+              smooth[v] += entry.w * (u - entries_of(kEntryShift)[Vector::position(place, v)]);
+          }
+        }
+      }
+      // [values][slices][positions]
+      const int of_slices = place.slices * positions;
+      A* const exchange = memory.exchange + place.slice * positions;
+      Vector::write(place, exchange, rest);
+      if (smoothing) Vector::write(place, exchange + of_slices, smooth);
+      __syncthreads();
+      const auto finish = [&](int p, int t, A u_t, PositionSums<A>& sums) {
+        const A w_t = vector_entry<A>(args.weight, t, A(1));
+        const A v_i = vector_entry<A>(args.sample_weight, first_index + p, A(1));
+        sums.target_logit = u_t;
+        sums.weight = weights;
+        if (smoothing) sums.smooth += w_t * (u_t - sums.maximum);
+        const PositionResult<A> result = position_result(options, sums, w_t);
+        write_statistics(args, first_index + p, t, sums, result, v_i);
+        loss += static_cast<double>(result.loss * v_i);
+        divisor += divisor_share(args, w_t, v_i);
+        if (!second_pass) return;
         PositionFactors<A> factors;
-        const bool valid = is_valid(t);
-        if (valid) {
-          const TargetLogit<A> at_t =
-              target_logit(t, p, Calibrated ? entries_of(kEntryC)[p] : A(0));
-          const A u_t = at_t.u;
-          const A w_t = vector_entry<A>(args.weight, t, A(1));
-          const A v_i = vector_entry<A>(args.sample_weight, first_index + p, A(1));
+        factors.maximum = sums.maximum;
+        factors.softmax = v_i * result.softmax, factors.smooth = v_i * result.smooth;
+        if (is_near(sums.maximum)) factors.softmax *= correction(sums.maximum);
+        factors.at_target = v_i * result.at_target;
+        const ClassEntry<A> entry = entry_of(t);
+        factors.target_slope = finite_or_zero(entry.a * memory.target_z[p] + entry.b);
+        put(entries_of(0), positions, p, factors);
+      };
+      unsigned again = 0;  // a bit for each of this thread's positions
+#pragma unroll 1
+      for (int p = threadIdx.x, bit = 1; p < positions; p += kDenseThreads, bit *= 2) {
+        const int t = memory.targets[p];
+        if (is_valid(t)) {
           PositionSums<A> sums;
-          sums.maximum = larger(u_t, kLowest<A>);
+          sums.maximum = entries_of(kEntryShift)[p];
           const A* from = memory.exchange + p;
 #pragma unroll 4
-          for (int slice = 0; slice < place.slices; ++slice)
-            sums.maximum = larger(sums.maximum, from[slice * positions]);
-#pragma unroll 4
           for (int slice = 0; slice < place.slices; ++slice, from += positions) {
-            const A below = *from - sums.maximum;
-            sums.rest += from[values_of_slices] * exponential(below);
-            if (!smoothing) continue;
-            const A weight = from[3 * values_of_slices];
-            sums.smooth += from[2 * values_of_slices];
-            if (weight != A(0)) sums.smooth += weight * below;  // else 0 * infinity
+            sums.rest += *from;
+            if (smoothing) sums.smooth += from[of_slices];
           }
-          sums.target_logit = u_t;
-          sums.weight = weights;
-          if (smoothing) sums.smooth += w_t * (u_t - sums.maximum);
-          const PositionResult<A> result = position_result(options, sums, w_t);
-          write_statistics(args, first_index + p, t, sums, result, v_i);
-          loss += static_cast<double>(result.loss * v_i);
-          divisor += divisor_share(args, w_t, v_i);
-          factors.maximum = sums.maximum;
-          factors.softmax = v_i * result.softmax, factors.smooth = v_i * result.smooth;
-          factors.at_target = v_i * result.at_target;
-          if (wanted.slopes) factors.target_slope = slope_of(t, at_t.z);
+          if (sums.rest <= kModerate<A> && is_near(sums.maximum)) {
+            sums.rest *= correction(sums.maximum);
+            finish(p, t, sums.maximum, sums);
+          } else {
+            again |= bit;
+          }
         } else if (p < count) {
           write_statistics(args, first_index + p, t, PositionSums<A>(), PositionResult<A>(), A(0));
         }
-        if (second_pass) put(entries_of(0), positions, p, factors);
+      }
+      if (__syncthreads_or(again != 0)) {
+        DenseSums<A, V> by_maximum;
+        const T* from = logits + place.slice * args.class_stride + Vector::position(place, 0);
+#pragma unroll 1
+        for (int j = place.slice; j < place.classes; j += step, from += step * args.class_stride) {
+          A z[V];
+          unpack_vector<T>(Vector::load(place, from, count), z);
+          const ClassEntry<A> entry = entry_of(j);
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            if (j != target[v])
+              by_maximum.add(v, calibrate(entry, z[v], of_c[v]), entry.w, smoothing);
+        }
+        Vector::write(place, exchange, by_maximum.maximum);
+        Vector::write(place, exchange + of_slices, by_maximum.rest);
+        if (smoothing) {
+          Vector::write(place, exchange + 2 * of_slices, by_maximum.smooth);
+          Vector::write(place, exchange + 3 * of_slices, by_maximum.weight);
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int p = threadIdx.x, bit = 1; p < positions; p += kDenseThreads, bit *= 2) {
+          if (!(again & bit)) continue;
+          const A u_t = entries_of(kEntryShift)[p];
+          PositionSums<A> sums;
+          sums.maximum = larger(u_t, kLowest<A>);
+          const A* from = memory.exchange + p;
+#pragma unroll 1
+          for (int slice = 0; slice < place.slices; ++slice)
+            sums.maximum = larger(sums.maximum, from[slice * positions]);
+#pragma unroll 1
+          for (int slice = 0; slice < place.slices; ++slice, from += positions) {
+            const A below = *from - sums.maximum;
+            sums.rest += from[of_slices] * exponential(below);
+            if (!smoothing) continue;
+            const A weight = from[3 * of_slices];
+            sums.smooth += from[2 * of_slices];
+            if (weight != A(0)) sums.smooth += weight * below;  // else 0 * infinity
+          }
+          finish(p, memory.targets[p], u_t, sums);
+        }
       }
     }
     if (!second_pass) continue;
-    if (!args.backward) __syncthreads();
-    A shift[V], softmax[V], smooth[V], at_target[V], target_slope[V], slope[V], highest[V];
-    Vector::read(place, entries_of(kEntryShift), shift);
+    if (!args.backward) {
+      if (args.chunks == 1)
+        set_targets(0, true);
+      else
+        __syncthreads();
+    }
+    A product[V], softmax[V], at_target[V], slope[V], highest[V];
+    bool near = true;
+    Vector::read(place, entries_of(kEntryShift), product);
     Vector::read(place, entries_of(kEntrySoftmax), softmax);
-    Vector::read(place, entries_of(kEntrySmooth), smooth);
     Vector::read(place, entries_of(kEntryTarget), at_target);
-    if (wanted.slopes) Vector::read(place, entries_of(kEntrySlope), target_slope);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
+      near = near && is_near(product[v]);
+      product[v] = shift_product(product[v]);
       slope[v] = 0;
       // Whatever is in an ignored position's logits, its exponentials are 0.
       highest[v] = is_valid(target[v]) ? -negative_infinity<A>() : negative_infinity<A>();
     }
     const A factor = args.backward ? A(1) : inverse;
     for (int chunk = 0; chunk < args.chunks; ++chunk) {
-      if (args.chunks > 1 && (chunk > 0 || !args.backward)) stages.arrive();
       const int first = chunk * args.rounds, rounds = min(args.rounds, place.mine - first);
-      // Those that all slices have, as they shuffle together, and those that any has.
-      const int common =
-          min(args.rounds, (place.classes >> (kDenseThreadBits - args.lane_bits)) - first);
-      const int most = min(
-          args.rounds, ((place.classes + step - 1) >> (kDenseThreadBits - args.lane_bits)) - first);
+      if (args.chunks > 1) {
+        if (chunk > 0 || !args.backward) stages.arrive();
+        set_targets(first, true);
+      }
       const int64_t grad_step = step * args.grad_class_stride;
       T* grad = static_cast<T*>(args.grad_logits) + image * args.grad_outer_stride + at +
                 place.slice * args.grad_class_stride + first * grad_step;
-      const auto add = [&](auto unroll, int round) {
-        constexpr int U = decltype(unroll)::value;
-        A sums[2 * U];
+      ClassSum<A>* sums_of_class = class_sums + first * kDenseThreads;
+      int j = place.slice + first * step;
+#pragma unroll(kUnroll / 2)
+      for (int round = 0; round < rounds; ++round, j += step) {
+        A z[V], q[V];
+        unpack_vector<T>(stages.vector(round), z);
+        const ClassEntry<A> entry = entry_of(j);
 #pragma unroll
-        for (int k = 0; k < U; ++k) {
-          const int j = place.slice + (first + round + k) * step;
-          sums[2 * k] = sums[2 * k + 1] = 0;
-          if (U == 1 && round >= rounds) break;
-          A z[V], u[V], g[V];
-          unpack_vector<T>(stages.vector(round + k), z);
+        for (int v = 0; v < V; ++v) {
+          z[v] = std::fmin(z[v], highest[v]);
+          q[v] = calibrate(entry, z[v], of_c[v]);
+        }
+        if (near) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) z[v] = std::fmin(z[v], highest[v]);
-          const ClassEntry<A> entry = entry_of(j);
-          dense_calibrate<Calibrated, Options>(entry, z, of_c, u);
-          A scale_sum = 0, bias_sum = 0;
+          for (int v = 0; v < V; ++v) q[v] = softmax[v] * shifted_exponential(q[v], product[v]);
+        } else {
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const bool is_target = j == target[v];
-            A q = softmax[v] * exponential(u[v] - shift[v]);
-            if (smoothing) q -= smooth[v] * entry.w;
-            if (Calibrated && wanted.slopes) {
-              // A masked class has d = 0 where it has a share of the smoothing; else q = 0.
-              const A zq = z[v] == negative_infinity<A>() ? A(0) : z[v] * q;
-              const A share = smoothing
-                                  ? q * (finite_or_zero(entry.a * z[v] + entry.b) - target_slope[v])
-                                  : entry.a * zq + q * (entry.b - target_slope[v]);
-              slope[v] += is_target ? A(0) : share;
-            }
-            if (is_target) q = at_target[v];
-            if (Calibrated && wanted.sums) {
-              // A masked class adds 0, not 0 * -inf.
-              const A qc = q * of_c[v];
-              scale_sum += z[v] == negative_infinity<A>() ? A(0) : qc * z[v];
-              bias_sum += qc;
-            }
-            g[v] = q * (Calibrated ? (entry.a * of_c[v] + A(1)) * factor : factor);
+            const A shift = entries_of(kEntryShift)[Vector::position(place, v)];
+            q[v] = softmax[v] * (is_near(shift) ? shifted_exponential(q[v], product[v])
+                                                : exponential(q[v] - shift));
           }
-          if (wanted.logits) Vector::store(place, grad, count, g);
+        }
+        if (smoothing) {
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            q[v] -= entries_of(kEntrySmooth)[Vector::position(place, v)] * entry.w;
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (j == target[v]) q[v] = at_target[v];
+        if (Calibrated && (wanted.slopes || wanted.sums)) {
+          ClassSum<A> of_class = {A(0), A(0)};
+          if (wanted.sums) of_class = *sums_of_class;
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            // A masked class adds 0: its q is, but for its share of the smoothing.
+            const bool masked = smoothing && z[v] == negative_infinity<A>();
+            const A zq = masked ? A(0) : larger(z[v], kLowest<A>) * q[v];
+            if (wanted.slopes) {
+              const A d_t = entries_of(kEntrySlope)[Vector::position(place, v)];
+              slope[v] += entry.a * zq + q[v] * ((masked ? A(0) : entry.b) - d_t);
+            }
+            of_class.scale += of_c[v] * zq;
+            of_class.bias += of_c[v] * q[v];
+          }
+          if (wanted.sums) *sums_of_class = of_class;
+          sums_of_class += kDenseThreads;
+        }
+        if (wanted.logits) {
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            q[v] *= Calibrated ? (entry.a * of_c[v] + A(1)) * factor : factor;
+          Vector::store(place, grad, count, q);
           grad += grad_step;
-          sums[2 * k] = scale_sum, sums[2 * k + 1] = bias_sum;
         }
-        if (Calibrated && wanted.sums) {
-          const int lanes = min(place.lanes, 32), lane = threadIdx.x & (lanes - 1);
-          const A sum = spread_sum(sums, lane, lanes);
-          if (lane < 2 * U) {
-            const int index = spread_index<2 * U>(lane);
-            const int j = place.slice + (first + round + index / 2) * step;
-            if (j < place.classes) class_sums[index % 2 * args.classes + j] += sum;
-          }
-        }
-      };
-      int round = 0;
-      for (; round + kDenseGradientUnroll <= common; round += kDenseGradientUnroll)
-        add(std::integral_constant<int, kDenseGradientUnroll>{}, round);
-      for (; round < most; ++round) add(std::integral_constant<int, 1>{}, round);
+      }
     }
     if (wanted.slopes) {
       Vector::write(place, memory.exchange + place.slice * positions, slope);
       __syncthreads();
 #pragma unroll 1
       for (int p = threadIdx.x; p < count; p += kDenseThreads) {
+        const int t = memory.targets[p];
         const A c = entries_of(kEntryC)[p];
         A sum = 0;
         for (int slice = 0; slice < place.slices; ++slice)
           sum += memory.exchange[slice * positions + p];
+        // A masked target had a slope of b in the loop, and has none.
+        if (is_valid(t) && memory.target_z[p] == negative_infinity<A>())
+          sum -= entries_of(kEntryTarget)[p] * entry_of(t).b;
         static_cast<A*>(args.grad_confidence)[first_index + p] = c * (A(1) - c) * sum;
       }
     }
@@ -397,14 +435,18 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
       args.block_sums[2 * blockIdx.x + 1] = divisor;
     }
   }
-  if (wanted.sums && args.shared_sums) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < 2 * place.classes; i += kDenseThreads) {
-      A sum = 0;
-      for (int64_t from = i; from < DenseMemory<T>::sum_entries(args); from += 2 * args.classes)
-        sum += memory.class_sums[from];
-      block_class_sums[i] = sum;
-    }
+  if (!wanted.sums) return;
+  __syncthreads();
+  A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * args.classes;
+  for (int j = threadIdx.x; j < place.classes; j += kDenseThreads) {
+    const int slice = j & (step - 1), round = j >> (kDenseThreadBits - args.lane_bits);
+    const ClassSum<A>* from =
+        class_sums - threadIdx.x + round * kDenseThreads + slice * place.lanes;
+    ClassSum<A> sum = {A(0), A(0)};
+#pragma unroll 4
+    for (int lane = 0; lane < place.lanes; ++lane)
+      sum.scale += from[lane].scale, sum.bias += from[lane].bias;
+    to[j] = sum.scale, to[args.classes + j] = sum.bias;
   }
 }
 

@@ -40,6 +40,12 @@ static DISALIGN_METHOD bool needs_class_entries(const LossArgs& args) {
   return args.scale || args.prior || args.label_smoothing > 0;
 }
 
+// A thread's share of the gradients of a class's scale and bias.
+template <class A>
+struct alignas(2 * sizeof(A)) ClassSum {
+  A scale, bias;
+};
+
 // What the threads of a position share: what the second pass multiplies by.
 enum PositionEntry { kEntryC, kEntryShift, kEntrySoftmax, kEntrySmooth, kEntryTarget, kEntrySlope };
 constexpr int kPositionEntries = 6;
@@ -49,21 +55,23 @@ template <class T>
 struct DenseMemory {
   using A = Accumulate<T>;
 
-  unsigned char* stages;  // [kDenseStages][rounds][threads][16]
-  double* scratch;        // [kScratch], of the sums over the block
-  ClassEntry<A>* table;   // [classes], where args.table
-  A* exchange;            // [values][slices][positions]
-  A* positions;           // [kPositionEntries][positions]
-  A* class_sums;          // [warps of a slice][2: scale, bias][classes], where args.shared_sums
-  int* targets;           // [positions]
+  unsigned char* stages;    // [kDenseStages][rounds][threads][16]
+  double* scratch;          // [kScratch], of the sums over the block
+  ClassEntry<A>* table;     // [classes], where args.table
+  A* exchange;              // [values][slices][positions]
+  A* positions;             // [kPositionEntries][positions]
+  ClassSum<A>* class_sums;  // [classes of a thread][threads], where args.shared_sums
+  A* target_z;              // [positions]
+  int* targets;             // [positions]
 
   static constexpr int kScratch = 32;
-  // Of the first pass: the maximum and the sum of exponentials, and two more of label smoothing.
+  // Of the first pass, at most: see DenseSums.
   static __host__ __device__ int values(const LossArgs& args) {
     return args.label_smoothing > 0 ? 4 : 2;
   }
   static __host__ __device__ int64_t sum_entries(const DenseArgs& args) {
-    return (args.lane_bits > 5 ? 1 << (args.lane_bits - 5) : 1) * 2 * args.classes;
+    const int64_t slices = kDenseThreads >> args.lane_bits;
+    return (args.classes + slices - 1) / slices * kDenseThreads;
   }
   // Sets the offsets. Returns the bytes of all.
   static int64_t divide(DenseArgs& args) {
@@ -78,7 +86,8 @@ struct DenseMemory {
     args.table_at = take(args.table ? args.classes : 0, sizeof(ClassEntry<A>));
     args.exchange_at = take(int64_t{values(args)} * kDenseThreads * kVector<T>, sizeof(A));
     args.positions_at = take(kPositionEntries * positions, sizeof(A));
-    args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(A));
+    args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(ClassSum<A>));
+    args.target_z_at = take(positions, sizeof(A));
     args.targets_at = take(positions, sizeof(int));
     return bytes;
   }
@@ -89,7 +98,8 @@ struct DenseMemory {
         table(reinterpret_cast<ClassEntry<A>*>(memory + args.table_at)),
         exchange(reinterpret_cast<A*>(memory + args.exchange_at)),
         positions(reinterpret_cast<A*>(memory + args.positions_at)),
-        class_sums(reinterpret_cast<A*>(memory + args.class_sums_at)),
+        class_sums(reinterpret_cast<ClassSum<A>*>(memory + args.class_sums_at)),
+        target_z(reinterpret_cast<A*>(memory + args.target_z_at)),
         targets(reinterpret_cast<int*>(memory + args.targets_at)) {}
 };
 
@@ -145,7 +155,7 @@ struct DenseVector {
   static __device__ __forceinline__ int position(const DensePlace& place, int v) {
     return Whole ? place.lane * V + v : place.lane + v * place.lanes;
   }
-  // The thread that has the tile's position p of class t, as an offset in bytes into a stage.
+  // Where a stage that has all classes has the tile's position p of class t, in bytes.
   static __device__ __forceinline__ int offset(const DensePlace& place, const DenseArgs& args,
                                                int t, int p) {
     const int slice = t & (place.slices - 1), round = t >> (kDenseThreadBits - args.lane_bits);
@@ -168,22 +178,32 @@ struct DenseVector {
     for (int v = 0; v < V; ++v) entries[position(place, v)] = values[v];
   }
 
-  // Of a plane whose tile begins at `from` and has so many positions, into shared memory; 0 where
-  // there is no position. Whole: on its way, as copy_vector's.
-  static __device__ __forceinline__ void copy(const DensePlace& place, unsigned char* shared,
-                                              const T* from, int count) {
+  // Of planes `step` apart, in the first of which the tile begins at `from`, into so many rounds of a
+  // stage; 0 where the tile has no position. Whole: on its way, as copy_vector's.
+  static __device__ __forceinline__ void copy(const DensePlace& place, unsigned char* to,
+                                              const T* from, int64_t step, int rounds, int count) {
+    from += position(place, 0);
+    if (Whole && place.lane * V < count) {
+#pragma unroll 4
+      for (int round = 0; round < rounds; ++round, from += step)
+        copy_vector(to + round * kDenseRoundBytes, from);
+      return;
+    }
+#pragma unroll 2
+    for (int round = 0; round < rounds; ++round, from += step)
+      write_shared(to + round * kDenseRoundBytes, load(place, from, count));
+  }
+  // One of them; from: this thread's first position.
+  static __device__ __forceinline__ Raw load(const DensePlace& place, const T* from, int count) {
+    Raw raw = {};
     if constexpr (Whole) {
-      if (place.lane * V < count)
-        copy_vector(shared, from + place.lane * V);
-      else
-        write_shared(shared, Raw{});
+      if (place.lane * V < count) raw = load_vector(from);
     } else {
-      Raw raw = {};
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        if (position(place, v) < count) set_element(raw, v, load_one(from + position(place, v)));
-      write_shared(shared, raw);
+        if (position(place, v) < count) set_element(raw, v, load_one(from + v * place.lanes));
     }
+    return raw;
   }
   static __device__ __forceinline__ void store(const DensePlace& place, T* to, int count,
                                                const Accumulate<T> (&g)[V]) {
@@ -239,8 +259,13 @@ class DenseStages {
   __device__ __forceinline__ Raw vector(int round) const {
     return read_shared(current_ + round * kDenseRoundBytes);
   }
-  __device__ __forceinline__ const unsigned char* begin() const {
-    return current_ - threadIdx.x * kVectorBytes;
+  // Position p of class t, if the stage, whose first round is `first`, has it.
+  __device__ __forceinline__ T* element(int t, int p, int first) const {
+    const int offset =
+        DenseVector<T, Whole>::offset(place_, args_, t, p) - first * kDenseRoundBytes;
+    return offset >= 0 && offset < stage_bytes_
+               ? reinterpret_cast<T*>(current_ - threadIdx.x * kVectorBytes + offset)
+               : nullptr;
   }
 
  private:
@@ -256,9 +281,7 @@ class DenseStages {
       const int64_t step = place_.slices * args_.class_stride;
       const T* from = logits_ + image_ * args_.outer_stride + at_ + first * step;
       unsigned char* to = own_ + next_ * stage_bytes_;
-#pragma unroll 4
-      for (int round = 0; round < rounds; ++round, from += step, to += kDenseRoundBytes)
-        DenseVector<T, Whole>::copy(place_, to, from, count_);
+      DenseVector<T, Whole>::copy(place_, to, from, step, rounds, count_);
       if (++chunk_ == args_.chunks) {
         chunk_ = 0;
         if (++pass_ == passes_) {

@@ -32,6 +32,11 @@ __device__ __forceinline__ A weight_sum(const LossArgs& args, int begin, int end
   return block_sum(sum, scratch);
 }
 
+// Of exponentials by the target's logit, the largest sum: of logits up to 22 above the target's. The
+// exponents' rounding, 2^-24 of them, is an error of all exponentials.
+template <class A>
+constexpr A kModerate = A(4294967296);
+
 // Sums over some of a position's classes. The target's term is kept out of `rest` and `rest_slope`:
 // the loss of a position with p_t next to 1 is log1p of what is left, and in the confidence's
 // gradient, sum_j q_j d_j = sum_j q_j (d_j - d_t), it is exactly 0.

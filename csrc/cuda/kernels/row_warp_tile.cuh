@@ -101,11 +101,6 @@ struct WarpTile : GroupRows {
   }
 };
 
-// Of exponentials by the target's logit, the largest sum: of logits up to 22 above the target's. The
-// exponents' rounding, 2^-24 of them, is an error of all exponentials.
-template <class A>
-constexpr A kModerate = A(4294967296);
-
 // What is of a row alone, for the rows of a turn, in shared memory: a row is one lane's, which reads
 // and finishes it; all lanes read what it has read.
 template <class A, bool Calibrated>

@@ -12,7 +12,7 @@ namespace disalign::cuda {
 // Classes a thread that a stage has, at most: tiles become narrower before it has more.
 constexpr int kDenseRounds = 12;
 // Class vectors and class sums lie in shared memory up to so many bytes each.
-constexpr int64_t kDenseTableBytes = 32 << 10;
+constexpr int64_t kDenseTableBytes = 32 << 10, kDenseSumBytes = 48 << 10;
 
 // Whether 16 bytes of a plane can be read, and written, at once.
 template <class T>
@@ -40,26 +40,33 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
   constexpr int64_t V = kVector<T>;
   const auto rounds_of = [&](int bits) { return divide_up(args.classes, kDenseThreads >> bits); };
   const auto tiles_of = [&](int bits) { return divide_up(args.inner, V << bits); };
-  constexpr int kLeast = 2, kLine = 3;  // exponents: of the class sums' shuffles; 128 bytes
+  constexpr int kLeast = 2, kLine = 3;  // exponents: 64 and 128 bytes of a plane
   int bits = kDenseThreadBits;
+  while ((V << bits) > 2 * kDenseThreads) --bits;  // a thread works on two positions alone, at most
   while (bits > kLeast && tiles_of(bits - 1) == 1) --bits;
   while (bits > kLine && rounds_of(bits) > kDenseRounds) --bits;
   while (bits > kLeast && args.outer * tiles_of(bits) < int64_t{64} * limits.multiprocessors &&
          imbalance(args.outer * tiles_of(bits), limits.multiprocessors) > 1.1)
     --bits;
-  args.lane_bits = bits;
-  args.image_tiles = static_cast<int32_t>(tiles_of(bits));
-  args.table =
-      needs_class_entries(args) &&
-      args.classes * static_cast<int64_t>(sizeof(ClassEntry<Accumulate<T>>)) <= kDenseTableBytes;
-  args.shared_sums = args.class_gradients && DenseMemory<T>::sum_entries(args) *
-                                                     static_cast<int64_t>(sizeof(Accumulate<T>)) <=
-                                                 kDenseTableBytes;
-  args.rounds = 0;
   constexpr int64_t kRound = kDenseStages * kDenseRoundBytes;
   const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
-  const int64_t fixed = DenseMemory<T>::divide(args);
-  const int64_t most = (limit - fixed) / kRound;
+  // The shared memory that is not the stages'.
+  const auto set_lanes = [&](int exponent) {
+    args.lane_bits = exponent;
+    args.table =
+        needs_class_entries(args) &&
+        args.classes * static_cast<int64_t>(sizeof(ClassEntry<Accumulate<T>>)) <= kDenseTableBytes;
+    args.shared_sums =
+        args.class_gradients &&
+        DenseMemory<T>::sum_entries(args) * static_cast<int64_t>(sizeof(ClassSum<Accumulate<T>>)) <=
+            std::min(kDenseSumBytes, limit / 4);
+    args.rounds = 0;
+    return DenseMemory<T>::divide(args);
+  };
+  // What is wanted twice stays, if a narrower tile does.
+  while (two_passes && bits > kLeast && set_lanes(bits) + rounds_of(bits) * kRound > limit) --bits;
+  const int64_t fixed = set_lanes(bits), most = (limit - fixed) / kRound;
+  args.image_tiles = static_cast<int32_t>(tiles_of(bits));
   // Two blocks a multiprocessor, if their stages are not too small for it.
   const int64_t half = (limit / 2 - fixed) / kRound;
   const int64_t all = rounds_of(bits);
@@ -100,6 +107,9 @@ void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) 
     last.class_blocks = shape.grid_x;
     args.class_sums =
         launcher.allocate(2 * last.class_blocks * args.classes * sizeof(Accumulate<T>));
+    if (!args.shared_sums)
+      args.thread_sums = launcher.allocate(last.class_blocks * DenseMemory<T>::sum_entries(args) *
+                                           sizeof(ClassSum<Accumulate<T>>));
   }
   launcher.launch(kernel, shape, args);
 }
