@@ -31,7 +31,7 @@ from disalign_ops.segmentation_metrics import SegmentationIoU
 
 from .ade20k_data import ADE20K, IGNORED, read_split
 from .common import config, iterations
-from .common.checkpoint import Checkpoint
+from .common.checkpoint import Checkpoint, backbone_weights
 from .common.config import Recipe, sourced
 from .common.log import Log
 from .common.ranks import Ranks, process_group
@@ -98,12 +98,11 @@ class FCN(nn.Module):
         from torchvision import models
         from torchvision.models._utils import IntermediateLayerGetter
 
-        given = Path(recipe.backbone_weights)
-        named = None if recipe.backbone_weights == "none" or given.is_file() else given.name
+        named, state = backbone_weights(recipe.backbone_weights)
         dilated = {"replace_stride_with_dilation": [False, True, True]} if recipe.dilation else {}
         resnet = models.get_model(recipe.backbone, weights=named, **dilated)
-        if given.is_file():
-            resnet.load_state_dict(torch.load(given, map_location="cpu", weights_only=True))
+        if state is not None:
+            resnet.load_state_dict(state)
         features = resnet.fc.in_features
         self.backbone = IntermediateLayerGetter(resnet, {"layer3": "aux", "layer4": "out"})
         channels, aux = features // 4, features // 8

@@ -30,7 +30,7 @@ from disalign_ops import class_stats
 from disalign_ops import nn as dnn
 
 from .common import config, iterations
-from .common.checkpoint import Checkpoint
+from .common.checkpoint import Checkpoint, backbone_weights
 from .common.config import Recipe, sourced
 from .common.log import Log
 from .common.ranks import Ranks, process_group
@@ -104,14 +104,17 @@ def build_model(recipe: LVISv1) -> Any:
 
     if recipe.head not in ("linear", "cosine"):
         raise ValueError(f"head must be 'linear' or 'cosine', got {recipe.head!r}")
-    given = Path(recipe.backbone_weights)
-    named = None if recipe.backbone_weights == "none" or given.is_file() else given.name
+    named, state = backbone_weights(recipe.backbone_weights)
     backbone = resnet_fpn_backbone(
         backbone_name=recipe.backbone, weights=named, trainable_layers=3
     )  # FREEZE_AT 2: the stem and the first stage; BatchNorm is FrozenBatchNorm2d
-    if given.is_file():
-        state = torch.load(given, map_location="cpu", weights_only=True)
-        backbone.body.load_state_dict(state, strict=False)
+    if state is not None:
+        missing = backbone.body.load_state_dict(state, strict=False).missing_keys  # fc is too much
+        if missing:
+            raise ValueError(
+                f"{recipe.backbone_weights}: no {', '.join(missing[:5])}; expected a state_dict of "
+                f"{recipe.backbone}"
+            )
     model: Any = MaskRCNN(
         backbone, recipe.classes + 1, min_size=recipe.min_sizes, max_size=recipe.max_size,
         rpn_pre_nms_top_n_train=2000, rpn_pre_nms_top_n_test=1000,

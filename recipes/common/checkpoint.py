@@ -57,6 +57,15 @@ def load_weights(
         raise ValueError(f"{path}: {error}; expected a state_dict of the model") from error
 
 
+def backbone_weights(given: str) -> tuple[str | None, dict[str, Any] | None]:
+    """torchvision's name of weights, or the state_dict of a file NAME.pth; neither of "none"."""
+    if given == "none":
+        return None, None
+    if Path(given).suffix:
+        return None, load(Path(given), "a state_dict of the backbone")
+    return given, None
+
+
 class Checkpoint:
     """One stage's file: its parts (model, optimizer, schedule), its place, the random numbers.
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .checkpoint import Checkpoint, load_weights, save
 from .config import Recipe
 from .log import Log
-from .order import Key, _seed
+from .order import Key, seed_of
 from .ranks import Ranks
 
 
@@ -61,7 +61,7 @@ class EndlessOrder(Sampler[list[Key]]):
     def _sequence(self) -> Iterator[int]:
         epoch = 0
         while True:
-            generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
             indices = self.indices(generator)
             yield from indices[torch.randperm(len(indices), generator=generator)].tolist()
             epoch += 1

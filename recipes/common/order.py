@@ -36,7 +36,7 @@ class TrainingOrder(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, own = self.epoch, self.batch // self.ranks.world
-        generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(self.samples, generator=generator).tolist()
         order += order[: len(self) * self.batch - self.samples]
         for step in range(self.step, len(self)):
@@ -44,7 +44,8 @@ class TrainingOrder(Sampler[list[Key]]):
             yield [(epoch, index) for index in order[first : first + own]]
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers."""
     # The CPU's generator reads 32 bits of a seed, which crc32 makes of all numbers.
     return zlib.crc32(repr(numbers).encode())
 
@@ -56,5 +57,5 @@ def seeded(seed: int, key: Key) -> Iterator[None]:
     So a sample is augmented alike on any rank, in any worker, and after a run was resumed.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(seed, *key))
+        torch.manual_seed(seed_of(seed, *key))
         yield

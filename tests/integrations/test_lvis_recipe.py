@@ -219,6 +219,34 @@ def test_a_missing_or_damaged_file_is_named_with_what_is_expected(
     fails(FileNotFoundError, "000000000001.jpg: no such file; expected an image of lvis_v1_train")
 
 
+def test_a_backbone_from_a_file(tmp_path: Path) -> None:
+    from torchvision import models
+
+    file = tmp_path / "resnet.pth"
+    options = [
+        "--data",
+        "d",
+        "--out",
+        "o",
+        "--backbone",
+        "resnet18",
+        "--backbone-weights",
+        str(file),
+    ]
+    recipe, _ = lvis.parse(options)
+    with pytest.raises(FileNotFoundError, match=r"resnet.pth: no such file; expected a state_dict"):
+        lvis.build_model(recipe)
+    state = models.resnet18().state_dict()
+    torch.save(state, file)
+    body = lvis.build_model(recipe).backbone.body
+    assert torch.equal(body.layer3[0].conv1.weight, state["layer3.0.conv1.weight"])
+    assert torch.equal(body.bn1.running_var, state["bn1.running_var"])
+    del state["conv1.weight"]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"resnet.pth: no conv1.weight; expected a state_dict of"):
+        lvis.build_model(recipe)
+
+
 def test_a_wrong_head_is_named() -> None:
     recipe, _ = lvis.parse(["--data", "d", "--out", "o", "--head", "cos"])
     with pytest.raises(ValueError, match="head must be 'linear' or 'cosine', got 'cos'"):
