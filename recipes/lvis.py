@@ -90,6 +90,7 @@ class LVISv05(LVISv1):
     steps: tuple[int, ...] = sourced((60_000, 80_000), "released lvis0.5: *.1x STEPS")
     stage2_iterations: int = sourced(4500, "released lvis0.5: *.disalign.1x MAX_ITER")
     stage2_steps: tuple[int, ...] = sourced((4000,), "released lvis0.5: *.disalign.1x STEPS")
+    score_threshold: float = sourced(1e-4, "released lvis0.5: *.disalign.1x; 0 after stage 1")
 
 
 RECIPES: dict[str, type[LVISv1]] = {"v1": LVISv1, "v0.5": LVISv05}

@@ -47,15 +47,15 @@ class EndlessOrder(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         own = self.batch // self.ranks.world
-        sequence, skipped = self._sequence(), 0
+        sequence, place = self._sequence(), 0
         for step in range(self.step, self.iterations):
             first = step * self.batch + self.ranks.rank * own
             keys: list[Key] = []
             while len(keys) < own:
                 index = next(sequence)
-                if skipped >= first:
-                    keys.append((skipped, index))
-                skipped += 1
+                if place >= first:
+                    keys.append((place, index))
+                place += 1
             yield keys
 
     def _sequence(self) -> Iterator[int]:

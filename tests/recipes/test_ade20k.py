@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from recipes import ade20k, ade20k_data
 from support import ade20k_files, with_torchvision
@@ -87,6 +88,34 @@ def _check_the_model() -> None:
 
 def test_the_released_model_optimizer_and_schedule() -> None:
     with_torchvision.run(_check_the_model)
+
+
+def _check_the_loss() -> None:
+    recipe = recipe_of(TINY)
+    model = ade20k.FCN(recipe)
+    weight = torch.rand(150) + 0.5
+    images, masks = torch.randn(2, 3, 64, 64), torch.randint(0, 150, (2, 64, 64), dtype=torch.uint8)
+    masks[:, :20] = 255
+    for stage in (1, 2):
+        ade20k.start_stage(stage, recipe, model, weight)
+        model.eval()
+        found = model.backbone(images)
+        logits = [model.decode_head(model.features(found["out"]))]
+        if stage == 1:
+            logits.append(model.auxiliary_head(found["aux"]))
+        means = [
+            F.cross_entropy(
+                F.interpolate(z, masks.shape[1:], mode="bilinear"), masks.long(),
+                weight if stage == 2 else None, ignore_index=255, reduction="none",
+            ).mean()  # ignored pixels are counted: mmsegmentation's default
+            for z in logits
+        ]  # fmt: skip
+        expected = means[0] + 0.4 * means[1] if stage == 1 else means[0]
+        torch.testing.assert_close(model(images, masks), expected)
+
+
+def test_the_loss_of_both_stages_is_the_released_mean_over_all_pixels() -> None:
+    with_torchvision.run(_check_the_loss)
 
 
 def test_weights_are_the_released_formula_of_the_pixels_shares(folder: Path) -> None:
