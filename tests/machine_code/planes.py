@@ -40,6 +40,8 @@ STEPS = {
     "backward": launch_plans.BACKWARD,
 }
 OF_PLANES = {
+    r"ISETP\.EQ\.OR\.EX P, PT, R, RZ, !P, P": False,  # the stage has the target
+    r"FSETP\.NEU\.AND P, PT, R, -INF , PT": True,
     r"B2R\.RESULT ": False,  # no position of the tile is read once more, by its maximum
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
     r"F?SETP\.GTU\.OR P, PT, R, 4\.29\d*e\+09, P": False,  # the sum of the others is moderate

@@ -33,6 +33,7 @@ struct RowArgs : DivisorArgs {
 
 // dense_tile.cuh
 struct DenseArgs : DivisorArgs {
+  int32_t lanes = 1, slices = 1;  // powers of two; the first's exponent is:
   int32_t lane_bits = 0;  // of the threads that have neighbouring positions of a class, as exponent
   int32_t rounds = 1;     // classes of a thread that a stage has
   int32_t chunks = 1;     // stages of a tile

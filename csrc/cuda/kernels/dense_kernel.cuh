@@ -81,10 +81,31 @@ __device__ __forceinline__ void put(A* entries, int positions, int p,
   entries[kEntrySlope * positions + p] = factors.target_slope;
 }
 
-// Options: there is a prior or label smoothing; without, nothing is asked of them in the loops.
+// The arguments, with what is known of them when the kernel is compiled: what is absent costs nothing.
+// Options: there may be a prior, a margin, sample weights, label smoothing, a focal exponent.
+template <bool Calibrated, bool Options>
+__device__ __forceinline__ DenseArgs known(DenseArgs args) {
+  args.shard_sums = nullptr, args.shard_factors = nullptr;
+  if constexpr (!Calibrated) {
+    args.scale = args.bias = args.confidence = nullptr;
+    args.grad_scale = args.grad_bias = args.grad_confidence = nullptr;
+    args.class_gradients = false;
+  }
+  if constexpr (!Options) {
+    args.prior = args.margin = args.sample_weight = nullptr;
+    args.label_smoothing = args.focal_gamma = 0;
+  }
+  return args;
+}
+static inline bool has_options(const DenseArgs& args) {
+  return args.prior || args.margin || args.sample_weight || args.label_smoothing > 0 ||
+         args.focal_gamma > 0;
+}
+
 template <class T, bool Calibrated, bool Whole, bool Options>
 __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
-    dense_kernel(const DenseArgs args) {
+    dense_kernel(const DenseArgs given) {
+  const DenseArgs args = known<Calibrated, Options>(given);
   using A = Accumulate<T>;
   using Vector = DenseVector<T, Whole>;
   constexpr int V = kVector<T>;
@@ -179,8 +200,12 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
           }
         }
       }
-      put(entries_of(0), positions, p, factors);
-      memory.target_z[p] = z_t;
+      if (second_pass) {
+        put(entries_of(0), positions, p, factors);
+        memory.target_z[p] = z_t;
+      } else {
+        entries_of(kEntryShift)[p] = factors.maximum;
+      }
     }
     __syncthreads();
     int target[V];

@@ -74,7 +74,7 @@ struct DenseMemory {
     return (args.classes + slices - 1) / slices * kDenseThreads;
   }
   // Sets the offsets. Returns the bytes of all.
-  static int64_t divide(DenseArgs& args) {
+  static int64_t divide(DenseArgs& args, bool second_pass) {
     int64_t bytes = kDenseStages * int64_t{args.rounds} * kDenseRoundBytes;
     const auto take = [&](int64_t entries, size_t size) {
       const int64_t begin = bytes;
@@ -84,10 +84,11 @@ struct DenseMemory {
     const int64_t positions = int64_t{kVector<T>} << args.lane_bits;
     args.scratch_at = take(kScratch, sizeof(double));
     args.table_at = take(args.table ? args.classes : 0, sizeof(ClassEntry<A>));
-    args.exchange_at = take(int64_t{values(args)} * kDenseThreads * kVector<T>, sizeof(A));
-    args.positions_at = take(kPositionEntries * positions, sizeof(A));
+    const int64_t exchanged = !args.backward ? values(args) : args.grad_confidence ? 1 : 0;
+    args.exchange_at = take(exchanged * kDenseThreads * kVector<T>, sizeof(A));
+    args.positions_at = take((second_pass ? kPositionEntries : 2) * positions, sizeof(A));
     args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(ClassSum<A>));
-    args.target_z_at = take(positions, sizeof(A));
+    args.target_z_at = take(second_pass ? positions : 0, sizeof(A));
     args.targets_at = take(positions, sizeof(int));
     return bytes;
   }
@@ -109,10 +110,10 @@ struct DensePlace {
   int mine;  // this thread's classes: slice, slice + slices, ...
 
   __device__ __forceinline__ explicit DensePlace(const DenseArgs& args)
-      : lanes(1 << args.lane_bits),
+      : lanes(args.lanes),
         lane(threadIdx.x & (lanes - 1)),
         slice(threadIdx.x >> args.lane_bits),
-        slices(kDenseThreads >> args.lane_bits),
+        slices(args.slices),
         classes(static_cast<int>(args.classes)),
         mine((classes - slice + slices - 1) >> (kDenseThreadBits - args.lane_bits)) {}
 };

@@ -132,10 +132,10 @@ __device__ __forceinline__ PositionResult<A> position_result(const RowOptions<A>
   out.sum = sums.rest + at_target;
   A log_sum = 0, nll = 0;
   if (needs_loss || options.focal_gamma > 0) {
-    log_sum = std::log(out.sum);
+    const bool at_maximum = sums.target_logit == sums.maximum;
+    if (!at_maximum || options.label_smoothing > 0) log_sum = std::log(out.sum);
     // inf - inf is NaN, as in PyTorch, where the target's logit is infinite.
-    nll = (sums.maximum - sums.target_logit) +
-          (sums.target_logit == sums.maximum ? std::log1p(sums.rest) : log_sum);
+    nll = (sums.maximum - sums.target_logit) + (at_maximum ? std::log1p(sums.rest) : log_sum);
   }
   const RowTerms<A> terms =
       row_terms<A>(nll, log_sum, target_weight, options.label_smoothing, sums.weight, sums.smooth,
@@ -255,7 +255,7 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& a
   const A g = inverse == A(0) ? A(0)
                               : vector_entry<A>(args.upstream, i * args.upstream_stride, A(1)) *
                                     vector_entry<A>(args.sample_weight, i, A(1)) * inverse;
-  out.softmax = g * terms.softmax / sum;
+  out.softmax = g * terms.softmax * reciprocal(sum);
   out.smooth = g * terms.smooth;
   out.at_target = g * terms.target;
   return out;

@@ -35,7 +35,9 @@ void launch_calibrate_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& la
   args.lane_bits = kDenseThreadBits;
   while (args.lane_bits > 5 && args.classes > kClassesOfThread * (kDenseThreads >> args.lane_bits))
     --args.lane_bits;
-  args.image_tiles = static_cast<int32_t>(divide_up(args.inner, int64_t{1} << args.lane_bits));
+  args.lanes = 1 << args.lane_bits;
+  args.slices = kDenseThreads >> args.lane_bits;
+  args.image_tiles = static_cast<int32_t>(divide_up(args.inner, args.lanes));
   Shape shape;
   shape.threads = kDenseThreads;
   shape.shared_bytes = kDenseThreads * sizeof(A);

@@ -33,16 +33,18 @@ static inline double imbalance(int64_t tiles, int multiprocessors) {
          static_cast<double>(tiles);
 }
 
-// two_passes: whether a tile is wanted twice.
 // Returns the bytes of shared memory.
 template <class T>
-int64_t divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
+int64_t divide_dense(DenseArgs& args, const Limits& limits) {
+  const bool second_pass = args.grad_logits || args.class_gradients || args.grad_confidence;
+  const bool two_passes = !args.backward && second_pass;
   constexpr int64_t V = kVector<T>;
   const auto rounds_of = [&](int bits) { return divide_up(args.classes, kDenseThreads >> bits); };
   const auto tiles_of = [&](int bits) { return divide_up(args.inner, V << bits); };
   constexpr int kLeast = 2, kLine = 3;  // exponents: 64 and 128 bytes of a plane
   int bits = kDenseThreadBits;
-  while ((V << bits) > 2 * kDenseThreads) --bits;  // a thread works on two positions alone, at most
+  while ((V << bits) > 4 * kDenseThreads)
+    --bits;  // a thread works on four positions alone, at most
   while (bits > kLeast && tiles_of(bits - 1) == 1) --bits;
   while (bits > kLine && rounds_of(bits) > kDenseRounds) --bits;
   while (bits > kLeast && args.outer * tiles_of(bits) < int64_t{64} * limits.multiprocessors &&
@@ -53,6 +55,8 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
   // The shared memory that is not the stages'.
   const auto set_lanes = [&](int exponent) {
     args.lane_bits = exponent;
+    args.lanes = 1 << exponent;
+    args.slices = kDenseThreads >> exponent;
     args.table =
         needs_class_entries(args) &&
         args.classes * static_cast<int64_t>(sizeof(ClassEntry<Accumulate<T>>)) <= kDenseTableBytes;
@@ -61,7 +65,7 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
         DenseMemory<T>::sum_entries(args) * static_cast<int64_t>(sizeof(ClassSum<Accumulate<T>>)) <=
             std::min(kDenseSumBytes, limit / 4);
     args.rounds = 0;
-    return DenseMemory<T>::divide(args);
+    return DenseMemory<T>::divide(args, second_pass);
   };
   // What is wanted twice stays, if a narrower tile does.
   while (two_passes && bits > kLeast && set_lanes(bits) + rounds_of(bits) * kRound > limit) --bits;
@@ -74,7 +78,7 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits, bool two_passes) {
   if (all <= rounds || (two_passes && all <= most)) rounds = all;
   args.chunks = static_cast<int32_t>(divide_up(all, rounds));
   args.rounds = static_cast<int32_t>(divide_up(all, args.chunks));
-  return DenseMemory<T>::divide(args);
+  return DenseMemory<T>::divide(args, second_pass);
 }
 
 // Not every combination is compiled: planes that are not aligned, and doubles, are read element by
@@ -83,8 +87,8 @@ template <class T, bool Calibrated>
 auto dense_kernel_of(const DenseArgs& args) {
   if constexpr (sizeof(T) < 8) {
     if (has_whole_vectors<T>(args))
-      return args.prior || args.label_smoothing > 0 ? dense_kernel<T, Calibrated, true, true>
-                                                    : dense_kernel<T, Calibrated, true, false>;
+      return has_options(args) ? dense_kernel<T, Calibrated, true, true>
+                               : dense_kernel<T, Calibrated, true, false>;
   }
   return dense_kernel<T, Calibrated, false, true>;
 }
@@ -92,11 +96,9 @@ auto dense_kernel_of(const DenseArgs& args) {
 template <class T, bool Calibrated, class Launcher>
 void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) {
   const auto kernel = dense_kernel_of<T, Calibrated>(args);
-  const bool two_passes =
-      !args.backward && (args.grad_logits || args.class_gradients || args.grad_confidence);
   Shape shape;
   shape.threads = kDenseThreads;
-  shape.shared_bytes = static_cast<size_t>(divide_dense<T>(args, launcher.limits(), two_passes));
+  shape.shared_bytes = static_cast<size_t>(divide_dense<T>(args, launcher.limits()));
   const int blocks = launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes);
   shape.grid_x = std::min(int64_t{launcher.limits().multiprocessors} * std::max(1, blocks),
                           args.outer * args.image_tiles);
