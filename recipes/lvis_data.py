@@ -202,6 +202,8 @@ def average_precision(
         truth = COCO(data)
         evaluation = COCOeval_faster(truth, truth.loadRes(given), kind, lvis_style=True)
         evaluation.params.maxDets = [300]
+        # One range of areas in the place of four: there is an entry a range, class and image.
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

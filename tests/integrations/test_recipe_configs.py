@@ -107,7 +107,7 @@ def test_mmsegmentations(config: Any, tmp_path: Path) -> None:
     from recipes.ade20k import ADE20KRecipe
     from support import ade20k_files
 
-    register_all_modules()
+    register_all_modules(init_default_scope=False)
     recipe = ADE20KRecipe()
     cfg = config("mmseg_ade20k_fcn_r50.py")
     root = ade20k_files.write(tmp_path)
@@ -160,7 +160,7 @@ def test_mmdetections(config: Any, tmp_path: Path, version: str, stage: int) -> 
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
 
-    register_all_modules()
+    register_all_modules(init_default_scope=False)
     recipe = lvis.RECIPES[version]()
     name = "mmdet_lvis_" + version.replace(".", "") + ("_stage2" if stage == 2 else "")
     cfg = config(f"{name}.py")
