@@ -142,31 +142,37 @@ def test_a_mask_has_classes_from_0_and_255_for_what_is_ignored(folder: Path) -> 
         pixels, mask = data[index]
         assert torch.equal(mask[annotation > 0], annotation[annotation > 0] - 1)
         assert (mask[annotation == 0] == 255).all()
-        assert mask.min() == 0 or 0 not in mask
         assert pixels.shape[0] == 3
         assert max(pixels.shape[1:]) <= 128
         assert min(pixels.shape[1:]) == 64 or max(pixels.shape[1:]) == 128
 
 
-def test_training_samples_are_aligned_and_the_same_for_a_key(folder: Path) -> None:
+def test_training_samples_are_cropped_padded_and_the_same_for_a_key(folder: Path) -> None:
     pairs = ade20k_data.read_split(folder, "training", 12)
     data = ade20k_data.ADE20K(pairs, recipe_of(TINY), augment=True)
-    left, crops = set(), set()
+    middles = set()
     for draw in range(12):
         pixels, mask = data[draw, 0]
         assert pixels.shape == (3, 64, 64)
         assert mask.shape == (64, 64)
         assert mask.dtype == torch.uint8
-        padded = (mask == 255) & (pixels == 0).all(0)  # with the mean colour, ignored
-        assert padded[-1].all() == padded[-1, 0] or not padded.all()
-        known = mask[mask != 255].unique().tolist()
-        assert set(known) <= set(ade20k_files.SHOWN)
-        crops.add(tuple(known))
-        left.add(int(mask[32, 32]))
-    assert len(left) > 1
+        assert set(mask.unique().tolist()) <= {*ade20k_files.SHOWN, 255}
+        middles.add(int(mask[32, 32]))
+    assert len(middles) > 1
     again, mask = data[3, 0]
     assert torch.equal(again, data[3, 0][0])
     assert torch.equal(mask, data[3, 0][1])
+
+    small = ade20k_data.ADE20K(pairs, recipe_of(f"{TINY} --ratios 0.5 0.5"), augment=True)
+    pixels, mask = small[0, 0]  # at most 64 x 32 pixels: the rest has the mean colour, ignored
+    shown = (pixels != 0).any(0)
+    height, width = int(shown.any(1).sum()), int(shown.any(0).sum())
+    assert min(height, width) == 32
+    assert shown[:height, :width].all()
+    assert not shown[height:].any()
+    assert not shown[:, width:].any()
+    assert (mask[~shown] == 255).all()
+    assert (mask[shown] != 255).any()
 
 
 def test_image_and_mask_are_cut_flipped_and_resized_together() -> None:
@@ -228,6 +234,21 @@ def test_a_distortion_is_none_half_of_the_times_and_within_its_bounds() -> None:
     assert max(grey) > 150
     assert all(34 <= value <= 198 for value in grey)  # (100 -+ 32) * 0.5 to 1.5
 
+    # Where two greys stay as they are, only saturation and hue can have changed: of HSV's red, 0 of
+    # 360 degrees, saturation 100 / 200, the value does not.
+    three = np.array([[[100] * 3, [30] * 3, [200, 100, 100]]], np.uint8)
+    colours = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        made = ade20k_data.distorted(three)
+        if (made[0, :2] == three[0, :2]).all():
+            colours.append(tuple(made[0, 2].tolist()))
+    assert all(colour[0] == 200 for colour in colours)  # up to 36 degrees: still red's sector
+    assert all(48 <= min(colour) <= 152 for colour in colours)  # 200 (1 - s), s 0.25 to 0.75
+    assert {min(colour) for colour in colours} - {100}
+    assert any(green > blue for _, green, blue in colours)
+    assert any(blue > green for _, green, blue in colours)
+
 
 def test_a_missing_or_damaged_file_is_named_with_what_is_expected(
     folder: Path, tmp_path: Path
@@ -246,19 +267,15 @@ def test_a_missing_or_damaged_file_is_named_with_what_is_expected(
     data = ade20k_data.ADE20K(
         ade20k_data.read_split(root, "validation", 3), recipe_of(TINY), augment=False
     )
-    for content, text in (
-        (whole[: len(whole) // 2], "ADE_val_00000002.png: not a whole image"),
-        (None, "it holds class 151; expected 0 to 150"),
-    ):
-        if content is None:
-            mask = np.array(Image.open(root / "annotations/validation/ADE_val_00000001.png"))
-            mask = np.zeros(Image.open(data.pairs[1][0]).size[::-1], np.uint8)
-            mask[0, 0] = 151
-            Image.fromarray(mask).save(annotation)
-        else:
-            annotation.write_bytes(content)
-        with pytest.raises(ValueError, match=text):
-            data[1]
+    annotation.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"ADE_val_00000002.png: not a whole image"):
+        data[1]
+    annotation.write_bytes(whole)
+    mask = np.array(Image.open(annotation))
+    mask[0, 0] = 151
+    Image.fromarray(mask).save(annotation)
+    with pytest.raises(ValueError, match="it holds class 151; expected 0 to 150"):
+        data[1]
     Image.fromarray(np.zeros((5, 7), np.uint8)).save(annotation)
     with pytest.raises(ValueError, match=r"it is 7 x 5 pixels; expected \d+ x \d+, the size of"):
         data[1]
