@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .codes import CALIBRATION, LOGITS, REDUCTIONS
 from .problem import Inputs, Problem
-from .schemas import LAYOUTS, ROW, UPSAMPLE, Layout
+from .schemas import LAYOUTS, MADE_LAYOUTS, UPSAMPLE, Layout
 
 _NONE = REDUCTIONS["none"]
 
@@ -35,7 +35,9 @@ class Kernels(NamedTuple):
 NATIVE = {
     "cpu": Kernels(tuple(layout.name for layout in LAYOUTS), (torch.float32, torch.float64), True),
     "cuda": Kernels(
-        (ROW.name,), (torch.float32, torch.float64, torch.bfloat16), finished_by_operator=True
+        tuple(layout.name for layout in MADE_LAYOUTS),
+        (torch.float32, torch.float64, torch.bfloat16),
+        finished_by_operator=True,
     ),
 }
 NOTHING = Kernels()

@@ -84,10 +84,14 @@ def schemas(layout: Layout) -> tuple[str, ...]:
     )
 
 
-# row_backward where grad_logits holds what forward made: it is made anew where the one upstream
-# gradient, read on the device, is not 1.
-MADE_SCHEMA = schemas(ROW)[1].replace(
-    "backward(Tensor grad_loss, ", "backward_made(Tensor grad_loss, Tensor(a!) grad_logits, "
+# The layouts whose gradient of the logits forward can make on a GPU, and their backward where
+# grad_logits holds it: it is made anew where the one upstream gradient, read on the device, is not 1.
+MADE_LAYOUTS = (ROW, DENSE)
+MADE_SCHEMAS = tuple(
+    schemas(layout)[1].replace(
+        "backward(Tensor grad_loss, ", "backward_made(Tensor grad_loss, Tensor(a!) grad_logits, "
+    )
+    for layout in MADE_LAYOUTS
 )
 
 _SHARD = f"logits, Tensor target, {_CLASS_VECTORS}, bool smoothing"
@@ -119,7 +123,7 @@ for _layout in LAYOUTS:
 for _layout in (ROW, DENSE):
     for _schema in calibrate_schemas(_layout):
         library.define(_schema)
-for _schema in (MADE_SCHEMA, *SHARD_SCHEMAS):
+for _schema in (*MADE_SCHEMAS, *SHARD_SCHEMAS):
     library.define(_schema)
 library.define(PREDICT_SCHEMA)
 backends.load_native()
@@ -193,7 +197,7 @@ def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:
     """The fake of every operator, by its name without prefix. `native`: Triton lacks some."""
     found: dict[str, Callable[..., Any]] = {"upsample_predict": _predict_fake}
     if native:
-        found["row_backward_made"] = _made_fake
+        found |= {f"{layout.name}_backward_made": _made_fake for layout in MADE_LAYOUTS}
     for layout in LAYOUTS:
         found[f"{layout.name}_forward"] = _forward_fake
         found[f"{layout.name}_backward"] = _backward_fake

@@ -100,6 +100,14 @@ def test_opcheck_row_backward_made() -> None:
             made_arguments(grad_loss=torch.tensor(upstream, dtype=torch.float64)),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
+    planes = {
+        name: made_arguments()[name].t().contiguous().unsqueeze(0)
+        for name in ("logits", "grad_logits")
+    }
+    torch.library.opcheck(
+        OPS.dense_backward_made.default, (), made_arguments(**planes),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
 
 
 def test_opcheck_calibrate() -> None:
@@ -152,17 +160,20 @@ def test_backward_refuses_statistics_of_other_rows() -> None:
         OPS.row_backward_(**backward_arguments(logits=overlapping))
 
 
+@pytest.mark.parametrize("layout", ["row", "dense"])
 @pytest.mark.parametrize("wanted", [LOGITS, LOGITS | CALIBRATION])
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_what_forward_made_is_kept_where_the_upstream_gradient_is_one(
-    upstream: float, wanted: int
+    upstream: float, wanted: int, layout: str
 ) -> None:
     arguments = backward_arguments(
         grad_loss=torch.tensor(upstream, dtype=torch.float64), wanted=wanted
     )
-    expected, *others = OPS.row_backward(**arguments)
+    if layout == "dense":  # planes of the rows
+        arguments["logits"] = arguments["logits"].t().contiguous().unsqueeze(0)
+    expected, *others = getattr(OPS, f"{layout}_backward")(**arguments)
     kept = torch.full_like(expected, 7.0)
-    found = OPS.row_backward_made(**arguments, grad_logits=kept)
+    found = getattr(OPS, f"{layout}_backward_made")(**arguments, grad_logits=kept)
     assert torch.equal(kept, torch.full_like(kept, 7.0) if upstream == 1 else expected)
     for gradient, other in zip(found, others, strict=True):
         assert_close(gradient, other, torch.float64, "beside it")

@@ -69,7 +69,7 @@ def test_the_operators_pass_the_tests_of_the_cpu_kernels(
         wanted |= {f"{s}_calibrate{end}" for s in ("row", "dense") for end in ("", "_backward")}
     if part != "few" and seed is None:
         wanted |= {f"{layout}_backward_" for layout in layouts}
-        wanted |= {"row_backward_made", "upsample_predict"}
+        wanted |= {"row_backward_made", "dense_backward_made", "upsample_predict"}
     assert wanted <= set(called), called
 
 

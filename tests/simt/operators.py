@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
             setup_context=autograd.save_calibrate,
             lib=definitions,
         )
-    for schema in (schemas.MADE_SCHEMA, *schemas.SHARD_SCHEMAS, schemas.PREDICT_SCHEMA):
+    for schema in (*schemas.MADE_SCHEMAS, *schemas.SHARD_SCHEMAS, schemas.PREDICT_SCHEMA):
         definitions.define(schema)
     torch.ops.load_library(str(library))
     operator_swap.swap(lambda name: getattr(torch.ops.disalign_simt, name).default)

@@ -20,6 +20,9 @@ using Dense = CpuOperator<DenseLayout, DenseKernels>;
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(disalign_ops, CPU, m) { register_loss<Dense>(m, "dense"); }
+STABLE_TORCH_LIBRARY_IMPL(disalign_ops, CPU, m) {
+  register_loss<Dense>(m, "dense");
+  register_made<Dense>(m, "dense");
+}
 
 }  // namespace disalign

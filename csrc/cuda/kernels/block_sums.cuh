@@ -16,7 +16,7 @@ __device__ __forceinline__ double divisor_share(const LossArgs& args, A target_w
 }
 
 constexpr int kDivisorThreads = 256;
-constexpr int64_t kDivisorBlocks = 64;  // at most
+constexpr int64_t kDivisorBlocks = 512;  // at most
 
 // The sum of what divisor_kernel has written; every thread of every kernel gets the same bits.
 __device__ __forceinline__ double total_of_divisors(const double* divisors, int blocks) {
@@ -57,6 +57,16 @@ __device__ __forceinline__ void write_reduced_loss(const LossArgs& args, const d
         static_cast<A>(mean_of(loss, denominator, args.normalizer == kByWeights));
 }
 
+// The last block to come here, if there is a ticket, makes the loss of what all have written, in their
+// order. By the whole block; scratch has an entry a warp.
+template <class A>
+__device__ __forceinline__ void finish_if_last(const DivisorArgs& args, const double* block_sums,
+                                               double* scratch) {
+  if (!args.ticket || !is_last_block(args.ticket, gridDim.x, reinterpret_cast<int*>(scratch)))
+    return;
+  write_reduced_loss<A>(args, block_sums, gridDim.x, forward_denominator(args), scratch);
+}
+
 // The sums of a block's groups, in shared memory: registers are for the logits.
 class BlockSums {
  public:
@@ -80,14 +90,10 @@ class BlockSums {
     for (int group = 0; group < groups_; ++group) sum += memory_[2 * group + threadIdx.x];
     block_sums[2 * blockIdx.x + threadIdx.x] = sum;
   }
-  // The same; the last block to come here, if there is a ticket, makes the loss of what all have
-  // written, in their order.
   template <class A>
   __device__ __forceinline__ void write_and_finish(const RowArgs& args) const {
     write(args.block_sums);
-    if (!args.ticket || !is_last_block(args.ticket, gridDim.x, reinterpret_cast<int*>(memory_)))
-      return;
-    write_reduced_loss<A>(args, args.block_sums, gridDim.x, forward_denominator(args), memory_);
+    finish_if_last<A>(args, args.block_sums, memory_);
   }
 
  private:

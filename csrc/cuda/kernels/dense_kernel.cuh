@@ -459,6 +459,7 @@ __global__ void __launch_bounds__(kDenseThreads, sizeof(T) == 8 ? 1 : 2)
       args.block_sums[2 * blockIdx.x] = loss;
       args.block_sums[2 * blockIdx.x + 1] = divisor;
     }
+    finish_if_last<A>(args, args.block_sums, memory.scratch);
   }
   if (!wanted.sums) return;
   __syncthreads();

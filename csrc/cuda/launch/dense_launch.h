@@ -119,7 +119,11 @@ void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) 
 template <class T, bool Calibrated, class Launcher>
 void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
   FinishArgs last;
-  if (args.positions() > 0) launch_dense_kernel<T, Calibrated>(launcher, args, last);
+  if (args.positions() > 0) {
+    launch_divisors<Accumulate<T>>(launcher, args);
+    launch_dense_kernel<T, Calibrated>(launcher, args, last);
+  }
+  if (args.ticket) return;
   static_cast<DivisorArgs&>(last) = args;
   last.forward = true;
   last.block_sums = args.block_sums;

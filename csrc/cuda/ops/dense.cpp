@@ -9,7 +9,8 @@ struct Dense {
   using Layout = DenseLayout;
   using Args = DenseArgs;
   using Device = Cuda;
-  static constexpr int64_t kWantedOfForward = kWantScale | kWantBias | kWantConfidence;
+  static constexpr int64_t kWantedOfForward =
+      kWantLogits | kWantScale | kWantBias | kWantConfidence;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
     launch_dense_forward(launcher, dtype, args);
@@ -23,6 +24,7 @@ struct Dense {
 
 STABLE_TORCH_LIBRARY_IMPL(DISALIGN_CUDA_LIBRARY, DISALIGN_CUDA_KEY, m) {
   register_loss<Dense>(m, "dense");
+  register_made<Dense>(m, "dense");
 }
 
 }  // namespace disalign::cuda
