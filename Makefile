@@ -18,8 +18,9 @@ $(VENV)/.demo: requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --no-compile -r requirements-demo.txt
 	touch $@
 
-$(VENV)/.installed: requirements.txt $(VENV)/.demo
+$(VENV)/.installed: requirements.txt requirements-recipes.txt $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision -r requirements-recipes.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.demo $(NATIVE) pyproject.toml

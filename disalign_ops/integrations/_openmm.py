@@ -173,6 +173,14 @@ def _class_weight(given: Any) -> Tensor:
 def register(models: Any, loss: type[GRWCrossEntropyLoss]) -> None:
     """Adds to a framework's registry its loss, and what is the same in all of them."""
 
+    def stage1(model: dict[str, Any], **arguments: Any) -> nn.Module:
+        """A model as its config says, the calibration of its DisAlign layers frozen: for a head,
+        such as DisAlignCosineLinear, that has no plain counterpart. See freeze_for_stage1.
+        """
+        built: nn.Module = models.build({**model, **arguments})
+        dnn.freeze_for_stage1(built)
+        return built
+
     def stage2(model: dict[str, Any], bn: BatchNormMode = "eval", **arguments: Any) -> nn.Module:
         """A model as its config says, frozen but for its DisAlign layers: see freeze_for_stage2.
 
@@ -183,4 +191,5 @@ def register(models: Any, loss: type[GRWCrossEntropyLoss]) -> None:
         return built
 
     models.register_module(name="GRWCrossEntropyLoss", module=loss, force=True)
+    models.register_module(name="DisAlignStage1", module=stage1, force=True)
     models.register_module(name="DisAlignStage2", module=stage2, force=True)

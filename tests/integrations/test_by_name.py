@@ -217,6 +217,20 @@ def box_head(**options: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_a_cosine_head_of_mmdet_has_a_stage_1() -> None:
+    models = box_models()
+    head = models.build(
+        {
+            "type": "DisAlignStage1",
+            "model": box_head(cls_predictor_cfg={"type": "DisAlignCosineLinear"}),
+        }
+    )  # fmt: skip
+    frozen = {name for name, p in head.named_parameters() if not p.requires_grad}
+    assert {name.removeprefix("fc_cls.") for name in frozen} == {
+        "logit_scale", "logit_bias", "confidence_layer.weight", "confidence_layer.bias",
+    }  # fmt: skip
+
+
 def test_a_box_head_of_mmdet_from_stage_1_to_stage_2() -> None:
     models = box_models()
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def test_without_a_compiler_the_wheel_says_why_it_has_no_library(tmp_path: Path)
 def test_the_source_distribution_builds_the_library(tmp_path: Path) -> None:
     """It has every source that CMake names, and nothing compiled."""
     tracked = subprocess.run(
-        ["git", "ls-files", "csrc", "disalign_ops", "CMakeLists.txt", "LICENSE"],
+        ["git", "ls-files", "csrc", "disalign_ops", "recipes", "CMakeLists.txt", "LICENSE"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     source = tmp_path / "source"

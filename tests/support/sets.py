@@ -29,6 +29,7 @@ STANDARD = {
     "tests/test_distributed.py": "data parallelism",
     "tests/test_plots.py": "matplotlib",
     "tests/project/": "benchmarks, examples, exporters, wheels, types",
+    "tests/recipes/": "recipes, from stage 1 to the evaluation on small data sets",
     "tests/integrations/": "other frameworks, by stand-ins",
     "accumulates_over_two_ranks": "metrics over two processes",
     "cpu_kernels[dense-few]": "options of class planes in Triton's interpreter",

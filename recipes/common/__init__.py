@@ -1,0 +1,1 @@
+"""What recipes share: numbers with sources, processes, checkpoints, the log."""

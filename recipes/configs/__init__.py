@@ -1,0 +1,1 @@
+"""Configurations for other frameworks, with the numbers of the recipes."""
