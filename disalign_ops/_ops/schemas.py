@@ -85,7 +85,8 @@ def schemas(layout: Layout) -> tuple[str, ...]:
 
 
 # The layouts whose gradient of the logits forward can make on a GPU, and their backward where
-# grad_logits holds it: it is made anew where the one upstream gradient, read on the device, is not 1.
+# grad_logits holds it: it is made anew where the one upstream gradient, read on the device, is
+# not 1.
 MADE_LAYOUTS = (ROW, DENSE)
 MADE_SCHEMAS = tuple(
     schemas(layout)[1].replace(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import model
 from benchmarks.gpus import GPUS, REGISTERS
+from machine_code import planes
 from simt import build
 from support import compiler_report, launch_plans
 from support.compiler_report import Kernel
@@ -113,6 +114,64 @@ def _plans(planner: ModuleType, reports: dict[str, list[Kernel]]) -> Plans:
 @pytest.fixture(scope="module")
 def plans(planner: ModuleType, reports: dict[str, list[Kernel]]) -> Plans:
     return _plans(planner, reports)
+
+
+# A plane's 100 x 100 positions are not many for 16 bytes a thread: a tile is 64 bytes of a plane at
+# least, of which a multiprocessor has few, and one more than others.
+FEW_POSITIONS = 1203
+
+
+# Bytes in flight as IN_FLIGHT has them, of one stage a block: where they are less than 1, the least over
+# the shapes. Shared memory bounds them.
+LEAST_OF_PLANES = {
+    ("T4", "forward"): 0.95,
+    ("T4", "gradient"): 0.95,
+    ("T4", "stage2"): 0.63,
+    ("T4", "backward"): 0.95,
+    ("RTX 4090", "stage2"): 0.97,
+    ("B200", "forward"): 0.56,
+    ("B200", "gradient"): 0.46,
+    ("B200", "stage2"): 0.46,
+    ("B200", "backward"): 0.56,
+    ("RTX 5090", "forward"): 0.89,
+    ("RTX 5090", "gradient"): 0.96,
+    ("RTX 5090", "stage2"): 0.72,
+}
+
+
+@pytest.mark.parametrize("step", planes.STEPS)
+@pytest.mark.parametrize("name", GPUS)
+def test_planes_fill_the_device(planner: ModuleType, name: str, step: str) -> None:
+    gpu = GPUS[name]
+    device = launch_plans.Device(gpu, defaultdict(lambda: 128))
+    needed = 2 * gpu.gigabytes_per_second * 1e9 * LATENCY / gpu.multiprocessors
+    for (classes, shape), dtype in itertools.product(planes.SHAPES.items(), (1, 2)):
+        images, _, positions = shape
+        launch, *others = (
+            launch
+            for launch in planner.dense_launches(
+                **planes.STEPS[step], dtype=dtype, images=images, classes=classes,
+                positions=positions, weighted=True, device=device,
+            )
+            if launch["fills"]
+        )  # fmt: skip
+        assert not others
+        grid, tiles = launch["grid_x"], launch["tiles"]
+        assert launch["shared_bytes"] <= device.shared_bytes
+        resident = launch_plans.blocks_per_multiprocessor(
+            gpu, 128, launch["threads"], launch["shared_bytes"]
+        )
+        assert grid <= resident * gpu.multiprocessors  # all blocks run at once
+        of_multiprocessor = Counter[int]()
+        for block in range(grid):
+            of_multiprocessor[block % gpu.multiprocessors] += len(range(block, tiles, grid))
+        balance = max(of_multiprocessor.values()) * gpu.multiprocessors / tiles
+        in_flight = min(resident, grid / gpu.multiprocessors) * launch["rounds"] * 4096 / needed
+        what = (classes, dtype, launch["grid_x"], launch["rounds"], launch["chunks"])
+        assert balance <= (MOST_BALANCE if classes != FEW_POSITIONS else 1.5), what
+        assert in_flight >= LEAST_OF_PLANES.get((name, step), 1), what
+        if classes != FEW_POSITIONS:
+            assert launch["chunks"] == 1, what
 
 
 def test_row_kernels_spill_what_is_known(reports: dict[str, list[Kernel]]) -> None:

@@ -84,29 +84,8 @@ _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 _PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
     (False, False, True), (True, False, True), (True, True, False), (True, True, True),
 )  # fmt: skip
-_DENSE_BEFORE_90 = {
-    (_PLAIN_BY_ELEMENT, _BF16): 96,
-    (_PLAIN_BY_ELEMENT, _FP16): 172,
-    (_BY_ELEMENT, "f"): 16,
-    (_WITH_OPTIONS, _BF16): 36,
-    (_WITH_OPTIONS, _FP16): 36,
-}
-_DENSE_8X = {
-    (_PLAIN_BY_ELEMENT, _BF16): 40,
-    (_PLAIN_BY_ELEMENT, _FP16): 44,
-    (_CALIBRATED, _BF16): 8,
-    (_CALIBRATED, _FP16): 8,
-    (_WITH_OPTIONS, _BF16): 40,
-    (_WITH_OPTIONS, _FP16): 56,
-}
-_DENSE_90 = {
-    (_PLAIN_BY_ELEMENT, "f"): 8,
-    (_PLAIN_BY_ELEMENT, _BF16): 232,
-    (_PLAIN_BY_ELEMENT, _FP16): 236,
-    (_BY_ELEMENT, "f"): 88,
-    (_WITH_OPTIONS, _BF16): 84,
-    (_WITH_OPTIONS, _FP16): 68,
-}
+_DENSE = {_PLAIN_BY_ELEMENT: 52, _CALIBRATED: 40, _WITH_OPTIONS: 80}  # of half precision
+_DENSE_90 = {_PLAIN_BY_ELEMENT: 188, _CALIBRATED: 8, _WITH_OPTIONS: 184}
 
 # Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
 # registers (of backward 80, of warps 255 or 128), some fewer than the code of the widest
@@ -131,12 +110,14 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_WIDE_STAGE_2, "f"): 20,
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
-    # Planes with options, or read element by element: what stays the same for a tile.
-    **{("75", "dense_kernel", *rest): most for rest, most in _DENSE_BEFORE_90.items()},
-    **{("80", "dense_kernel", *rest): most for rest, most in _DENSE_BEFORE_90.items()},
-    **{("86", "dense_kernel", *rest): most for rest, most in _DENSE_8X.items()},
-    **{("89", "dense_kernel", *rest): most for rest, most in _DENSE_8X.items()},
-    **{("90", "dense_kernel", *rest): most for rest, most in _DENSE_90.items()},
+    # Of planes, what stays the same for a tile.
+    ("90", "dense_kernel", _BY_ELEMENT, "f"): 96,
+    **{
+        (architecture, "dense_kernel", flags, dtype): most
+        for architecture in ("75", "80", "86", "89", "90")
+        for flags, most in (_DENSE_90 if architecture == "90" else _DENSE).items()
+        for dtype in (_BF16, _FP16)
+    },
 }
 
 

@@ -39,7 +39,7 @@ struct DenseSums {
   }
 };
 
-// exp(u - shift) of V positions, times a factor for each that `correction` takes off: a float's
+// exp(u - shift) times a factor of the shift's that `correction` takes off: a float's
 // difference and product with log2 e are one multiply-add, and the factor is what shift * log2 e is
 // rounded by. Where it would leave the range of floats the shift is not `is_near`.
 template <class A>
@@ -183,25 +183,26 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
       A z_t = 0;
       factors.maximum = 0;
       if (is_valid(t)) {
-        T* const staged = stages.element(t, p, 0);
-        z_t = to_accumulate(staged ? *staged : load_one(logits + t * args.class_stride + p));
+        const int staged = stages.offset(t, p, 0);
+        z_t = to_accumulate(staged >= 0 ? stages.element(staged)
+                                        : load_one(logits + t * args.class_stride + p));
         const ClassEntry<A> entry = entry_of(t);
         const A c = Calibrated ? entries_of(kEntryC)[p] : A(0);
         const A u_t = calibrate(entry, z_t, c) - vector_entry<A>(args.margin, t, A(0));
         factors.maximum = u_t;
         if (!args.backward) {
-          if (staged) *staged = from_accumulate<T>(negative_infinity<A>());
+          if (staged >= 0) stages.element(staged) = from_accumulate<T>(negative_infinity<A>());
         } else {
           factors = position_factors(args, first_index + p, t, c, weights, inverse,
                                      [&](int) -> TargetLogit<A> { return {z_t, u_t}; });
           factors.at_target = factors.softmax * exponential(u_t - factors.maximum) -
                               factors.smooth * vector_entry<A>(args.weight, t, A(1)) -
                               factors.at_target;
-          if (is_near(factors.maximum)) factors.softmax *= correction(factors.maximum);
           // A masked class adds 0 to the sums, not its gradient times -inf.
           if (wanted.sums || wanted.slopes) {
             factors.target_slope = finite_or_zero(entry.a * z_t + entry.b);
-            if (staged && z_t == negative_infinity<A>()) *staged = from_accumulate<T>(A(0));
+            if (staged >= 0 && z_t == negative_infinity<A>())
+              stages.element(staged) = from_accumulate<T>(A(0));
           }
         }
       }
@@ -222,12 +223,12 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
 #pragma unroll 1
       for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
         const int t = memory.targets[p];
-        T* const staged = is_valid(t) ? stages.element(t, p, first) : nullptr;
+        const int staged = is_valid(t) ? stages.offset(t, p, first) : -1;
         const A z_t = memory.target_z[p];
-        if (staged)
-          *staged = from_accumulate<T>(!z                              ? negative_infinity<A>()
-                                       : z_t == negative_infinity<A>() ? A(0)
-                                                                       : z_t);
+        if (staged >= 0)
+          stages.element(staged) = from_accumulate<T>(!z ? negative_infinity<A>()
+                                                      : z_t == negative_infinity<A>() ? A(0)
+                                                                                      : z_t);
       }
       __syncthreads();
     };
@@ -278,7 +279,6 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         PositionFactors<A> factors;
         factors.maximum = sums.maximum;
         factors.softmax = v_i * result.softmax, factors.smooth = v_i * result.smooth;
-        if (is_near(sums.maximum)) factors.softmax *= correction(sums.maximum);
         factors.at_target = v_i * result.at_target;
         const ClassEntry<A> entry = entry_of(t);
         factors.target_slope = finite_or_zero(entry.a * memory.target_z[p] + entry.b);
@@ -357,15 +357,15 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
       else
         __syncthreads();
     }
-    A product[V], softmax[V], at_target[V], slope[V], highest[V];
-    bool near = true;
-    Vector::read(place, entries_of(kEntryShift), product);
+    A shift[V], softmax[V], at_target[V], slope[V], target_slope[V], highest[V];
+    Vector::read(place, entries_of(kEntryShift), shift);
     Vector::read(place, entries_of(kEntrySoftmax), softmax);
     Vector::read(place, entries_of(kEntryTarget), at_target);
+    // The sum of q over the classes is 0, but for the rounding of the target's in backward.
+    if (Calibrated && args.backward) Vector::read(place, entries_of(kEntrySlope), target_slope);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      near = near && is_near(product[v]);
-      product[v] = shift_product(product[v]);
+      if (!Calibrated || !args.backward) target_slope[v] = 0;
       slope[v] = 0;
       // Whatever is in an ignored position's logits, its exponentials are 0.
       highest[v] = is_valid(target[v]) ? -negative_infinity<A>() : negative_infinity<A>();
@@ -392,17 +392,8 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
           z[v] = std::fmin(z[v], highest[v]);
           q[v] = calibrate(entry, z[v], of_c[v]);
         }
-        if (near) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) q[v] = softmax[v] * shifted_exponential(q[v], product[v]);
-        } else {
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const A shift = entries_of(kEntryShift)[Vector::position(place, v)];
-            q[v] = softmax[v] * (is_near(shift) ? shifted_exponential(q[v], product[v])
-                                                : exponential(q[v] - shift));
-          }
-        }
+        for (int v = 0; v < V; ++v) q[v] = softmax[v] * exponential(q[v] - shift[v]);
         if (smoothing) {
 #pragma unroll
           for (int v = 0; v < V; ++v)
@@ -419,10 +410,8 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
             // A masked class adds 0: its q is, but for its share of the smoothing.
             const bool masked = smoothing && z[v] == negative_infinity<A>();
             const A zq = masked ? A(0) : larger(z[v], kLowest<A>) * q[v];
-            if (wanted.slopes) {
-              const A d_t = entries_of(kEntrySlope)[Vector::position(place, v)];
-              slope[v] += entry.a * zq + q[v] * ((masked ? A(0) : entry.b) - d_t);
-            }
+            const A b = (masked ? A(0) : entry.b) - target_slope[v];
+            slope[v] = std::fma(entry.a, zq, std::fma(b, q[v], slope[v]));
             of_class.scale += of_c[v] * zq;
             of_class.bias += of_c[v] * q[v];
           }

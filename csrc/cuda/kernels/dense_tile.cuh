@@ -260,13 +260,13 @@ class DenseStages {
   __device__ __forceinline__ Raw vector(int round) const {
     return read_shared(current_ + round * kDenseRoundBytes);
   }
-  // Position p of class t, if the stage, whose first round is `first`, has it.
-  __device__ __forceinline__ T* element(int t, int p, int first) const {
-    const int offset =
-        DenseVector<T, Whole>::offset(place_, args_, t, p) - first * kDenseRoundBytes;
-    return offset >= 0 && offset < stage_bytes_
-               ? reinterpret_cast<T*>(current_ - threadIdx.x * kVectorBytes + offset)
-               : nullptr;
+  // Where the stage, whose first round is `first`, has position p of class t; -1: it has not.
+  __device__ __forceinline__ int offset(int t, int p, int first) const {
+    const int bytes = DenseVector<T, Whole>::offset(place_, args_, t, p) - first * kDenseRoundBytes;
+    return static_cast<unsigned>(bytes) < static_cast<unsigned>(stage_bytes_) ? bytes : -1;
+  }
+  __device__ __forceinline__ T& element(int offset) const {
+    return *reinterpret_cast<T*>(current_ - threadIdx.x * kVectorBytes + offset);
   }
 
  private:
@@ -276,7 +276,7 @@ class DenseStages {
       const int positions = place_.lanes * kVector<T>;
       image_ = tiles_.image;
       at_ = int64_t{tiles_.tile} * positions;
-      count_ = static_cast<int>(min(args_.inner - at_, int64_t{positions}));
+      count_ = tiles_.tile == args_.image_tiles - 1 ? args_.last_positions : positions;
       const int first = chunk_ * args_.rounds;
       const int rounds = min(args_.rounds, place_.mine - first);
       const int64_t step = place_.slices * args_.class_stride;

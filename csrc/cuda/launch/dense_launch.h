@@ -52,30 +52,38 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits) {
     --bits;
   constexpr int64_t kRound = kDenseStages * kDenseRoundBytes;
   const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
-  // The shared memory that is not the stages'.
+  // The shared memory that is not the stages'. These have two rounds at least, or what can lie
+  // elsewhere does.
   const auto set_lanes = [&](int exponent) {
+    const auto bytes = [&] { return DenseMemory<T>::divide(args, second_pass); };
     args.lane_bits = exponent;
     args.lanes = 1 << exponent;
     args.slices = kDenseThreads >> exponent;
+    args.rounds = 0;
     args.table =
         needs_class_entries(args) &&
         args.classes * static_cast<int64_t>(sizeof(ClassEntry<Accumulate<T>>)) <= kDenseTableBytes;
     args.shared_sums =
         args.class_gradients &&
         DenseMemory<T>::sum_entries(args) * static_cast<int64_t>(sizeof(ClassSum<Accumulate<T>>)) <=
-            std::min(kDenseSumBytes, limit / 4);
-    args.rounds = 0;
-    return DenseMemory<T>::divide(args, second_pass);
+            kDenseSumBytes;
+    args.table = args.table && bytes() + 2 * kRound <= limit;
+    args.shared_sums = args.shared_sums && bytes() + 2 * kRound <= limit;
+    return bytes();
   };
-  // What is wanted twice stays, if a narrower tile does.
-  while (two_passes && bits > kLeast && set_lanes(bits) + rounds_of(bits) * kRound > limit) --bits;
-  const int64_t fixed = set_lanes(bits), most = (limit - fixed) / kRound;
+  int64_t all, rounds;
+  for (;; --bits) {
+    const int64_t fixed = set_lanes(bits), most = (limit - fixed) / kRound;
+    // Two blocks a multiprocessor, if their stages are not too small for it.
+    const int64_t half = (limit / 2 - fixed) / kRound;
+    all = rounds_of(bits);
+    rounds = std::clamp<int64_t>(half < 4 ? most : half, 1, kDenseRounds);
+    if (two_passes && all <= most) rounds = all;  // read once
+    if (all <= rounds || bits <= (two_passes ? kLeast : kLine)) break;
+  }
   args.image_tiles = static_cast<int32_t>(tiles_of(bits));
-  // Two blocks a multiprocessor, if their stages are not too small for it.
-  const int64_t half = (limit / 2 - fixed) / kRound;
-  const int64_t all = rounds_of(bits);
-  int64_t rounds = std::clamp<int64_t>(half < 4 ? most : half, 1, kDenseRounds);
-  if (all <= rounds || (two_passes && all <= most)) rounds = all;
+  args.last_positions =
+      static_cast<int32_t>(args.inner - (int64_t{args.image_tiles} - 1) * (V << bits));
   args.chunks = static_cast<int32_t>(divide_up(all, rounds));
   args.rounds = static_cast<int32_t>(divide_up(all, args.chunks));
   return DenseMemory<T>::divide(args, second_pass);
