@@ -121,8 +121,8 @@ def plans(planner: ModuleType, reports: dict[str, list[Kernel]]) -> Plans:
 FEW_POSITIONS = 1203
 
 
-# Bytes in flight as IN_FLIGHT has them, of one stage a block: where they are less than 1, the least over
-# the shapes. Shared memory bounds them.
+# Bytes in flight as IN_FLIGHT has them, of one stage a block: where they are less than 1, the least
+# over the shapes. Shared memory bounds them.
 LEAST_OF_PLANES = {
     ("T4", "forward"): 0.95,
     ("T4", "gradient"): 0.95,

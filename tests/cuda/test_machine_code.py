@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from benchmarks import model
+from benchmarks import model, model_planes
 from machine_code import disassembly, planes, rows
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
@@ -212,6 +213,13 @@ def test_the_dense_kernel_keeps_its_budgets(architecture: str, dtype: str) -> No
         if sum(n.values()) > budgets[case]
     }
     assert not over
+
+
+def test_the_model_of_planes_takes_these_counts() -> None:
+    assert set(model_planes.INSTRUCTIONS) == set(itertools.product(planes.SHAPES, planes.STEPS))
+    for key, counts in model_planes.INSTRUCTIONS.items():
+        found = tuple(sum(planes.count("90", d, *key).values()) for d in planes.DTYPES)
+        assert counts == pytest.approx(found, rel=0.01, abs=0.5), key
 
 
 def test_the_model_takes_these_counts() -> None:

@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests:. python -m machine_code.planes                          # the table
     PYTHONPATH=tests:. python -m machine_code.planes 90 bfloat16 19 forward   # opcodes of one
-    PYTHONPATH=tests:. python -m machine_code.planes budgets  # BUDGETS of test_machine_code.py
+    PYTHONPATH=tests:. python -m machine_code.planes budgets  # PLANES of test_machine_code.py
+    PYTHONPATH=tests:. python -m machine_code.planes model    # of benchmarks/model_planes.py
 
 A block's warps are walked through one tile and through three: the difference is that of the tiles,
 the rest is set-up. Every target is the same class, and no position is ignored.
@@ -18,6 +19,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import model_planes
 from support import compiler_report, launch_plans
 
 from . import disassembly
@@ -38,13 +40,8 @@ from .warp import Launch, Warp
 
 # Newer code packs what is not known with what is into registers, which the walk does not follow.
 DEVICES = {architecture: ALL_DEVICES[architecture] for architecture in ("80", "90")}
-# Images, classes, positions of a plane.
-SHAPES = {
-    19: (4, 19, 1024 * 2048),
-    21: (8, 21, 512 * 512),
-    150: (2, 150, 512 * 512),
-    1203: (1, 1203, 100 * 100),
-}
+# Classes -> images, classes, positions of a plane.
+SHAPES = {c: (n, c, height * width) for n, c, height, width in model_planes.SHAPES}
 STEPS = {
     "forward": launch_plans.FORWARD,
     "gradient": launch_plans.FORWARD | {"grad_logits": True},
@@ -154,6 +151,16 @@ def budgets() -> str:
     return "\n".join([*lines, "}"])
 
 
+def model() -> str:
+    """INSTRUCTIONS of benchmarks/model_planes.py."""
+    lines = ["INSTRUCTIONS = {"]
+    for c in SHAPES:
+        for step in STEPS:
+            found = (round(sum(count("90", d, c, step).values())) for d in DTYPES)
+            lines.append(f'    ({c}, "{step}"): ({", ".join(map(str, found))}),')
+    return "\n".join([*lines, "}"])
+
+
 def main(keys: list[tuple[str, str, int, str]]) -> None:
     print("architecture  dtype     classes  step       for 512 bytes")
     for architecture, dtype, classes, step in keys:
@@ -168,8 +175,8 @@ def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["budgets"]:
-        print(budgets())
+    if sys.argv[1:] in (["budgets"], ["model"]):
+        print(budgets() if sys.argv[1] == "budgets" else model())
     elif len(sys.argv) > 2:
         main_of(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import model
+from benchmarks import model, model_planes
 from benchmarks.gpus import GPUS
 
 RESULTS = Path(model.__file__).parent / "results" / "README.md"
@@ -15,6 +15,18 @@ H100 = GPUS["H100 SXM"]
 
 def test_the_stated_table_is_the_models() -> None:
     assert model.markdown() in RESULTS.read_text()
+    assert model_planes.markdown() in RESULTS.read_text()
+
+
+def test_planes_by_hand() -> None:
+    # 150 classes of fp32: 600 bytes of logits and 16 others a position; the memory limits.
+    share, limit = model_planes.share_of_copy("H100 SXM", "forward", "fp32", (2, 150, 512, 512))
+    assert (share, limit) == (pytest.approx(600 / 616), "memory")
+    # Instructions for 512 bytes at half of what is issued at most.
+    share, limit = model_planes.share_of_copy("H100 SXM", "stage2", "bf16", (1, 1203, 100, 100))
+    issued = model_planes.INSTRUCTIONS[1203, "stage2"][1] / (0.5 * H100.instructions_per_second)
+    copied = 512 / (0.9 * H100.gigabytes_per_second * 1e9)
+    assert (share, limit) == (pytest.approx(copied / issued), "issue")
 
 
 # Of the same data sheets: bits of the memory's bus, Gbit/s of each (of HBM to two digits), FP32
