@@ -1,4 +1,4 @@
-"""`python -m benchmarks.model_planes`: model.py's prediction for class planes. Nothing is measured."""
+"""`python -m benchmarks.model_planes`: the prediction of model.py for class planes."""
 
 from __future__ import annotations
 

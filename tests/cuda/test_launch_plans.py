@@ -174,6 +174,24 @@ def test_planes_fill_the_device(planner: ModuleType, name: str, step: str) -> No
             assert launch["chunks"] == 1, what
 
 
+@pytest.mark.parametrize(("name", "most"), [("RTX 4090", 448), ("H100 SXM", 1216)])
+def test_to_how_many_classes_planes_are_read_once(
+    planner: ModuleType, name: str, most: int
+) -> None:
+    # README.md's numbers, of both dtypes.
+    device = launch_plans.Device(GPUS[name], defaultdict(lambda: 128))
+
+    def once(dtype: int, classes: int) -> bool:
+        launches = planner.dense_launches(
+            **launch_plans.STAGE_2, dtype=dtype, images=2, classes=classes, positions=1 << 16,
+            weighted=True, device=device,
+        )  # fmt: skip
+        return next(launch for launch in launches if launch["fills"])["chunks"] == 1
+
+    assert all(once(dtype, most) for dtype in (1, 2))
+    assert not all(once(dtype, most + 8) for dtype in (1, 2))
+
+
 def test_row_kernels_spill_what_is_known(reports: dict[str, list[Kernel]]) -> None:
     # Of all kernels, types and architectures: test_cuda_build.py.
     for architecture, kernels in reports.items():
