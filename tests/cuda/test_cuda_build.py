@@ -49,9 +49,9 @@ REGISTERS = {
     ("finish_kernel", False): 56,
     ("finish_kernel", True): 64,
     ("dense_kernel plain", False): 128,  # 2 blocks
-    ("dense_kernel plain", True): 136,
+    ("dense_kernel plain", True): 144,
     ("dense_kernel calibrated", False): 128,
-    ("dense_kernel by element", False): 184,  # 1 block; calibrated, half precision
+    ("dense_kernel by element", False): 224,  # 1 block; calibrated, half precision
     ("dense_kernel calibrated", True): 184,
     ("row_calibrate_kernel forward", False): 128,
     ("row_calibrate_kernel forward", True): 128,
