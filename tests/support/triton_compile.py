@@ -34,6 +34,7 @@ TARGETS = (80, 90, 100, 120)
 @dataclass(frozen=True)
 class Launch:
     kernel: JITFunction[Any]
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
@@ -50,7 +51,7 @@ def launches() -> Iterator[list[Launch]]:
     def note(
         kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        found.append(Launch(kernel, arguments, options))
+        found.append(Launch(kernel, grid, arguments, options))
 
     with mock.patch.object(launch, "_call", note):
         yield found
