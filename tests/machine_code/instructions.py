@@ -26,6 +26,7 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
     "LEA": (ops.shift_add, "iaii"),
     "SHF": (ops.shift, "iii"),
     "SGXT": (ops.extend, "ii"),
+    "IABS": (ops.magnitude, "i"),
     "LOP3": (ops.logic, "iiii"),
     "PLOP3": (ops.predicate_logic, "pppii"),
     "ISETP": (ops.compare_integers, "ii"),

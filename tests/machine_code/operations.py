@@ -186,6 +186,10 @@ def shift(modifiers: list[str], a: Value, by: Value, c: Value) -> tuple[Value, .
     return (whole >> 32 if "HI" in modifiers else whole & M32,)
 
 
+def magnitude(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    return (None if a is None else abs(signed(a)) & M32,)
+
+
 def extend(modifiers: list[str], a: Value, bits: Value) -> tuple[Value, ...]:
     """The lower bits, and the last of them above, or 0."""
     if a is None or bits is None:
