@@ -75,7 +75,8 @@ def calibrate_backward_kernel(
         )
         mask = inside[:, None] & own[None, :]
         c = confidences_of(confidence, i, inside, ACC)
-        z = tl.load(elements(logits, base, first, stride, PLANES, CLASSES), mask=mask, other=0.0).to(ACC)
+        at = elements(logits, base, first, stride, PLANES, CLASSES)
+        z = tl.load(at, mask=mask, other=0.0).to(ACC)
         at = elements(grad_output, to, first, given_stride, PLANES, CLASSES)
         g = tl.load(at, mask=mask, other=0.0).to(ACC)
         masked = z == -float("inf")  # adds 0, not 0 * -inf

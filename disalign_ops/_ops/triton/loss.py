@@ -26,6 +26,7 @@ from .tiles import (
     confidences_of,
     divisor_share,
     entries,
+    existing,
     positions_of,
     target_logits_of,
     target_terms,
@@ -57,11 +58,18 @@ def read_and_add(
     m = tl.maximum(maximum, tl.max(u, 1))
     ratio = exp(maximum - m)[:, None]
     x = exp(u - m[:, None])
-    rest = but_at_targets(tl.fma(rest, ratio, x), rest * ratio, first, t, POSITIONS, CLASSES)
-    if DU_DC:
-        rest_du_dc = but_at_targets(
-            tl.fma(rest_du_dc, ratio, x * d), rest_du_dc * ratio, first, t, POSITIONS, CLASSES
-        )
+    if POSITIONS == 1:
+        # Element by element, added up at the end; the target is taken back where it is.
+        rest = but_at_targets(tl.fma(rest, ratio, x), rest * ratio, first, t, POSITIONS, CLASSES)
+        if DU_DC:
+            rest_du_dc = but_at_targets(
+                tl.fma(rest_du_dc, ratio, x * d), rest_du_dc * ratio, first, t, POSITIONS, CLASSES
+            )
+    else:
+        x = but_at_targets(x, 0.0, first, t, POSITIONS, CLASSES)
+        rest = tl.fma(rest, ratio, tl.sum(x, 1)[:, None])
+        if DU_DC:
+            rest_du_dc = tl.fma(rest_du_dc, ratio, tl.sum(x * d, 1)[:, None])
     if smoothing > 0:
         own = (class_indices(first, CLASSES) < classes)[None, :]
         w = class_entries(weight, first, classes, 1.0, CLASSES, WHOLE, ACC)
@@ -111,11 +119,12 @@ def forward_kernel(
         t = targets_of(target, i, inside, ignore_index, classes, SHARD)
         valid, named = t >= -1, t >= 0
         c = confidences_of(confidence, i, valid, ACC)
-        z_t = target_logits_of(logits, base, t, named, stride, PLANES, ACC)
-        target_logit, target_du_dc = target_terms(z_t, t, named, c, scale, bias, prior, margin, ACC)
+        at, mask = existing(t, named, SHARD)
+        z_t = target_logits_of(logits, base, at, named if SHARD else inside, stride, PLANES, ACC)
+        target_logit, target_du_dc = target_terms(z_t, at, mask, c, scale, bias, prior, margin, ACC)
 
         nothing = tl.zeros([POSITIONS], ACC)
-        empty = tl.zeros([POSITIONS, CLASSES], ACC)
+        empty = tl.zeros([POSITIONS, CLASSES if POSITIONS == 1 else 1], ACC)
         least = lowest(nothing)
         maximum = tl.maximum(tl.where(named, target_logit, least), least)
         sums = (maximum, empty, empty, nothing, nothing, nothing)
@@ -140,7 +149,7 @@ def forward_kernel(
                 )  # fmt: skip
         maximum, rest, rest_du_dc, smooth, smooth_du_dc, _ = sums
         rest, rest_du_dc = tl.sum(rest, 1), tl.sum(rest_du_dc, 1)
-        w_t = entries(weight, t, named, 1.0, ACC)
+        w_t = entries(weight, at, mask, 1.0, ACC)
         if SHARD:
             to = shard_sums + i
             n = outer * inner
@@ -150,7 +159,6 @@ def forward_kernel(
             tl.store(to + 3 * n, tl.where(valid, target_du_dc, 0.0), mask=inside)
             tl.store(to + 4 * n, tl.where(valid, smooth, 0.0), mask=inside)
         v = entries(sample_weight, i, valid, 1.0, ACC)
-        v = tl.where(valid, v, 0.0)
         value, total, softmax, share, q_target = position_loss(
             maximum, rest, target_logit, smooth, w_t, all_weights, e, count, g
         )

@@ -27,6 +27,7 @@ from .tiles import (
     confidences_of,
     elements,
     entries,
+    existing,
     inverse_of,
     positions_of,
     target_logits_of,
@@ -55,14 +56,19 @@ def gradients(
     if margin is not None:
         margin_t = entries(margin, t, t >= 0, 0.0, ACC)
         u = add_at_targets(u, -margin_t, first, t, POSITIONS, CLASSES)
-    q = softmax[:, None] * exp(u - maximum[:, None])
+    x = exp(u - maximum[:, None])
+    if not ALONE:
+        x = tl.where(valid[:, None], x, 0.0)  # what an ignored position holds goes no further
+    if POSITIONS == 1:
+        q = add_at_targets(softmax[:, None] * x, -at_target, first, t, POSITIONS, CLASSES)
+    else:
+        nothing = tl.zeros([POSITIONS, CLASSES], ACC)
+        subtracted = add_at_targets(nothing, -at_target, first, t, POSITIONS, CLASSES)
+        q = tl.fma(softmax[:, None], x, subtracted)
     if smoothing > 0:
         own = (class_indices(first, CLASSES) < classes)[None, :]
         w = class_entries(weight, first, classes, 1.0, CLASSES, WHOLE, ACC)
         q -= tl.where(own, smooth[:, None] * w, 0.0)
-    q = add_at_targets(q, -at_target, first, t, POSITIONS, CLASSES)
-    if not ALONE:
-        q = tl.where(valid[:, None], q, 0.0)
     if DU_DC:
         du_dc_sums += q * (d - target_du_dc[:, None])
     if grad_logits is not None:
@@ -103,6 +109,11 @@ def backward_kernel(
     count = classes.to(ACC)
     all_weights = count if weights is None else tl.load(weights)
     inverse = inverse_of(denominator, ACC)
+    # What `upstream_stride` guards would be compiled for upstream of None, too.
+    whole_upstream = tl.full((), 1.0, ACC)
+    if upstream is not None:  # noqa: SIM102
+        if upstream_stride == 0:
+            whole_upstream = tl.load(upstream)
     grad_scale = tl.zeros([POSITIONS, CLASSES], ACC)
     grad_bias = tl.zeros([POSITIONS, CLASSES], ACC)
     given = (logits, weight, scale, bias, prior, margin, grad_logits)
@@ -125,27 +136,28 @@ def backward_kernel(
         else:
             maximum = tl.load(row_max + i, mask=valid, other=0.0)
             total = tl.load(row_sum + i, mask=valid, other=1.0)
-            w_t = entries(weight, t, named, 1.0, ACC)
+            at, mask = existing(t, named, SHARD)
+            w_t = entries(weight, at, mask, 1.0, ACC)
             nll = tl.zeros([POSITIONS], ACC)
             if (gamma > 0) | (confidence_sums is not None):
                 if target_logits is not None:
                     z_t = tl.load(target_logits + i, mask=named, other=0.0)
                 else:
-                    z_t = target_logits_of(logits, base, t, named, stride, PLANES, ACC)
-                u_t, target_du_dc = target_terms(
-                    z_t, t, named, c, scale, bias, prior, margin, ACC
-                )
+                    z_t = target_logits_of(logits, base, at, inside, stride, PLANES, ACC)
+                u_t, target_du_dc = target_terms(z_t, at, mask, c, scale, bias, prior, margin, ACC)
                 nll = (maximum - u_t) + tl.log(total)
             softmax, at_target, share, _value = row_terms(nll, w_t, all_weights, e, count, g)
             factor = entries(sample_weight, i, valid, 1.0, ACC)
-            if upstream is not None:
-                factor *= tl.load(upstream + i * upstream_stride, mask=valid, other=0.0)
+            if upstream is not None:  # noqa: SIM102
+                if upstream_stride != 0:
+                    factor *= tl.load(upstream + i * upstream_stride, mask=valid, other=0.0)
             # Denominator 0 (no valid position): gradients are 0, whatever the numerator.
-            factor = tl.where(inverse == 0.0, 0.0, factor * inverse)
+            factor = tl.where(inverse == 0.0, 0.0, factor * (whole_upstream * inverse))
             softmax *= factor / total
             smooth = factor * share
             at_target *= factor
 
+        softmax, smooth = tl.where(valid, softmax, 0.0), tl.where(valid, smooth, 0.0)
         factors = (maximum, softmax, smooth, at_target, target_du_dc, c)
         _, _, to = positions_of(block, inner, grad_outer_stride, grad_stride, PLANES, POSITIONS)
         du_dc_sums = tl.zeros([POSITIONS, CLASSES], ACC)
@@ -176,9 +188,9 @@ def backward_kernel(
                 )  # fmt: skip
             if grad_logits is not None:
                 for first in range(read, classes, CLASSES):
-                    at = elements(grad_logits, to, first, grad_stride, PLANES, CLASSES)
+                    there = elements(grad_logits, to, first, grad_stride, PLANES, CLASSES)
                     zeros = tl.zeros([POSITIONS, CLASSES], ACC)
-                    write_tile(at, zeros, first, inside, classes, POSITIONS, CLASSES, False)
+                    write_tile(there, zeros, first, inside, classes, POSITIONS, CLASSES, False)
         if confidence_sums is not None:
             sums = c * (1.0 - c) * tl.sum(du_dc_sums, 1)
             tl.store(confidence_sums + tl.program_id(1) * outer * inner + i, sums, mask=inside)

@@ -46,8 +46,8 @@ class LogitsView:
             n, classes = logits.shape
             return LogitsView(logits, 1, n, classes, 0, logits.stride(0), False, class_sums)
         n, classes, inner = logits.shape
-        strides = logits.stride()[:2]
-        return LogitsView(logits, n, inner, classes, *strides, True, class_sums)
+        outer_stride, stride, _ = logits.stride()
+        return LogitsView(logits, n, inner, classes, outer_stride, stride, True, class_sums)
 
     @property
     def positions(self) -> int:
@@ -100,9 +100,7 @@ class LogitsView:
     def _contiguous(self) -> tuple[int, int]:
         return (self.classes * self.inner, self.inner) if self.planes else (0, self.classes)
 
-    def start(
-        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]
-    ) -> None:
+    def start(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         if self.positions:
             launch.start(
                 kernel, grid, arguments, self.tile, self.logits.device, PLANES=self.planes,

@@ -35,12 +35,10 @@ def exp(x):
 
 @triton.jit
 def log1p_of(x, y, log_y):
-    """log(1 + x) where y = 1 + x rounds, from log(y): what rounding took is made up for by
-    x / (y - 1). Of a finite x.
+    """log(1 + x), x >= 0, of y = 1 + x as it is rounded, and log(y): what rounding took is added,
+    to first order. Beyond y = 2 that is less than the logarithm's own rounding.
     """
-    rest = y - 1.0
-    same = rest == 0.0
-    return tl.where(same, x, log_y * (x / tl.where(same, 1.0, rest)))
+    return log_y + tl.where(y < 2.0, x - (y - 1.0), 0.0)
 
 
 @triton.jit

@@ -77,16 +77,19 @@ def targets_of(target, i, inside, ignore_index, classes, SHARD: tl.constexpr):
     """
     t = tl.load(target + i, mask=inside, other=0).to(tl.int64)
     valid = inside & (t != ignore_index)
-    known = (t >= (-1 if SHARD else 0)) & (t < classes)
+    # One comparison of 64 bits: a negative number is beyond all classes.
+    known = (t + 1).to(tl.uint64) <= classes if SHARD else t.to(tl.uint64) < classes
     tl.device_assert((valid == 0) | known, "target is no class")
     return tl.where(valid & known, t, -2).to(tl.int32)
 
 
 @triton.jit
 def entries(vector, i, mask, absent, ACC: tl.constexpr):
-    """vector[i]; `absent` where there is no vector or no entry."""
+    """vector[i]; `absent` where there is no vector or no entry. mask: None where all have one."""
     if vector is None:
         found = tl.full(i.shape, absent, ACC)
+    elif mask is None:
+        found = tl.load(vector + i)
     else:
         found = tl.load(vector + i, mask=mask, other=absent)
     return found
@@ -146,9 +149,18 @@ def target_terms(z_t, t, named, c, scale, bias, prior, margin, ACC: tl.constexpr
         a = entries(scale, t, named, 0.0, ACC)
         b = entries(bias, t, named, 0.0, ACC)
         d_t = finite_or_zero(a * z_t + b)
-        u_t = z_t * (a * c + 1.0) + b * c
+        # The same bits as in a tile, whose maximum it is compared with.
+        u_t = tl.fma(z_t, tl.fma(a, c, 1.0), b * c)
     u_t += entries(prior, t, named, 0.0, ACC)
     return u_t - entries(margin, t, named, 0.0, ACC), d_t
+
+
+@triton.jit
+def existing(t, named, SHARD: tl.constexpr):
+    """Classes to read at, and the mask to read with: an ignored position's target is class 0, which
+    takes no mask, as of a shard's where another shard has the class.
+    """
+    return (t, named) if SHARD else (tl.maximum(t, 0), None)
 
 
 @triton.jit
@@ -166,7 +178,7 @@ def tile_of(logits, base, first, inside, c, scale, bias, prior, classes, stride,
     if WHOLE and POSITIONS == 1:
         z = tl.load(at)
     elif WHOLE:
-        z = tl.load(at, mask=inside[:, None], other=-float("inf"))
+        z = tl.load(at, mask=inside[:, None])
     else:
         own = class_indices(first, CLASSES) < classes
         z = tl.load(at, mask=inside[:, None] & own[None, :], other=-float("inf"))
@@ -176,7 +188,7 @@ def tile_of(logits, base, first, inside, c, scale, bias, prior, classes, stride,
         a = class_entries(scale, first, classes, 0.0, CLASSES, WHOLE, ACC)
         b = class_entries(bias, first, classes, 0.0, CLASSES, WHOLE, ACC)
         d = finite_or_zero(a * z + b)
-        u = z * (a * c[:, None] + 1.0) + b * c[:, None]
+        u = tl.fma(z, tl.fma(a, c[:, None], 1.0), b * c[:, None])
     if prior is not None:
         u += class_entries(prior, first, classes, 0.0, CLASSES, WHOLE, ACC)
     return z, u, d
