@@ -184,3 +184,23 @@ def test_reduction_none_has_machine_code(layout: str, target: int, launched: lis
 def test_every_other_function_compiles(dtype: torch.dtype, launched: list[Launch]) -> None:
     others(dtype)
     assert compile_all(launched) > 0
+
+
+@pytest.mark.parametrize("architecture", triton_compile.ROCM)
+def test_losses_compile_for_rocm_and_ask_for_no_registers(
+    architecture: str, launched: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To code objects, by Triton's AMD back end, which needs no device."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for layout in ("rows", "wide rows", "planes"):
+        default = {name: values[0] for name, values in OPTIONS.items()}
+        call(layout, default | {"weight": True, "label_smoothing": 0.1})
+    of_logits = [launch for launch in launched if launch.name not in ("loss_kernel", "sum_kernel")]
+    assert {launch.name for launch in of_logits} == {"forward_kernel", "backward_kernel"}
+    for launch in launched:
+        assert "maxnreg" not in launch.options
+        assert triton_compile.translate(launch, architecture).asm["hsaco"]
+    monkeypatch.setattr(torch.version, "hip", None)
+    launched.clear()
+    call("rows", default)
+    assert any("maxnreg" in launch.options for launch in launched)
