@@ -24,7 +24,7 @@ from support import triton_compile
 from support.triton_compile import Launch
 
 ALL = os.environ.get("DISALIGN_OPS_TRITON_COMPILE") == "all"
-TARGETS = (80, 90, 120)
+TARGETS = triton_compile.TARGETS
 CLASSES = 5
 
 # name -> values, the first of them the default.
@@ -109,6 +109,15 @@ def call(layout: str, chosen: dict[str, Any]) -> None:
         loss.sum().backward()
 
 
+def call_all(layout: str) -> None:
+    """Every loss of a layout."""
+    options = OPTIONS | (UPSAMPLE if layout == "upsample" else {})
+    for chosen in choices(options):
+        if chosen["inplace_backward"] and chosen["learned"] in ("scale", "bias", "nothing"):
+            continue
+        call(layout, chosen)
+
+
 def others(dtype: torch.dtype) -> None:
     """The functions beside the losses."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -160,14 +169,21 @@ def compile_all(launched: list[Launch]) -> int:
 
 @pytest.mark.parametrize("layout", SHAPES)
 def test_every_loss_compiles(layout: str, launched: list[Launch]) -> None:
-    options = OPTIONS | (UPSAMPLE if layout == "upsample" else {})
-    for chosen in choices(options):
-        if chosen["inplace_backward"] and chosen["learned"] in ("scale", "bias", "nothing"):
-            continue
-        call(layout, chosen)
+    call_all(layout)
     names = {launch.name for launch in launched}
     assert names >= {"forward_kernel", "loss_kernel", "backward_kernel", "sum_kernel"}
     compile_all(launched)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", SHAPES)
+def test_every_option_has_machine_code_that_spills_nothing(
+    layout: str, target: int, launched: list[Launch]
+) -> None:
+    call_all(layout)
+    for key, launch in {triton_compile.specialised(x, target)[1]: x for x in launched}.items():
+        found = triton_compile.compile_launch(launch, target)
+        assert found.spilled == 0, (key, found)
 
 
 @pytest.mark.parametrize("target", TARGETS)
