@@ -24,7 +24,7 @@ from support import triton_compile
 from support.triton_compile import Launch
 
 ALL = os.environ.get("DISALIGN_OPS_TRITON_COMPILE") == "all"
-TARGETS = (80, 90, 120)
+TARGETS = triton_compile.TARGETS
 CLASSES = 5
 
 # name -> values, the first of them the default.
@@ -109,6 +109,15 @@ def call(layout: str, chosen: dict[str, Any]) -> None:
         loss.sum().backward()
 
 
+def call_all(layout: str) -> None:
+    """Every loss of a layout."""
+    options = OPTIONS | (UPSAMPLE if layout == "upsample" else {})
+    for chosen in choices(options):
+        if chosen["inplace_backward"] and chosen["learned"] in ("scale", "bias", "nothing"):
+            continue
+        call(layout, chosen)
+
+
 def others(dtype: torch.dtype) -> None:
     """The functions beside the losses."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -160,14 +169,21 @@ def compile_all(launched: list[Launch]) -> int:
 
 @pytest.mark.parametrize("layout", SHAPES)
 def test_every_loss_compiles(layout: str, launched: list[Launch]) -> None:
-    options = OPTIONS | (UPSAMPLE if layout == "upsample" else {})
-    for chosen in choices(options):
-        if chosen["inplace_backward"] and chosen["learned"] in ("scale", "bias", "nothing"):
-            continue
-        call(layout, chosen)
+    call_all(layout)
     names = {launch.name for launch in launched}
     assert names >= {"forward_kernel", "loss_kernel", "backward_kernel", "sum_kernel"}
     compile_all(launched)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", SHAPES)
+def test_every_option_has_machine_code_that_spills_nothing(
+    layout: str, target: int, launched: list[Launch]
+) -> None:
+    call_all(layout)
+    for key, launch in {triton_compile.specialised(x, target)[1]: x for x in launched}.items():
+        found = triton_compile.compile_launch(launch, target)
+        assert found.spilled == 0, (key, found)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -184,3 +200,23 @@ def test_reduction_none_has_machine_code(layout: str, target: int, launched: lis
 def test_every_other_function_compiles(dtype: torch.dtype, launched: list[Launch]) -> None:
     others(dtype)
     assert compile_all(launched) > 0
+
+
+@pytest.mark.parametrize("architecture", triton_compile.ROCM)
+def test_losses_compile_for_rocm_and_ask_for_no_registers(
+    architecture: str, launched: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To code objects, by Triton's AMD back end, which needs no device."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for layout in ("rows", "wide rows", "planes"):
+        default = {name: values[0] for name, values in OPTIONS.items()}
+        call(layout, default | {"weight": True, "label_smoothing": 0.1})
+    of_logits = [launch for launch in launched if launch.name not in ("loss_kernel", "sum_kernel")]
+    assert {launch.name for launch in of_logits} == {"forward_kernel", "backward_kernel"}
+    for launch in launched:
+        assert "maxnreg" not in launch.options
+        assert triton_compile.translate(launch, architecture).asm["hsaco"]
+    monkeypatch.setattr(torch.version, "hip", None)
+    launched.clear()
+    call("rows", default)
+    assert any("maxnreg" in launch.options for launch in launched)

@@ -25,6 +25,8 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
     "IMAD": (ops.multiply_add, "iii"),
     "LEA": (ops.shift_add, "iaii"),
     "SHF": (ops.shift, "iii"),
+    "SGXT": (ops.extend, "ii"),
+    "IABS": (ops.magnitude, "i"),
     "LOP3": (ops.logic, "iiii"),
     "PLOP3": (ops.predicate_logic, "pppii"),
     "ISETP": (ops.compare_integers, "ii"),
@@ -54,9 +56,9 @@ WITH_BITS = ("LOP3", "MOV")  # they know what operations.Bits are
 # What they write is not followed.
 DATA = {
     "FMNMX", "FMNMX3", "HMNMX2", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC",
-    "MUFU", "ATOMG",
+    "MUFU", "ATOMG", "LDSM", "HSETP2",
 }  # fmt: skip
-NOTHING = {"STG", "STS", "ST", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
+NOTHING = {"STG", "STS", "STSM", "ST", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
            "ENDCOLLECTIVE", "ERRBAR", "CGAERRBAR", "CCTL"}  # fmt: skip
 
 
@@ -137,7 +139,9 @@ LOADS = {"LDC", "LDG", "LDL", "LD"}
 
 
 def _words(modifiers: list[str]) -> int:
-    return {"64": 2, "128": 4}.get(next((m for m in modifiers if m in ("64", "128")), ""), 1)
+    """That an instruction loads: bits, or the matrices of LDSM."""
+    sizes = {"64": 2, "128": 4, "2": 2, "4": 4}
+    return next((sizes[m] for m in modifiers if m in sizes), 1)
 
 
 def _move(instruction: Instruction) -> Step | None:
@@ -200,17 +204,23 @@ def _move(instruction: Instruction) -> Step | None:
             places = [n for n in range(7) if mask >> n & 1]
 
             def together(other: Value, *bits: Value) -> tuple[Value, ...]:
-                if other is None or None in bits:
-                    return (None,)
-                packed = sum(int(b) << n for b, n in zip(bits, places, strict=True))
-                return (other & ~mask | packed,)
+                known, value = (M32, other) if type(other) is int else (0, 0)
+                if isinstance(other, ops.Bits):
+                    known, value = other.known, other.value
+                known, value = known & ~mask, value & ~mask
+                for bit, place in zip(bits, places, strict=True):
+                    if bit is not None:
+                        known, value = known | 1 << place, value | int(bit) << place
+                missing = ~known & M32
+                return (value if not missing else ops.Bits(known, value) if known else None,)
 
-            value = lift(together, [rest(warp), *bits])[0]
+            value = lift(together, [rest(warp), *bits], True)[0]
             _write(warp, instruction, operands[0], value, False, guard(warp))
 
         return pack
     if plain in DATA:
-        results = list(operands[: 2 if name == "ATOMG" else 1])  # a predicate, the register
+        # ATOMG: a predicate, the register; HSETP2: two predicates
+        results = list(operands[: 2 if name in ("ATOMG", "HSETP2") else 1])
         words = 2 if plain == "LEPC" else _words(modifiers)
 
         def forget(warp: Warp) -> None:

@@ -186,6 +186,18 @@ def shift(modifiers: list[str], a: Value, by: Value, c: Value) -> tuple[Value, .
     return (whole >> 32 if "HI" in modifiers else whole & M32,)
 
 
+def magnitude(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    return (None if a is None else abs(signed(a)) & M32,)
+
+
+def extend(modifiers: list[str], a: Value, bits: Value) -> tuple[Value, ...]:
+    """The lower bits, and the last of them above, or 0."""
+    if a is None or bits is None:
+        return (None,)
+    low = a & (1 << bits) - 1
+    return (low if "U32" in modifiers else signed(low, bits) & M32,)
+
+
 @dataclass(frozen=True)
 class Bits:
     """A register of which some bits are known: where conditions are packed into one."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .disassembly import Instruction, Kernel
-from .operations import Bits, Value
+from .operations import M32, Bits, Value
 
 LANES = 32
 ALL = (1 << LANES) - 1
@@ -174,8 +174,19 @@ def merge(old: Value, new: Value, guard: Value, active: int) -> Value:
         elif guards[lane] is True or kept[lane] == value[lane]:
             merged.append(value[lane])
         else:
-            merged.append(None)
+            merged.append(agreeing(kept[lane], value[lane]))
     return uniform(merged)
+
+
+def agreeing(a: Value, b: Value) -> Value:
+    """The bits of a register that may have either value."""
+    masks = [(v.known, v.value) if isinstance(v, Bits) else (M32, v) for v in (a, b)
+             if type(v) in (int, Bits)]  # fmt: skip
+    if len(masks) < 2:
+        return None
+    (known, one), (other_known, other) = masks
+    known &= other_known & ~(one ^ other)
+    return Bits(known, one & known) if known else None
 
 
 def uniform(values: list[Value]) -> Value:

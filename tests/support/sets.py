@@ -20,6 +20,7 @@ STANDARD = {
     "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
     "tests/cuda/test_simt.py": "the host model of CUDA finds the faults it is there for",
     "tests/_ops/test_triton_targets.py": "each option compiles with Triton for each layout",
+    "tests/_ops/test_triton_machine_code.py": "how many instructions a warp of Triton's issues",
     "tests/_ops/test_triton.py::test_every_kernel_compiles": "registers of the Triton kernels",
     "tests/_ops/test_triton.py::test_aligned_rows": "16-byte reads of the Triton kernels",
     "tests/_ops/test_triton.py::test_new_sizes": "sizes and options that compile nothing again",
@@ -43,6 +44,7 @@ STANDARD = {
     "opcheck": "torch.library.opcheck",
 }
 SLOW = {
+    "machine_code_that_spills_nothing": "each option of Triton's kernels on four architectures",
     "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",
@@ -60,6 +62,7 @@ GROUPS = {
     "tests/cuda/test_cuda_build.py": "nvcc",
     "tests/cuda/test_launch_plans.py": "launch plans",
     "tests/_ops/test_triton_targets.py": "triton",
+    "tests/_ops/test_triton_machine_code.py": "triton machine code",
     "tests/_ops/test_triton.py::test_every_kernel_compiles": "triton registers",
     "tests/_ops/test_triton.py::test_aligned_rows": "triton registers",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier": "simt",

@@ -29,11 +29,13 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from disalign_ops._ops.triton import launch
 
 TARGETS = (80, 90, 100, 120)
+ROCM = ("gfx942", "gfx1100")
 
 
 @dataclass(frozen=True)
 class Launch:
     kernel: JITFunction[Any]
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
@@ -50,15 +52,22 @@ def launches() -> Iterator[list[Launch]]:
     def note(
         kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        found.append(Launch(kernel, arguments, options))
+        found.append(Launch(kernel, grid, arguments, options))
 
     with mock.patch.object(launch, "_call", note):
         yield found
 
 
-def specialised(found: Launch, architecture: int) -> tuple[Any, str]:
+def _target(architecture: int | str) -> GPUTarget:
+    """Of a compute capability times ten, or of an AMD GPU: those of data centres have 64 lanes."""
+    if isinstance(architecture, int):
+        return GPUTarget("cuda", architecture, 32)
+    return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+
+
+def specialised(found: Launch, architecture: int | str) -> tuple[Any, str]:
     """The launch's source for the compiler with its options, and the key of Triton's cache."""
-    backend = make_backend(GPUTarget("cuda", architecture, 32))
+    backend = make_backend(_target(architecture))
     kernel = found.kernel
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     given = {**found.options, "debug": kernel.debug}
@@ -79,17 +88,16 @@ class Compiled:
     asserts: bool  # whether it has a device_assert
 
 
-def translate(found: Launch, architecture: int) -> Any:
+def translate(found: Launch, architecture: int | str) -> Any:
     """The launch's compiled kernel, as Triton's launcher would hand it to the driver."""
     (source, options), _ = specialised(found, architecture)
-    target = GPUTarget("cuda", architecture, 32)
-    return triton_compile(source, target=target, options=options.__dict__)
+    return triton_compile(source, target=_target(architecture), options=options.__dict__)
 
 
 def front_end(found: Launch, architecture: int) -> Any:
     """The launch in Triton's own language, before any machine: what a wrong kernel fails in."""
     (source, options), _ = specialised(found, architecture)
-    target = GPUTarget("cuda", architecture, 32)
+    target = _target(architecture)
     backend, context = make_backend(target), ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)

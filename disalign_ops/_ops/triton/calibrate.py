@@ -1,21 +1,23 @@
-"""The kernels of the calibrated logits u = (1 + c a) z + c b; maps as in loss.py."""
+"""The kernels of the calibrated logits u = (1 + c a) z + c b; maps as in tiles.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .loss import (
+from .position import finite_or_zero
+from .tiles import (
     RUN_TIME,
     affine,
+    blocks_of,
     bounds,
     class_indices,
+    confidences_of,
     elements,
     entries,
     positions_of,
     write_class_sums,
 )
-from .position import finite_or_zero, sigmoid
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "out_outer_stride", "out_stride"])
@@ -30,18 +32,19 @@ def calibrate_kernel(
     inner, classes = bounds(inner, classes, PLANES, UNIT)
     outer_stride, stride = outer_stride * UNIT, stride * UNIT
     out_outer_stride, out_stride = out_outer_stride * UNIT, out_stride * UNIT
-    columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
+    first = tl.program_id(1) * CLASSES
+    columns = class_indices(first, CLASSES)
     own = columns < classes
-    blocks = outer * tl.cdiv(inner, POSITIONS)
+    blocks = blocks_of(outer, inner, PLANES, POSITIONS)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i, inside, base = positions_of(block, inner, outer_stride, stride, PLANES, POSITIONS)
         i, inside, to = positions_of(block, inner, out_outer_stride, out_stride, PLANES, POSITIONS)
         mask = inside[:, None] & own[None, :]
-        c = sigmoid(tl.load(confidence + i, mask=inside, other=0.0))
-        z = tl.load(logits + elements(base, columns, stride, PLANES), mask=mask, other=0.0)
+        c = confidences_of(confidence, i, inside, ACC)
+        z = tl.load(elements(logits, base, first, stride, PLANES, CLASSES), mask=mask, other=0.0)
         u = affine(z.to(ACC), c, columns, own, scale, bias, None, ACC)
-        tl.store(out + elements(to, columns, out_stride, PLANES), u.to(out.dtype.element_ty),
-                 mask=mask)  # fmt: skip
+        at = elements(out, to, first, out_stride, PLANES, CLASSES)
+        tl.store(at, u.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "given_outer_stride", "given_stride"])
@@ -52,28 +55,30 @@ def calibrate_backward_kernel(
     PLANES: tl.constexpr, UNIT: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """One read of the logits and of grad_output; outputs as loss.backward_kernel's.
+    """One read of the logits and of grad_output; outputs as loss_backward.py's.
 
     given_*: strides of grad_output and of grad_logits, both contiguous.
     """
     inner, classes = bounds(inner, classes, PLANES, UNIT)
     outer_stride, stride = outer_stride * UNIT, stride * UNIT
     given_outer_stride, given_stride = given_outer_stride * UNIT, given_stride * UNIT
-    columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
+    first = tl.program_id(1) * CLASSES
+    columns = class_indices(first, CLASSES)
     own = columns < classes
     grad_scale = tl.zeros([POSITIONS, CLASSES], ACC)
     grad_bias = tl.zeros([POSITIONS, CLASSES], ACC)
-    blocks = outer * tl.cdiv(inner, POSITIONS)
+    blocks = blocks_of(outer, inner, PLANES, POSITIONS)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         i, inside, base = positions_of(block, inner, outer_stride, stride, PLANES, POSITIONS)
         i, inside, to = positions_of(
             block, inner, given_outer_stride, given_stride, PLANES, POSITIONS
         )
         mask = inside[:, None] & own[None, :]
-        c = sigmoid(tl.load(confidence + i, mask=inside, other=0.0))
-        at = elements(to, columns, given_stride, PLANES)
-        z = tl.load(logits + elements(base, columns, stride, PLANES), mask=mask, other=0.0).to(ACC)
-        g = tl.load(grad_output + at, mask=mask, other=0.0).to(ACC)
+        c = confidences_of(confidence, i, inside, ACC)
+        at = elements(logits, base, first, stride, PLANES, CLASSES)
+        z = tl.load(at, mask=mask, other=0.0).to(ACC)
+        at = elements(grad_output, to, first, given_stride, PLANES, CLASSES)
+        g = tl.load(at, mask=mask, other=0.0).to(ACC)
         masked = z == -float("inf")  # adds 0, not 0 * -inf
         a = entries(scale, columns, own, 0.0, ACC)[None, :]
         if confidence_sums is not None:
@@ -87,6 +92,7 @@ def calibrate_backward_kernel(
             grad_bias += g_c
         if grad_logits is not None:
             g *= a * c[:, None] + 1.0
-            tl.store(grad_logits + at, g.to(grad_logits.dtype.element_ty), mask=mask)
+            at = elements(grad_logits, to, first, given_stride, PLANES, CLASSES)
+            tl.store(at, g.to(grad_logits.dtype.element_ty), mask=mask)
     if class_sums is not None:
         write_class_sums(class_sums, grad_scale, grad_bias, classes, columns)

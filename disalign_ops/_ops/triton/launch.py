@@ -1,7 +1,8 @@
 """Tiles and grids of the kernels of rows and class planes.
 
 Tiles are powers of two, so that few kernels are compiled for all class counts, and so small that a
-thread's registers hold its logits with their class sums: tests/_ops/test_triton.py.
+thread's registers hold what it works on: tests/_ops/test_triton.py. A row that one warp has needs
+no barrier, and what is computed once a row is computed by one warp.
 """
 
 from __future__ import annotations
@@ -40,8 +41,29 @@ class Tile:
         return options
 
 
+def passing_tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
+    """The tile that passes through C classes, where nothing is summed over the positions.
+
+    rows, C <= 256: 512 logits, 4 warps
+    rows, C <= 2048: 8 logits a thread (float64: 4), 1 warp
+    rows beyond: twice as many a thread, a warp for each 4096 classes, at most 8
+    planes: 4 classes of 16 bytes of positions a thread, 1 warp (half precision: 2)
+    """
+    size = dtype.itemsize
+    if planes:
+        warps = 2 if size == 2 else 1
+        return Tile(warps * 32 * 16 // size, 4, warps, True)
+    width = max(16, triton.next_power_of_2(classes))
+    if width <= 256:
+        return Tile(512 // width, width, 4, True)
+    warps = min(8, max(1, width // 4096))
+    logits = (8 if width <= 2048 else 16) // max(1, size // 4)
+    return Tile(1, 32 * logits * warps, warps, True)
+
+
 def tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
-    """The tile for C classes: of the power of two at or above C, or a part of them.
+    """The tile for C classes: of the power of two at or above C, or a part of them; of kernels that
+    sum over the positions, for each class.
 
     rows, C <= 512: 512 logits (float64: 256), 4 warps
     rows, C <= 4096 (float64: 2048): one row, 8 logits a thread
@@ -82,7 +104,7 @@ def programs(blocks: int, tile: Tile, parts: int, device: torch.device) -> int:
 
 
 _AUTOTUNE = "DISALIGN_OPS_TRITON_AUTOTUNE"
-_SIZE_CLASS = ("PLANES", "UNIT", "TILED", "POSITIONS", "CLASSES", "NODES")
+_SIZE_CLASS = ("PLANES", "UNIT", "POSITIONS", "CLASSES", "NODES")
 _SMALL = Tile(1, 256, 4, False)  # of kernels that sum up
 
 

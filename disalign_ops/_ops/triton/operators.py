@@ -18,7 +18,10 @@ from ..reference import IGNORED, accumulate_dtype, class_indices
 from . import launch
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
 from .call import Backward, CalibrationSums, Forward, Given, Loss, arithmetic, vector
-from .loss import backward_kernel, forward_kernel
+from .loss import forward_kernel
+from .loss_backward import backward_kernel
+
+_CLASS_SUMS = SCALE | BIAS
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,17 @@ class LogitsView:
     outer_stride: int
     stride: int
     planes: bool
+    class_sums: bool
 
     @staticmethod
-    def of(logits: Tensor) -> LogitsView:
+    def of(logits: Tensor, class_sums: bool) -> LogitsView:
+        """class_sums: whether what is launched sums over the positions, for each class."""
         if logits.dim() == 2:
             n, classes = logits.shape
-            return LogitsView(logits, 1, n, classes, 0, logits.stride(0), False)
+            return LogitsView(logits, 1, n, classes, 0, logits.stride(0), False, class_sums)
         n, classes, inner = logits.shape
-        return LogitsView(logits, n, inner, classes, logits.stride(0), logits.stride(1), True)
+        outer_stride, stride, _ = logits.stride()
+        return LogitsView(logits, n, inner, classes, outer_stride, stride, True, class_sums)
 
     @property
     def positions(self) -> int:
@@ -49,12 +55,13 @@ class LogitsView:
 
     @property
     def tile(self) -> launch.Tile:
-        return launch.tile(self.classes, self.planes, self.logits.dtype)
+        choose = launch.tile if self.class_sums else launch.passing_tile
+        return choose(self.classes, self.planes, self.logits.dtype)
 
     @property
     def parts(self) -> int:
-        """Tiles of the classes."""
-        return int(triton.cdiv(self.classes, self.tile.classes))
+        """Programs that a position's classes are divided over."""
+        return int(triton.cdiv(self.classes, self.tile.classes)) if self.class_sums else 1
 
     def programs(self, parts: int) -> int:
         """Along the positions, beside `parts` along the classes."""
@@ -93,14 +100,12 @@ class LogitsView:
     def _contiguous(self) -> tuple[int, int]:
         return (self.classes * self.inner, self.inner) if self.planes else (0, self.classes)
 
-    def start(
-        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **constants: Any
-    ) -> None:
+    def start(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         if self.positions:
             launch.start(
                 kernel, grid, arguments, self.tile, self.logits.device, PLANES=self.planes,
                 UNIT=self.unit, POSITIONS=self.tile.positions, CLASSES=self.tile.classes,
-                ACC=arithmetic(self.logits), **constants,
+                ACC=arithmetic(self.logits),
             )  # fmt: skip
 
 
@@ -111,12 +116,15 @@ def forward(*arguments: Any) -> list[Tensor]:
     """
     call = Forward.of(arguments)
     given, logits = call.given, call.given.logits
-    view = LogitsView.of(logits)
-    tiled, n = view.tile.tiled, view.positions
+    class_sums = call.wanted & _CLASS_SUMS
+    view = LogitsView.of(logits, bool(class_sums))
+    # Where one tile has not all classes, their sums are backward's.
+    later = class_sums and view.tile.tiled
+    if later:
+        view = LogitsView.of(logits, False)
+    n = view.positions
     loss = Loss(call, n, view.programs(1))
-    class_sums = call.wanted & (SCALE | BIAS)
-    # A tiled forward has not all classes at a time: their sums are backward's.
-    here = call.wanted & CONFIDENCE if tiled else call.wanted & CALIBRATION
+    here = call.wanted & CONFIDENCE if later else call.wanted & CALIBRATION
     sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
     view.start(
         forward_kernel, (loss.programs,),
@@ -125,10 +133,9 @@ def forward(*arguments: Any) -> list[Tensor]:
             loss.block_sums, sums.classes, sums.confidence, None, *view.sizes, *given.numbers,
             call.by_weights,
         ),
-        TILED=tiled,
     )  # fmt: skip
     results = loss.finish()
-    if tiled and class_sums:
+    if later:
         # For an upstream gradient of 1, not yet divided.
         again = Backward(given, None, loss.statistics, None, (), class_sums)
         sums = CalibrationSums(_gradients(again, None, None).classes, sums.confidence)
@@ -140,7 +147,7 @@ def _gradients(
 ) -> CalibrationSums:
     """Fills in grad_logits, unless None, and returns what sums there are over programs."""
     given, logits = call.given, call.given.logits
-    view = LogitsView.of(logits)
+    view = LogitsView.of(logits, bool(call.wanted & _CLASS_SUMS))
     programs, n = view.programs(view.parts), view.positions
     sums = CalibrationSums.of(logits, call.wanted, n, programs, view.parts, n)
     view.start(
@@ -201,7 +208,7 @@ def _shard_numbers(smoothing: bool) -> tuple[int, float, float]:
 def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """The sums of a shard's rows; arguments as in reference.shard_sums."""
     *vectors, smoothing = rest
-    view = LogitsView.of(logits)
+    view = LogitsView.of(logits, False)
     sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
     nothing = (None,) * 6
     view.start(
@@ -210,7 +217,6 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
             logits, target, *vectors, None, None, *nothing, sums, *view.sizes,
             *_shard_numbers(smoothing), 0,
         ),
-        TILED=view.tile.tiled,
     )  # fmt: skip
     return sums
 
@@ -219,7 +225,7 @@ def _shard_gradients(
     arguments: tuple[Any, ...], wanted: int, grad_logits: Tensor | None
 ) -> list[Tensor]:
     factors, logits, target, *vectors, smoothing = arguments
-    view = LogitsView.of(logits)
+    view = LogitsView.of(logits, bool(wanted & _CLASS_SUMS))
     programs, n = view.programs(view.parts), view.positions
     sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)
     nothing = (None,) * 5
@@ -249,7 +255,7 @@ def shard_backward_in_place(*arguments: Any) -> list[Tensor]:
 
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
     out = logits.new_empty(logits.shape)
-    view = LogitsView.of(logits)
+    view = LogitsView.of(logits, True)
     view.start(
         calibrate_kernel, (view.programs(view.parts), view.parts),
         (logits, scale, bias, confidence, out, *view.sizes, *view.contiguous),
@@ -265,7 +271,7 @@ def calibrate_backward(
     confidence: Tensor,
     wanted: int,
 ) -> list[Tensor]:
-    view = LogitsView.of(logits)
+    view = LogitsView.of(logits, True)
     programs, n = view.programs(view.parts), view.positions
     whole = _new_gradient(logits, wanted)
     sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)

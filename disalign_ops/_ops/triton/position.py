@@ -22,19 +22,29 @@ def lowest(x):
 
 
 @triton.jit
-def log1p(x):
-    """Exact where 1 + x rounds: what rounding took is made up for by x / ((1 + x) - 1)."""
-    y = 1.0 + x
-    same = y == 1.0
-    scaled = tl.log(tl.where(same, 2.0, y)) * (x / tl.where(same, 1.0, y - 1.0))
-    # inf * (inf / inf) is NaN.
-    return tl.where(same, x, tl.where(x == float("inf"), x, scaled))
+def exp(x):
+    """float32: an exponential of 2, whose subnormal results may be 0: tl.exp takes three more
+    instructions to keep them.
+    """
+    if x.dtype == tl.float64:
+        power = tl.exp(x)
+    else:
+        power = tl.exp2(x * 1.4426950408889634)
+    return power
+
+
+@triton.jit
+def log1p_of(x, y, log_y):
+    """log(1 + x), x >= 0, of y = 1 + x as it is rounded, and log(y): what rounding took is added,
+    to first order. Beyond y = 2 that is less than the logarithm's own rounding.
+    """
+    return log_y + tl.where(y < 2.0, x - (y - 1.0), 0.0)
 
 
 @triton.jit
 def one_less_exp(x):
     """1 - exp(-x) for x > 0, by the same correction."""
-    y = tl.exp(-x)
+    y = exp(-x)
     same = y == 1.0
     tiny = y == 0.0
     scaled = (1.0 - y) * (x / -tl.log(tl.where(same | tiny, 0.5, y)))
@@ -44,7 +54,7 @@ def one_less_exp(x):
 @triton.jit
 def sigmoid(x):
     # exp(-|x|) does not overflow, and c near 0 stays exact.
-    e = tl.exp(-tl.abs(x))
+    e = exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
@@ -58,7 +68,7 @@ def power(x, y):
     """x^y for x >= 0; 0^0 is 1."""
     zero = x == 0.0
     at_zero = tl.where(y == 0.0, 1.0, tl.where(y > 0.0, 0.0, float("inf")))
-    return tl.where(zero, at_zero, tl.exp(y * tl.log(tl.where(zero, 1.0, x))))
+    return tl.where(zero, at_zero, exp(y * tl.log(tl.where(zero, 1.0, x))))
 
 
 @triton.jit
@@ -69,7 +79,7 @@ def focal_terms(nll, gamma):
     """
     sure = nll <= 0.0
     positive = tl.where(sure, 1.0, nll)
-    p = tl.exp(-positive)
+    p = exp(-positive)
     rest = one_less_exp(positive)
     p_nll = tl.where(p == 0.0, 0.0, p * positive)  # p log p -> 0, not 0 * inf
     value = power(rest, gamma) * positive
@@ -97,7 +107,7 @@ def row_terms(nll, target_weight, weights, smoothing, classes, gamma):
 def add_sums(m, rest, rest_du_dc, smooth, weights, m2, rest2, rest_du_dc2, smooth2, weights2):
     """Sums over two parts of the classes, relative to the greater maximum."""
     maximum = tl.maximum(m, m2)
-    ratio, ratio2 = tl.exp(m - maximum), tl.exp(m2 - maximum)
+    ratio, ratio2 = exp(m - maximum), exp(m2 - maximum)
     # Without classes so far, or without smoothing, weights is 0, and 0 * infinity no number.
     lost = tl.where(weights == 0.0, 0.0, weights * (m - maximum))
     lost2 = tl.where(weights2 == 0.0, 0.0, weights2 * (m2 - maximum))
@@ -116,11 +126,13 @@ def position_loss(maximum, rest, target_logit, smooth, target_weight, weights, s
     """The loss without its sample weight, sum_j exp(u_j - maximum), and of the gradient
     q_j = softmax exp(u_j - maximum) - smooth w_j, at_target for j = t.
     """
-    at_target = tl.exp(target_logit - maximum)
+    at_target = exp(target_logit - maximum)
     total = rest + at_target
     log_sum = tl.log(total)
     # inf - inf is NaN, as in PyTorch, where the target's logit is infinite.
-    nll = (maximum - target_logit) + tl.where(target_logit == maximum, log1p(rest), log_sum)
+    nll = (maximum - target_logit) + tl.where(
+        target_logit == maximum, log1p_of(rest, total, log_sum), log_sum
+    )
     softmax, target, share, value = row_terms(
         nll, target_weight, weights, smoothing, classes, gamma
     )

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import (
+from .position import add_sums, exp, lowest, position_loss, sigmoid
+from .tiles import (
     UNALIGNED,
     affine,
     class_indices,
@@ -21,7 +22,6 @@ from .loss import (
     targets_of,
     write_block_sums,
 )
-from .position import add_sums, lowest, position_loss, sigmoid
 
 SIZES = ["images", "classes", "height", "width", "out_height", "out_width"]
 STRIDES = ["image_stride", "class_stride", "y_stride", "x_stride"]
@@ -188,7 +188,7 @@ def forward_kernel(
             u = tl.where(is_target, u - margin_t[:, None], u)
             m = tl.max(u, 1)
             m = tl.maximum(m, lowest(m))
-            rest_here = tl.sum(tl.where(is_target, 0.0, tl.exp(u - m[:, None])), 1)
+            rest_here = tl.sum(tl.where(is_target, 0.0, exp(u - m[:, None])), 1)
             target_logit += tl.sum(tl.where(is_target, u, 0.0), 1)
             smooth_here, weight_here = nothing, nothing
             if smoothing > 0:
@@ -219,8 +219,8 @@ def forward_kernel(
                 # Without the margin, which only training knows.
                 z_t = target_logit + margin_t
                 m = tl.where(z_t > maximum, z_t, maximum)
-                own_part = tl.exp(z_t - m)
-                p = own_part / (rest * tl.exp(maximum - m) + own_part)
+                own_part = exp(z_t - m)
+                p = own_part / (rest * exp(maximum - m) + own_part)
                 tl.store(probability + i, tl.where(valid, p, 0.0), mask=inside)
             loss_sum += value.to(tl.float64)
             share_sum += divisor_share(valid, w_t, v, by_weights)

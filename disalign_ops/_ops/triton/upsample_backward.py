@@ -14,8 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .loss import UNALIGNED, class_indices, du_dc, entries, inverse_of, targets_of, write_class_sums
-from .position import log1p, row_terms, sigmoid
+from .position import exp, row_terms, sigmoid
+from .tiles import (
+    UNALIGNED,
+    class_indices,
+    du_dc,
+    entries,
+    inverse_of,
+    targets_of,
+    write_class_sums,
+)
 from .upsample import OPTIONS, SIZES, STRIDES, between, corners, masked, node, outputs_of
 
 
@@ -86,7 +94,7 @@ def factors_kernel(
             down, across,
         )  # fmt: skip
         u_t -= entries(margin, t, valid, 0.0, ACC)
-        nll = (maximum - u_t) + tl.where(u_t == maximum, log1p(total - 1.0), tl.log(total))
+        nll = (maximum - u_t) + tl.log(total)
     w_t = entries(weight, t, valid, 1.0, ACC)
     softmax, at_target, share, _value = row_terms(nll, w_t, all_weights, e, count, g)
     factor = entries(sample_weight, i, valid, 1.0, ACC)
@@ -168,7 +176,7 @@ def backward_kernel(
                         is_target = columns[None, :] == t[:, None]
                         u = between(ul, ur, ll, lr, down, across[:, None])
                         u = tl.where(is_target, u - margins, u)
-                        q = softmax[:, None] * tl.exp(u - maximum[:, None])
+                        q = softmax[:, None] * exp(u - maximum[:, None])
                         if smoothing > 0:
                             share = tl.load(factors + 2 * positions + i, mask=valid, other=0.0)
                             w = entries(weight, columns, own, 1.0, ACC)[None, :]
