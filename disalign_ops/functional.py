@@ -63,8 +63,8 @@ def cross_entropy(
             scalar reduction, for float32 and float64, and on GPUs for bfloat16 (on GPUs not for
             upsampled logits, and not under float16 autocast). Made in forward, it takes its memory
             from then on, a GPU makes it again where the upstream gradient is not 1, and in float16
-            what GradScaler's factor would have saved flushes to zero. "forward" raises where forward
-            cannot make it: reduction "none", inplace_backward, torch.compile, shard, class
+            what GradScaler's factor would have saved flushes to zero. "forward" raises where
+            forward cannot make it: reduction "none", inplace_backward, torch.compile, shard, class
             probabilities, upsampled logits on a GPU, and the backends "triton" and "reference".
         shard: of `Shard`: input, weight, prior and margin are one process's classes; the loss is
             that over all processes of the group.
