@@ -27,7 +27,16 @@ from support import compiler_report, launch_plans
 
 from . import disassembly
 from .rows import (
-    DEVICES, DTYPES, MARGIN, MOST, ORDINARY, OUTER, decide, folder, planner, target_memory,
+    DEVICES,
+    DTYPES,
+    MARGIN,
+    MOST,
+    ORDINARY,
+    OUTER,
+    decide,
+    folder,
+    planner,
+    target_memory,
 )  # fmt: skip
 from .warp import Launch, Warp
 
@@ -242,8 +251,8 @@ def main() -> None:
         parts = count(*key)
         names = ", ".join(f"{name} {c.total():.2f}" for name, c in parts.items())
         architecture, *rest = key
-        print(f"sm_{architecture:4} {' '.join(f'{r:10}' for r in rest)} {total(*key):6.2f}: {names}",
-              flush=True)  # fmt: skip
+        line = f"sm_{architecture:4} {' '.join(f'{r:10}' for r in rest)} {total(*key):6.2f}"
+        print(f"{line}: {names}", flush=True)
 
 
 def main_of(architecture: str, dtype: str, shape: str, step: str) -> None:
