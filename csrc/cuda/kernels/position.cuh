@@ -18,7 +18,8 @@ __device__ __forceinline__ bool is_valid(int target) { return target > kNoTarget
 __device__ __forceinline__ int checked_target(const LossArgs& args, int64_t t) {
   if (t == args.ignore_index) return kNoTarget;
   const int64_t lowest = args.shard_sums || args.shard_factors ? kElsewhere : 0;
-  DISALIGN_ASSERT(t >= lowest && t < args.classes, "target is no class");
+  DISALIGN_ASSERT(static_cast<uint64_t>(t - lowest) < static_cast<uint64_t>(args.classes - lowest),
+                  "target is no class");
   return static_cast<int>(t);
 }
 __device__ __forceinline__ int target_of(const LossArgs& args, int64_t i) {

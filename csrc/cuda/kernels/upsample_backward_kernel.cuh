@@ -50,7 +50,7 @@ struct UpsampleExchange {
   __device__ __forceinline__ A* sums(int vector, int warp, int row) const {
     return memory + ((vector * kUpsampleWarps + warp) * 2 + row) * kSlots * V;
   }
-  static __device__ __forceinline__ int slot(int column) { return (column + column / 8) * V; }
+  static __device__ __forceinline__ int slot(unsigned column) { return (column + column / 8) * V; }
 };
 
 // A node of the tile and the columns around it.
@@ -130,31 +130,27 @@ __global__ void __launch_bounds__(kUpsampleThreads, sizeof(Accumulate<T>) == 8 ?
         int64_t i = out.position;
 #pragma unroll 1
         for (int r = 0; r < Rows; ++r, i += args.x.out) {
-          const int j = exchange.own_target(r), vector = max(j, 0) / V - first;
-          if (vector < 0 || vector >= count) continue;
+          const int j = exchange.own_target(r), k = max(j, 0) - first * V;
+          if (static_cast<unsigned>(k) >= static_cast<unsigned>(count * V)) continue;
           PositionFactors<A> at;
           A of_target = 0;
           if (j >= 0) {
-            const auto logit = [&] {
-              const A down = static_cast<const A*>(args.y.weight)[out.y + r];
-              return out.logit(memory, pitch, vector, j, down) -
-                     vector_entry<A>(args.margin, j, A(0));
-            };
+            const A down = static_cast<const A*>(args.y.weight)[out.y + r];
+            A u = 0;
+            if (margin || options.focal_gamma > 0)
+              u = out.logit(memory, pitch, k, down) - vector_entry<A>(args.margin, j, A(0));
             at =
                 position_factors(args, options, i, j, A(0), weights, gradient_scale(args, i, scale),
-                                 [&](int) -> TargetLogit<A> { return {A(0), logit()}; });
+                                 [&](int) -> TargetLogit<A> { return {A(0), u}; });
             exact = exact || !is_near(at.maximum);
             of_target = at.at_target;
-            if (margin) {  // else the exponential is that of any class
-              const A e = exponential(logit() - at.maximum);
+            if (margin)  // else the exponential is that of any class
               of_target = std::fabs(at.softmax) < kSmallest<A>
                               ? A(0)
-                              : e - at.at_target * reciprocal(at.softmax);
-            }
-            if (smoothing) {
-              smooth += at.smooth;
-              smooth_down += at.smooth * static_cast<const A*>(args.y.weight)[out.y + r];
-            }
+                              : exponential(u - at.maximum) - at.at_target * reciprocal(at.softmax);
+            if (!margin && is_near(at.maximum)) at.softmax *= correction(at.maximum);
+            smooth += at.smooth;
+            smooth_down += at.smooth * down;
           }
           exchange.own(Exchange::kShift, r) = at.maximum;
           exchange.own(Exchange::kSoftmax, r) = at.softmax;
@@ -174,10 +170,7 @@ __global__ void __launch_bounds__(kUpsampleThreads, sizeof(Accumulate<T>) == 8 ?
       const bool direct = __syncthreads_or(exact || margin || !finite);
       if (!direct) {
 #pragma unroll
-        for (int r = 0; r < Rows; ++r) {
-          if (target[r] >= 0) softmax[r] *= correction(shift[r]);
-          shift[r] = shift_product(shift[r]);
-        }
+        for (int r = 0; r < Rows; ++r) shift[r] = shift_product(shift[r]);
       }
 #pragma unroll
       for (int r = 0; r < Rows; ++r) softmax_down[r] = softmax[r] * out.down[r];
@@ -214,9 +207,9 @@ __global__ void __launch_bounds__(kUpsampleThreads, sizeof(Accumulate<T>) == 8 ?
       const auto subtract_targets = [&](int first, int count) {
 #pragma unroll
         for (int r = 0; r < Rows; ++r) {
-          const int slot = target[r] / V - first;
-          if (target[r] < 0 || slot < 0 || slot >= count) continue;
-          const int at = Exchange::slot(lane) + target[r] % V;
+          const int k = target[r] - first * V;  // of an ignored one negative
+          if (static_cast<unsigned>(k) >= static_cast<unsigned>(count * V)) continue;
+          const int slot = k / V, at = Exchange::slot(lane) + k % V;
           const A lower = of_target[r] * out.down[r];
           exchange.sums(slot, warp, 0)[at] -= of_target[r] - lower;
           exchange.sums(slot, warp, 1)[at] -= lower;
@@ -238,7 +231,10 @@ __global__ void __launch_bounds__(kUpsampleThreads, sizeof(Accumulate<T>) == 8 ?
             } else {
               add_outputs(j, from, slot, [&](A u, int r, int k) -> A {
                 if (margin && k == target[r]) return of_target[r];
-                return target[r] < 0 ? A(0) : exponential(u - shift[r]);
+                if (target[r] < 0) return 0;
+                return margin || !is_near(shift[r])
+                           ? exponential(u - shift[r])
+                           : shifted_exponential(u, shift_product(shift[r]));
               });
             }
           }

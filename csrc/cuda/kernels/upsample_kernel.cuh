@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kUpsampleThreads, 2)
       tile.for_staged(args, memory, staged, [&](int first, int count) {
 #pragma unroll
         for (int r = 0; r < Rows; ++r) {
-          const int vector = target[r] / V - first;
-          if (target[r] < 0 || vector < 0 || vector >= count) continue;
-          target_logit[r] = out.logit(memory, pitch, vector, target[r], out.down[r]) -
+          const int k = target[r] - first * V;  // of an ignored one negative
+          if (static_cast<unsigned>(k) >= static_cast<unsigned>(count * V)) continue;
+          target_logit[r] = out.logit(memory, pitch, k, out.down[r]) -
                             vector_entry<A>(args.margin, target[r], A(0));
           shift[r] = target_logit[r];
           product[r] = shift_product(shift[r]);

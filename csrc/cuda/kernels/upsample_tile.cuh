@@ -177,10 +177,9 @@ struct UpsampleOutputs {
     }
   }
 
-  // Class j, which is in class vector `vector` of those from `from` on.
-  __device__ __forceinline__ A logit(const A* from, int pitch, int vector, int j,
-                                     A down_of_row) const {
-    from += vector * pitch + place * V + j % V;
+  // Class k of those whose class vectors are at `from`.
+  __device__ __forceinline__ A logit(const A* from, int pitch, unsigned k, A down_of_row) const {
+    from += k / V * pitch + place * V + k % V;
     const A upper = interpolated(from[0], from[V], across);
     const A lower = interpolated(from[low_width * V], from[low_width * V + V], across);
     return std::fma(down_of_row, lower - upper, upper);
