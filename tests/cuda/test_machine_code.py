@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import model, model_planes
-from machine_code import disassembly, planes, rows
+from machine_code import disassembly, planes, rows, upsample
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
 
@@ -230,3 +231,29 @@ def test_the_model_takes_these_counts() -> None:
     assert set(model.INSTRUCTIONS) == set(found)
     for key, counts in found.items():
         assert model.INSTRUCTIONS[key] == pytest.approx(counts, rel=0.01, abs=0.5), key
+
+
+# Instructions for 32 output positions and classes, of logits at an eighth of the height and width:
+# those of nvcc 13.0 and 3 %. (architecture, dtype) -> for each of upsample.SHAPES those of
+# upsample.STEPS. `python -m machine_code.upsample budgets` prints this.
+UPSAMPLE = {}
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), UPSAMPLE)
+def test_upsample_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
+    cases = [(shape, step) for shape in upsample.SHAPES for step in upsample.STEPS]
+    found = {case: upsample.count(architecture, dtype, *case) for case in cases}
+    # The walk goes where it should: an exponential of each class, those that fill the last vector
+    # of classes included, and a few of each position; a store of each logit's gradient.
+    for (shape, step), kernels in found.items():
+        of = upsample.SHAPES[shape]
+        ratio = math.prod(of.size) / math.prod(of.low)
+        opcodes = sum(kernels.values(), Counter())
+        exponentials = -(-of.classes // 4) * 4 / of.classes
+        assert exponentials < opcodes["MUFU.EX2"] < exponentials + 5 / of.classes
+        stores = opcodes["STG.E" if dtype == "float32" else "STG.E.U16"] * ratio
+        if "backward" in step:
+            assert 0.999 < stores
+    budgets = dict(zip(cases, sum(UPSAMPLE[architecture, dtype], ()), strict=True))
+    counts = {case: sum(c.total() for c in kernels.values()) for case, kernels in found.items()}
+    assert not {case: (n, budgets[case]) for case, n in counts.items() if n > budgets[case]}

@@ -72,12 +72,12 @@ STEPS = {
 OF_UPSAMPLE = {
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
     r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # log1p of a positive number
-    r"B2R\.RESULT RZ, P": False,  # all sums of the block are moderate, all logits finite
+    r"B2R\.RESULT ": False,  # all sums of the block are moderate, all logits finite
     r"ISETP\.GE\.AND P, PT, R, RZ, PT": True,  # the target, from shared memory, is not ignored
+    r"ISETP\.GE\.U32\.AND P, PT, R, R, PT": False,  # and among the classes that are staged
     r"FSETP\.NEU\.AND P, PT, RZ, R, PT": True,  # the inverse of the denominator is not 0
-    r"FSETP\.EQ\.OR P, PT, RZ, R, P": False,  # the same
-    r"LOP3\.LUT P, RZ, R, 0x1, RZ, 0xc0, !PT": False,  # no label smoothing
-    r"ISETP\.LT\.OR P, PT, R, RZ, P": False,  # and among the classes that are staged
+    r"FSETP\.EQ\.OR P, PT, (RZ, R|R, RZ), P": False,
+    r"LOP3\.LUT P, RZ, R, 0x[12], RZ, 0xc0, !PT": False,  # no label smoothing, no margin
 }
 
 

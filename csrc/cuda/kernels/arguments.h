@@ -67,7 +67,7 @@ struct UpsampleArgs : LossArgs {
   int64_t grad_y_stride = 0, grad_x_stride = 0;
   void* probability = nullptr;    // of A, one an output position: softmax of the target; or null
   int64_t* prediction = nullptr;  // the most probable class; or null
-  // Tiles, see upsample_grid.cuh.
+  // Tiles, see upsample_tile.cuh.
   int32_t bands = 1, warps_of_band = 1;
   int32_t tile_width = 0;                    // output columns
   int32_t tile_nodes = 0;                    // low-resolution columns around them, at most

@@ -93,7 +93,7 @@ struct UpsampleNode {
 };
 
 template <class T, int Rows>
-__global__ void __launch_bounds__(kUpsampleThreads, sizeof(Accumulate<T>) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kUpsampleThreads, kUpsampleBlocks<T>)
     upsample_backward_kernel(const UpsampleArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<A>;

@@ -30,7 +30,7 @@ struct UpsampleSums {
 };
 
 template <class T, int Rows>
-__global__ void __launch_bounds__(kUpsampleThreads, 2)
+__global__ void __launch_bounds__(kUpsampleThreads, kUpsampleBlocks<T>)
     upsample_forward_kernel(const UpsampleArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<A>;

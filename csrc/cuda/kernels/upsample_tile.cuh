@@ -16,6 +16,8 @@ namespace disalign::cuda {
 
 constexpr int kUpsampleThreads = 256;
 constexpr int kUpsampleWarps = kUpsampleThreads / 32;
+template <class T>
+constexpr int kUpsampleBlocks = sizeof(T) == 8 ? 1 : 2;  // at once: of 128 registers, or 255
 constexpr int kNodeThreads = 64;  // that have the low-resolution positions around a tile
 constexpr int kBlockSumsBytes =
     BlockSums::entries(kUpsampleThreads) * static_cast<int>(sizeof(double));
