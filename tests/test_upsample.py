@@ -320,6 +320,18 @@ def test_nan_reaches_what_is_interpolated_from_it_and_nothing_else() -> None:
     assert not grad[0, :, :, [0, 4]].isnan().any()
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_an_ignored_position_takes_nothing_from_its_logits(backend: str, odd: float) -> None:
+    d = dense((1, 9, 5, 5), (20, 20), torch.float32)
+    with torch.no_grad():
+        d.logits[0, 4, 1, 2] = odd
+    d.target[0, :12] = 255
+    value, grad = run(loss, d, False)
+    assert value.isfinite()
+    assert (grad[0, :, :2] == 0).all()
+    assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_equals_eager(calibrated: bool, reduction: str) -> None:

@@ -63,14 +63,12 @@ REGISTERS = {
     ("dense_calibrate_kernel backward", True): 64,
     ("upsample_axis_kernel", False): 56,
     ("upsample_axis_kernel", True): 56,
-    ("upsample_forward_kernel", False): 112,
-    ("upsample_forward_kernel", True): 152,
-    ("upsample_factors_kernel", False): 104,
-    ("upsample_factors_kernel", True): 120,
-    ("upsample_backward_kernel", False): 80,
-    ("upsample_backward_kernel", True): 88,
-    ("upsample_overwrite_kernel", False): 48,
-    ("upsample_overwrite_kernel", True): 48,
+    ("upsample_forward_kernel", False): 128,
+    ("upsample_forward_kernel", True): 160,
+    ("upsample_backward_kernel", False): 128,
+    ("upsample_backward_kernel", True): 248,
+    ("upsample_nodes_kernel", False): 104,
+    ("upsample_nodes_kernel", True): 152,
 }
 _NARROW = ("row_forward_kernel calibrated", False)
 ROW_FORWARD_WIDE = 128  # calibrated: more would leave no room for a block of 512 threads

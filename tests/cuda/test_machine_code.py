@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import model, model_planes
-from machine_code import disassembly, planes, rows
+from machine_code import disassembly, planes, rows, upsample
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
 
@@ -230,3 +231,62 @@ def test_the_model_takes_these_counts() -> None:
     assert set(model.INSTRUCTIONS) == set(found)
     for key, counts in found.items():
         assert model.INSTRUCTIONS[key] == pytest.approx(counts, rel=0.01, abs=0.5), key
+
+
+# Instructions for 32 output positions and classes, of logits at an eighth of the height and width:
+# those of nvcc 13.0 and 3 %. (architecture, dtype) -> for each of upsample.SHAPES those of
+# upsample.STEPS. `python -m machine_code.upsample budgets` prints this.
+UPSAMPLE = {
+    ("80", "float32"): (
+        (8.6, 13.2, 8.8, 14.5),
+        (20.9, 23.3, 21.4, 24.6),
+    ),
+    ("80", "bfloat16"): (
+        (8.7, 13.3, 8.9, 14.6),
+        (21.0, 23.3, 21.4, 24.7),
+    ),
+    ("90", "float32"): (
+        (8.7, 13.5, 8.9, 14.9),
+        (21.1, 24.0, 21.6, 25.4),
+    ),
+    ("90", "bfloat16"): (
+        (8.8, 13.6, 9.1, 15.1),
+        (21.3, 24.1, 21.8, 25.6),
+    ),
+    ("100", "float32"): (
+        (8.6, 13.9, 8.9, 15.3),
+        (20.9, 24.6, 21.4, 26.1),
+    ),
+    ("100", "bfloat16"): (
+        (8.6, 13.9, 8.9, 15.3),
+        (20.9, 24.6, 21.4, 26.2),
+    ),
+    ("120", "float32"): (
+        (8.6, 13.8, 8.9, 15.2),
+        (20.5, 24.0, 20.9, 25.5),
+    ),
+    ("120", "bfloat16"): (
+        (8.7, 13.8, 8.9, 15.3),
+        (20.7, 24.0, 21.2, 25.5),
+    ),
+}
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), UPSAMPLE)
+def test_upsample_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
+    cases = [(shape, step) for shape in upsample.SHAPES for step in upsample.STEPS]
+    found = {case: upsample.count(architecture, dtype, *case) for case in cases}
+    # The walk goes where it should: an exponential of each class, those that fill the last vector
+    # of classes included, and a few of each position; a store of each logit's gradient.
+    for (shape, step), kernels in found.items():
+        of = upsample.SHAPES[shape]
+        ratio = math.prod(of.size) / math.prod(of.low)
+        opcodes = sum(kernels.values(), Counter())
+        exponentials = -(-of.classes // 4) * 4 / of.classes
+        assert exponentials < opcodes["MUFU.EX2"] < exponentials + 5 / of.classes
+        stores = opcodes["STG.E" if dtype == "float32" else "STG.E.U16"] * ratio
+        if step == "backward":  # of eight classes a thread
+            assert 0.999 < stores * of.classes / (-(-of.classes // 8) * 8) <= 1.001
+    budgets = dict(zip(cases, sum(UPSAMPLE[architecture, dtype], ()), strict=True))
+    counts = {case: sum(c.total() for c in kernels.values()) for case, kernels in found.items()}
+    assert not {case: (n, budgets[case]) for case, n in counts.items() if n > budgets[case]}

@@ -255,12 +255,22 @@ def select(modifiers: list[str], a: Value, b: Value, which: Value) -> tuple[Valu
     return (a if which else b,)
 
 
+def absolute(modifiers: Modifiers, a: Value) -> tuple[Value, ...]:
+    return (None if a is None else abs(signed(a)) & M32,)
+
+
 def minimum(modifiers: list[str], a: Value, b: Value, least: Value) -> tuple[Value, ...]:
     if None in (a, b, least):
         return (None,)
     if "U32" not in modifiers:
         return ((min if least else max)(signed(a), signed(b)) & M32,)
     return ((min if least else max)(a, b),)
+
+
+def minimum_of_three(
+    modifiers: list[str], a: Value, b: Value, c: Value, least: Value
+) -> tuple[Value, ...]:
+    return minimum(modifiers, *minimum(modifiers, a, b, least), c, least)
 
 
 def add_minimum(modifiers: list[str], a: Value, b: Value, c: Value,

@@ -75,6 +75,7 @@ WITH_MODEL = DEVICES | {"89": (GPUS["RTX 4090"], (0, 12))}
 ORDINARY = {
     r"FCHK ": False,  # a division whose operands need the long way
     r"FSETP\.NEU\.AND P, PT, R, R, PT": True,  # the target's logit is not the largest: no log1p
+    r"FSETP\.EQ\.AND P, PT, R, R, PT": False,
     r"FSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the inverse of the denominator is not 0
     r"DSETP\.NEU\.AND P, PT, R, RZ, PT": True,  # the denominator is not 0
     r"FSETP\.GEU\.AND P, PT, \|R\|, 5\.87\d*e-39, PT": True,  # 1 / a double that is no subnormal
@@ -87,6 +88,7 @@ ORDINARY = {
 # What row_warp_kernel makes of them otherwise.
 OF_WARP_ROWS = {
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
+    r"FSETP\.EQ\.AND P, PT, R, R, PT": True,
     r"ISETP\.NE\.OR P, PT, R, RZ, !P": True,  # the sum of the others is moderate
     r"FSETP\.LE\.OR P, PT, R, 4\.29\d*e\+09, P": True,
     r"FSETP\.GTU\.AND P, PT, R, 4\.29\d*e\+09, PT": False,

@@ -1,8 +1,9 @@
-// What the row and the dense operators would launch on a device, without launching it: the launchers of
+// What the loss operators would launch on a device, without launching it: the launchers of
 // csrc/cuda over one that answers for the device from Python and records.
 //
 //   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device)
 //   dense_launches(forward=True, dtype=1, images=2, classes=150, positions=262144, ...)
+//   upsample_launches(forward=True, dtype=1, images=2, classes=150, low=(64, 64), size=(512, 512), ...)
 //
 // A dict a launch: kernel (its symbol, as nvcc has it), declaration, arguments (their bytes, of
 // addresses that nothing reads, all aligned; TARGETS is that of the targets), grid, and more.
@@ -20,11 +21,13 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "simt.h"
 //
 #include "cuda/launch/dense_launch.h"
 #include "cuda/launch/row_launch.h"
+#include "cuda/launch/upsample_launch.h"
 
 namespace {
 
@@ -110,6 +113,14 @@ class Launcher {
     record["class_blocks"] = args.class_blocks;
   }
 
+  // Addresses of what upsample_axis_kernel fills, for the rows and for the columns.
+  static void add(const UpsampleArgs& args, py::dict& record) {
+    const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    record["tiles"] = args.tiles_down * args.tiles_across;
+    record["source"] = py::make_tuple(address(args.y.source), address(args.x.source));
+    record["first"] = py::make_tuple(address(args.y.first), address(args.x.first));
+  }
+
   py::object device_;
   py::list launches_;
   std::set<std::string> asked_;
@@ -173,6 +184,26 @@ py::list dense_launches(bool forward, int dtype, int64_t images, int64_t classes
   return launcher.launches();
 }
 
+py::list upsample_launches(bool forward, int dtype, int64_t images, int64_t classes,
+                           std::pair<int, int> low, std::pair<int, int> size, bool weighted,
+                           bool calibrated, bool class_gradients, bool grad_logits,
+                           const py::object& device) {
+  Launcher launcher(device);
+  UpsampleArgs args;
+  args.outer = images, args.classes = classes, args.inner = int64_t{size.first} * size.second;
+  args.y.in = low.first, args.x.in = low.second;
+  args.y.out = size.first, args.x.out = size.second;
+  args.x_stride = 1, args.y_stride = low.second;
+  args.class_stride = int64_t{low.first} * low.second;
+  args.outer_stride = classes * args.class_stride;
+  set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
+  if (forward)
+    launch_upsample_forward(launcher, static_cast<Dtype>(dtype), args);
+  else
+    launch_upsample_backward(launcher, static_cast<Dtype>(dtype), args);
+  return launcher.launches();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(planner, module) {
@@ -183,5 +214,9 @@ PYBIND11_MODULE(planner, module) {
              py::arg("images"), py::arg("classes"), py::arg("positions"), py::arg("weighted"),
              py::arg("calibrated"), py::arg("class_gradients"), py::arg("grad_logits"),
              py::arg("device"));
+  module.def("upsample_launches", upsample_launches, py::kw_only(), py::arg("forward"),
+             py::arg("dtype"), py::arg("images"), py::arg("classes"), py::arg("low"),
+             py::arg("size"), py::arg("weighted"), py::arg("calibrated"),
+             py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"));
   module.attr("TARGETS") = kFirst;
 }

@@ -38,7 +38,7 @@ class Kernel:
     @property
     def flags(self) -> tuple[int, ...]:
         """Of row_warp_kernel the last is Keeper of row_warp_tile.cuh."""
-        keeper = re.findall(r"Li(\d)EEEv", self.symbol)
+        keeper = re.findall(r"row_warp_kernel.*Li(\d)EEEv", self.symbol)
         return tuple(int(f) for f in re.findall(r"Lb([01])E", self.symbol) + keeper)
 
     @property
@@ -91,7 +91,10 @@ _DENSE_90 = {_PLAIN_BY_ELEMENT: 188, _CALIBRATED: 8, _WITH_OPTIONS: 184}
 # registers (of backward 80, of warps 255 or 128), some fewer than the code of the widest
 # kernels takes. It keeps in memory what all rows share: stored before the loop over rows, read two
 # to five times a row.
+# upsample_tile.cuh's kernels leave a thread 128 registers: of a tile, what all classes share.
 KNOWN_SPILLS: dict[Spill, int] = {
+    **{("75", "upsample_forward_kernel", (), of): 12 for of in ("f", _BF16, _FP16)},
+    **{("75", "upsample_backward_kernel", (), of): 56 for of in ("f", _BF16, _FP16)},
     ("75", *_WIDE_STAGE_2, "f"): 16,
     ("80", *_WIDE_STAGE_2, "f"): 16,
     ("90", *_WARPS_CALIBRATED, _BF16): 40,

@@ -67,16 +67,19 @@ struct UpsampleArgs : LossArgs {
   int64_t grad_y_stride = 0, grad_x_stride = 0;
   void* probability = nullptr;    // of A, one an output position: softmax of the target; or null
   int64_t* prediction = nullptr;  // the most probable class; or null
-  // Forward: output positions of a tile, and whether the logits around it lie in shared memory.
-  int32_t tile_height = 0, tile_width = 0;
-  bool staged = false;
-  double* block_sums = nullptr;  // [blocks][2: loss, denominator]
+  // Tiles, see upsample_tile.cuh.
+  int32_t bands = 1, warps_of_band = 1;
+  int32_t tile_width = 0;                    // output columns
+  int32_t tile_nodes = 0;                    // low-resolution columns around them, at most
+  int32_t staged_vectors = 0;                // of classes, in shared memory at a time
+  int64_t tiles_down = 0, tiles_across = 0;  // of an image
+  double* block_sums = nullptr;              // [blocks][2: loss, denominator]
   // Backward.
-  void* factors = nullptr;          // of A: [positions][4], see UpsampleFactors
-  int32_t* targets = nullptr;       // [positions]
+  void* node_sums = nullptr;        // of A: [tiles][class vectors][bands + 1][tile_nodes][kVector]
   void* class_sums = nullptr;       // of A: [blocks][2: scale, bias][classes]
   void* confidence_sums = nullptr;  // of A: [chunks of classes][low-resolution positions]
 
+  DISALIGN_METHOD int64_t tiles() const { return outer * tiles_down * tiles_across; }
   DISALIGN_METHOD int64_t low_positions() const { return outer * y.in * x.in; }
 };
 

@@ -39,32 +39,6 @@ struct DenseSums {
   }
 };
 
-// exp(u - shift) times a factor of the shift's that `correction` takes off: a float's
-// difference and product with log2 e are one multiply-add, and the factor is what shift * log2 e is
-// rounded by. Where it would leave the range of floats the shift is not `is_near`.
-template <class A>
-__device__ __forceinline__ bool is_near(A shift) {
-  return std::is_same_v<A, double> || std::fabs(shift) < A(1e6);
-}
-template <class A>
-__device__ __forceinline__ A correction(A shift) {
-  if constexpr (std::is_same_v<A, double>)
-    return 1;
-  else
-    return power_of_two(std::fma(-shift, kLog2E, shift * kLog2E));
-}
-template <class A>
-__device__ __forceinline__ A shifted_exponential(A u, A product) {
-  if constexpr (std::is_same_v<A, double>)
-    return exponential(u - product);
-  else
-    return power_of_two(std::fma(u, kLog2E, -product));
-}
-template <class A>
-__device__ __forceinline__ A shift_product(A shift) {
-  return std::is_same_v<A, double> ? shift : shift * static_cast<A>(kLog2E);
-}
-
 // What the second pass wants.
 struct DenseWanted {
   bool logits, slopes, sums;

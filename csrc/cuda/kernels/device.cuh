@@ -396,6 +396,31 @@ __device__ __forceinline__ A make_exponentials(A (&u)[Count], A maximum) {
   return 1;
 }
 
+// The same of one u, by a shift that others have too: shifted_exponential(u, shift_product(shift)) and
+// the factor `correction`. Where that would leave the range of floats the shift is not `is_near`.
+template <class A>
+__device__ __forceinline__ bool is_near(A shift) {
+  return std::is_same_v<A, double> || std::fabs(shift) < A(1e6);
+}
+template <class A>
+__device__ __forceinline__ A correction(A shift) {
+  if constexpr (std::is_same_v<A, double>)
+    return 1;
+  else
+    return power_of_two(std::fma(-shift, kLog2E, shift * kLog2E));
+}
+template <class A>
+__device__ __forceinline__ A shifted_exponential(A u, A product) {
+  if constexpr (std::is_same_v<A, double>)
+    return exponential(u - product);
+  else
+    return power_of_two(std::fma(u, kLog2E, -product));
+}
+template <class A>
+__device__ __forceinline__ A shift_product(A shift) {
+  return std::is_same_v<A, double> ? shift : shift * static_cast<A>(kLog2E);
+}
+
 template <class A>
 __device__ __forceinline__ A negative_infinity() {
   return static_cast<A>(-INFINITY);

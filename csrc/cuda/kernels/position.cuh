@@ -15,12 +15,15 @@ __device__ __forceinline__ bool is_valid(int target) { return target > kNoTarget
 
 // The target of position i, or kNoTarget. A target that is no class stops the kernel, as in
 // PyTorch.
-__device__ __forceinline__ int target_of(const LossArgs& args, int64_t i) {
-  const int64_t t = read_index(args.target, args.target_type, i);
+__device__ __forceinline__ int checked_target(const LossArgs& args, int64_t t) {
   if (t == args.ignore_index) return kNoTarget;
   const int64_t lowest = args.shard_sums || args.shard_factors ? kElsewhere : 0;
-  DISALIGN_ASSERT(t >= lowest && t < args.classes, "target is no class");
+  DISALIGN_ASSERT(static_cast<uint64_t>(t - lowest) < static_cast<uint64_t>(args.classes - lowest),
+                  "target is no class");
   return static_cast<int>(t);
+}
+__device__ __forceinline__ int target_of(const LossArgs& args, int64_t i) {
+  return checked_target(args, read_index(args.target, args.target_type, i));
 }
 
 // The sum of w_j over the classes [begin, end), by the whole block. `scratch` has an entry a warp.
@@ -224,6 +227,19 @@ __device__ __forceinline__ bool is_made(const LossArgs& args) {
   return args.gradient_made && *static_cast<const A*>(args.upstream) == A(1);
 }
 
+// What all gradients of position i are multiplied by; `shared`: of what all positions share.
+template <class A>
+__device__ __forceinline__ A shared_scale(const LossArgs& args, A inverse) {
+  if (inverse == A(0) || args.upstream_stride) return inverse;
+  return vector_entry<A>(args.upstream, 0, A(1)) * inverse;
+}
+template <class A>
+__device__ __forceinline__ A gradient_scale(const LossArgs& args, int64_t i, A shared) {
+  if (shared == A(0)) return A(0);
+  if (args.upstream_stride) shared *= static_cast<const A*>(args.upstream)[i];
+  return shared * vector_entry<A>(args.sample_weight, i, A(1));
+}
+
 // z_t and u_t.
 template <class A>
 struct TargetLogit {
@@ -231,16 +247,18 @@ struct TargetLogit {
 };
 
 // Of position i, whose target t is valid. target_logit(t): called where it is needed. weights: sum_j w_j.
+// scale: gradient_scale.
 template <class A, class Target>
-__device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args, int64_t i,
-                                                               int t, A c, A weights, A inverse,
-                                                               Target target_logit) {
+__device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args,
+                                                               const RowOptions<A>& options,
+                                                               int64_t i, int t, A c, A weights,
+                                                               A scale, Target target_logit) {
   PositionFactors<A> out;
   out.target = t;
   out.c = c;
   out.maximum = static_cast<const A*>(args.row_shift)[i];
   const A sum = static_cast<const A*>(args.row_sum)[i];
-  const bool focal = args.focal_gamma > 0;
+  const bool focal = options.focal_gamma > 0;
   A nll = 0;
   if (focal || args.grad_confidence) {
     const TargetLogit<A> at = target_logit(t);
@@ -249,16 +267,20 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& a
     if (focal)
       nll = (out.maximum - at.u) + (at.u == out.maximum ? std::log1p(sum - A(1)) : std::log(sum));
   }
-  const RowTerms<A> terms = row_terms<A>(
-      nll, A(0), vector_entry<A>(args.weight, t, A(1)), static_cast<A>(args.label_smoothing),
-      weights, A(0), static_cast<A>(args.classes), static_cast<A>(args.focal_gamma));
-  const A g = inverse == A(0) ? A(0)
-                              : vector_entry<A>(args.upstream, i * args.upstream_stride, A(1)) *
-                                    vector_entry<A>(args.sample_weight, i, A(1)) * inverse;
-  out.softmax = g * terms.softmax * reciprocal(sum);
-  out.smooth = g * terms.smooth;
-  out.at_target = g * terms.target;
+  const RowTerms<A> terms =
+      row_terms<A>(nll, A(0), vector_entry<A>(args.weight, t, A(1)), options.label_smoothing,
+                   weights, A(0), options.classes, options.focal_gamma);
+  out.softmax = scale * terms.softmax * reciprocal(sum);
+  out.smooth = scale * terms.smooth;
+  out.at_target = scale * terms.target;
   return out;
+}
+template <class A, class Target>
+__device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args, int64_t i,
+                                                               int t, A c, A weights, A inverse,
+                                                               Target target_logit) {
+  return position_factors(args, RowOptions<A>(args), i, t, c, weights,
+                          gradient_scale(args, i, shared_scale(args, inverse)), target_logit);
 }
 
 // Of position i, whatever its target.

@@ -1,246 +1,353 @@
 // Upsampling kernels, backward: the gradients of the low-resolution logits and their calibration.
 //
-// - upsample_factors_kernel: what the classes of an output position share, one thread a position.
-// - upsample_backward_kernel: a block has a square of low-resolution positions ("nodes") and 32
-//   classes, a class a lane. A cell is what lies between four nodes: a warp goes through the output
-//   positions of a cell and keeps the cell's share of the gradient of its four nodes in registers.
-//   Then each node adds the shares of the four cells around it, always in the same order: no
-//   atomics, and no block writes what another adds to. Cells at the square's edge are computed by
-//   each block that has a node of theirs.
-// - Memory: the low-resolution logits around the square and their gradient; the factors of the
-//   output positions, once for every 32 classes and square.
+// - upsample_backward_kernel: a block has tiles of upsample_tile.cuh. A thread goes over the classes
+//   and adds what its outputs give to the two low-resolution rows, per column; then threads add the
+//   columns, each those around a low-resolution position ("node"), of a few classes at a time.
+// - upsample_nodes_kernel: a thread a node. Adds what the tiles around have for it, always in the
+//   same order: no atomics. Makes of it the gradients of the logits and of their calibration.
+// - Memory: the low-resolution logits around the tiles, the target once; for the nodes of each tile
+//   one number of the arithmetic a class, written and read; the logits and their gradient, which may
+//   be the logits.
 #pragma once
 
-#include "cuda/kernels/upsample_grid.cuh"
+#include "cuda/kernels/upsample_tile.cuh"
 
 namespace disalign::cuda {
 
-constexpr int kUpsampleBackwardThreads = 256;
-constexpr int kLanes = 32;  // classes of a block
+constexpr int kUpsampleExchanged = kUpsampleThreads / kNodeThreads;  // class vectors at a time
+constexpr int kNodeClasses = 8;  // of a block of upsample_nodes_kernel
 
+// The smallest number with all digits: `reciprocal` takes lesser ones for 0.
 template <class A>
-constexpr int kNodes = sizeof(A) == 8 ? 4 : 8;  // along each side of a block's square
-template <class A>
-constexpr int kCells = kNodes<A> + 1;
-template <class A>
-constexpr int kAround = kNodes<A> + 2;  // nodes that the cells lie between
+constexpr A kSmallest = std::numeric_limits<A>::min();
 
-enum Corner { kUpperLeft, kUpperRight, kLowerLeft, kLowerRight, kCorners };
+// Shared memory of which a thread's factors and the columns' sums have their turns.
+template <class A, int Rows>
+struct UpsampleExchange {
+  static constexpr int V = kVector<A>;
+  static constexpr int kSlots = 32 + 32 / 8;  // so that cells 4 or 8 columns apart do not collide
+  static constexpr int kEntries = kUpsampleExchanged * kUpsampleWarps * 2 * kSlots * V;
+  enum Factor { kShift, kSoftmax, kOfTarget, kTarget, kFactors };
+  static constexpr int kOwn = kFactors * Rows * kUpsampleThreads;
+  static constexpr int kZeros = kSlots * V;
+  static constexpr int kBytes =
+      (32 + kZeros + (kEntries > kOwn ? kEntries : kOwn)) * static_cast<int>(sizeof(A));
+  A* across;  // [32]: the columns' weights
+  A* zeros;   // the sums of a warp that there is not
+  A* memory;
 
-template <class A>
-struct UpsampleMemory {
-  static constexpr int kColumn =
-      kLanes + 1;  // so that writing a node's neighbours is conflict-free
-  static constexpr int kValues = kAround<A> * kAround<A> * kColumn;
-  static constexpr int kShares = kCells<A> * kCells<A> * kCorners * kLanes;
-  static constexpr int kBytes = (kValues + kShares) * static_cast<int>(sizeof(A));
-  A* values;  // [kAround][kAround][kColumn]: u; then [kNodes][kNodes][kColumn]: gradients
-  A* shares;  // [kCells][kCells][kCorners][kLanes]
+  __device__ __forceinline__ explicit UpsampleExchange(A* from)
+      : across(from), zeros(from + 32), memory(zeros + kZeros) {
+    for (int i = threadIdx.x; i < kZeros; i += blockDim.x) zeros[i] = 0;
+  }
+  __device__ __forceinline__ A& own(Factor factor, int r) const {
+    return memory[(factor * Rows + r) * kUpsampleThreads + threadIdx.x];
+  }
+  __device__ __forceinline__ int& own_target(int r) const {
+    return reinterpret_cast<int&>(own(kTarget, r));
+  }
+  // Of a class vector, a warp's upper (0) or lower (1) row: V sums for each column's slot.
+  __device__ __forceinline__ A* sums(int vector, int warp, int row) const {
+    return memory + ((vector * kUpsampleWarps + warp) * 2 + row) * kSlots * V;
+  }
+  static __device__ __forceinline__ int slot(unsigned column) { return (column + column / 8) * V; }
 };
 
-// [4]: maximum, softmax, smooth, at_target of PositionFactors.
-template <class T>
-__global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
-    upsample_factors_kernel(const UpsampleArgs args) {
-  using A = Accumulate<T>;
-  DISALIGN_SHARED_MEMORY(memory);
-  A weights = 0;
-  if (args.label_smoothing > 0)
-    weights = weight_sum<A>(args, 0, static_cast<int>(args.classes), reinterpret_cast<A*>(memory));
-  const A inverse = inverse_denominator<A>(args);
-  const int64_t image_positions = int64_t{args.y.out} * args.x.out;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.positions();
-       i += int64_t{gridDim.x} * blockDim.x) {
-    const auto target_logit = [&](int t) -> TargetLogit<A> {
-      const int64_t image = i / image_positions;
-      const int rest = static_cast<int>(i % image_positions);
-      const Neighbours<A> at(args, rest / args.x.out, rest % args.x.out);
-      const A u = upsampled_logit<T>(args, image, at, t) - vector_entry<A>(args.margin, t, A(0));
-      return {A(0), u};
+// A node of the tile and the columns around it.
+struct UpsampleNode {
+  int row, column;         // of the tile's
+  int begin, middle, end;  // columns of the cells before and after it
+
+  template <class T>
+  __device__ __forceinline__ UpsampleNode(const UpsampleArgs& args, const UpsampleTile<T>& tile,
+                                          int node)
+      : row(node / tile.low_width), column(node - row * tile.low_width) {
+    const int x = tile.low_x + column, last = min(args.tile_width, args.x.out - tile.column);
+    const auto first_of = [&](int source) {
+      return min(max(args.x.first[min(max(source, 0), args.x.in)] - tile.column, 0), last);
     };
-    const PositionFactors<A> at = position_factors(args, i, A(0), weights, inverse, target_logit);
-    args.targets[i] = at.target;
-    A* to = static_cast<A*>(args.factors) + 4 * i;
-    to[0] = at.maximum, to[1] = at.softmax, to[2] = at.smooth, to[3] = at.at_target;
-  }
-}
-
-// A block's square, its classes and its place in memory.
-template <class T>
-struct Square {
-  using A = Accumulate<T>;
-  int64_t image;
-  int y, x;  // of its first node
-  int chunk, class_begin;
-  int lane, warp, warps;
-
-  __device__ __forceinline__ Square(const UpsampleArgs& args, int64_t square)
-      : chunk(blockIdx.y),
-        class_begin(chunk * kLanes),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        warps(blockDim.x / 32) {
-    const int across = (args.x.in + kNodes<A> - 1) / kNodes<A>;
-    const int down = (args.y.in + kNodes<A> - 1) / kNodes<A>;
-    image = square / (int64_t{across} * down);
-    const int rest = static_cast<int>(square % (int64_t{across} * down));
-    y = rest / across * kNodes<A>;
-    x = rest % across * kNodes<A>;
+    begin = first_of(x - 1), middle = first_of(x), end = first_of(x + 1);
   }
 
-  // The calibrated logits of the square and of the nodes around it; at the logits' edge those
-  // beyond repeat the last, where their weight is 0. Neighbouring threads read neighbouring nodes.
-  __device__ __forceinline__ void load(const UpsampleArgs& args, A* values) const {
-    constexpr int kAll = kAround<A> * kAround<A>;
-    for (int i = threadIdx.x; i < kAll * kLanes; i += blockDim.x) {
-      const int node = i % kAll, k = i / kAll, j = class_begin + k;
-      if (j >= args.classes) continue;
-      const int at_y = min(max(y - 1 + node / kAround<A>, 0), args.y.in - 1);
-      const int at_x = min(max(x - 1 + node % kAround<A>, 0), args.x.in - 1);
-      values[node * UpsampleMemory<A>::kColumn + k] =
-          LowPosition<T>(args, image, at_y, at_x).calibrated(args, j);
-    }
-  }
-
-  // The shares of a cell's corners in class j, over the output positions of the cell.
-  __device__ __forceinline__ void cell(const UpsampleArgs& args, int j, int cell_y, int cell_x,
-                                       const A* values, A (&shares)[kCorners]) const {
-    const int source_y = y - 1 + cell_y, source_x = x - 1 + cell_x;
-    if (source_y < 0 || source_y >= args.y.in || source_x < 0 || source_x >= args.x.in) return;
-    const A* upper = values + (cell_y * kAround<A> + cell_x) * UpsampleMemory<A>::kColumn + lane;
-    const A* lower = upper + kAround<A> * UpsampleMemory<A>::kColumn;
-    const A upper_left = upper[0], upper_right = upper[UpsampleMemory<A>::kColumn];
-    const A lower_left = lower[0], lower_right = lower[UpsampleMemory<A>::kColumn];
-    const A w = args.label_smoothing > 0 ? vector_entry<A>(args.weight, j, A(1)) : A(0);
-    const A m = vector_entry<A>(args.margin, j, A(0));
-    const int last_y = args.y.first[source_y + 1], last_x = args.x.first[source_x + 1];
-    for (int out_y = args.y.first[source_y]; out_y < last_y; ++out_y) {
-      const A down = static_cast<const A*>(args.y.weight)[out_y];
-      const int64_t row = (image * args.y.out + out_y) * args.x.out;
-      A left = 0, right = 0;
-      for (int out_x = args.x.first[source_x]; out_x < last_x; ++out_x) {
-        const int t = args.targets[row + out_x];
-        if (t < 0) continue;
-        const A* at = static_cast<const A*>(args.factors) + 4 * (row + out_x);
-        const A across = static_cast<const A*>(args.x.weight)[out_x];
-        A u = between(upper_left, upper_right, lower_left, lower_right, down, across);
-        if (j == t) u -= m;
-        A q = at[1] * exponential(u - at[0]) - at[2] * w;
-        if (j == t) q -= at[3];
-        left += q * (A(1) - across);
-        right += q * across;
+  // Of a class vector, the sums over the columns, by how near they are: of its band those of the
+  // upper rows, of the band before those of the lower rows.
+  template <class Exchange, class A, int V>
+  __device__ __forceinline__ void add(const UpsampleArgs& args, const Exchange& exchange,
+                                      int vector, A (&sum)[V]) const {
+#pragma unroll
+    for (int k = 0; k < V; ++k) sum[k] = 0;
+    for (int w = row * args.warps_of_band; w < (row + 1) * args.warps_of_band; ++w) {
+      const int before = w - args.warps_of_band;
+      const A* upper = w < kUpsampleWarps ? exchange.sums(vector, w, 0) : exchange.zeros;
+      const A* lower = before >= 0 ? exchange.sums(vector, before, 1) : exchange.zeros;
+      for (int c = begin; c < end; ++c) {
+        const A across = exchange.across[c], near = c < middle ? across : A(1) - across;
+        A from_upper[V], from_lower[V];
+        load_shared(upper + Exchange::slot(c), from_upper);
+        load_shared(lower + Exchange::slot(c), from_lower);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum[k] = std::fma(near, from_upper[k] + from_lower[k], sum[k]);
       }
-      shares[kUpperLeft] += left * (A(1) - down);
-      shares[kUpperRight] += right * (A(1) - down);
-      shares[kLowerLeft] += left * down;
-      shares[kLowerRight] += right * down;
     }
-  }
-
-  // The gradient of the node's u in this lane's class.
-  __device__ __forceinline__ A gather(const A* shares, int node_y, int node_x) const {
-    const auto share = [&](int cell_y, int cell_x, int corner) {
-      return shares[((cell_y * kCells<A> + cell_x) * kCorners + corner) * kLanes + lane];
-    };
-    return share(node_y, node_x, kLowerRight) + share(node_y, node_x + 1, kLowerLeft) +
-           share(node_y + 1, node_x, kUpperRight) + share(node_y + 1, node_x + 1, kUpperLeft);
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
+template <class T, int Rows>
+__global__ void __launch_bounds__(kUpsampleThreads, kUpsampleBlocks<T>)
     upsample_backward_kernel(const UpsampleArgs args) {
   using A = Accumulate<T>;
-  constexpr int kColumn = UpsampleMemory<A>::kColumn;
+  constexpr int V = kVector<A>;
+  using Exchange = UpsampleExchange<A, Rows>;
   DISALIGN_SHARED_MEMORY(raw_memory);
-  UpsampleMemory<A> memory;
-  memory.values = reinterpret_cast<A*>(raw_memory);
-  memory.shares = memory.values + UpsampleMemory<A>::kValues;
-  const int64_t squares = args.outer * ((args.y.in + kNodes<A> - 1) /
-                                        kNodes<A>)*((args.x.in + kNodes<A> - 1) / kNodes<A>);
-  A scale_sum = 0, bias_sum = 0;
-
-  for (int64_t s = blockIdx.x; s < squares; s += gridDim.x) {
-    const Square<T> square(args, s);
-    const int lane = square.lane, j = square.class_begin + lane;
-    const bool own = j < args.classes;
-    square.load(args, memory.values);
-    __syncthreads();
-    for (int c = square.warp; c < kCells<A> * kCells<A>; c += square.warps) {
-      A shares[kCorners] = {};
-      if (own) square.cell(args, j, c / kCells<A>, c % kCells<A>, memory.values, shares);
-#pragma unroll
-      for (int corner = 0; corner < kCorners; ++corner)
-        memory.shares[(c * kCorners + corner) * kLanes + lane] = shares[corner];
-    }
-    __syncthreads();
-    for (int n = square.warp; n < kNodes<A> * kNodes<A>; n += square.warps) {
-      const int y = square.y + n / kNodes<A>, x = square.x + n % kNodes<A>;
-      if (y >= args.y.in || x >= args.x.in) continue;
-      A g = own ? square.gather(memory.shares, n / kNodes<A>, n % kNodes<A>) : A(0);
-      if (args.confidence) {
-        const LowPosition<T> low(args, square.image, y, x);
-        const A a = own ? static_cast<const A*>(args.scale)[j] : A(0);
-        if (args.class_gradients || args.confidence_sums) {
-          const A b = own ? static_cast<const A*>(args.bias)[j] : A(0);
-          const A z = own ? low.logit(args, j) : A(0);
-          scale_sum += g * low.c * (z == negative_infinity<A>() ? A(0) : z);
-          bias_sum += g * low.c;
-          A slope = g * finite_or_zero(a * z + b);
-          for (int distance = 16; distance > 0; distance /= 2)
-            slope += __shfl_xor_sync(kFullWarp, slope, distance);
-          if (args.confidence_sums && lane == 0)
-            static_cast<A*>(args.confidence_sums)[square.chunk * args.low_positions() +
-                                                  (square.image * args.y.in + y) * args.x.in + x] =
-                low.c * (A(1) - low.c) * slope;
-        }
-        g *= a * low.c + A(1);
-      }
-      memory.values[n * kColumn + lane] = g;  // nobody reads u any more
-    }
-    __syncthreads();
-    if (args.grad_logits) {
-      constexpr int kAll = kNodes<A> * kNodes<A>;
-      for (int i = threadIdx.x; i < kAll * kLanes; i += blockDim.x) {
-        const int n = i % kAll, k = i / kAll;
-        const int y = square.y + n / kNodes<A>, x = square.x + n % kNodes<A>;
-        if (y >= args.y.in || x >= args.x.in || square.class_begin + k >= args.classes) continue;
-        store_one(static_cast<T*>(args.grad_logits) + square.image * args.grad_outer_stride +
-                      (square.class_begin + k) * args.grad_class_stride + y * args.grad_y_stride +
-                      x * args.grad_x_stride,
-                  from_accumulate<T>(memory.values[n * kColumn + k]));
-      }
-    }
+  const Exchange exchange(reinterpret_cast<A*>(raw_memory));
+  A* memory = reinterpret_cast<A*>(raw_memory + Exchange::kBytes);
+  const RowOptions<A> options(args);
+  const bool smoothing = options.label_smoothing > 0, margin = args.margin;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  A weights = 0;
+  if (smoothing) {
+    weights = weight_sum<A>(args, 0, static_cast<int>(args.classes), memory);
     __syncthreads();
   }
-  if (!args.class_gradients) return;
-  // The warps' sums, in their order.
-  memory.shares[2 * threadIdx.x] = scale_sum;
-  memory.shares[2 * threadIdx.x + 1] = bias_sum;
-  __syncthreads();
-  const int64_t j = int64_t{blockIdx.y} * kLanes + threadIdx.x % 32;
-  if (threadIdx.x >= 2 * kLanes || j >= args.classes) return;
-  const int which = threadIdx.x / kLanes;
-  A sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x / 32); ++warp)
-    sum += memory.shares[2 * (warp * 32 + threadIdx.x % 32) + which];
-  static_cast<A*>(args.class_sums)[(2 * blockIdx.x + which) * args.classes + j] = sum;
+  const A scale = shared_scale(args, inverse_denominator<A>(args));
+
+  for (int64_t t = blockIdx.x; t < args.tiles(); t += gridDim.x) {
+    const UpsampleTile<T> tile(args, static_cast<int>(t));
+    const int pitch = tile.pitch(args), rounds = tile.rounds(args, Rows);
+    bool staged = false, finite = true;
+    if (threadIdx.x < 32 && tile.column + lane < args.x.out)
+      exchange.across[lane] = static_cast<const A*>(args.x.weight)[tile.column + lane];
+    for (int round = 0; round < rounds; ++round) {
+      const UpsampleOutputs<T, Rows> out(args, tile, round);
+      int target[Rows];
+      out.read_targets(args, target);
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) exchange.own_target(r) = target[r];
+      // In a loop, as its code would be too long for each output. Of an ignored one, softmax is 0.
+      bool exact = false;
+      A smooth = 0, smooth_down = 0;
+      const auto keep_factors = [&](int first, int count) {
+        int64_t i = out.position;
+#pragma unroll 1
+        for (int r = 0; r < Rows; ++r, i += args.x.out) {
+          const int j = exchange.own_target(r), k = max(j, 0) - first * V;
+          if (static_cast<unsigned>(k) >= static_cast<unsigned>(count * V)) continue;
+          PositionFactors<A> at;
+          A of_target = 0;
+          if (j >= 0) {
+            const A down = static_cast<const A*>(args.y.weight)[out.y + r];
+            A u = 0;
+            if (margin || options.focal_gamma > 0)
+              u = out.logit(memory, pitch, k, down) - vector_entry<A>(args.margin, j, A(0));
+            at =
+                position_factors(args, options, i, j, A(0), weights, gradient_scale(args, i, scale),
+                                 [&](int) -> TargetLogit<A> { return {A(0), u}; });
+            exact = exact || !is_near(at.maximum);
+            of_target = at.at_target;
+            if (margin)  // else the exponential is that of any class
+              of_target = std::fabs(at.softmax) < kSmallest<A>
+                              ? A(0)
+                              : exponential(u - at.maximum) - at.at_target * reciprocal(at.softmax);
+            if (!margin && is_near(at.maximum)) at.softmax *= correction(at.maximum);
+            smooth += at.smooth;
+            smooth_down += at.smooth * down;
+          }
+          exchange.own(Exchange::kShift, r) = at.maximum;
+          exchange.own(Exchange::kSoftmax, r) = at.softmax;
+          exchange.own(Exchange::kOfTarget, r) = of_target;
+        }
+      };
+      finite = tile.for_staged(args, memory, staged, keep_factors) && finite;
+      A shift[Rows], softmax[Rows], softmax_down[Rows], of_target[Rows];
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        shift[r] = exchange.own(Exchange::kShift, r);
+        softmax[r] = exchange.own(Exchange::kSoftmax, r);
+        of_target[r] = exchange.own(Exchange::kOfTarget, r);
+      }
+      // Also a barrier: what others have kept may be written over. Where a logit is not finite, the
+      // exponential of an ignored output is not 0.
+      const bool direct = __syncthreads_or(exact || margin || !finite);
+      if (!direct) {
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) shift[r] = shift_product(shift[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) softmax_down[r] = softmax[r] * out.down[r];
+
+      // Of a class vector, what this thread's outputs give to the two rows in its column.
+      const auto add_outputs = [&](int j, const A* from, int slot, auto exponential_of) {
+        A upper[V], difference[V], sum[V], lower[V];
+        out.at_column(from, upper, difference);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          sum[k] = 0, lower[k] = 0;
+#pragma unroll
+          for (int r = 0; r < Rows; ++r) {
+            const A e = exponential_of(std::fma(out.down[r], difference[k], upper[k]), r, j + k);
+            sum[k] = std::fma(softmax[r], e, sum[k]);
+            lower[k] = std::fma(softmax_down[r], e, lower[k]);
+          }
+        }
+        if (smoothing) {
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            if (j + k >= args.classes) continue;
+            const A w = vector_entry<A>(args.weight, j + k, A(1));
+            sum[k] -= w * smooth;
+            lower[k] -= w * smooth_down;
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum[k] -= lower[k];
+        store_shared(exchange.sums(slot, warp, 0) + Exchange::slot(lane), sum);
+        store_shared(exchange.sums(slot, warp, 1) + Exchange::slot(lane), lower);
+      };
+      // Takes the targets' terms off those of the class vectors from `first` on.
+      const auto subtract_targets = [&](int first, int count) {
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) {
+          const int k = target[r] - first * V;  // of an ignored one negative
+          if (static_cast<unsigned>(k) >= static_cast<unsigned>(count * V)) continue;
+          const int slot = k / V, at = Exchange::slot(lane) + k % V;
+          const A lower = of_target[r] * out.down[r];
+          exchange.sums(slot, warp, 0)[at] -= of_target[r] - lower;
+          exchange.sums(slot, warp, 1)[at] -= lower;
+        }
+      };
+      const int nodes = (args.bands + 1) * tile.low_width;
+      const UpsampleNode first_node(args, tile, threadIdx.x % kNodeThreads);
+      A* to_tile = static_cast<A*>(args.node_sums) +
+                   t * tile.vectors * (args.bands + 1) * args.tile_nodes * V;
+      tile.for_staged(args, memory, staged, [&](int first, int count) {
+        for (int begin = 0; begin < count; begin += kUpsampleExchanged) {
+          const int some = min(count - begin, kUpsampleExchanged);
+          const A* from = memory + begin * pitch;
+          for (int slot = 0; slot < some; ++slot, from += pitch) {
+            const int j = (first + begin + slot) * V;
+            if (!direct) {
+              add_outputs(j, from, slot,
+                          [&](A u, int r, int) { return shifted_exponential(u, shift[r]); });
+            } else {
+              add_outputs(j, from, slot, [&](A u, int r, int k) -> A {
+                if (margin && k == target[r]) return of_target[r];
+                if (target[r] < 0) return 0;
+                return margin || !is_near(shift[r])
+                           ? exponential(u - shift[r])
+                           : shifted_exponential(u, shift_product(shift[r]));
+              });
+            }
+          }
+          if (!margin) subtract_targets(first + begin, some);
+          __syncthreads();
+          const int slot = threadIdx.x / kNodeThreads;
+          if (slot < some) {
+            UpsampleNode node = first_node;
+            for (int n = threadIdx.x % kNodeThreads; n < nodes; n += kNodeThreads) {
+              if (n >= kNodeThreads) node = UpsampleNode(args, tile, n);
+              A sum[V];
+              node.add(args, exchange, slot, sum);
+              const int64_t row = int64_t{first + begin + slot} * (args.bands + 1) + node.row;
+              A* to = to_tile + (row * args.tile_nodes + node.column) * V;
+              if (round > 0) {
+                A before[V];
+                load_shared(to, before);
+#pragma unroll
+                for (int k = 0; k < V; ++k) sum[k] += before[k];
+              }
+              store_shared(to, sum);
+            }
+          }
+          __syncthreads();
+        }
+      });
+    }
+  }
 }
 
-// A contiguous gradient over the logits: while blocks still read their neighbours' logits, none may
-// write its own.
+// K class vectors of one node and of the tiles around it, added.
+template <class T, int K>
+__device__ __forceinline__ void add_tiles(const UpsampleArgs& args, int64_t image, int y, int x,
+                                          int first_vector,
+                                          Accumulate<T> (&g)[K * kVector<Accumulate<T>>]) {
+  using A = Accumulate<T>;
+  constexpr int V = kVector<A>;
+#pragma unroll
+  for (int k = 0; k < K * V; ++k) g[k] = 0;
+  const int begin = args.x.first[max(x - 1, 0)], end = args.x.first[x + 1];
+  const int64_t vectors = (args.classes + V - 1) / V;
+  const int nodes = (args.bands + 1) * args.tile_nodes;
+  for (int down = max(y - 1, 0) / args.bands; down <= y / args.bands; ++down) {
+    if (begin == end) continue;  // no outputs around
+    for (int across = begin / args.tile_width; across * args.tile_width < end; ++across) {
+      const int64_t tile = (image * args.tiles_down + down) * args.tiles_across + across;
+      const int low_x = args.x.source[across * args.tile_width];
+      const A* from = static_cast<const A*>(args.node_sums) +
+                      ((tile * vectors + first_vector) * nodes +
+                       (y - down * args.bands) * args.tile_nodes + (x - low_x)) *
+                          V;
+#pragma unroll
+      for (int n = 0; n < K; ++n) {
+        if (first_vector + n >= vectors) continue;
+        A of_tile[V];
+        load_shared(from + n * nodes * V, of_tile);
+#pragma unroll
+        for (int k = 0; k < V; ++k) g[n * V + k] += of_tile[k];
+      }
+    }
+  }
+}
+
 template <class T>
-__global__ void __launch_bounds__(kUpsampleBackwardThreads, 1)
-    upsample_overwrite_kernel(const UpsampleArgs args) {
-  const int64_t all = args.low_positions() * args.classes;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < all;
+__global__ void __launch_bounds__(kUpsampleThreads, 1)
+    upsample_nodes_kernel(const UpsampleArgs args) {
+  using A = Accumulate<T>;
+  constexpr int C = kNodeClasses, K = C / kVector<A>;
+  DISALIGN_SHARED_MEMORY(memory);
+  const int first = blockIdx.y * C;  // class
+  const int classes = min(static_cast<int>(args.classes) - first, C);
+  const int64_t image_nodes = int64_t{args.y.in} * args.x.in;
+  A scale_sums[C] = {}, bias_sums[C] = {};
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.low_positions();
        i += int64_t{gridDim.x} * blockDim.x) {
-    const int64_t x = i % args.x.in, y = i / args.x.in % args.y.in;
-    const int64_t plane = i / (int64_t{args.x.in} * args.y.in);
-    T* to = static_cast<T*>(const_cast<void*>(args.logits)) +
-            plane / args.classes * args.outer_stride + plane % args.classes * args.class_stride +
-            y * args.y_stride + x * args.x_stride;
-    store_one(to, load_one(static_cast<const T*>(args.grad_logits) + i));
+    const int64_t image = i / image_nodes;
+    const int rest = static_cast<int>(i % image_nodes);
+    const int y = rest / args.x.in, x = rest % args.x.in;
+    A g[C];
+    add_tiles<T, K>(args, image, y, x, first / kVector<A>, g);
+    const LowPosition<T> low(args, image, y, x);
+    T* to = static_cast<T*>(args.grad_logits) + image * args.grad_outer_stride +
+            first * args.grad_class_stride + y * args.grad_y_stride + x * args.grad_x_stride;
+    A slope = 0;
+#pragma unroll
+    for (int k = 0; k < C; ++k) {
+      if (k >= classes) continue;
+      if (args.scale) {
+        const A a = static_cast<const A*>(args.scale)[first + k];
+        if (args.class_gradients || args.confidence_sums) {
+          const A b = static_cast<const A*>(args.bias)[first + k], z = low.logit(args, first + k);
+          scale_sums[k] += g[k] * low.c * (z == negative_infinity<A>() ? A(0) : z);
+          bias_sums[k] += g[k] * low.c;
+          slope += g[k] * finite_or_zero(a * z + b);
+        }
+        g[k] *= a * low.c + A(1);
+      }
+      if (args.grad_logits) store_one(to + k * args.grad_class_stride, from_accumulate<T>(g[k]));
+    }
+    if (args.confidence_sums)
+      static_cast<A*>(args.confidence_sums)[blockIdx.y * args.low_positions() + i] =
+          low.c * (A(1) - low.c) * slope;
+  }
+  if (!args.class_gradients) return;
+  A* sums = static_cast<A*>(args.class_sums) + 2 * blockIdx.x * args.classes + first;
+  A* scratch = reinterpret_cast<A*>(memory);
+#pragma unroll
+  for (int k = 0; k < C; ++k) {
+    if (k >= classes) continue;
+    const A scale = block_sum(scale_sums[k], scratch);
+    const A bias = block_sum(bias_sums[k], scratch + kUpsampleWarps);
+    if (threadIdx.x == 0) sums[k] = scale, sums[args.classes + k] = bias;
+    __syncthreads();
   }
 }
 

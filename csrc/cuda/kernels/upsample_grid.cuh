@@ -5,6 +5,8 @@
 // [first[s], first[s + 1]). Both are F.interpolate's (bilinear), computed in double, once a launch.
 #pragma once
 
+#include <limits>
+
 #include "cuda/kernels/arguments.h"
 #include "cuda/kernels/position.cuh"
 
@@ -18,6 +20,10 @@ template <class A>
 constexpr A kMasked = kLowest<A> / 4;
 template <class A>
 constexpr A kNothing = kMasked<A> / 16;
+
+// Weights are less than 1, or `interpolated` would lose what it ends at.
+template <class A>
+constexpr A kBelowOne = A(1) - std::numeric_limits<A>::epsilon() / 2;
 
 // The position of output i, in units of the low resolution.
 __device__ __forceinline__ double axis_position(const Axis& axis, bool align_corners, int i) {
@@ -38,7 +44,7 @@ __device__ __forceinline__ void fill_axis(const Axis& axis, bool align_corners) 
     const int source = axis_source(axis, align_corners, i);
     axis.source[i] = source;
     const double weight = source < axis.in - 1 ? at - source : 0.0;
-    static_cast<A*>(axis.weight)[i] = static_cast<A>(weight < 1.0 ? weight : 1.0);
+    static_cast<A*>(axis.weight)[i] = std::fmin(static_cast<A>(weight), kBelowOne<A>);
   }
   for (int s = blockIdx.x * blockDim.x + threadIdx.x; s <= axis.in; s += step) {
     int low = 0, high = axis.out;  // the first output whose source is s or beyond
@@ -71,52 +77,43 @@ struct LowPosition {
                x * args.x_stride),
         c(confidence_of<A>(args, (image * args.y.in + y) * args.x.in + x)) {}
 
-  __device__ __forceinline__ A logit(const UpsampleArgs& args, int j) const {
+  __device__ __forceinline__ A logit(const UpsampleArgs& args, int64_t j) const {
     return to_accumulate(load_one(logits + j * args.class_stride));
   }
 
-  // u = (1 + c a) z + c b + o, a masked class kMasked.
-  __device__ __forceinline__ A calibrated(const UpsampleArgs& args, int j) const {
-    const A a = vector_entry<A>(args.scale, j, A(0)), b = vector_entry<A>(args.bias, j, A(0));
-    const A u = logit(args, j) * (a * c + A(1)) + (b * c + vector_entry<A>(args.prior, j, A(0)));
-    return u < kMasked<A> ? kMasked<A> : u;
+  // u = (1 + c a) z + c b + o of the `count` classes from j on; a masked class kMasked, and so are
+  // those beyond.
+  template <int V>
+  __device__ __forceinline__ void calibrate(const UpsampleArgs& args, int j, int count,
+                                            A (&u)[V]) const {
+    const T* from = logits + j * args.class_stride;
+#pragma unroll
+    for (int k = 0; k < V; ++k, from += args.class_stride) {
+      u[k] = kMasked<A>;
+      if (k < count) u[k] = to_accumulate(load_one(from));
+    }
+    if (args.scale) {
+      const A* a = static_cast<const A*>(args.scale) + j;
+      const A* b = static_cast<const A*>(args.bias) + j;
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        if (k < count) u[k] = calibrated(u[k], a[k], b[k], c);
+    }
+    if (args.prior) {
+      const A* prior = static_cast<const A*>(args.prior) + j;
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        if (k < count) u[k] += prior[k];
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) u[k] = u[k] < kMasked<A> ? kMasked<A> : u[k];
   }
 };
 
-// u between four values.
+// From a to b by `weight`.
 template <class A>
-__device__ __forceinline__ A between(A upper_left, A upper_right, A lower_left, A lower_right,
-                                     A down, A right) {
-  const A upper = upper_left * (A(1) - right) + upper_right * right;
-  const A lower = lower_left * (A(1) - right) + lower_right * right;
-  return upper * (A(1) - down) + lower * down;
-}
-
-// The four neighbours of an output position.
-template <class A>
-struct Neighbours {
-  int top, bottom, left, right;
-  A down, across;  // how far to the lower and to the right one
-
-  __device__ __forceinline__ Neighbours(const UpsampleArgs& args, int y, int x)
-      : top(args.y.source[y]),
-        bottom(min(top + 1, args.y.in - 1)),
-        left(args.x.source[x]),
-        right(min(left + 1, args.x.in - 1)),
-        down(static_cast<const A*>(args.y.weight)[y]),
-        across(static_cast<const A*>(args.x.weight)[x]) {}
-};
-
-// One class at one output position, straight from the logits.
-template <class T>
-__device__ __forceinline__ Accumulate<T> upsampled_logit(const UpsampleArgs& args, int64_t image,
-                                                         const Neighbours<Accumulate<T>>& at,
-                                                         int j) {
-  return between(LowPosition<T>(args, image, at.top, at.left).calibrated(args, j),
-                 LowPosition<T>(args, image, at.top, at.right).calibrated(args, j),
-                 LowPosition<T>(args, image, at.bottom, at.left).calibrated(args, j),
-                 LowPosition<T>(args, image, at.bottom, at.right).calibrated(args, j), at.down,
-                 at.across);
+__device__ __forceinline__ A interpolated(A a, A b, A weight) {
+  return std::fma(weight, b - a, a);
 }
 
 }  // namespace disalign::cuda

@@ -1,139 +1,215 @@
 // Upsampling kernels, forward: calibrated softmax cross-entropy of bilinearly interpolated logits.
 //
-// - Maps: a block has a tile of output positions, a thread one position at a time, with all
-// classes.
-//   The low-resolution logits around the tile, calibrated, lie in shared memory, class after class:
-//   neighbouring threads read the same few entries.
-// - One pass over the classes with a running maximum, as in dense_kernel.cuh.
+// - Maps: upsample_tile.cuh. A thread keeps the sums of its outputs in registers and goes over the
+//   classes, which neighbouring threads read from the same few entries of shared memory.
+// - The exponentials are exp(u - u_t), as in row_warp_kernel.cuh: one pass over the classes. Where a
+//   sum of the others is not moderate, its outputs are done again by their maximum.
 // - Memory: the low-resolution logits once a tile that they lie around, the target once; nothing is
 //   of the output's size but vectors of one entry a position.
 #pragma once
 
-#include "cuda/kernels/block_sums.cuh"
-#include "cuda/kernels/upsample_grid.cuh"
+#include "cuda/kernels/upsample_tile.cuh"
 
 namespace disalign::cuda {
 
-constexpr int kUpsampleThreads = 256;
-constexpr int kUpsampleUnroll = 4;
+// Of a thread's outputs, what the loss is made of: in shared memory, where the logits were. A loop
+// makes the loss, whose code would be too long for each output.
+template <class A, int Rows>
+struct UpsampleSums {
+  enum Value { kShift, kRest, kTargetLogit, kSmooth, kTarget, kValues };
+  static constexpr int kBytes = kValues * Rows * kUpsampleThreads * static_cast<int>(sizeof(A));
+  A* own;  // this thread's
 
-// The low-resolution positions around a tile.
-template <class T>
-struct UpsampleTile {
-  using A = Accumulate<T>;
-  int64_t image;
-  int y, x, height, width;  // of the output
-  int low_y, low_x, low_height, low_width;
-  const A* staged;  // [classes][low_height][low_width]
-
-  __device__ __forceinline__ UpsampleTile(const UpsampleArgs& args, int64_t tile, A* memory)
-      : staged(memory) {
-    const int across = (args.x.out + args.tile_width - 1) / args.tile_width;
-    const int down = (args.y.out + args.tile_height - 1) / args.tile_height;
-    image = tile / (int64_t{across} * down);
-    const int rest = static_cast<int>(tile % (int64_t{across} * down));
-    y = rest / across * args.tile_height;
-    x = rest % across * args.tile_width;
-    height = min(args.tile_height, args.y.out - y);
-    width = min(args.tile_width, args.x.out - x);
-    low_y = args.y.source[y];
-    low_x = args.x.source[x];
-    low_height = min(args.y.source[y + height - 1] + 2, args.y.in) - low_y;
-    low_width = min(args.x.source[x + width - 1] + 2, args.x.in) - low_x;
+  __device__ __forceinline__ explicit UpsampleSums(A* memory) : own(memory + threadIdx.x) {}
+  __device__ __forceinline__ A& at(Value value, int r) const {
+    return own[(value * Rows + r) * kUpsampleThreads];
   }
-
-  // By the whole block; a barrier must follow.
-  __device__ __forceinline__ void stage(const UpsampleArgs& args, A* memory) const {
-    const int around = low_height * low_width;
-    for (int n = threadIdx.x; n < around; n += blockDim.x) {
-      const LowPosition<T> low(args, image, low_y + n / low_width, low_x + n % low_width);
-      for (int j = 0; j < args.classes; ++j) memory[j * around + n] = low.calibrated(args, j);
-    }
-  }
-
-  __device__ __forceinline__ A logit(const UpsampleArgs& args, const Neighbours<A>& at,
-                                     int j) const {
-    if (!args.staged) return upsampled_logit<T>(args, image, at, j);
-    const A* from = staged + j * low_height * low_width;
-    const int top = (at.top - low_y) * low_width, bottom = (at.bottom - low_y) * low_width;
-    const int left = at.left - low_x, right = at.right - low_x;
-    return between(from[top + left], from[top + right], from[bottom + left], from[bottom + right],
-                   at.down, at.across);
+  __device__ __forceinline__ int& target(int r) const {
+    return reinterpret_cast<int&>(at(kTarget, r));
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kUpsampleThreads, 1)
+template <class T, int Rows>
+__global__ void __launch_bounds__(kUpsampleThreads, kUpsampleBlocks<T>)
     upsample_forward_kernel(const UpsampleArgs args) {
   using A = Accumulate<T>;
+  constexpr int V = kVector<A>;
   DISALIGN_SHARED_MEMORY(raw_memory);
-  BlockSums block_sums(reinterpret_cast<double*>(raw_memory), blockDim.x);
-  A* memory = reinterpret_cast<A*>(raw_memory) +
-              BlockSums::entries(kUpsampleThreads) * (sizeof(double) / sizeof(A));
-  const bool smoothing = args.label_smoothing > 0;
-  const int classes = static_cast<int>(args.classes);
-  const int64_t tiles = args.outer * ((args.y.out + args.tile_height - 1) / args.tile_height) *
-                        ((args.x.out + args.tile_width - 1) / args.tile_width);
-  for (int64_t k = blockIdx.x; k < tiles; k += gridDim.x) {
-    const UpsampleTile<T> tile(args, k, memory);
-    __syncthreads();  // the tile before is done with the memory
-    if (args.staged) tile.stage(args, memory);
-    __syncthreads();
-    for (int p = threadIdx.x; p < tile.height * tile.width; p += blockDim.x) {
-      const int y = tile.y + p / tile.width, x = tile.x + p % tile.width;
-      const int64_t i = (tile.image * args.y.out + y) * args.x.out + x;
-      const int t = args.target ? target_of(args, i) : kNoTarget;
-      PositionSums<A> sums;
-      int best = 0;
-      if (t >= 0 || args.prediction) {
-        const Neighbours<A> at(args, y, x);
-        A greatest = kLowest<A>;
-        for (int from = 0; from < classes; from += kUpsampleUnroll) {
-          A u[kUpsampleUnroll];
-          A maximum = sums.maximum;
-#pragma unroll
-          for (int n = 0; n < kUpsampleUnroll; ++n) {
-            const int j = from + n;
-            u[n] = negative_infinity<A>();
-            if (j >= classes) continue;
-            u[n] = tile.logit(args, at, j);
-            if (u[n] > greatest) greatest = u[n], best = j;
-            if (j == t) {
-              u[n] -= vector_entry<A>(args.margin, j, A(0));
-              sums.target_logit = u[n];
-            }
-            maximum = u[n] > maximum ? u[n] : maximum;
+  BlockSums block_sums(reinterpret_cast<double*>(raw_memory), kUpsampleThreads);
+  A* memory = reinterpret_cast<A*>(raw_memory + kBlockSumsBytes);
+  const RowOptions<A> options(args);
+  const bool smoothing = options.label_smoothing > 0;
+  A weights = 0;
+  if (smoothing) weights = weight_sum<A>(args, 0, static_cast<int>(args.classes), memory);
+
+  for (int64_t t = blockIdx.x; t < args.tiles(); t += gridDim.x) {
+    const UpsampleTile<T> tile(args, static_cast<int>(t));
+    const int pitch = tile.pitch(args), rounds = tile.rounds(args, Rows);
+    bool staged = false;
+    for (int round = 0; round < rounds; ++round) {
+      const UpsampleOutputs<T, Rows> out(args, tile, round);
+      // Calls body(j, upper, difference) for the class vectors from j on.
+      const auto for_classes = [&](bool wanted, auto body) {
+        tile.for_staged(args, memory, staged, [&](int first, int count) {
+          if (!wanted) return;
+          const A* from = memory;
+          for (int j = first * V; j < (first + count) * V; j += V, from += pitch) {
+            A upper[V], difference[V];
+            out.at_column(from, upper, difference);
+            body(j, upper, difference);
           }
-          if (maximum > sums.maximum) sums.raise(maximum, smoothing);
+        });
+      };
+      // Calls body(r, j, u) for each output and class.
+      const auto for_logits = [&](bool wanted, auto body) {
+        for_classes(wanted, [&](int j, const A(&upper)[V], const A(&difference)[V]) {
 #pragma unroll
-          for (int n = 0; n < kUpsampleUnroll; ++n) {
-            const int j = from + n;
-            if (j >= classes) continue;
-            sums.rest += j == t ? A(0) : exponential(u[n] - maximum);
-            if (!smoothing) continue;
-            const A w = vector_entry<A>(args.weight, j, A(1));
-            sums.smooth += w * (u[n] - maximum);
-            sums.weight += w;
+          for (int k = 0; k < V; ++k) {
+#pragma unroll
+            for (int r = 0; r < Rows; ++r)
+              body(r, j + k, std::fma(out.down[r], difference[k], upper[k]));
+          }
+        });
+      };
+
+      // Of ignored outputs the shift makes all exponentials 0.
+      int target[Rows];
+      A target_logit[Rows], shift[Rows], product[Rows], rest[Rows], largest[Rows];
+      int best[Rows];
+      bool valid = false;
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) target[r] = kNoTarget;
+      if (args.target) out.read_targets(args, target);
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        target_logit[r] = 0, shift[r] = 0, product[r] = -kLowest<A>, rest[r] = 0;
+        valid = valid || target[r] >= 0;
+      }
+      tile.for_staged(args, memory, staged, [&](int first, int count) {
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) {
+          const int k = target[r] - first * V;  // of an ignored one negative
+          if (static_cast<unsigned>(k) >= static_cast<unsigned>(count * V)) continue;
+          target_logit[r] = out.logit(memory, pitch, k, out.down[r]) -
+                            vector_entry<A>(args.margin, target[r], A(0));
+          shift[r] = target_logit[r];
+          product[r] = shift_product(shift[r]);
+        }
+      });
+
+      // The largest logit of the classes that are not the target, and its class.
+      const auto find_largest = [&](bool wanted) {
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) largest[r] = kLowest<A>, best[r] = 0;
+        for_logits(wanted, [&](int r, int j, A u) {
+          if (j != target[r] && u > largest[r]) largest[r] = u, best[r] = j;
+        });
+      };
+      if (args.prediction) {
+        find_largest(out.count > 0);
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) {
+          if (r >= out.count) continue;
+          int found = best[r];
+          if (target[r] >= 0) {
+            // Without the margin, which only training knows. Of equals the first.
+            const A u = target_logit[r] + vector_entry<A>(args.margin, target[r], A(0));
+            if (u > largest[r] || (u == largest[r] && target[r] < found)) found = target[r];
+          }
+          args.prediction[out.position + int64_t{r} * args.x.out] = found;
+        }
+        if (!args.target) continue;
+      }
+      for_logits(valid, [&](int r, int j, A u) {
+        const A e = shifted_exponential(u, product[r]);
+        if (j != target[r]) rest[r] += e;
+      });
+      bool again = false;
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        if (target[r] < 0) continue;
+        again |= !(rest[r] <= kModerate<A>) | !is_near(target_logit[r]) |
+                 !(target_logit[r] > kNothing<A>);
+        rest[r] *= correction(shift[r]);
+      }
+      if (__syncthreads_or(again)) {
+        find_largest(again);
+        if (again) {
+#pragma unroll
+          for (int r = 0; r < Rows; ++r) {
+            if (target[r] < 0) continue;
+            rest[r] = 0;
+            shift[r] = larger(larger(largest[r], target_logit[r]), kLowest<A>);
+            if (!(shift[r] > kNothing<A>)) shift[r] = static_cast<A>(NAN);  // no class is left
           }
         }
-        if (!(greatest > kNothing<A>)) sums.maximum = static_cast<A>(NAN);
+        for_logits(again, [&](int r, int j, A u) {
+          const A e = exponential(u - shift[r]);
+          if (j != target[r]) rest[r] += e;
+        });
       }
-      if (args.prediction) args.prediction[i] = best;
-      if (!args.target) continue;
-      const A target_weight = t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1));
-      const A v = t < 0 ? A(0) : vector_entry<A>(args.sample_weight, i, A(1));
-      const PositionResult<A> result = position_result(RowOptions<A>(args), sums, target_weight);
-      write_position(args, i, t, sums, result, v, A(0));
-      if (args.probability) {
-        // Without the margin, which only training knows.
-        const A z = t < 0 ? A(0) : sums.target_logit + vector_entry<A>(args.margin, t, A(0));
-        const A maximum = z > sums.maximum ? z : sums.maximum;
-        const A e = exponential(z - maximum);
-        static_cast<A*>(args.probability)[i] =
-            t < 0 ? A(0) : e / (sums.rest * exponential(sums.maximum - maximum) + e);
+      // sum_j w_j (u_j - shift) is between those of the two low-resolution rows, for a shift that all
+      // outputs share.
+      A base = 0, upper_sum = 0, lower_sum = 0;
+      if (smoothing) {
+#pragma unroll
+        for (int r = 0; r < Rows; ++r)
+          if (target[r] >= 0) base = shift[r];
+        for_classes(valid, [&](int j, const A(&upper)[V], const A(&difference)[V]) {
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            if (j + k >= args.classes) continue;
+            const A w = vector_entry<A>(args.weight, j + k, A(1));
+            upper_sum += w * (upper[k] - base);
+            lower_sum += w * (upper[k] + difference[k] - base);
+          }
+        });
       }
-      if (t >= 0)
-        block_sums.add(threadIdx.x, result.loss * v, divisor_share(args, target_weight, v));
+
+      __syncthreads();  // nobody reads the logits any more
+      staged = false;
+      const UpsampleSums<A, Rows> sums_of(memory);
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        sums_of.at(sums_of.kShift, r) = shift[r];
+        sums_of.at(sums_of.kRest, r) = rest[r];
+        sums_of.at(sums_of.kTargetLogit, r) = target_logit[r];
+        sums_of.target(r) = target[r];
+        if (!smoothing) continue;
+        // A masked class may make a sum infinite, which 0 must not be multiplied by.
+        const A upper = upper_sum * (A(1) - out.down[r]);
+        const A lower = out.down[r] > 0 ? lower_sum * out.down[r] : A(0);
+        sums_of.at(sums_of.kSmooth, r) = upper + lower + weights * (base - shift[r]);
+      }
+      A loss = 0, divisor = 0;
+      int64_t i = out.position;
+#pragma unroll 1
+      for (int r = 0; r < out.count; ++r, i += args.x.out) {
+        const int at = sums_of.target(r);
+        PositionSums<A> sums;
+        sums.maximum = sums_of.at(sums_of.kShift, r);
+        sums.rest = sums_of.at(sums_of.kRest, r);
+        sums.target_logit = sums_of.at(sums_of.kTargetLogit, r);
+        sums.weight = weights;
+        const A target_weight = at < 0 ? A(1) : vector_entry<A>(args.weight, at, A(1));
+        const A margin = at < 0 ? A(0) : vector_entry<A>(args.margin, at, A(0));
+        if (smoothing) sums.smooth = sums_of.at(sums_of.kSmooth, r) - target_weight * margin;
+        const A v = at < 0 ? A(0) : vector_entry<A>(args.sample_weight, i, A(1));
+        const PositionResult<A> result = position_result(options, sums, target_weight);
+        write_position(args, i, at, sums, result, v, A(0));
+        if (args.probability) {
+          // Without the margin, which only training knows.
+          const A z = sums.target_logit + margin;
+          const A maximum = z > sums.maximum ? z : sums.maximum;
+          const A e = exponential(z - maximum);
+          static_cast<A*>(args.probability)[i] =
+              at < 0 ? A(0) : e / (sums.rest * exponential(sums.maximum - maximum) + e);
+        }
+        if (at < 0) continue;
+        loss += result.loss * v;
+        divisor += static_cast<A>(divisor_share(args, target_weight, v));
+      }
+      block_sums.add(threadIdx.x, loss, divisor);
     }
   }
   if (args.block_sums) block_sums.write(args.block_sums);

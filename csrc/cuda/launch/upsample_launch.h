@@ -31,40 +31,54 @@ void launch_axes(Launcher& launcher, UpsampleArgs& args) {
 static inline int64_t low_extent(const Axis& axis, int64_t tile) {
   const double scale = std::max(static_cast<double>(axis.in) / axis.out,
                                 axis.out > 1 ? (axis.in - 1.0) / (axis.out - 1.0) : 0.0);
-  return std::min<int64_t>(axis.in, static_cast<int64_t>((tile - 1) * scale) + 3);
+  return std::min<int64_t>(axis.in + 1, static_cast<int64_t>((tile - 1) * scale) + 3);
 }
 
-template <class T, class Launcher>
-Shape upsample_plan(Launcher& launcher, UpsampleArgs& args) {
-  using A = Accumulate<T>;
-  const int64_t before = BlockSums::entries(kUpsampleThreads) * sizeof(double);
-  const auto bytes = [&] {
-    return before + args.classes * low_extent(args.y, args.tile_height) *
-                        low_extent(args.x, args.tile_width) * static_cast<int64_t>(sizeof(A));
+// Outputs of most bands: those at the edges may have more.
+static inline int64_t band_rows(const UpsampleArgs& args) {
+  const Axis& y = args.y;
+  if (args.align_corners && y.in > 1 && y.out > 1) return divide_up(y.out - 1, y.in - 1);
+  return divide_up(y.out, y.in);
+}
+
+// Calls body(Constant<Rows>{}) with the rows of a thread.
+template <class A, class Body>
+void for_rows(const UpsampleArgs& args, Body body) {
+  const int64_t rows = band_rows(args);
+  if (rows <= 2)
+    body(std::integral_constant<int, 2>{});
+  else if (rows <= 4 || sizeof(A) == 8)  // a double takes two registers
+    body(std::integral_constant<int, 4>{});
+  else
+    body(std::integral_constant<int, 8>{});
+}
+
+// Sets the tiles. Beside the logits a block needs `fixed` bytes, and `instead` in their place.
+template <class T, class Launcher, class Kernel>
+Shape upsample_plan(Launcher& launcher, Kernel kernel, int rows, int64_t fixed, int64_t instead,
+                    UpsampleArgs& args) {
+  const int64_t vectors = divide_up(args.classes, kVector<Accumulate<T>>);
+  args.warps_of_band = 1;
+  while (args.warps_of_band < kUpsampleWarps && args.warps_of_band * rows < band_rows(args))
+    args.warps_of_band *= 2;
+  args.bands = kUpsampleWarps / args.warps_of_band;
+  const int64_t most = static_cast<int64_t>(launcher.limits().shared_bytes) - fixed;
+  const auto bytes = [&](int64_t count) {
+    return count * (args.bands + 1) * low_extent(args.x, args.tile_width) * kVectorBytes;
   };
-  // The largest tile whose surroundings leave room for a second block; else the largest that fits.
-  const int64_t most = static_cast<int64_t>(launcher.limits().shared_bytes);
-  constexpr int kTiles[][2] = {{32, 64}, {16, 64}, {16, 32}, {8, 32}, {8, 16}, {4, 16}};
-  const auto choose = [&](int count, int64_t limit) {
-    for (int i = 0; i < count; ++i) {
-      args.tile_height = kTiles[i][0], args.tile_width = kTiles[i][1];
-      if (bytes() <= limit) return true;
-    }
-    return false;
-  };
-  choose(4, most / 2) || choose(6, most);
-  args.staged = bytes() <= most;
-  if (!args.staged) args.tile_height = 8, args.tile_width = 32;
+  args.tile_width = 32;
+  while (bytes(1) > most && args.tile_width > 1) args.tile_width /= 2;
+  args.staged_vectors = static_cast<int32_t>(std::min(vectors, most / bytes(1)));
+  args.tile_nodes = static_cast<int32_t>(low_extent(args.x, args.tile_width));
+  args.tiles_down = divide_up(args.y.in, args.bands);
+  args.tiles_across = divide_up(args.x.out, args.tile_width);
   Shape shape;
   shape.threads = kUpsampleThreads;
-  shape.shared_bytes = static_cast<size_t>(args.staged ? bytes() : before);
+  shape.shared_bytes = static_cast<size_t>(fixed + std::max(instead, bytes(args.staged_vectors)));
   const int64_t resident =
       int64_t{launcher.limits().multiprocessors} *
-      std::max(1, launcher.blocks_per_multiprocessor(upsample_forward_kernel<T>, shape.threads,
-                                                     shape.shared_bytes));
-  const int64_t tiles =
-      args.outer * divide_up(args.y.out, args.tile_height) * divide_up(args.x.out, args.tile_width);
-  shape.grid_x = std::min(resident, tiles);
+      std::max(1, launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes));
+  shape.grid_x = std::min(resident, args.tiles());
   return shape;
 }
 
@@ -74,11 +88,16 @@ void launch_upsample_forward(Launcher& launcher, UpsampleArgs args, Dtype dtype)
   FinishArgs last;
   if (args.positions() > 0) {
     launch_axes<A>(launcher, args);
-    const Shape shape = upsample_plan<T>(launcher, args);
-    last.blocks = shape.grid_x;
-    if (args.reduction != kReduceNone && args.target)
-      args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
-    launcher.launch(upsample_forward_kernel<T>, shape, args);
+    for_rows<A>(args, [&](auto of_thread) {
+      constexpr int kRows = decltype(of_thread)::value;
+      const auto kernel = upsample_forward_kernel<T, kRows>;
+      const Shape shape = upsample_plan<T>(launcher, kernel, kRows, kBlockSumsBytes,
+                                           UpsampleSums<A, kRows>::kBytes, args);
+      last.blocks = shape.grid_x;
+      if (args.reduction != kReduceNone && args.target)
+        args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
+      launcher.launch(kernel, shape, args);
+    });
   }
   if (!args.denominator) return;  // a prediction
   static_cast<LossArgs&>(last) = args;
@@ -88,41 +107,48 @@ void launch_upsample_forward(Launcher& launcher, UpsampleArgs args, Dtype dtype)
 }
 
 template <class T, class Launcher>
+void launch_upsample_tiles(Launcher& launcher, UpsampleArgs& args) {
+  using A = Accumulate<T>;
+  for_rows<A>(args, [&](auto of_thread) {
+    constexpr int kRows = decltype(of_thread)::value;
+    const auto kernel = upsample_backward_kernel<T, kRows>;
+    const Shape shape =
+        upsample_plan<T>(launcher, kernel, kRows, UpsampleExchange<A, kRows>::kBytes, 0, args);
+    const int64_t vectors = divide_up(args.classes, kVector<A>);
+    args.node_sums = launcher.allocate(args.tiles() * vectors * (args.bands + 1) * args.tile_nodes *
+                                       kVectorBytes);
+    UpsampleArgs tiles = args;
+    tiles.grad_confidence = nullptr;  // sums over nodes, not over output positions
+    launcher.launch(kernel, shape, tiles);
+  });
+}
+
+template <class T, class Launcher>
 void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype) {
   using A = Accumulate<T>;
   FinishArgs last;
-  const bool overwrite = args.grad_logits == args.logits;
-  if (overwrite)
-    args.grad_logits =
-        launcher.allocate(args.low_positions() * args.classes * static_cast<int64_t>(sizeof(T)));
-  args.grad_x_stride = 1;
-  args.grad_y_stride = args.x.in;
-  args.grad_class_stride = int64_t{args.y.in} * args.x.in;
-  args.grad_outer_stride = args.classes * args.grad_class_stride;
+  if (args.grad_logits != args.logits) {
+    args.grad_x_stride = 1;
+    args.grad_y_stride = args.x.in;
+    args.grad_class_stride = int64_t{args.y.in} * args.x.in;
+    args.grad_outer_stride = args.classes * args.grad_class_stride;
+  } else {
+    args.grad_x_stride = args.x_stride, args.grad_y_stride = args.y_stride;
+    args.grad_class_stride = args.class_stride, args.grad_outer_stride = args.outer_stride;
+  }
   if (args.low_positions() > 0) {
     launch_axes<A>(launcher, args);
-    Shape each;
-    each.threads = kUpsampleBackwardThreads;
-    each.grid_x =
-        std::clamp<int64_t>(divide_up(args.positions(), kUpsampleBackwardThreads), 1, kMostBlocks);
-    each.shared_bytes = 32 * sizeof(A);
-    args.factors = launcher.allocate(4 * args.positions() * sizeof(A));
-    args.targets = static_cast<int32_t*>(launcher.allocate(args.positions() * sizeof(int32_t)));
-    UpsampleArgs factors = args;
-    factors.grad_confidence = nullptr;  // sums over nodes, not over output positions
-    launcher.launch(upsample_factors_kernel<T>, each, factors);
-
+    launch_upsample_tiles<T>(launcher, args);
     Shape shape;
-    shape.threads = kUpsampleBackwardThreads;
-    shape.shared_bytes = UpsampleMemory<A>::kBytes;
-    shape.grid_y = divide_up(args.classes, kLanes);
-    const int64_t squares =
-        args.outer * divide_up(args.y.in, kNodes<A>) * divide_up(args.x.in, kNodes<A>);
+    shape.threads = kUpsampleThreads;
+    shape.shared_bytes = 2 * kUpsampleWarps * sizeof(A);
+    shape.grid_y = divide_up(args.classes, kNodeClasses);
     const int64_t resident =
         int64_t{launcher.limits().multiprocessors} *
-        std::max(1, launcher.blocks_per_multiprocessor(upsample_backward_kernel<T>, shape.threads,
+        std::max(1, launcher.blocks_per_multiprocessor(upsample_nodes_kernel<T>, shape.threads,
                                                        shape.shared_bytes));
-    shape.grid_x = std::min(squares, std::max<int64_t>(1, resident / shape.grid_y));
+    shape.grid_x = std::min(divide_up(args.low_positions(), kUpsampleThreads),
+                            std::max<int64_t>(1, resident / shape.grid_y));
     if (args.class_gradients) {
       last.class_blocks = shape.grid_x;
       args.class_sums = launcher.allocate(2 * last.class_blocks * args.classes * sizeof(A));
@@ -131,13 +157,7 @@ void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype
       last.tiles = shape.grid_y;
       args.confidence_sums = launcher.allocate(last.tiles * args.low_positions() * sizeof(A));
     }
-    launcher.launch(upsample_backward_kernel<T>, shape, args);
-    if (overwrite) {
-      each.shared_bytes = 0;
-      each.grid_x = std::min(
-          divide_up(args.low_positions() * args.classes, kUpsampleBackwardThreads), kMostBlocks);
-      launcher.launch(upsample_overwrite_kernel<T>, each, args);
-    }
+    launcher.launch(upsample_nodes_kernel<T>, shape, args);
   }
   if (!args.class_gradients && !args.grad_confidence) return;
   static_cast<LossArgs&>(last) = args;
