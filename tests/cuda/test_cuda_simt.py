@@ -170,6 +170,11 @@ def gradient_calls() -> list[Call]:
         # Tiles of a row, that are read again.
         (row(3, 9001), {"shared_bytes": 40 << 10}),
         (row(2, 9000, calibrated=False), {"shared_bytes": 40 << 10}),
+        # Class planes: tiles of one stage; of several, that are read again; not whole vectors.
+        (dense(2, 19, 64, half, options=everything(19, 128)), {}),
+        (dense(2, 400, 16, half, options=everything(400, 32)), {"shared_bytes": 64 << 10}),
+        (dense(2, 300, 9), {"shared_bytes": 48 << 10, "multiprocessors": 1}),
+        (dense(2, 40, 32, calibrated=False), {"offset": 1}),
     ]
     calls = []
     for problem, more in cases:
@@ -460,12 +465,14 @@ def test_dense_planes_are_read_once_and_written_once(kernels: ModuleType, calibr
     run_call(kernels, backward)
     assert 0 <= kernels.traffic("logits")["load_bytes"] - logits <= problem.target.numel() * 4
     assert kernels.traffic("grad_logits")["store_bytes"] == logits
-    made = problem.gradient_calls(class_gradients=calibrated)
-    run_call(kernels, made[0])
+    in_forward, kept, made = problem.gradient_calls(class_gradients=calibrated)
+    check(kernels, in_forward)
     assert kernels.traffic("logits")["load_bytes"] == logits
     assert kernels.traffic("grad_logits")["store_bytes"] == logits
-    for call in made[1:]:
-        run_call(kernels, call)
+    check(kernels, kept)  # the upstream gradient is 1
+    assert kernels.traffic("logits")["load_bytes"] == 0
+    check(kernels, made)
+    assert kernels.traffic("grad_logits")["store_bytes"] == logits
 
 
 @pytest.mark.parametrize("shape", [(1, 19, 1600), (1, 19, 1603), (2, 700, 40)], ids=str)
@@ -484,10 +491,10 @@ def test_planes_with_a_class_far_above_the_target_are_read_once_more(
     problem.logits[-1, 8, 6] = 3e6 if dtype == torch.float32 else 3e4
     problem.target[-1, 5:7] = 3
     forward, backward = problem.calls()
-    run_call(kernels, forward)
+    check(kernels, forward)
     again = kernels.traffic("logits")["load_bytes"] - before
     assert 0 < again <= problem.logits[-1:].nbytes
-    run_call(kernels, backward)
+    check(kernels, backward)
 
 
 def test_upsampling_reads_the_low_resolution_and_nothing_of_the_outputs_size(
@@ -563,6 +570,43 @@ def test_launches_fit_every_device(kernels: ModuleType, classes: int, shared: in
         problem = row(2, classes, dtype, options=everything(classes, 2))
         for call in problem.calls(shared_bytes=shared << 10):
             check(kernels, call)
+
+
+@pytest.mark.parametrize("shared", [64, 99])
+@pytest.mark.parametrize(
+    ("classes", "positions"),
+    [
+        (2, 3000),  # the widest tiles, of one round of a stage
+        (16, 3000),  # and of several
+        (500, 40),  # class sums and class vectors both fit alone
+        (2048, 6),  # the most class vectors
+    ],
+)
+def test_launches_over_class_planes_fit_every_device(
+    kernels: ModuleType, classes: int, positions: int, shared: int
+) -> None:
+    kernels.set_options()
+    for dtype, calibrated in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float64), (False, True)
+    ):
+        options = everything(classes, positions)
+        problem = dense(1, classes, positions, dtype, calibrated=calibrated, options=options)
+        problem.logits /= 4
+        limits = {"shared_bytes": shared << 10, "multiprocessors": 1}
+        for call in problem.calls(**limits) + problem.gradient_calls(**limits):
+            check(kernels, call)
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_class_planes_without_a_class(kernels: ModuleType, operation: str) -> None:
+    # As a direct call of the operator may have them.
+    call = dense(2, 1, 5, calibrated=False).calls()[operation == "backward"]
+    call.fields |= {"classes": 0, "target": np.full((2, 5), -100)}
+    run_call(kernels, call)
+    if operation == "forward":
+        assert (call.fields["row_sum"] == 1).all()
+    else:
+        assert np.isnan(call.fields["grad_logits"]).all()  # not written
 
 
 def test_an_infinite_target_logit_is_no_loss_of_0(kernels: ModuleType) -> None:

@@ -145,7 +145,7 @@ class Problem:
     def gradient_calls(
         self, class_gradients: bool = True, offset: int = 0, **limits: int
     ) -> list[Call]:
-        """Of rows: forward that makes the gradient of the logits too, and two backwards after it.
+        """Forward that makes the gradient of the logits too, and two backwards after it.
 
         The first backward has an upstream gradient of 1, and must not write to the memory of the
         gradient. The second one has 1/3, and must overwrite that memory with the gradient.
@@ -164,7 +164,7 @@ class Problem:
         fields = {k: v for k, v in backward.fields.items() if k not in sums}
         fields |= {"gradient_made": True, "class_gradients": False}
         made = [
-            Call(forward.name, "row_backward",
+            Call(forward.name, backward.operation,
                  fields | {"upstream": fields["upstream"] * upstream, "grad_logits": filled(7)},
                  {"grad_logits": expected})
             for upstream, expected in ((1, np.full_like(gradient, 7)), (1 / 3, gradient / 3))

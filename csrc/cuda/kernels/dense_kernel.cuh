@@ -198,11 +198,10 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
       for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
         const int t = memory.targets[p];
         const int staged = is_valid(t) ? stages.offset(t, p, first) : -1;
-        const A z_t = memory.target_z[p];
+        const A z_t = z ? memory.target_z[p] : negative_infinity<A>();
         if (staged >= 0)
-          stages.element(staged) = from_accumulate<T>(!z ? negative_infinity<A>()
-                                                      : z_t == negative_infinity<A>() ? A(0)
-                                                                                      : z_t);
+          stages.element(staged) =
+              from_accumulate<T>(z && z_t == negative_infinity<A>() ? A(0) : z_t);
       }
       __syncthreads();
     };

@@ -13,6 +13,8 @@ namespace disalign::cuda {
 constexpr int kDenseRounds = 12;
 // Class vectors and class sums lie in shared memory up to so many bytes each.
 constexpr int64_t kDenseTableBytes = 32 << 10, kDenseSumBytes = 48 << 10;
+// The system takes so much shared memory of each block; a block alone may have all the rest.
+constexpr int64_t kReservedBytes = 1 << 10;
 
 // Whether 16 bytes of a plane can be read, and written, at once.
 template <class T>
@@ -75,11 +77,11 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits) {
   for (;; --bits) {
     const int64_t fixed = set_lanes(bits), most = (limit - fixed) / kRound;
     // Two blocks a multiprocessor, if their stages are not too small for it.
-    const int64_t half = (limit / 2 - fixed) / kRound;
-    all = rounds_of(bits);
+    const int64_t half = ((limit - kReservedBytes) / 2 - fixed) / kRound;
+    all = std::max<int64_t>(1, rounds_of(bits));
     rounds = std::clamp<int64_t>(half < 4 ? most : half, 1, kDenseRounds);
     if (two_passes && all <= most) rounds = all;  // read once
-    if (all <= rounds || bits <= (two_passes ? kLeast : kLine)) break;
+    if ((all <= rounds && most > 0) || bits <= (two_passes ? kLeast : kLine)) break;
   }
   args.image_tiles = static_cast<int32_t>(tiles_of(bits));
   args.last_positions =
