@@ -34,7 +34,6 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
     "DSETP": (functools.partial(ops.compare_floats, True), "dd"),
     "SEL": (ops.select, "ii"),
     "FSEL": (ops.select, "ff"),
-    "IABS": (ops.absolute, "i"),
     "IMNMX": (ops.minimum, "ii"),
     "VIMNMX": (ops.minimum, "ii"),
     "VIMNMX3": (ops.minimum_of_three, "iii"),
