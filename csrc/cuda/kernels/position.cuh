@@ -35,8 +35,9 @@ __device__ __forceinline__ A weight_sum(const LossArgs& args, int begin, int end
   return block_sum(sum, scratch);
 }
 
-// Of exponentials by the target's logit, the largest sum: of logits up to 22 above the target's. The
-// exponents' rounding, 2^-24 of them, is an error of all exponentials.
+// The largest sum of exp(u_j - u_t) that serves, that is, of logits up to 22 above the target's: the
+// rounding of an exponent, 2^-24 of it, is a relative error of its exponential. Beyond, the maximum is
+// taken off instead.
 template <class A>
 constexpr A kModerate = A(4294967296);
 
@@ -210,8 +211,7 @@ __device__ __forceinline__ A confidence_of(const LossArgs& args, int64_t i) {
   return args.confidence ? sigmoid(static_cast<const A*>(args.confidence)[i]) : A(0);
 }
 
-// 1 / denominator, and 0 where nothing is left to divide by: every gradient is 0 then, whatever
-// stands above.
+// 1 / denominator. 0 where that is 0 (no valid position): gradients are defined as 0 then.
 template <class A>
 __device__ __forceinline__ A inverse_of(double denominator) {
   return denominator == 0 ? A(0) : static_cast<A>(1.0 / denominator);
@@ -283,7 +283,7 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& a
                           gradient_scale(args, i, shared_scale(args, inverse)), target_logit);
 }
 
-// Of position i, whatever its target.
+// The same of a position that may be ignored.
 template <class A, class Target>
 __device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& args, int64_t i, A c,
                                                                A weights, A inverse,

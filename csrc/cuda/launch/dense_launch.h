@@ -9,7 +9,8 @@
 
 namespace disalign::cuda {
 
-// Classes a thread that a stage has, at most: tiles become narrower before it has more.
+// Classes of a thread that a stage has, at most, but where forward makes gradients: a tile that is
+// needed twice stays in one stage if it fits.
 constexpr int kDenseRounds = 12;
 // Class vectors and class sums lie in shared memory up to so many bytes each.
 constexpr int64_t kDenseTableBytes = 32 << 10, kDenseSumBytes = 48 << 10;
@@ -54,8 +55,8 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits) {
     --bits;
   constexpr int64_t kRound = kDenseStages * kDenseRoundBytes;
   const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
-  // The shared memory that is not the stages'. These have two rounds at least, or what can lie
-  // elsewhere does.
+  // The shared memory that is not the stages'. The class vectors and the class sums stay in global
+  // memory where they would not leave the stages two rounds.
   const auto set_lanes = [&](int exponent) {
     const auto bytes = [&] { return DenseMemory<T>::divide(args, second_pass); };
     args.lane_bits = exponent;
