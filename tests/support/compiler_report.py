@@ -110,7 +110,6 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_WARP_CALIBRATED, _FP16): 60,
     ("120", *_CLUSTER_CALIBRATED, _BF16): 60,
     ("120", *_CLUSTER_CALIBRATED, _FP16): 60,
-    ("120", *_WIDE_STAGE_2, "f"): 20,
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
     # Of planes, what stays the same for a tile.
