@@ -84,8 +84,8 @@ _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 _PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
     (False, False, True), (True, False, True), (True, True, False), (True, True, True),
 )  # fmt: skip
-_DENSE = {_PLAIN_BY_ELEMENT: 52, _CALIBRATED: 40, _WITH_OPTIONS: 80}  # of half precision
-_DENSE_90 = {_PLAIN_BY_ELEMENT: 188, _CALIBRATED: 8, _WITH_OPTIONS: 184}
+_DENSE = {_PLAIN_BY_ELEMENT: 64, _CALIBRATED: 40, _WITH_OPTIONS: 80}  # of half precision
+_DENSE_90 = {_PLAIN_BY_ELEMENT: 172, _CALIBRATED: 8, _WITH_OPTIONS: 156}
 
 # Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
 # registers (of backward 80, of warps 255 or 128), some fewer than the code of the widest
@@ -113,7 +113,9 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
     # Of planes, what stays the same for a tile.
-    ("90", "dense_kernel", _BY_ELEMENT, "f"): 96,
+    ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
+    ("100", "dense_kernel", _WITH_OPTIONS, _BF16): 16,
+    ("100", "dense_kernel", _WITH_OPTIONS, _FP16): 16,
     **{
         (architecture, "dense_kernel", flags, dtype): most
         for architecture in ("75", "80", "86", "89", "90")

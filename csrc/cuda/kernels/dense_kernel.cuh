@@ -41,13 +41,13 @@ struct DenseSums {
 
 // What the second pass wants.
 struct DenseWanted {
-  bool logits, slopes, sums;
+  bool logits, confidence, sums;  // sums: of scale and bias
 };
 
 // A position's factors into the second pass's entries.
 template <class A>
-__device__ __forceinline__ void put(A* entries, int positions, int p,
-                                    const PositionFactors<A>& factors) {
+__device__ __forceinline__ void write_factors(A* entries, int positions, int p,
+                                              const PositionFactors<A>& factors) {
   entries[kEntryShift * positions + p] = factors.maximum;
   entries[kEntrySoftmax * positions + p] = factors.softmax;
   entries[kEntrySmooth * positions + p] = factors.smooth;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
   const DenseWanted wanted = {args.grad_logits && !is_made<A>(args),
                               Calibrated && args.grad_confidence,
                               Calibrated && args.class_gradients};
-  const bool second_pass = wanted.logits || wanted.slopes || wanted.sums;
+  const bool second_pass = wanted.logits || wanted.confidence || wanted.sums;
   if (args.backward && !second_pass) return;
   A weights = 0;
   if (smoothing) {
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
                               factors.smooth * vector_entry<A>(args.weight, t, A(1)) -
                               factors.at_target;
           // A masked class adds 0 to the sums, not its gradient times -inf.
-          if (wanted.sums || wanted.slopes) {
+          if (wanted.sums || wanted.confidence) {
             factors.target_slope = finite_or_zero(entry.a * z_t + entry.b);
             if (staged >= 0 && z_t == negative_infinity<A>())
               stages.element(staged) = from_accumulate<T>(A(0));
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         }
       }
       if (second_pass) {
-        put(entries_of(0), positions, p, factors);
+        write_factors(entries_of(0), positions, p, factors);
         memory.target_z[p] = z_t;
       } else {
         entries_of(kEntryShift)[p] = factors.maximum;
@@ -192,18 +192,23 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
     A of_c[V];
     Vector::read(place, memory.targets, target);
     if constexpr (Calibrated) Vector::read(place, entries_of(kEntryC), of_c);
-    // Of the targets that the stage has, z (0 where it is -inf), or -inf.
-    const auto set_targets = [&](int first, bool z) {
+    // In the places of the targets that the stage has.
+    const auto set_targets = [&](int first, auto value_of) {
 #pragma unroll 1
       for (int p = threadIdx.x; p < positions; p += kDenseThreads) {
         const int t = memory.targets[p];
         const int staged = is_valid(t) ? stages.offset(t, p, first) : -1;
-        const A z_t = z ? memory.target_z[p] : negative_infinity<A>();
-        if (staged >= 0)
-          stages.element(staged) =
-              from_accumulate<T>(z && z_t == negative_infinity<A>() ? A(0) : z_t);
+        if (staged >= 0) stages.element(staged) = from_accumulate<T>(value_of(p));
       }
       __syncthreads();
+    };
+    const auto mask_targets = [&](int first) {
+      set_targets(first, [](int) { return negative_infinity<A>(); });
+    };
+    const auto restore_targets = [&](int first) {  // 0 for -inf, which would make its sums NaN
+      set_targets(first, [&](int p) {
+        return memory.target_z[p] == negative_infinity<A>() ? A(0) : memory.target_z[p];
+      });
     };
 
     if (!args.backward) {
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         const int first = chunk * args.rounds, rounds = min(args.rounds, place.mine - first);
         if (chunk > 0) {
           stages.arrive();
-          set_targets(first, false);
+          mask_targets(first);
         }
         int j = place.slice + first * step;
 #pragma unroll kUnroll
@@ -255,7 +260,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         factors.at_target = v_i * result.at_target;
         const ClassEntry<A> entry = entry_of(t);
         factors.target_slope = finite_or_zero(entry.a * memory.target_z[p] + entry.b);
-        put(entries_of(0), positions, p, factors);
+        write_factors(entries_of(0), positions, p, factors);
       };
       unsigned again = 0;  // a bit for each of this thread's positions
 #pragma unroll 1
@@ -326,7 +331,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
     if (!second_pass) continue;
     if (!args.backward) {
       if (args.chunks == 1)
-        set_targets(0, true);
+        restore_targets(0);
       else
         __syncthreads();
     }
@@ -348,7 +353,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
       const int first = chunk * args.rounds, rounds = min(args.rounds, place.mine - first);
       if (args.chunks > 1) {
         if (chunk > 0 || !args.backward) stages.arrive();
-        set_targets(first, true);
+        restore_targets(first);
       }
       const int64_t grad_step = step * args.grad_class_stride;
       T* grad = static_cast<T*>(args.grad_logits) + image * args.grad_outer_stride + at +
@@ -375,7 +380,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
 #pragma unroll
         for (int v = 0; v < V; ++v)
           if (j == target[v]) q[v] = at_target[v];
-        if (Calibrated && (wanted.slopes || wanted.sums)) {
+        if (Calibrated && (wanted.confidence || wanted.sums)) {
           ClassSum<A> of_class = {A(0), A(0)};
           if (wanted.sums) of_class = *sums_of_class;
 #pragma unroll
@@ -400,7 +405,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         }
       }
     }
-    if (wanted.slopes) {
+    if (wanted.confidence) {
       Vector::write(place, memory.exchange + place.slice * positions, slope);
       __syncthreads();
 #pragma unroll 1
