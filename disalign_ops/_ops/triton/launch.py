@@ -41,24 +41,32 @@ class Tile:
         return options
 
 
-def passing_tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
+def passing_tile(
+    classes: int, planes: bool, dtype: torch.dtype, aligned: bool, confidence: bool
+) -> Tile:
     """The tile that passes through C classes, where nothing is summed over the positions.
 
     rows, C <= 256: 512 logits, 4 warps
     rows, C <= 2048: 8 logits a thread (float64: 4), 1 warp
-    rows beyond: twice as many a thread, a warp for each 4096 classes, at most 8
-    planes: 4 classes of 16 bytes of positions a thread, 1 warp (half precision: 2)
+    rows beyond: 16 (float64: 8), without the gradient of the confidence, which has sums of its own;
+        a warp for each 4096 classes, at most 8
+    planes: 4 classes of 4 positions a thread (float64: 2), 1 warp
+    planes of half precision, aligned, without that gradient: 4 classes of 8 positions, 2 warps
     """
     size = dtype.itemsize
     if planes:
-        warps = 2 if size == 2 else 1
-        return Tile(warps * 32 * 16 // size, 4, warps, True)
+        wide = size == 2 and aligned and not confidence
+        return Tile(512, 4, 2, True) if wide else _planes(size)
     width = max(16, triton.next_power_of_2(classes))
     if width <= 256:
         return Tile(512 // width, width, 4, True)
     warps = min(8, max(1, width // 4096))
-    logits = (8 if width <= 2048 else 16) // max(1, size // 4)
+    logits = (8 if width <= 2048 or confidence else 16) // max(1, size // 4)
     return Tile(1, 32 * logits * warps, warps, True)
+
+
+def _planes(size: int) -> Tile:
+    return Tile(64 if size == 8 else 128, 4, 1, True)
 
 
 def tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
@@ -68,18 +76,12 @@ def tile(classes: int, planes: bool, dtype: torch.dtype) -> Tile:
     rows, C <= 512: 512 logits (float64: 256), 4 warps
     rows, C <= 4096 (float64: 2048): one row, 8 logits a thread
     rows beyond: parts of 2048 classes, 8 logits a thread
-    planes, C <= 32: 32 positions, 128 bytes of float32 next to each other, 4 warps (float64: 8)
-    planes, C <= 128: 32 positions, 8 warps; C <= 256: 16 positions, 8 warps (neither for float64)
-    planes beyond: 32 positions x 64 classes, 8 logits a thread
+    planes: 4 classes of 4 positions a thread (float64: 2), 1 warp
     """
     doubles = dtype == torch.float64
     width = max(16, triton.next_power_of_2(classes))
     if planes:
-        if width > (32 if doubles else 256):
-            return Tile(32, 64, 8, True)
-        return Tile(
-            32 if width <= 128 else 16, width, 4 if width <= 32 and not doubles else 8, False
-        )
+        return _planes(dtype.itemsize)
     if width > (2048 if doubles else 4096):
         return Tile(1, 2048, 8, True)
     logits = max(256 if doubles else 512, width)

@@ -37,17 +37,17 @@ class LogitsView:
     outer_stride: int
     stride: int
     planes: bool
-    class_sums: bool
+    wanted: int
 
     @staticmethod
-    def of(logits: Tensor, class_sums: bool) -> LogitsView:
-        """class_sums: whether what is launched sums over the positions, for each class."""
+    def of(logits: Tensor, wanted: int) -> LogitsView:
+        """wanted: gradients of what is launched; its tiles depend on them."""
         if logits.dim() == 2:
             n, classes = logits.shape
-            return LogitsView(logits, 1, n, classes, 0, logits.stride(0), False, class_sums)
+            return LogitsView(logits, 1, n, classes, 0, logits.stride(0), False, wanted)
         n, classes, inner = logits.shape
         outer_stride, stride, _ = logits.stride()
-        return LogitsView(logits, n, inner, classes, outer_stride, stride, True, class_sums)
+        return LogitsView(logits, n, inner, classes, outer_stride, stride, True, wanted)
 
     @property
     def positions(self) -> int:
@@ -55,13 +55,15 @@ class LogitsView:
 
     @property
     def tile(self) -> launch.Tile:
-        choose = launch.tile if self.class_sums else launch.passing_tile
-        return choose(self.classes, self.planes, self.logits.dtype)
+        kind = self.classes, self.planes, self.logits.dtype
+        if self.wanted & _CLASS_SUMS:
+            return launch.tile(*kind)
+        return launch.passing_tile(*kind, self.unit > 1, bool(self.wanted & CONFIDENCE))
 
     @property
     def parts(self) -> int:
         """Programs that a position's classes are divided over."""
-        return int(triton.cdiv(self.classes, self.tile.classes)) if self.class_sums else 1
+        return int(triton.cdiv(self.classes, self.tile.classes)) if self.wanted & _CLASS_SUMS else 1
 
     def programs(self, parts: int) -> int:
         """Along the positions, beside `parts` along the classes."""
@@ -117,14 +119,14 @@ def forward(*arguments: Any) -> list[Tensor]:
     call = Forward.of(arguments)
     given, logits = call.given, call.given.logits
     class_sums = call.wanted & _CLASS_SUMS
-    view = LogitsView.of(logits, bool(class_sums))
+    view = LogitsView.of(logits, call.wanted & CALIBRATION)
     # Where one tile has not all classes, their sums are backward's.
     later = class_sums and view.tile.tiled
+    here = call.wanted & (CONFIDENCE if later else CALIBRATION)
     if later:
-        view = LogitsView.of(logits, False)
+        view = LogitsView.of(logits, here)
     n = view.positions
     loss = Loss(call, n, view.programs(1))
-    here = call.wanted & CONFIDENCE if later else call.wanted & CALIBRATION
     sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
     view.start(
         forward_kernel, (loss.programs,),
@@ -147,7 +149,7 @@ def _gradients(
 ) -> CalibrationSums:
     """Fills in grad_logits, unless None, and returns what sums there are over programs."""
     given, logits = call.given, call.given.logits
-    view = LogitsView.of(logits, bool(call.wanted & _CLASS_SUMS))
+    view = LogitsView.of(logits, call.wanted)
     programs, n = view.programs(view.parts), view.positions
     sums = CalibrationSums.of(logits, call.wanted, n, programs, view.parts, n)
     view.start(
@@ -208,7 +210,8 @@ def _shard_numbers(smoothing: bool) -> tuple[int, float, float]:
 def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """The sums of a shard's rows; arguments as in reference.shard_sums."""
     *vectors, smoothing = rest
-    view = LogitsView.of(logits, False)
+    scale = vectors[1]
+    view = LogitsView.of(logits, 0 if scale is None else CONFIDENCE)  # whose sums are among them
     sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
     nothing = (None,) * 6
     view.start(
@@ -225,7 +228,7 @@ def _shard_gradients(
     arguments: tuple[Any, ...], wanted: int, grad_logits: Tensor | None
 ) -> list[Tensor]:
     factors, logits, target, *vectors, smoothing = arguments
-    view = LogitsView.of(logits, bool(wanted & _CLASS_SUMS))
+    view = LogitsView.of(logits, wanted)
     programs, n = view.programs(view.parts), view.positions
     sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)
     nothing = (None,) * 5
@@ -255,7 +258,7 @@ def shard_backward_in_place(*arguments: Any) -> list[Tensor]:
 
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
     out = logits.new_empty(logits.shape)
-    view = LogitsView.of(logits, True)
+    view = LogitsView.of(logits, _CLASS_SUMS)
     view.start(
         calibrate_kernel, (view.programs(view.parts), view.parts),
         (logits, scale, bias, confidence, out, *view.sizes, *view.contiguous),
@@ -271,7 +274,7 @@ def calibrate_backward(
     confidence: Tensor,
     wanted: int,
 ) -> list[Tensor]:
-    view = LogitsView.of(logits, True)
+    view = LogitsView.of(logits, _CLASS_SUMS)
     programs, n = view.programs(view.parts), view.positions
     whole = _new_gradient(logits, wanted)
     sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)
