@@ -274,8 +274,8 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
     ((2, 1203, 100), (0, 0)),
     ((1, 150, 16, 16), (128, 128)),
 ]
-# Registers a thread, at most, over all targets, with all options: (kernel, layout, warps) -> (float32
-# and bfloat16, float64). 255 is all that a thread can have, 128 of 16 warps.
+# Registers a thread, at most, over all targets, with all options: (kernel, layout, warps) ->
+# (float32 and bfloat16, float64). 255 is all that a thread can have, 128 of 16 warps.
 REGISTERS = {
     ("axis_kernel", "upsample", 4): (48, 48),
     ("backward_kernel", "planes", 1): (255, 232),
