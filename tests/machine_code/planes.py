@@ -49,7 +49,7 @@ STEPS = {
     "backward": launch_plans.BACKWARD,
 }
 OF_PLANES = {
-    r"ISETP\.NE\.OR\.EX P, PT, R, RZ, !P, P": False,  # the longer way
+    r"ISETP\.NE\.OR\.EX P, PT, (R, RZ|RZ, \S+), !P, P": False,  # the longer way
     r"B2R\.RESULT ": False,  # no position of the tile is read once more, by its maximum
     # That is: the sum of the others is moderate, no logit beyond a million.
     r"F?SETP\.GTU\.OR P, PT, R, 4\.29\d*e\+09, P": False,

@@ -69,6 +69,8 @@ def _planes(dtype: torch.dtype, device: str) -> None:
     given = dict(zip(("confidence", "scale", "bias"), learned, strict=True))
     target = torch.randint(0, classes, (n, *size), device=device)
     large = torch.randint(0, classes, (n, *larger), device=device)
+    backward = disalign_ops.disalign_cross_entropy(z, target, *learned, gradient="backward")
+    _check(backward, [z, *learned])
     for options in ({}, {"inplace_backward": True}):
         loss = disalign_ops.disalign_cross_entropy(z * 1, target, *learned, **options)
         _check(loss, [z, *learned])
