@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE, TRITON = "disalign_ops/_ops/reference.py", "disalign_ops/_ops/triton/loss.py"
+TRITON_TILES = "disalign_ops/_ops/triton/tiles.py"
+TRITON_BACKWARD = "disalign_ops/_ops/triton/loss_backward.py"
 COMPOSED, COMMON = "disalign_ops/_ops/composed.py", "csrc/common/loss_math.h"
 # The backend's tests in make test-fast.
 TESTS = {
@@ -34,18 +36,18 @@ FAULTS = [
      "return target, target != ignore_index", "return target, target == target"),
     ("reference", "wrong sign of the bias", REFERENCE, "c * bias\n    # A", "-c * bias\n    # A"),
     ("reference", "wrong sign of the prior", REFERENCE, "return u + (prior", "return u - (prior"),
-    ("triton", "ignore_index missed", TRITON,
+    ("triton", "ignore_index missed", TRITON_TILES,
      "valid = inside & (t != ignore_index)", "valid = inside & (t == t)"),
     ("triton", "class weight of the target lost", TRITON,
-     "w_t = entries(weight, t, named, 1.0, ACC)", "w_t = entries(None, t, named, 1.0, ACC)"),
+     "w_t = entries(weight, at, mask, 1.0, ACC)", "w_t = entries(None, at, mask, 1.0, ACC)"),
     ("triton", "sample weight lost in forward", TRITON,
      "v = entries(sample_weight, i, valid, 1.0, ACC)",
      "v = entries(None, i, valid, 1.0, ACC)"),
-    ("triton", "sample weight lost in backward", TRITON,
+    ("triton", "sample weight lost in backward", TRITON_BACKWARD,
      "factor = entries(sample_weight, i, valid, 1.0, ACC)",
      "factor = entries(None, i, valid, 1.0, ACC)"),
-    ("triton", "wrong sign of smoothing's gradient", TRITON,
-     "q -= smooth[:, None] * w", "q += smooth[:, None] * w"),
+    ("triton", "wrong sign of smoothing's gradient", TRITON_BACKWARD,
+     "q -= tl.where(own, smooth", "q += tl.where(own, smooth"),
     ("cuda", "smoothing term lost", COMMON,
      "out.loss += share * (weight_sum * log_sum - smooth_sum);", ""),
     ("cuda", "class weight lost in the gradient", COMMON,
