@@ -44,7 +44,7 @@ STANDARD = {
     "opcheck": "torch.library.opcheck",
 }
 SLOW = {
-    "machine_code_that_spills_what_is_known": "each option of Triton's kernels on four architectures",
+    "machine_code_that_spills_what_is_known": "each option of Triton's kernels on four GPUs",
     "tests/cuda/test_cuda_simt.py::test_no_sanitizer": "out of bounds and races in every kernel",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[2]": "a further order of the threads",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier[3]": "a further order of the threads",
