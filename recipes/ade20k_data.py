@@ -44,8 +44,9 @@ class ADE20K(Dataset[Any]):
     """Normalised images and masks, 0 to classes - 1 or 255.
 
     Args:
-        augment: a random size, a crop, a flip and colours; then an index is a `Key`. Without: the
-            image at the size of the test, the mask as it is.
+        augment: if True, images and masks are resized at random, cropped and flipped, the colours
+            are changed, and an index is a `Key`. If False, images are resized as for evaluation,
+            and masks keep their size.
         recipe: of recipes.ade20k.
     """
 

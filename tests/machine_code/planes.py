@@ -33,6 +33,7 @@ from .rows import (
     decide,
     folder,
     planner,
+    table,
     target_memory,
 )
 from .rows import DEVICES as ALL_DEVICES
@@ -141,15 +142,8 @@ KEYS = [(a, d, c, s) for a in DEVICES for d in DTYPES for c in SHAPES for s in S
 
 def budgets() -> str:
     """PLANES of test_machine_code.py: the counts and MARGIN."""
-    lines = ["PLANES = {"]
-    for a in DEVICES:
-        for d in DTYPES:
-            lines.append(f'    ("{a}", "{d}"): (')
-            for c in SHAPES:
-                most = (math.ceil(MARGIN * sum(count(a, d, c, step).values())) for step in STEPS)
-                lines.append(f"        ({', '.join(map(str, most))}),")
-            lines.append("    ),")
-    return "\n".join([*lines, "}"])
+    return table("PLANES", DEVICES, SHAPES, STEPS,
+                 lambda *key: math.ceil(MARGIN * sum(count(*key).values())))  # fmt: skip
 
 
 def model() -> str:

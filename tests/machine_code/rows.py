@@ -21,10 +21,12 @@ import struct
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from benchmarks.gpus import GPUS
 from simt import build
@@ -295,18 +297,26 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
 KEYS = [(a, d, c, s) for a in DEVICES for d in DTYPES for c in CLASSES for s in STEPS]
 
 
+def table(name: str, architectures: Iterable[str], rows: Iterable[Any], steps: Iterable[str],
+          most: Callable[..., float]) -> str:  # fmt: skip
+    """A table of test_machine_code.py: most(architecture, dtype, row, step)."""
+    rows, steps = list(rows), list(steps)
+    lines = [f"{name} = {{"]
+    for a in architectures:
+        for d in DTYPES:
+            lines.append(f'    ("{a}", "{d}"): (')
+            for row in rows:
+                numbers = ", ".join(str(most(a, d, row, step)) for step in steps)
+                lines.append(f"        ({numbers}),")
+            lines.append("    ),")
+    return "\n".join([*lines, "}"])
+
+
 def budgets() -> str:
     """BUDGETS of test_machine_code.py: the counts and MARGIN."""
     compile_all()
-    lines = ["BUDGETS = {"]
-    for a in DEVICES:
-        for d in DTYPES:
-            lines.append(f'    ("{a}", "{d}"): (')
-            for c in CLASSES:
-                most = (math.ceil(MARGIN * count(a, d, c, step).vector) for step in STEPS)
-                lines.append(f"        ({', '.join(map(str, most))}),")
-            lines.append("    ),")
-    return "\n".join([*lines, "}"])
+    return table("BUDGETS", DEVICES, CLASSES, STEPS,
+                 lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
 
 
 # The way that rows are worked on in benchmarks/model.py, its code -> architecture, classes and step

@@ -36,6 +36,7 @@ from .rows import (
     decide,
     folder,
     planner,
+    table,
     target_memory,
 )  # fmt: skip
 from .warp import Launch, Warp
@@ -234,15 +235,8 @@ KEYS = [(a, d, shape, step) for a in DEVICES for d in DTYPES for shape in SHAPES
 def budgets() -> str:
     """UPSAMPLE of test_machine_code.py: the counts and MARGIN."""
     compile_all()
-    lines = ["UPSAMPLE = {"]
-    for a in DEVICES:
-        for d in DTYPES:
-            lines.append(f'    ("{a}", "{d}"): (')
-            for shape in SHAPES:
-                most = (math.ceil(10 * MARGIN * total(a, d, shape, step)) / 10 for step in STEPS)
-                lines.append(f"        ({', '.join(map(str, most))}),")
-            lines.append("    ),")
-    return "\n".join([*lines, "}"])
+    return table("UPSAMPLE", DEVICES, SHAPES, STEPS,
+                 lambda *key: math.ceil(10 * MARGIN * total(*key)) / 10)  # fmt: skip
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import re
 import pytest
 
 import disalign_ops
+from support.compiler_report import KNOWN_SPILLS
 from support.places import ROOT
 
 REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
@@ -90,3 +91,10 @@ def test_the_answers_name_files_that_are_there() -> None:
     named = re.findall(r"`([\w./]+/[\w.]+)`", ANSWERS)
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_readme_says_how_much_kernels_spill() -> None:
+    spills = {spill[1:]: most for spill, most in KNOWN_SPILLS.items() if spill[0] in ("80", "90")}
+    most = max(most for spill, most in KNOWN_SPILLS.items() if spill[0] in ("80", "90"))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"a thread spills at most {most} bytes, of {len(spills)} kernels" in text

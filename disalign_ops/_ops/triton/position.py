@@ -35,8 +35,10 @@ def exp(x):
 
 @triton.jit
 def log1p_of(x, y, log_y):
-    """log(1 + x), x >= 0, of y = 1 + x as it is rounded, and log(y): what rounding took is added,
-    to first order. Beyond y = 2 that is less than the logarithm's own rounding.
+    """log(1 + x) of x >= 0, from y, which is 1 + x rounded, and log_y = log(y).
+
+    The rounding error of y is added to first order. For y >= 2 it is less than the rounding error
+    of the logarithm.
     """
     return log_y + tl.where(y < 2.0, x - (y - 1.0), 0.0)
 
