@@ -222,15 +222,7 @@ def table(scores: iterations.Scores) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> tuple[ADE20KRecipe, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.ade20k", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--data", type=Path, required=True, help="folder ADEChallengeData2016")
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log")
-    parser.add_argument("--workers", type=int, default=4, help="processes a rank that read images")
-    parser.add_argument("--save-every", type=int, default=1000, help="iterations")
-    config.add_options(parser, ADE20KRecipe)
+    parser = config.command_line(ADE20KRecipe, "folder ADEChallengeData2016")
     options = parser.parse_args(arguments)
     return config.from_options(ADE20KRecipe, options), options
 

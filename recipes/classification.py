@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +27,9 @@ from disalign_ops import sweep
 from disalign_ops.class_stats import grw_weights
 from disalign_ops.metrics import LongTailAccuracy
 
-from .common import checkpoint
+from .common import checkpoint, config
 from .common.checkpoint import load_weights
-from .common.config import Recipe, add_options, from_options, sourced
+from .common.config import Recipe, from_options, sourced
 from .common.log import Log
 from .common.order import TrainingOrder
 from .common.ranks import Ranks, process_group
@@ -188,7 +187,7 @@ class Run:
     log: Log
     out: Path
     workers: int
-    save_steps: int
+    save_every: int
 
     def loader(self, images: Images, **options: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -255,7 +254,7 @@ def train(
                     log.write("step", stage=stage, epoch=epoch, step=step, loss=value, lr=lr)
                     word = f"loss {value:.3f}"
                 advance(1, word)
-                if step % run.save_steps == 0 and step < len(order):
+                if step % run.save_every == 0 and step < len(order):
                     saved.save(epoch, step)
             schedule.step()
             step = 0
@@ -316,16 +315,8 @@ def _accuracy(layer: nn.Module, features: Tensor, target: Tensor, batch: int) ->
 
 
 def command_line(recipe_class: type[Classification]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=sys.modules[recipe_class.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, required=True, help="the data set's folder")
-    parser.add_argument("--out", type=Path, required=True, help="for results and checkpoints")
+    parser = config.command_line(recipe_class, "the data set's folder")
     parser.add_argument("--sweep-rho", action="store_true", help="choose rho among rhos on val")
-    parser.add_argument("--workers", type=int, default=8, help="processes that read images")
-    parser.add_argument("--save-steps", type=int, default=1000, help="between two checkpoints")
-    add_options(parser, recipe_class)
     return parser
 
 
@@ -355,7 +346,7 @@ def train_and_evaluate(
             f"{recipe.mean_images}, got {recipe.batch}"
         )
     log = Log(options.out, ranks)
-    this = Run(recipe, splits, ranks, log, options.out, options.workers, options.save_steps)
+    this = Run(recipe, splits, ranks, log, options.out, options.workers, options.save_every)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
     if ranks.device.type == "cuda":

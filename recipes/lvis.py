@@ -259,15 +259,7 @@ def parse(arguments: list[str] | None = None) -> tuple[LVISv1, argparse.Namespac
     version = argparse.ArgumentParser(add_help=False)
     version.add_argument("--version", choices=sorted(RECIPES), default="v1")
     chosen = RECIPES[version.parse_known_args(arguments)[0].version]
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.lvis", parents=[version], description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--data", type=Path, required=True, help="folder with lvis and coco")
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log")
-    parser.add_argument("--workers", type=int, default=4, help="processes a rank that read images")
-    parser.add_argument("--save-every", type=int, default=1000, help="iterations")
-    config.add_options(parser, chosen)
+    parser = config.command_line(chosen, "folder with lvis and coco", [version])
     options = parser.parse_args(arguments)
     return config.from_options(chosen, options), options
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 R = TypeVar("R", bound="Recipe")
@@ -43,6 +46,24 @@ class Recipe:
         """What json and torch.load(weights_only=True) can read: tuples are lists."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def command_line(
+    recipe: type[Recipe], data: str, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.ArgumentParser:
+    """Of every recipe. data: what --data is the folder of."""
+    module = sys.modules[recipe.__module__]
+    name = module.__spec__.name if module.__spec__ else module.__name__  # not "__main__"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}", parents=parents, description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, required=True, help=data)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and log")
+    parser.add_argument("--workers", type=int, default=4, help="processes a rank that read images")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add_options(parser, recipe)
+    return parser
 
 
 def add_options(parser: argparse.ArgumentParser, recipe: type[Recipe]) -> None:

@@ -27,7 +27,7 @@ OPTIONS = {
 
 def arguments(data: Path, out: Path, bf16: bool = False, **others: Any) -> list[str]:
     """Of a recipe's command line, for one of these data sets."""
-    options = {"data": data, "out": out, "workers": 0, "save-steps": 4, **OPTIONS}
+    options = {"data": data, "out": out, "workers": 0, "save-every": 4, **OPTIONS}
     options |= {name.replace("_", "-"): value for name, value in others.items()}
     return [
         "--bf16" if bf16 else "--no-bf16",
