@@ -112,7 +112,15 @@ def validate(
         ignore_index=ignore_index,
         label_smoothing=smoothing,
         focal_gamma=gamma,
-        vectors=Vectors(given.weight, None, None, given.prior, given.margin, smoothing > 0),
+        vectors=Vectors(
+            given.weight,
+            None,
+            None,
+            given.prior,
+            given.margin,
+            1 - smoothing,
+            smoothing / max(classes, 1),
+        ),
         reduction=Reduction(sample_weight, given.reduction, given.normalizer),
         ranks=None if shard is None else ranks_of(shard, classes, like.device),
     )

@@ -33,14 +33,15 @@ NO_DOUBLE_BACKWARD = (
 
 @dataclass(frozen=True)
 class Vectors:
-    """The class vectors of a shard, and whether smoothing sums over its classes."""
+    """The class vectors of a shard; keep and share, 1 - e and e / C of label smoothing e."""
 
     weight: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
     prior: Tensor | None
     margin: Tensor | None
-    smoothing: bool
+    keep: float
+    share: float
 
     def each(self, part: Callable[[Tensor], Tensor]) -> Vectors:
         """Of some of the classes: part(vector) of every vector that is given."""
@@ -50,14 +51,15 @@ class Vectors:
 
         return Vectors(
             of(self.weight), of(self.scale), of(self.bias), of(self.prior), of(self.margin),
-            self.smoothing,
+            self.keep, self.share,
         )  # fmt: skip
 
-    def arguments(self, confidence: Tensor | None) -> tuple[Tensor | bool | None, ...]:
+    def arguments(self, confidence: Tensor | None) -> tuple[Tensor | float | None, ...]:
         """In the operators' order."""
         # Without smoothing the weights are the target's alone, and not the operators' business.
-        weight = self.weight if self.smoothing else None
-        return weight, self.scale, self.bias, confidence, self.prior, self.margin, self.smoothing
+        weight = self.weight if self.share else None
+        vectors = (weight, self.scale, self.bias, confidence, self.prior, self.margin)
+        return (*vectors, self.keep, self.share)
 
     def weight_sum(self, classes: int, like: Tensor) -> Tensor:
         """sum_j w_j over the shard, 0-d."""

@@ -143,7 +143,8 @@ void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>&
   }
   sums.clear();
   for_segments(args.classes, [&](int64_t begin, int64_t end) {
-    exponentiate<A, R, Kind::kPlain, true, false, Smooth, false>(classes, rows, begin, end, sums);
+    exponentiate<A, R, Kind::kPlain, true, false, Smooth ? Spread::kClasses : Spread::kNone, false>(
+        classes, rows, begin, end, sums);
   });
   for (int r = 0; r < R; ++r) {
     positions.total[kExponential][at + r] = sums.exponential[r];
