@@ -123,5 +123,5 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(case: str) -> None:
-    with pytest.raises(ArgumentError, match="^return_details must be False"):
+    with pytest.raises(ArgumentError, match=r"^return_details must be False"):
         disalign_ops.cross_entropy(torch.randn(4, 5), torch.zeros(4).long(), **REFUSED[case])
