@@ -135,18 +135,6 @@ struct DenseTiles {
   }
 };
 
-// A vector's elements, all of them.
-template <class T>
-__device__ __forceinline__ void unpack_vector(const Raw& raw, Accumulate<T> (&out)[kVector<T>]) {
-#pragma unroll
-  for (int part = 0; part < kVector<T> / kPart<T>; ++part) {
-    Accumulate<T> z[kPart<T>];
-    unpack<T>(raw, part, z);
-#pragma unroll
-    for (int q = 0; q < kPart<T>; ++q) out[part * kPart<T> + q] = z[q];
-  }
-}
-
 // The positions of a thread's vector, Whole or not.
 template <class T, bool Whole>
 struct DenseVector {

@@ -11,6 +11,7 @@ struct Dense {
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
       kWantLogits | kWantScale | kWantBias | kWantConfidence;
+  static constexpr bool kServesProbabilities = false;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
     launch_dense_forward(launcher, dtype, args);

@@ -18,13 +18,13 @@ class Cuda {
 
   template <class Operator>
   void forward(const Tensor&, const typename Operator::Args& args) {
-    require_served(args);
+    require_served<Operator>(args);
     Operator::forward(launcher_, dtype_, args);
   }
 
   template <class Operator>
   void backward(const Tensor&, const typename Operator::Args& args) {
-    require_served(args);
+    require_served<Operator>(args);
     Operator::backward(launcher_, dtype_, args);
   }
 
@@ -44,9 +44,11 @@ class Cuda {
   }
 
  private:
+  template <class Operator>
   static void require_served(const LossArgs& args) {
     require_classes(args);
-    require(args.probabilities == nullptr, "class probabilities are not served on this device");
+    require(args.probabilities == nullptr || Operator::kServesProbabilities,
+            "class probabilities are not served on this device");
   }
 
   static void require_classes(const LossArgs& args) {

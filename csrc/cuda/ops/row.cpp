@@ -12,12 +12,15 @@ struct Row {
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
       kWantLogits | kWantScale | kWantBias | kWantConfidence;
+  static constexpr bool kServesProbabilities = true;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
+    if (args.probabilities) return launch_soft_row_forward(launcher, dtype, args);
     launch_row_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
+    if (args.probabilities) return launch_soft_row_backward(launcher, dtype, args);
     launch_row_backward(launcher, dtype, args);
   }
 };

@@ -11,6 +11,7 @@ struct Upsample {
   using Args = UpsampleArgs;
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward = kWantDetails;
+  static constexpr bool kServesProbabilities = false;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const UpsampleArgs& args) {
     launch_upsample_forward(launcher, dtype, args);
