@@ -42,6 +42,7 @@ struct DenseArgs : DivisorArgs {
   bool backward = false;       // the gradients alone, for the upstream gradient
   bool table = false;          // whether the class vectors lie in shared memory,
   bool shared_sums = false;    // and the class sums
+  int32_t probabilities_at = 0;  // SoftDenseMemory, with the following
   int32_t scratch_at = 0, table_at = 0, exchange_at = 0, positions_at = 0, class_sums_at = 0,
           target_z_at = 0, targets_at = 0;  // DenseMemory
   void* output = nullptr;                   // calibrate, forward; contiguous

@@ -135,6 +135,25 @@ struct DenseTiles {
   }
 };
 
+// The class sums of a block's threads, [classes of a thread][threads], added up and written. By the whole
+// block.
+template <class T>
+__device__ __forceinline__ void write_dense_sums(const DenseArgs& args, const DensePlace& place,
+                                                 const ClassSum<Accumulate<T>>* of_threads) {
+  using A = Accumulate<T>;
+  __syncthreads();
+  A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * args.classes;
+  for (int j = threadIdx.x; j < place.classes; j += kDenseThreads) {
+    const int slice = j & (place.slices - 1), round = j >> (kDenseThreadBits - args.lane_bits);
+    const ClassSum<A>* from = of_threads + round * kDenseThreads + slice * place.lanes;
+    ClassSum<A> sum = {A(0), A(0)};
+#pragma unroll 4
+    for (int lane = 0; lane < place.lanes; ++lane)
+      sum.scale += from[lane].scale, sum.bias += from[lane].bias;
+    to[j] = sum.scale, to[args.classes + j] = sum.bias;
+  }
+}
+
 // The positions of a thread's vector, Whole or not.
 template <class T, bool Whole>
 struct DenseVector {

@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
     }
 
     SoftFactors<A> row;
-    A correction;
     if (args.backward) {
       if (there) row = soft_factors(args, i, shared);
-      correction = make_exponentials(e, row.shift);
+#pragma unroll
+      for (int p = 0; p < P; ++p) e[p] = exponential(e[p] - row.shift);
     } else {
       PositionSums<A> sums;
 #pragma unroll
@@ -138,14 +138,14 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
       A values[3] = {};
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        values[1] += soft_term(b[p], e[p] - sums.maximum);
+        const A below = e[p] - sums.maximum;
+        e[p] = exponential(below);
+        values[0] += e[p];
+        values[1] += soft_term(b[p], below);
         values[2] += b[p];
       }
-      correction = make_exponentials(e, sums.maximum);
-#pragma unroll
-      for (int p = 0; p < P; ++p) values[0] += e[p];
       group.sum(values);
-      sums.rest = values[0] * correction, sums.smooth = values[1], sums.weight = values[2];
+      sums.rest = values[0], sums.smooth = values[1], sums.weight = values[2];
       if (args.tiles > 1) {
         if (tile.lane == 0)
           sums.write(static_cast<A*>(args.tile_sums) + blockIdx.y * args.outer + i,
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
     T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;
     const bool aligned = tile.aligned(grad), writes = writes_logits && there;
     const A factor = Calibrated ? A(1) : inverse;
-    const A of_e = factor * row.softmax * correction, of_b = factor * row.smooth;
+    const A of_e = factor * row.softmax, of_b = factor * row.smooth;
     const A c_inverse = c * inverse;
     A slope = 0;
 #pragma unroll
@@ -184,9 +184,9 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
 #pragma unroll
             for (int q = 0; q < Q; ++q) {
               slope += g[q] * d[q];
-              // A masked class, of which g is 0, adds 0 and not 0 * -inf.
+              // A masked class adds 0, not 0 * -inf.
               const A gc = g[q] * c;
-              grad_scale[begin + q] += gc * larger(z[q], kLowest<A>);
+              grad_scale[begin + q] += z[q] == negative_infinity<A>() ? A(0) : gc * z[q];
               grad_bias[begin + q] += gc;
             }
           }
