@@ -13,6 +13,8 @@ void launch_soft_row_forward(Launcher& launcher, Dtype dtype, const RowArgs& arg
 void launch_soft_row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args);
 void launch_soft_dense_forward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
 void launch_soft_dense_backward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
+void launch_soft_upsample_forward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args);
+void launch_soft_upsample_backward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args);
 void launch_dense_forward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
 void launch_dense_backward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
 void launch_upsample_forward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args);

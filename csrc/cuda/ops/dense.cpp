@@ -11,7 +11,6 @@ struct Dense {
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
       kWantLogits | kWantScale | kWantBias | kWantConfidence;
-  static constexpr bool kServesProbabilities = true;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
     if (args.probabilities) return launch_soft_dense_forward(launcher, dtype, args);

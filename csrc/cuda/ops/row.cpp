@@ -12,7 +12,6 @@ struct Row {
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
       kWantLogits | kWantScale | kWantBias | kWantConfidence;
-  static constexpr bool kServesProbabilities = true;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
