@@ -82,8 +82,8 @@ class Fields {
     const auto found = fields_[name].cast<py::array>();
     to = static_cast<P*>(const_cast<void*>(found.data()));
     const std::string which = name;
-    if (which == "logits" || which == "grad_logits" || which == "grad_output" || which == "output" ||
-        which == "probabilities")
+    if (which == "logits" || which == "grad_logits" || which == "grad_output" ||
+        which == "output" || which == "probabilities")
       simt::watch(name, found.data(), found.nbytes(), which == "grad_logits" || which == "output");
   }
   int integer(const char* name) const { return fields_[name].cast<int>(); }

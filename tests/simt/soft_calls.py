@@ -37,8 +37,8 @@ def soft(
     size: tuple[int, int] | None = None,
     **more: Any,
 ) -> Problem:
-    """wide: probabilities of the arithmetic for logits of half precision. offset: elements between an
-    aligned address and the logits; the probabilities are aligned.
+    """wide: probabilities of the arithmetic for logits of half precision. offset: elements between
+    an aligned address and the logits; the probabilities are aligned.
     """
     spatial = size or shape[2:]
     logits = torch.empty(offset + torch.Size(shape).numel(), dtype=dtype)[offset:].view(shape)

@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kDenseThreads, (kSoftDenseBlocks<T, Calibrated
   if (args.backward && !second_pass) return;
   const A shared = args.backward ? shared_scale(args, inverse_denominator<A>(args)) : A(1);
   // Of the logits' gradient alone: finish_kernel divides the others.
-  const A inverse = !args.backward && args.grad_logits ? inverse_of<A>(forward_denominator(args))
-                                                       : A(1);
+  const A inverse =
+      !args.backward && args.grad_logits ? inverse_of<A>(forward_denominator(args)) : A(1);
   const bool entries = needs_soft_entries(args);
   if (args.table) {
     for (int j = threadIdx.x; j < place.classes; j += kDenseThreads)
@@ -235,8 +235,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kSoftDenseBlocks<T, Calibrated
         if constexpr (Calibrated)
           entries_of(kSoftC)[p] = there ? confidence_of<A>(args, first_index + p) : A(0);
         if (args.backward)
-          write_factors(
-              p, there ? soft_factors(args, first_index + p, shared) : SoftFactors<A>());
+          write_factors(p, there ? soft_factors(args, first_index + p, shared) : SoftFactors<A>());
       }
     }
     stage.fetch(tiles.image, at, count, 0);
@@ -334,8 +333,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kSoftDenseBlocks<T, Calibrated
         int j = place.slice + chunk * args.rounds * place.slices;
         ClassSum<A>* sums = class_sums + chunk * args.rounds * kDenseThreads;
 #pragma unroll 1
-        for (int round = 0; round < rounds;
-             ++round, j += place.slices, sums += kDenseThreads) {
+        for (int round = 0; round < rounds; ++round, j += place.slices, sums += kDenseThreads) {
           A z[V], y[V];
           stage.logits(round, z);
           stage.probabilities(round, y);

@@ -20,21 +20,23 @@ namespace disalign::cuda {
 
 // Blocks that shall fit on a multiprocessor: class sums need the registers.
 template <class T, bool Calibrated, bool Wide>
-constexpr int kSoftBlocks = Calibrated || sizeof(T) == 8 ? 1 : Wide ? 2 : 5;
+constexpr int kSoftBlocks = Calibrated || sizeof(T) == 8 ? 1
+                            : Wide                       ? 2
+                                                         : 5;
 
 // b_j / w_j of this thread's classes of row i; 0 of what is not the row's own. Probabilities lie like
 // the logits where both rows are aligned alike.
 template <class Y, class T, bool Wide>
-__device__ __forceinline__ void load_probabilities(
-    const RowArgs& args, const Tile<T, Wide>& tile, const SoftOptions<Accumulate<T>>& options,
-    int64_t i, Accumulate<T> (&b)[kElements<T>]) {
+__device__ __forceinline__ void load_probabilities(const RowArgs& args, const Tile<T, Wide>& tile,
+                                                   const SoftOptions<Accumulate<T>>& options,
+                                                   int64_t i, Accumulate<T> (&b)[kElements<T>]) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, W = kVector<Y>;  // a vector of T is one or two of Y
   const Y* row = static_cast<const Y*>(args.probabilities) + i * args.probability_outer_stride;
-  const bool aligned = (reinterpret_cast<uintptr_t>(row) +
-                        tile.first_class * static_cast<int64_t>(sizeof(Y))) %
-                           kVectorBytes ==
-                       0;
+  const bool aligned =
+      (reinterpret_cast<uintptr_t>(row) + tile.first_class * static_cast<int64_t>(sizeof(Y))) %
+          kVectorBytes ==
+      0;
   const auto load_whole = [&](int k, const Y* from) {
 #pragma unroll
     for (int v = 0; v < V; v += W) {
@@ -87,8 +89,8 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
   if (args.backward && !gradients) return;
   const A shared = args.backward ? shared_scale(args, inverse_denominator<A>(args)) : A(1);
   // Of the logits' gradient alone: finish_kernel divides the others.
-  const A inverse = !args.backward && args.grad_logits ? inverse_of<A>(forward_denominator(args))
-                                                       : A(1);
+  const A inverse =
+      !args.backward && args.grad_logits ? inverse_of<A>(forward_denominator(args)) : A(1);
   A grad_scale[Calibrated ? P : 1] = {}, grad_bias[Calibrated ? P : 1] = {};
 
   int64_t i = tile.row;

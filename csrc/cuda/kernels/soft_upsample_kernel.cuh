@@ -46,15 +46,14 @@ class OutputProbabilities {
  private:
   template <class Y>
   __device__ __forceinline__ void load_of(int j, A (&b)[V][Rows]) const {
-    const Y* from = static_cast<const Y*>(args_.probabilities) + first_ +
-                    j * args_.probability_class_stride;
+    const Y* from =
+        static_cast<const Y*>(args_.probabilities) + first_ + j * args_.probability_class_stride;
 #pragma unroll
     for (int k = 0; k < V; ++k, from += args_.probability_class_stride) {
       const bool there = j + k < static_cast<int>(args_.classes);
 #pragma unroll
       for (int r = 0; r < Rows; ++r)
-        b[k][r] =
-            there && r < count_ ? to_accumulate(load_one(from + r * args_.x.out)) : A(0);
+        b[k][r] = there && r < count_ ? to_accumulate(load_one(from + r * args_.x.out)) : A(0);
     }
   }
 

@@ -103,8 +103,8 @@ __device__ __forceinline__ void add_columns(const UpsampleArgs& args, const Exch
   constexpr int V = kVector<A>;
   const int slot = threadIdx.x / kNodeThreads, nodes = (args.bands + 1) * tile.low_width;
   if (slot >= count) return;
-  A* to_tile = static_cast<A*>(args.node_sums) +
-               t * tile.vectors * (args.bands + 1) * args.tile_nodes * V;
+  A* to_tile =
+      static_cast<A*>(args.node_sums) + t * tile.vectors * (args.bands + 1) * args.tile_nodes * V;
   UpsampleNode node = first_node;
   for (int n = threadIdx.x % kNodeThreads; n < nodes; n += kNodeThreads) {
     if (n >= kNodeThreads) node = UpsampleNode(args, tile, n);

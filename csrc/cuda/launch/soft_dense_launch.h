@@ -11,7 +11,7 @@ namespace disalign::cuda {
 template <class T>
 int64_t divide_soft_dense(DenseArgs& args, const Limits& limits) {
   constexpr int64_t V = kVector<T>;
-  constexpr int kLeast = 2, kLine = 3;   // exponents: 64 and 128 bytes of a plane
+  constexpr int kLeast = 2, kLine = 3;    // exponents: 64 and 128 bytes of a plane
   constexpr int64_t kRoundsOfThread = 4;  // at least, that the sums over its slices are worth
   const int64_t limit = static_cast<int64_t>(limits.shared_bytes);
   const int64_t half = (limit - kReservedBytes) / 2;
@@ -54,7 +54,8 @@ int64_t divide_soft_dense(DenseArgs& args, const Limits& limits) {
     const int64_t in_half = (half - fixed) / round;
     bytes = divide(narrow, std::max<int64_t>(1, in_half < 2 ? (limit - fixed) / round : in_half));
   }
-  args.chunks = static_cast<int32_t>(divide_up(std::max<int64_t>(1, rounds_of(narrow)), args.rounds));
+  args.chunks =
+      static_cast<int32_t>(divide_up(std::max<int64_t>(1, rounds_of(narrow)), args.rounds));
   args.image_tiles = static_cast<int32_t>(tiles_of(narrow));
   args.last_positions =
       static_cast<int32_t>(args.inner - (int64_t{args.image_tiles} - 1) * (V << narrow));
@@ -65,8 +66,7 @@ int64_t divide_soft_dense(DenseArgs& args, const Limits& limits) {
 template <class T>
 bool has_whole_soft_vectors(const DenseArgs& args) {
   const int64_t size = args.probabilities_of_a ? sizeof(Accumulate<T>) : sizeof(T);
-  const int64_t strides =
-      (args.probability_class_stride | args.probability_outer_stride) * size;
+  const int64_t strides = (args.probability_class_stride | args.probability_outer_stride) * size;
   return has_whole_vectors<T>(args) &&
          (reinterpret_cast<uintptr_t>(args.probabilities) | static_cast<uintptr_t>(strides)) %
                  kVectorBytes ==

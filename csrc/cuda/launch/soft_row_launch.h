@@ -25,9 +25,9 @@ void launch_soft_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
     if (args.class_gradients)
       args.class_sums = new_class_sums<T>(launcher, args, plan.shape.grid_x);
     if (args.grad_confidence)
-      args.confidence_sums = plan.tiles == 1 ? args.grad_confidence
-                                             : launcher.allocate(plan.tiles * args.outer *
-                                                                 sizeof(Accumulate<T>));
+      args.confidence_sums =
+          plan.tiles == 1 ? args.grad_confidence
+                          : launcher.allocate(plan.tiles * args.outer * sizeof(Accumulate<T>));
     launcher.launch(kernel, plan.shape, args);
   }
   if (plan.tiles == 1) args.grad_confidence = nullptr;  // is done

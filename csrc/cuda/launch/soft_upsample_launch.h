@@ -24,8 +24,8 @@ void launch_soft_upsample_forward(Launcher& launcher, Dtype dtype, const Upsampl
       int64_t blocks = 0;
       for_soft_rows(placed, [&](auto of_thread) {
         constexpr int kRows = decltype(of_thread)::value;
-        blocks = launch_upsample_outputs<T, kRows>(
-            launcher, soft_upsample_forward_kernel<T, kRows>, 0, placed);
+        blocks = launch_upsample_outputs<T, kRows>(launcher, soft_upsample_forward_kernel<T, kRows>,
+                                                   0, placed);
       });
       return blocks;
     });

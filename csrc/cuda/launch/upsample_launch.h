@@ -116,8 +116,8 @@ void launch_upsample_tiles(Launcher& launcher, void (*kernel)(UpsampleArgs), Ups
   const Shape shape =
       upsample_plan<T>(launcher, kernel, Rows, UpsampleExchange<A, Rows>::kBytes, 0, args);
   const int64_t vectors = divide_up(args.classes, kVector<A>);
-  args.node_sums = launcher.allocate(args.tiles() * vectors * (args.bands + 1) * args.tile_nodes *
-                                     kVectorBytes);
+  args.node_sums =
+      launcher.allocate(args.tiles() * vectors * (args.bands + 1) * args.tile_nodes * kVectorBytes);
   UpsampleArgs tiles = args;
   tiles.grad_confidence = nullptr;  // sums over nodes, not over output positions
   launcher.launch(kernel, shape, tiles);
