@@ -28,6 +28,7 @@ ALL_FILES = [
     "row",
     "soft",
     "shard",
+    "soft_shards",
     "linear",
     "dense",
     "upsample",

@@ -153,8 +153,8 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
     """The step's first launch that walks over the rows. registers: of a thread."""
     device = launch_plans.Device(WITH_MODEL[architecture][0], defaultdict(lambda: registers))
     launches = planner().row_launches(
-        **(STEPS | SUMS | SOFT)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
-        device=device,
+        **(STEPS | SUMS | SOFT)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes,
+        weighted=True, device=device,
     )  # fmt: skip
     found = next(launch for launch in launches if launch["fills"])
     return Kernel(
