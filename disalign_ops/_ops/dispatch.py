@@ -63,7 +63,7 @@ def _upsampled(
 # The layouts, and "shard", whose kernels take class probabilities, by backend and kind of device.
 _SOFT_LAYOUTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("native", "cpu"): ("row", "dense", "upsample", "shard"),
-    ("native", "cuda"): (),
+    ("native", "cuda"): ("row", "dense", "upsample", "shard"),
     ("triton", "cuda"): (),
 }
 
