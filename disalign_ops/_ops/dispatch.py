@@ -62,7 +62,7 @@ def _upsampled(
 
 # The layouts whose kernels take class probabilities, by backend and kind of device.
 _SOFT_LAYOUTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("native", "cpu"): ("row",),
+    ("native", "cpu"): ("row", "dense", "upsample"),
     ("native", "cuda"): (),
     **dict.fromkeys((("triton", kind) for kind in ("cuda", "xpu", "cpu")), ("row", "dense")),
 }

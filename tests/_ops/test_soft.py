@@ -41,7 +41,7 @@ def run(
     """Loss, then the gradients of what is learned."""
     if calibrated:
         loss = disalign_ops.disalign_cross_entropy(
-            p.logits, target, p.confidence, p.scale, p.bias, **p.options
+            p.logits, target, p.confidence, p.scale, p.bias, form="residual", **p.options
         )
     else:
         loss = disalign_ops.cross_entropy(p.logits, target, **p.options)
@@ -171,3 +171,46 @@ def test_rows_of_any_sum_are_the_formula() -> None:
     expected = -(w * y * torch.log_softmax(z, 1)).sum(1)
     found = disalign_ops.cross_entropy(z, y, w, reduction="none")
     assert_close(found, expected, torch.float64, "loss")
+
+
+UPSAMPLED = {
+    ((2, 5, 3, 4), (9, 13)): "larger, no multiple",
+    ((1, 18, 6, 7), (4, 5)): "smaller",
+    ((2, 150, 4, 4), (32, 32)): "ADE20K",
+}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", UPSAMPLED, ids=str)
+def test_upsampled(
+    sizes: tuple[tuple[int, ...], tuple[int, int]],
+    dtype: torch.dtype,
+    reduction: str,
+    calibrated: bool,
+) -> None:
+    shape, size = sizes
+    d = dense(shape, dtype=dtype)
+    positions = (shape[0], *size)
+    y = probabilities(torch.zeros((*shape[:2], *size))).to(dtype)
+    options: dict[str, Any] = {
+        "weight": torch.rand(shape[1]).to(dtype) + 0.1, "label_smoothing": 0.1,
+        "sample_weight": torch.rand(positions).to(dtype), "reduction": reduction,
+    }  # fmt: skip
+    upstream = torch.randn(positions if reduction == "none" else (), dtype=torch.float64)
+
+    def gradients(p: Dense, y: Tensor) -> list[Tensor]:
+        given = {k: v.to(y.dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+        if calibrated:
+            given |= {"confidence": p.confidence, "scale": p.scale, "bias": p.bias}
+        loss = disalign_ops.upsample_cross_entropy(p.logits, y, **given)
+        learned = p.learned if calibrated else [p.logits]
+        return [loss.detach(), *torch.autograd.grad(loss, learned, upstream.to(loss.dtype))]
+
+    with disalign_ops.set_backend("native"):
+        actual = gradients(d, y)
+    with disalign_ops.set_backend("reference"):
+        expected = gradients(d.to(torch.float64), y.double())
+    for what, a, e in zip(("loss", *NAMES), actual, expected, strict=False):
+        assert_close(a, e, dtype, what)

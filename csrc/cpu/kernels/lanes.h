@@ -6,6 +6,10 @@
 
 namespace disalign::DISALIGN_CAPABILITY {
 
+// What the sum over all classes weighs them by: there is none; label smoothing's class weights; the
+// b_j of class probabilities, a position's own.
+enum class Spread { kNone, kClasses, kOwn };
+
 // A kernel's stores are bytes to the compiler and might change any object whose address is known;
 // a local copy keeps pointers and factors in registers.
 template <class X, int R>

@@ -98,7 +98,7 @@ DISALIGN_NOINLINE void emit(ClassVectors<Accumulate<T>> classes, const Rows<T, R
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       V q = load(e[r] + j) * softmax[r];
-      if constexpr (S == Spread::kRows) w = load_lanes<Full>(spread[r] + j, n);
+      if constexpr (S == Spread::kOwn) w = load_lanes<Full>(spread[r] + j, n);
       if constexpr (S != Spread::kNone) q = q - w * smooth[r];
       if constexpr (Classes) {
         V value = load_lanes<Full>(z[r] + j, n);

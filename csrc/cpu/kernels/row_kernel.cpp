@@ -246,7 +246,7 @@ template <class T, int R, Kind K, bool Stored, bool Masked>
 const Passes<T, R>& passes_for(const LossArgs& args) {
   static constexpr Passes<T, R> kPasses = passes_of<T, R, K, Stored, Spread::kNone, Masked>();
   static constexpr Passes<T, R> kSmooth = passes_of<T, R, K, Stored, Spread::kClasses, Masked>();
-  static constexpr Passes<T, R> kSoft = passes_of<T, R, K, Stored, Spread::kRows, Masked>();
+  static constexpr Passes<T, R> kSoft = passes_of<T, R, K, Stored, Spread::kOwn, Masked>();
   if (args.probabilities) return kSoft;
   return args.label_smoothing > 0 ? kSmooth : kPasses;
 }

@@ -15,10 +15,6 @@ namespace disalign::DISALIGN_CAPABILITY {
 // What u is: the logits; with a prior or a margin; calibrated (and perhaps those).
 enum class Kind { kPlain, kShifted, kCalibrated };
 
-// What the sum over all classes weighs them by: it has none; label smoothing's class weights; the
-// b_j of class probabilities, a row's own.
-enum class Spread { kNone, kClasses, kRows };
-
 template <class A>
 struct ClassVectors {
   const A *weight, *scale, *bias, *prior, *margin;
@@ -326,7 +322,7 @@ DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const R
       const V x = exp_bounded(u);
       store(e[r] + j, x);
       exponential[r] += x;
-      if constexpr (S == Spread::kRows) {
+      if constexpr (S == Spread::kOwn) {
         w = load_lanes<Full>(spread[r] + j, n);
         total[r] += w;
         u = w == V{} ? V{} : u;  // a masked class that is not asked for adds 0, not 0 * -inf
@@ -352,11 +348,11 @@ DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const R
     lanes.exponential[r] = exponential[r];
     if constexpr (!Stored) lanes.maximum[r] = maximum[r];
     if constexpr (Smooth) lanes.smooth[r] = smooth[r];
-    if constexpr (S == Spread::kRows) lanes.total[r] = total[r];
+    if constexpr (S == Spread::kOwn) lanes.total[r] = total[r];
     if constexpr (kSlopes) lanes.softmax_slope[r] = softmax_slope[r];
     if constexpr (Slope && Smooth) lanes.smooth_slope[r] = smooth_slope[r];
   }
-  add_lanes<A, R>(lanes, {!Stored, Smooth, S == Spread::kRows, kSlopes, Slope && Smooth}, sums);
+  add_lanes<A, R>(lanes, {!Stored, Smooth, S == Spread::kOwn, kSlopes, Slope && Smooth}, sums);
 }
 
 }  // namespace disalign::DISALIGN_CAPABILITY
