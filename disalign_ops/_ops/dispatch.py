@@ -64,7 +64,7 @@ def _upsampled(
 _SOFT_LAYOUTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("native", "cpu"): ("row", "dense", "upsample"),
     ("native", "cuda"): (),
-    **dict.fromkeys((("triton", kind) for kind in ("cuda", "xpu", "cpu")), ("row", "dense")),
+    **{("triton", kind): ("row", "dense", "upsample") for kind in ("cuda", "xpu", "cpu")},
 }
 
 
