@@ -29,7 +29,7 @@ def weights_of_outputs(
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES, *TARGET_STRIDES, "by_weights"],
             do_not_specialize_on_alignment=UNALIGNED)  # fmt: skip
-def soft_forward_kernel(
+def soft_upsample_kernel(
     logits, probabilities, weight, scale, bias, confidence, prior, sample_weight,
     y_source, y_weight, x_source, x_weight,
     loss, row_max, row_sum, row_total, block_sums,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..codes import CALIBRATION, DETAILS, LOGITS
 from . import launch
 from .call import Backward, CalibrationSums, Forward, Loss, arithmetic, vector
-from .soft_upsample import soft_factors_kernel, soft_forward_kernel
+from .soft_upsample import soft_factors_kernel, soft_upsample_kernel
 from .upsample import axis_kernel, forward_kernel
 from .upsample_backward import backward_kernel, factors_kernel
 
@@ -119,7 +119,7 @@ def forward(*arguments: Any) -> list[Tensor]:
             *given.soft_tensors, *grid.axes, losses, *loss.statistics, loss.block_sums, *grid.sizes,
             *given.target.stride()[:2], *given.soft_numbers, call.by_weights,
         )  # fmt: skip
-        grid.start_forward(arguments, soft_forward_kernel)
+        grid.start_forward(arguments, soft_upsample_kernel)
     else:
         grid.start_forward((
             *given.tensors, given.weights, *grid.axes, losses, *loss.statistics, loss.block_sums,
