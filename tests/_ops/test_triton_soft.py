@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from disalign_ops._ops import dispatch, schemas
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
-from disalign_ops._ops.triton import operators, upsample_operators
+from disalign_ops._ops.triton import operators, registration, upsample_operators
 from machine_code import disassembly, triton_kernels
 from support import triton_compile
 from support.places import TESTS, test_files
@@ -120,6 +122,57 @@ print("checked")
 def test_over_the_logits_and_of_no_rows_at_all() -> None:
     run = python("-c", IN_PLACE)
     assert "checked" in run.stdout, run.stderr[-3000:]
+
+
+CHECKS = """
+import torch, disalign_ops as d
+from disalign_ops._ops import schemas
+from disalign_ops._ops.codes import CALIBRATION, LOGITS
+from disalign_ops._ops.triton import registration
+z, y, vector = torch.randn(6, 9), torch.rand(6, 9), torch.rand(9)
+given = (z, y, vector, vector, vector, torch.rand(6), None, None, None)
+numbers = (-100, 0.1, 0.0)
+forward, backward = (registration.layout_of(schemas.ROW).operator(part)
+                     for part in ("forward", "backward"))
+tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+torch.library.opcheck(forward, (*given, None, *numbers, 1, 0, CALIBRATION), test_utils=tests)
+statistics = (torch.ones(3, 6), torch.ones((), dtype=torch.float64))
+every = (torch.ones(()), *given, *statistics, *numbers, LOGITS | CALIBRATION)
+torch.library.opcheck(backward, every, test_utils=tests)
+
+def loss(z, y, a, b, c):
+    return d.disalign_cross_entropy(z, y, c, a, b, label_smoothing=0.1)
+
+with d.set_backend("triton"):
+    compiled = torch.compile(loss, fullgraph=True, backend="eager", dynamic=True)
+    for n in (6, 4):
+        x = [v.clone().requires_grad_() for v in (z[:n], vector, vector, torch.rand(n))]
+        found, expected = (
+            torch.autograd.grad(f(x[0], y[:n], *x[1:]), x) for f in (compiled, loss)
+        )
+        torch.testing.assert_close(found, expected)
+print("checked")
+"""
+
+
+def test_operators_are_well_formed_and_torch_compile_takes_them_whole() -> None:
+    run = python("-c", CHECKS)
+    assert "checked" in run.stdout, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])  # symbolic: dynamic shapes
+def test_tracing_sees_the_kernels(mode: str) -> None:
+    def forward(z: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> Any:
+        given = (z, y, vector, vector, vector, z[:, 0].contiguous(), None, None, None, None)
+        return registration.layout_of(schemas.ROW).operator("forward")(
+            *given, -100, 0.1, 0.0, 1, 0, CALIBRATION
+        )
+
+    traced = make_fx(dispatch_functionalize(forward), tracing_mode=mode)(
+        torch.randn(6, 9), torch.rand(6, 9), torch.rand(9)
+    )
+    kernels = [n for n in traced.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    assert len(kernels) == 5  # forward, the loss, and what sums up scale, bias and confidence
 
 
 def test_every_kind_of_device_has_every_layout() -> None:
