@@ -232,8 +232,7 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
     ((1, 150, 16, 16), (128, 128)),
 ]
 # As in test_triton.py. The other kernels of the upsampled backward have theirs there.
-REGISTERS: dict[tuple[str, str, int], tuple[int, int]] = {
-}
+REGISTERS: dict[tuple[str, str, int], tuple[int, int]] = {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

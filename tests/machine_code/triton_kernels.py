@@ -45,7 +45,7 @@ SHAPES: dict[tuple[str, int], tuple[int, ...]] = {
 # The loss, with weights a class, and its gradient of the logits; both again calibrated, with the
 # gradients of scale, bias and confidence.
 STEPS = ("forward", "backward", "stage2", "all")
-SOFT_STEPS = ("soft forward", "soft backward")  # the same two of class probabilities like the logits
+SOFT_STEPS = ("soft forward", "soft backward")  # the first two, of class probabilities
 SUMS = ("loss_kernel", "sum_kernel")
 PEERS = (fused_peer.fused_kernel, fused_peer.fused_planes_kernel)
 

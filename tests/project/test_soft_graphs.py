@@ -75,9 +75,7 @@ class Classifier(nn.Module):
         self.weight = nn.Buffer(torch.linspace(0.5, 2, CLASSES))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = (
-            disalign_ops.upsample_cross_entropy if self.upsampled else disalign_ops.cross_entropy
-        )
+        loss = disalign_ops.upsample_cross_entropy if self.upsampled else disalign_ops.cross_entropy
         return loss(self.head(x), y, self.weight, label_smoothing=0.1)
 
 

@@ -44,10 +44,11 @@ def forward(*arguments: Any) -> list[Tensor]:
         sums.confidence, None, *view.sizes,
     )  # fmt: skip
     if given.soft:
-        kernel, tensors, numbers = soft_forward_kernel, given.soft_tensors, given.soft_numbers
+        kernel, arguments = soft_forward_kernel, (*given.soft_tensors, *made, *given.soft_numbers)
     else:
-        kernel, tensors, numbers = forward_kernel, (*given.tensors, given.weights), given.numbers
-    view.start(kernel, (loss.programs,), (*tensors, *made, *numbers, call.by_weights))
+        kernel = forward_kernel
+        arguments = (*given.tensors, given.weights, *made, *given.numbers)
+    view.start(kernel, (loss.programs,), (*arguments, call.by_weights))
     results = loss.finish()
     if later:
         # For an upstream gradient of 1, not yet divided.
@@ -129,10 +130,10 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
         view = LogitsView.of(logits, 0, target)
         sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
         tensors = without_margin((logits, target, *vectors, None))
-        nothing = (None,) * 7  # no loss, statistics, sums
+        made = (*(None,) * 7, sums)  # no loss, statistics, sums of programs
         view.start(
             soft_forward_kernel, (view.programs(1),),
-            (*tensors, *nothing, sums, *view.sizes, keep, share, 0),
+            (*tensors, *made, *view.sizes, keep, share, 0),
         )  # fmt: skip
         return sums
     scale = vectors[1]

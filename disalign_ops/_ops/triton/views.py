@@ -43,9 +43,7 @@ class LogitsView:
         beside = _strides(target) if target is not None and soft else ()
         planes = logits.dim() == 3
         outer, classes, inner = logits.shape if planes else (1, *logits.shape[::-1])
-        return LogitsView(
-            logits, outer, inner, classes, *_strides(logits), planes, wanted, beside
-        )
+        return LogitsView(logits, outer, inner, classes, *_strides(logits), planes, wanted, beside)
 
     @property
     def positions(self) -> int:
