@@ -113,7 +113,9 @@ def check_gradient(given: Validated, layout: Layout, logits: Tensor, target: Ten
     if given.in_place:
         refuse_in_forward("where inplace_backward is True")
     backend = dispatch.serving_backend(logits)
-    if target.is_floating_point() and not dispatch.serves_probabilities(backend, layout, target):
+    if target.is_floating_point() and not dispatch.serves_probabilities(
+        backend, layout.name, target
+    ):
         if target.requires_grad:
             refuse_in_forward("where target requires a gradient")
         refuse_in_forward(

@@ -17,7 +17,7 @@ from .schemas import DENSE, UPSAMPLE, Layout
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     """The loss in the accumulation dtype ('none': flat), and the details, if there are any."""
     backend = serving_backend(inputs.logits)
-    if inputs.soft and not serves_probabilities(backend, problem.layout, inputs.target):
+    if inputs.soft and not serves_probabilities(backend, problem.layout.name, inputs.target):
         backend = "reference"
     if backend == "native":
         return autograd.loss(inputs, problem)
@@ -60,21 +60,21 @@ def _upsampled(
     return (loss, each, *reference.details(u.detach(), inputs.target, numbers[0]))
 
 
-# The layouts whose kernels take class probabilities, by backend and kind of device.
+# The layouts, and "shard", whose kernels take class probabilities, by backend and kind of device.
 _SOFT_LAYOUTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("native", "cpu"): ("row", "dense", "upsample"),
+    ("native", "cpu"): ("row", "dense", "upsample", "shard"),
     ("native", "cuda"): (),
     **{("triton", kind): ("row", "dense", "upsample") for kind in ("cuda", "xpu", "cpu")},
 }
 
 
-def serves_probabilities(backend: str, layout: Layout, target: Tensor) -> bool:
+def serves_probabilities(backend: str, layout: str, target: Tensor) -> bool:
     """Whether the kernels of a backend take these class probabilities, to which they give no
-    gradient.
+    gradient. layout: its name, or "shard".
     """
     if torch.is_grad_enabled() and target.requires_grad:
         return False
-    return layout.name in _SOFT_LAYOUTS.get((backend, target.device.type), ())
+    return layout in _SOFT_LAYOUTS.get((backend, target.device.type), ())
 
 
 def serving_backend(input: Tensor) -> str:

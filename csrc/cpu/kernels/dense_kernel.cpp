@@ -83,7 +83,7 @@ template <class T, bool Slope, Spread S>
 void exponentiate_all(const LossArgs& args, const Tile<T>& tile) {
   using A = Accumulate<T>;
   for (double* total : tile.positions.total) std::memset(total, 0, tile.size * sizeof(double));
-  for_segments(tile.classes, [&](int64_t begin, int64_t end) {
+  for_segments(tile.classes, kSumTerms, [&](int64_t begin, int64_t end) {
     for (A* sum : tile.sum) std::memset(sum, 0, tile.size * sizeof(A));
     exponentiate<T, Slope, S>(args, tile, begin, end);
     for (int k = 0; k < kSums; ++k) {

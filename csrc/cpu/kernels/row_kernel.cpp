@@ -220,7 +220,7 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
   const auto exponentiate = slope ? passes.exponentiate_slope : passes.exponentiate;
   do {
     sums.clear();
-    for_segments(args.classes, [&](int64_t begin, int64_t end) {
+    for_segments(args.classes, kSumTerms * Lanes<A>::N, [&](int64_t begin, int64_t end) {
       exponentiate(classes, rows, begin, end, sums);
     });
   } while (guessed && correct_guess(sums));

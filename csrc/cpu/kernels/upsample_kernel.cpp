@@ -144,7 +144,7 @@ void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>&
     positions.maximum[at + r] = sums.shift[r];
   }
   sums.clear();
-  for_segments(args.classes, [&](int64_t begin, int64_t end) {
+  for_segments(args.classes, kSumTerms * Lanes<A>::N, [&](int64_t begin, int64_t end) {
     exponentiate<A, R, Kind::kPlain, true, false, S, false>(classes, rows, begin, end, sums);
   });
   for (int r = 0; r < R; ++r) {
