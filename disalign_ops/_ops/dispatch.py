@@ -64,7 +64,9 @@ def _upsampled(
 _SOFT_LAYOUTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("native", "cpu"): ("row", "dense", "upsample", "shard"),
     ("native", "cuda"): (),
-    **{("triton", kind): ("row", "dense", "upsample") for kind in ("cuda", "xpu", "cpu")},
+    ("triton", "cuda"): ("row", "dense", "upsample", "shard"),
+    ("triton", "xpu"): ("row", "dense", "upsample", "shard"),
+    ("triton", "cpu"): ("row", "dense", "upsample", "shard"),  # in its interpreter
 }
 
 

@@ -33,7 +33,10 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 # As in test_triton.py: the interpreter takes milliseconds a program.
-SOME = ["--once", "-k", "contents or strides or half or (upsampled and not 150)"]
+SOME = [
+    "--once", "-k",
+    "contents or strides or half or (upsampled and not 150) or linear_head or operators_of_a_shard",
+]  # fmt: skip
 INTERPRETED = [
     pytest.param(SOME, marks=pytest.mark.standard, id="some"),
     pytest.param(["--once"], marks=pytest.mark.slow, id="once"),
@@ -45,12 +48,13 @@ INTERPRETED = [
 def test_the_operators_pass_the_tests_of_the_cpu_kernels(part: list[str]) -> None:
     run = python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "support.triton_operators",
-        *part, *test_files("soft"),
+        *part, *test_files("soft", "soft_shards"),
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     called = dict(re.findall(r"(\w+) called (\d+) times", run.stdout))
     expected = {f"{layout.name}_{step}" for layout in schemas.LAYOUTS
                 for step in ("forward", "backward")}  # fmt: skip
+    expected |= {"row_shard_forward", "row_shard_backward"}
     assert expected <= set(called), called
 
 
@@ -176,7 +180,7 @@ def test_tracing_sees_the_kernels(mode: str) -> None:
 
 
 def test_every_kind_of_device_has_every_layout() -> None:
-    every = tuple(layout.name for layout in schemas.LAYOUTS)
+    every = (*(layout.name for layout in schemas.LAYOUTS), "shard")
     for kind in ("cuda", "xpu", "cpu"):
         assert dispatch._SOFT_LAYOUTS["triton", kind] == every
 
@@ -231,7 +235,7 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
     ((2, 1203, 100), (0, 0)),
     ((1, 150, 16, 16), (128, 128)),
 ]
-# As in test_triton.py. The other kernels of the upsampled backward have theirs there.
+# As in test_triton.py.
 REGISTERS: dict[tuple[str, str, int], tuple[int, int]] = {}
 
 
