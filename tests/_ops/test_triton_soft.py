@@ -235,8 +235,26 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
     ((2, 1203, 100), (0, 0)),
     ((1, 150, 16, 16), (128, 128)),
 ]
-# As in test_triton.py.
-REGISTERS: dict[tuple[str, str, int], tuple[int, int]] = {}
+# As in test_triton.py: (kernel, layout, warps) -> (float32 and bfloat16, float64).
+REGISTERS = {
+    ("backward_kernel", "upsample", 4): (255, 224),
+    ("soft_backward_kernel", "planes", 1): (208, 224),
+    ("soft_backward_kernel", "planes", 2): (168, 0),
+    ("soft_backward_kernel", "rows", 1): (168, 168),
+    ("soft_backward_kernel", "rows", 2): (168, 176),
+    ("soft_backward_kernel", "rows", 4): (152, 160),
+    ("soft_backward_kernel", "rows", 8): (184, 255),
+    ("soft_backward_kernel", "rows", 16): (128, 0),
+    ("soft_factors_kernel", "upsample", 4): (32, 40),
+    ("soft_forward_kernel", "planes", 1): (224, 232),
+    ("soft_forward_kernel", "planes", 2): (208, 0),
+    ("soft_forward_kernel", "rows", 1): (248, 216),
+    ("soft_forward_kernel", "rows", 2): (240, 224),
+    ("soft_forward_kernel", "rows", 4): (168, 192),
+    ("soft_forward_kernel", "rows", 8): (168, 240),
+    ("soft_forward_kernel", "rows", 16): (120, 0),
+    ("soft_upsample_kernel", "upsample", 4): (176, 168),
+}
 
 
 @pytest.mark.parametrize(
