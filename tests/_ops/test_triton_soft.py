@@ -315,6 +315,11 @@ def test_new_sizes_and_options_compile_nothing() -> None:
         assert compilations(n, smoothing) == once
 
 
+# Instructions for 512 bytes of logits, forward and backward: those of triton 3.9 and 3 %.
+# `python -m machine_code.triton_kernels` prints them.
+INSTRUCTIONS = {"float32": (77, 42), "bfloat16": (181, 117)}
+
+
 @pytest.mark.parametrize("dtype", triton_kernels.DTYPES)
 def test_logits_and_probabilities_are_read_once(dtype: str) -> None:
     if disassembly.nvdisasm() is None:
@@ -324,6 +329,7 @@ def test_logits_and_probabilities_are_read_once(dtype: str) -> None:
     )
     # In vectors of the logits' size: both inputs, and the weights a class, which are float32.
     reads = 2 + 4 / triton_kernels.DTYPES[dtype].itemsize
-    for found, writes in ((forward, 0), (backward, 1)):
+    for found, writes, most in zip((forward, backward), (0, 1), INSTRUCTIONS[dtype], strict=True):
+        assert sum(found.values()) <= most, sum(found.values())
         assert found["LDG.E.128"] == pytest.approx(reads, abs=0.01)
         assert found.get("STG.E.128", 0) == pytest.approx(writes, abs=0.01)
