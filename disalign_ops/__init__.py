@@ -15,6 +15,7 @@ from . import (
     segmentation_metrics,
     sweep,
 )
+from ._call.details import LossDetails
 from ._call.shard import Shard
 from ._ops.backends import backend_info, set_backend
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
@@ -30,6 +31,7 @@ for _name in (
     _fx.wrap(_name)
 
 __all__ = [
+    "LossDetails",
     "Shard",
     "UpsampleDetails",
     "backend_info",

@@ -10,7 +10,7 @@ struct Dense {
   using Args = DenseArgs;
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
-      kWantLogits | kWantScale | kWantBias | kWantConfidence;
+      kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
     launch_dense_forward(launcher, dtype, args);

@@ -11,7 +11,7 @@ struct Row {
   using Args = RowArgs;
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
-      kWantLogits | kWantScale | kWantBias | kWantConfidence;
+      kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
