@@ -170,7 +170,7 @@ def test_the_host_waits_for_nothing() -> None:
     [
         (([],), ArgumentError, "target must be a tensor, or at least one of a sequence, got none"),
         ((3,), ArgumentTypeError, "target must be a torch.Tensor, got a int"),
-        ((torch.tensor([True]),), ArgumentTypeError, "target must have dtype int64.*got torch.bool"),
+        ((torch.tensor([True]),), ArgumentTypeError, "target must have dtype int64.*torch.bool"),
         ((torch.tensor(0.5),), ArgumentError, r"target must have shape \(C,\) or \(N, C, ...\)"),
         ((torch.tensor([0]), torch.ones(2, 2)), ArgumentError, r"weight must have shape \(C,\)"),
         ((torch.tensor([0]), torch.ones(2).long()), ArgumentTypeError, "weight must have a float"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import disalign_ops
-from support import ranks
+from support import ranks, with_torchvision
 from support.tolerances import assert_close
 
 
@@ -45,3 +45,31 @@ def _ddp(rank: int, world: int) -> None:
 
 def test_ddp_gives_the_gradients_of_the_whole_batch() -> None:
     ranks.run(_ddp, 2)
+
+
+def _detector() -> None:
+    """Rank 0 has boxes of the background alone, whose weights are another sum than rank 1's."""
+    from torchvision.models.detection import roi_heads
+
+    from disalign_ops.integrations.torchvision import replace_fastrcnn_loss
+
+    torch.manual_seed(3)
+    logits, boxes = torch.randn(6, 4), torch.randn(6, 16)
+    labels, targets = torch.tensor([0, 0, 0, 1, 2, 3]), torch.randn(6, 4)
+    weight = torch.tensor([1.0, 0.3, 2.0, 9.0])
+    layer = nn.Linear(4, 4)
+    module = nn.parallel.DistributedDataParallel(layer)
+    mine = slice(3, 6) if torch.distributed.get_rank() else slice(0, 3)
+    with replace_fastrcnn_loss(weight, all_ranks=True):
+        loss, _ = roi_heads.fastrcnn_loss(
+            module(logits[mine]), boxes[mine], [labels[mine]], [targets[mine]]
+        )
+    loss.backward()
+    found = layer.weight.grad.clone()
+    layer.zero_grad()
+    disalign_ops.cross_entropy(layer(logits), labels, weight).backward()
+    assert_close(found, layer.weight.grad, torch.float32, "gradient")
+
+
+def test_a_detectors_loss_over_all_ranks() -> None:
+    with_torchvision.run(_detector, 2)
