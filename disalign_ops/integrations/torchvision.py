@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import cross_entropy
 from .. import nn as dnn
-from .._call.types import Form
+from .._call.types import Form, Normalizer
 from ..denominator import loss_denominator
 from ..errors import ArgumentError
 from ..upsample import upsample_cross_entropy
@@ -95,7 +95,7 @@ def grw_fastrcnn_loss(weight: Tensor | None, *, all_ranks: bool = False) -> Fast
         _, boxes = plain(class_logits, box_regression, labels, regression_targets)
         given = None if weight is None else weight.to(class_logits.device)
         target = torch.cat(labels)
-        normalizer = loss_denominator(target, given) if all_ranks else "weights"
+        normalizer: Normalizer = loss_denominator(target, given) if all_ranks else "weights"
         return cross_entropy(class_logits, target, given, normalizer=normalizer), boxes
 
     return loss

@@ -79,9 +79,10 @@ def one_denominator(trainer: Trainer) -> Trainer:
             "trainer must have the compute_loss_func that semantic_segmentation_loss() returns, "
             f"got a {type(loss).__name__}"
         )
-    normalizer = loss.options.get("normalizer", "weights")
+    normalizer: Any = loss.options.get("normalizer", "weights")
     if not isinstance(normalizer, str):
         raise ArgumentError(f"normalizer must be a name, got a {type(normalizer).__name__}")
+    named: Any = normalizer
     for name in ("tp", "cp", "sp"):
         size = getattr(parts, f"get_{name}_size", lambda: 1)()
         if size > 1:
@@ -102,7 +103,7 @@ def one_denominator(trainer: Trainer) -> Trainer:
         loss.denominator = loss_denominator(
             [batch["labels"].to(device) for batch in batches],
             None if loss.weight is None else loss.weight.to(device),
-            ignore_index=loss.ignore_index, normalizer=normalizer,
+            ignore_index=loss.ignore_index, normalizer=named,
             ranks="sum" if adds_up else "mean",
         )  # fmt: skip
         return batches, loss.denominator
