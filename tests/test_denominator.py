@@ -103,6 +103,41 @@ def test_the_mean_of_means_is_another_gradient() -> None:
     assert max(sums) > 2 * min(sums)
 
 
+@pytest.mark.parametrize("lam", [0.3, "one a position"])
+@pytest.mark.parametrize("normalizer", ["weights", "valid", "count"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_two_classes_a_position(weighted: bool, normalizer: str, lam: Any) -> None:
+    whole = batch("rows", OPTIONS["both"])
+    cuts = [5, 1, 4, 2]
+    other = whole["target"].roll(3)
+    share = torch.rand(len(other), dtype=torch.float64) if isinstance(lam, str) else lam
+    shares = split(share, cuts) if isinstance(lam, str) else [lam] * len(cuts)
+    targets = [*zip(split(whole["target"], cuts), split(other, cuts), shares, strict=True)]
+    weights = split(whole["sample_weight"], cuts)
+    options = {"weight": whole["weight"] if weighted else None, "normalizer": normalizer}
+    expected_z = whole["input"].requires_grad_()
+    expected = disalign_ops.cross_entropy(
+        expected_z, (whole["target"], other, share), sample_weight=whole["sample_weight"], **options
+    )
+    expected.backward()
+    one = loss_denominator(targets, sample_weight=weights, **options)  # type: ignore[arg-type]
+    grads = []
+    for z, t, v in zip(split(whole["input"].detach(), cuts), targets, weights, strict=True):
+        z.requires_grad_()
+        disalign_ops.cross_entropy(
+            z, t, options["weight"], sample_weight=v, normalizer=one
+        ).backward()
+        grads.append(z.grad)
+    assert expected_z.grad is not None
+    assert_close(torch.cat(grads), expected_z.grad, torch.float64, "gradients")
+    alone = loss_denominator(
+        (whole["target"], other, share),
+        sample_weight=whole["sample_weight"],
+        **options,  # type: ignore[arg-type]
+    )
+    torch.testing.assert_close(alone, one)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_without_logits(dtype: torch.dtype) -> None:
     whole = batch("rows", OPTIONS["both"], dtype)
@@ -139,6 +174,8 @@ def test_values() -> None:
     assert loss_denominator(soft, weight) == 8
     assert loss_denominator([soft, soft[:, :, :1]], sample_weight=[v.expand(2, 1, 4), v[:2, None]])
     assert loss_denominator(torch.rand(3), weight) == 1
+    assert loss_denominator((target, target * 0, 0.25), weight) == 5.25
+    assert loss_denominator(torch.tensor([1, 1, 2]).split(1), weight) == 8  # three micro-batches
     assert loss_denominator(torch.full((3,), -100), weight) == 0
     assert loss_denominator(target[:0]) == 0
 
@@ -168,13 +205,22 @@ def test_the_host_waits_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([],), ArgumentError, "target must be a tensor, or at least one of a sequence, got none"),
+        (([],), ArgumentError, "target must be a tensor, or at least one of a list, got none"),
         ((3,), ArgumentTypeError, "target must be a torch.Tensor, got a int"),
         ((torch.tensor([True]),), ArgumentTypeError, "target must have dtype int64.*torch.bool"),
         ((torch.tensor(0.5),), ArgumentError, r"target must have shape \(C,\) or \(N, C, ...\)"),
         ((torch.tensor([0]), torch.ones(2, 2)), ArgumentError, r"weight must have shape \(C,\)"),
         ((torch.tensor([0]), torch.ones(2).long()), ArgumentTypeError, "weight must have a float"),
         ((torch.tensor([0]), torch.ones(2, device="meta")), ArgumentError, "weight must be on"),
+        (
+            ((torch.tensor([0]), torch.tensor([0, 1]), 0.5),), ArgumentError,
+            r"target\[1\] must have the shape and device of target\[0\], \(1,\) on cpu, got \(2,\)",
+        ),
+        (((*torch.tensor([[0], [1]]), 2.0),), ArgumentError, r"target\[2\] must be a number"),
+        (
+            ((*torch.tensor([[0], [1]]), torch.rand(2)),), ArgumentError,
+            r"target\[2\] must be a number or have the positions' shape \(1,\), got \(2,\)",
+        ),
         ((torch.tensor([2]), torch.ones(2)), IndexError, "Target 2 is out of bounds"),
         ((torch.tensor([-1]), torch.ones(2)), IndexError, "Target -1 is out of bounds"),
         (
@@ -193,7 +239,10 @@ def test_wrong_arguments(arguments: tuple[Any, ...], error: type, message: str) 
     [
         ({"normalizer": 3.0}, "normalizer must be one of 'weights', 'valid', 'count', got 3.0"),
         ({"ranks": "all"}, "ranks must be one of 'mean', 'sum', 'same', got 'all'"),
-        ({"sample_weight": torch.ones(3)}, r"sample_weight must have shape \(2,\) .*got \(3,\)"),
+        (
+            {"sample_weight": torch.ones(3)},
+            r"sample_weight must have the positions' shape \(2,\), got \(3,\)",
+        ),
         ({"sample_weight": [torch.ones(2)] * 2}, r"must be one tensor of each target \(1\), got 2"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import nn as dnn
 from .._call.arguments import is_dtensor
-from .._call.types import BatchNormMode
+from .._call.types import BatchNormMode, Target
 from ..class_stats import Counts
 from ..denominator import loss_denominator
 from ..errors import ArgumentError
@@ -97,9 +97,10 @@ class WholeStepMean(Callback):  # type: ignore[misc]
         self._options: dict[str, Any] = {"ignore_index": ignore_index, "normalizer": normalizer}
         self._total: Tensor | None = None
 
-    def add(self, target: Tensor, *, sample_weight: Tensor | None = None) -> None:
-        """Counts a batch; called once in each training_step."""
-        weight = None if self._weight is None else self._weight.to(target.device)
+    def add(self, target: Target, *, sample_weight: Tensor | None = None) -> None:
+        """Counts a batch, whose target is as given to the loss; called in each training_step."""
+        device = (target[0] if isinstance(target, tuple) else target).device
+        weight = None if self._weight is None else self._weight.to(device)
         counted = loss_denominator(
             target, weight, sample_weight=sample_weight, ranks="same", **self._options
         )
