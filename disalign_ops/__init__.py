@@ -18,6 +18,7 @@ from . import (
 from ._call.details import LossDetails
 from ._call.shard import Shard
 from ._ops.backends import backend_info, set_backend
+from .denominator import loss_denominator
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
 from .linear import disalign_linear_cross_entropy, linear_cross_entropy
 from .replace import replace_cross_entropy
@@ -42,6 +43,7 @@ __all__ = [
     "disalign_cross_entropy",
     "disalign_linear_cross_entropy",
     "linear_cross_entropy",
+    "loss_denominator",
     "losses",
     "metrics",
     "nn",
