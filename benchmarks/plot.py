@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.results import CaseResult, Result
+from disalign_ops._bench.results import CaseResult, Result
 
 matplotlib.use("Agg")  # no display is needed to write a file
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,12 +29,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from disalign_ops import upsample_cross_entropy, upsample_predict
+from disalign_ops._bench.measure import peak_extra_bytes
 from disalign_ops.class_stats import grw_weights, log_prior
 from disalign_ops.nn import DisAlignSegHead, freeze_for_stage2
 from disalign_ops.segmentation_metrics import SegmentationIoU
-
-sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the package
-from benchmarks.measure import peak_extra_bytes
 
 BATCH = 8
 TEST_PAGES = 60
