@@ -17,7 +17,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 FOLDER = "repository"  # of the pages that are made of files outside docs
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-LANGUAGES = {".py": "python", ".txt": "text"}
+LANGUAGES = {".py": "python", ".txt": "text", ".csv": "text"}
+PICTURES = (".svg", ".png")
 REMOTE = re.compile(r"<(?:script|img|iframe)[^>]+src=\"?https?:|<link[^>]+stylesheet[^>]+https?:")
 
 log = logging.getLogger("mkdocs.hooks")
@@ -50,6 +51,8 @@ def linked(text: str, path: str) -> list[str]:
 def on_files(files: Files, config: Any) -> Files:
     waiting = [path_of(page.src_uri) for page in files.documentation_pages()]
     for path in waiting:
+        if Path(path).suffix in PICTURES:  # copied as they are
+            continue
         text = (ROOT / path).read_text()
         waiting += [t for t in dict.fromkeys(linked(text, path)) if t not in waiting]
         if not path.endswith(".md"):
