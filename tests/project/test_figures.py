@@ -1,4 +1,4 @@
-"""The committed figures: small, made by the commands that docs/figures.md names, with their parts."""
+"""The committed figures: small, complete, and made by the commands that docs/figures.md names."""
 
 from __future__ import annotations
 
