@@ -84,7 +84,7 @@ def plot_ap(path: Path, counts: Tensor, before: Tensor, after: Tensor) -> Path:
     series = {"stage 1, cross-entropy": before, "stage 2, DisAlign": after}
     figure = by_count(
         counts.numpy(), {name: 100 * ap.numpy() for name, ap in series.items()},
-        "Box AP of every class (points) and its running mean (lines)", "test AP, %",
+        "Box AP of each class (points), running mean (lines)", "test AP, %",
         "training boxes of the class",
     )  # fmt: skip
     return style.save(figure, path)

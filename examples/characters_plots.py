@@ -21,7 +21,7 @@ def plot_accuracy(out: Path, counts: Tensor, before: Tensor, after: Tensor) -> P
     series = {"stage 1, cross-entropy": before, "stage 2, DisAlign": after}
     figure = by_count(
         counts.numpy(), {name: 100 * accuracy.numpy() for name, accuracy in series.items()},
-        "Accuracy of every class (points) and its running mean (lines)", "test accuracy, %", COUNT,
+        "Accuracy of each class (points), running mean (lines)", "test accuracy, %", COUNT,
         (FEW, MANY),
     )  # fmt: skip
     return style.save(figure, out / "accuracy_by_count.png")
@@ -41,10 +41,12 @@ def plot_calibration(out: Path, counts: Tensor, layer: da.nn.DisAlignLinear) -> 
             axes.plot(*running_mean(n, values), color=style.BLUE, linewidth=2.5,
                       label="after, running mean")  # fmt: skip
             axes.set_ylabel(f"logit_{name}")
-        count_axis(both[1], COUNT, (FEW, MANY))
+        for axes in both:
+            count_axis(axes, COUNT, (FEW, MANY))
+        both[0].set_xlabel("")
         handles, labels = both[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=2)
-        style.title(figure, f"What stage 2 learned of every class ({layer.form} form)")
+        style.title(figure, f"What stage 2 learned ({layer.form} form)")
     return style.save(figure, out / "scale_and_bias.png")
 
 

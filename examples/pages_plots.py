@@ -82,7 +82,7 @@ def plot_iou(path: Path, counts: Tensor, before: Tensor, after: Tensor) -> Path:
     series = {"stage 1, cross-entropy": before, "stage 2, DisAlign": after}
     figure = by_count(
         counts.numpy(), {name: 100 * iou.numpy() for name, iou in series.items()},
-        "IoU of every class (points) and its running mean (lines)", "test IoU, %",
+        "IoU of each class (points), running mean (lines)", "test IoU, %",
         "training pixels of the class",
     )  # fmt: skip
     return style.save(figure, path)

@@ -24,7 +24,10 @@ def running_mean(counts: Values, values: Values) -> tuple[Values, Values]:
     window = max(1, len(counts) // 12)
     mean = np.ones(window) / window
     log_count = np.convolve(np.log(np.maximum(counts[order], 0.5)), mean, mode="valid")
-    return np.exp(log_count), np.convolve(values[order], mean, mode="valid")
+    means = np.convolve(values[order], mean, mode="valid")
+    # Windows of classes that all have the same count are one point, the mean of them.
+    places, of_place = np.unique(log_count.round(9), return_inverse=True)
+    return np.exp(places), np.bincount(of_place, means) / np.bincount(of_place)
 
 
 def count_axis(axes: Any, label: str, thresholds: Sequence[float] = ()) -> None:

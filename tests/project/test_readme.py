@@ -9,8 +9,7 @@ from support.places import ROOT
 
 README = (ROOT / "README.md").read_text()
 ROWS = figures.recorded()
-# Rows of the README's table -> the recorded case. A recorded name may refer to the row above; here it
-# is said in full.
+# Rows of the README -> the recorded case, whose name may refer to the row above it.
 TABLE = {
     "DisAlign loss, all gradients, 4096 x 1204": "lvis-full",
     "DisAlign loss, frozen logits (stage 2), 2048 x 8142": "inat-stage2",
