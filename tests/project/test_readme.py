@@ -56,11 +56,11 @@ def test_the_first_lines_have_the_range_of_the_table() -> None:
         return values[0], values[-1]
 
     low, high = ends("eager")
-    assert f"takes PyTorch {low} to {high} times as long" in text
+    assert f"PyTorch takes {low} to {high} times as long" in text
     low, high = ends("eager_memory_percent")
-    assert f"and {low} to {high} % of the logits' bytes" in text
+    assert f"with {low} to {high} % of the logits' bytes" in text
     low, high = ends("memory_percent")
-    assert f"instead of {low} to {high} %" in text
+    assert f"where this takes {low} to {high} %" in text
 
 
 def test_the_questions_numbers_are_recorded() -> None:

@@ -26,6 +26,7 @@ import pytest
 
 from support.places import ROOT, TESTS
 
+pytestmark = pytest.mark.xdist_group("site")  # built once
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
 WIDTHS = {"desktop": 1280, "phone": 390}
