@@ -33,8 +33,8 @@ def _why_torch(input: Any, target: Any, weight: Any, numbers: Iterable[Any]) -> 
         return "number on a device"
     if input.dtype not in LOGITS_DTYPES:
         return "dtype of the logits"
-    if target.is_floating_point():
-        return "class probabilities as target"
+    if target.is_floating_point() and target.requires_grad:
+        return "class probabilities that require a gradient"
     if weight is not None and weight.requires_grad:
         return "weight that requires a gradient"
     if input.dim() == 0:
@@ -81,7 +81,7 @@ class replace_cross_entropy:  # noqa: N801 - a function to its users, and a cont
 
     `with replace_cross_entropy(): ...`, or `replaced = replace_cross_entropy()` and later
     `replaced.undo()`; where several hold at once, torch's function is back when all are undone, in
-    any order. What the kernels do not cover (class probabilities, torch.func transforms, forward
+    any order. What the kernels do not cover (torch.func transforms, forward
     mode, tensor subclasses such as DTensor, other dtypes and devices) goes to torch's own function,
     and so does what it refuses: a weight that requires a gradient. Code that
     imported the function itself (`from torch.nn.functional import cross_entropy`) before keeps

@@ -13,12 +13,12 @@ from torch import Tensor
 from ._call import entry, tracing
 from ._call.arguments import (
     check_bool,
-    check_class_indices,
     check_image,
     check_size,
     check_target,
     class_vector,
     row_vector,
+    same_device,
     target_hint,
 )
 from ._call.options import (
@@ -26,6 +26,7 @@ from ._call.options import (
     Options,
     calibration_vectors,
     check_gradient,
+    check_probability_options,
     normalizer_code,
     output,
     validate_options,
@@ -111,7 +112,8 @@ def upsample_cross_entropy(
     Args:
         input: logits (N, C, h, w) of any strides; float32, float64, bfloat16 or float16.
         target: class indices (N, H, W), uint8, int16, int32 or int64, of any size: H and W need
-            not be multiples of h and w, and may be smaller.
+            not be multiples of h and w, and may be smaller. Or class probabilities (N, C, H, W),
+            for which there are no details.
         confidence, scale, bias: DisAlign's calibration, all three or none: confidence (N, 1, h, w)
             or (N, h, w) before the sigmoid, at the resolution of the input; scale, bias, form and
             background as in `disalign_cross_entropy`.
@@ -146,7 +148,8 @@ def upsample_cross_entropy(
     inputs, problem = _validate(input, target, align_corners, options, calibration, return_details)
     loss, *details = dispatch.compute(inputs, problem)
     each = problem.reduction == REDUCTIONS["none"]
-    result = output(input, loss, target.shape if each else None)
+    promoting = (target, weight) if inputs.soft else ()
+    result = output(input, loss, _positions(target) if each else None, *promoting)
     if not return_details:
         return result
     losses = [] if len(details) == 3 else [result.detach()]  # 'none' is these losses itself
@@ -167,9 +170,18 @@ def _validate(
     check_bool("align_corners", align_corners)
     check_bool("return_details", details)
     shape = _target_shape(input, target)
-    check_target(input, target, shape)
+    soft = target.is_floating_point()
+    if not soft:
+        check_target(input, target, shape)
     given = validate_options(input, classes, options)
-    if given.ignore_index == 255 and classes > 255 and not torch.compiler.is_compiling():
+    if soft:
+        check_probability_options(options, given, default_ignore_index=255)
+        if details:
+            raise ArgumentError(
+                "return_details must be False where target holds class probabilities, got True"
+            )
+        target = layouts.probabilities(UPSAMPLE, input, target)
+    elif given.ignore_index == 255 and classes > 255 and not torch.compiler.is_compiling():
         warnings.warn(
             f"ignore_index is 255, and the logits have {classes} classes: class 255 is ignored; "
             "pass the ignore_index of your masks, or a negative one",
@@ -178,13 +190,13 @@ def _validate(
     dtype = reference.accumulate_dtype(input.dtype)
     v = row_vector("sample_weight", options.sample_weight, input, shape, dtype)
     a, b, c = calibration_vectors(input, classes, calibration)
-    check_gradient(given, UPSAMPLE, input)
+    check_gradient(given, UPSAMPLE, input, target)
     in_place = given.in_place and layouts.check_in_place(input, input, False)
     code, denominator = normalizer_code(given.normalizer)
     return (
         Inputs(
-            input, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v,
-            denominator,
+            input, target if soft else target.contiguous(), given.weight, a, b, c, given.prior,
+            given.margin, v, denominator,
         ),
         Problem(
             UPSAMPLE, (*given.numbers, align_corners), REDUCTIONS[given.reduction], code,
@@ -212,7 +224,7 @@ def _recorded_loss(
     a = b = c = None
     if calibration is not None:
         a, b, c = tracing.calibration_vectors(input, calibration)
-    size = (target.shape[1], target.shape[2])
+    size = (target.shape[-2], target.shape[-1])
     u = reference.upsample(input, size, align_corners, scale=a, bias=b, confidence=c)
     return output(input, entry.loss(u, target, options._replace(inplace_backward=False)), None)
 
@@ -268,10 +280,21 @@ def upsample_predict(
         return prediction
 
 
+def _positions(target: Tensor) -> torch.Size:
+    return torch.Size((target.shape[0], *target.shape[-2:]))
+
+
 def _target_shape(input: Tensor, target: Tensor) -> torch.Size:
-    """(N, H, W), if target has that form."""
-    if isinstance(target, Tensor):
-        check_class_indices(target)
+    """(N, H, W), if target has that form, or is (N, C, H, W) class probabilities."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        if target.dim() != 4 or target.shape[:2] != input.shape[:2]:
+            raise ArgumentError(
+                f"target must have shape (N, C, H, W) with N, C = {tuple(input.shape[:2])} where "
+                f"it holds class probabilities ({target.dtype}), got {tuple(target.shape)}; class "
+                "indices have an integer dtype, as target.long() has"
+            )
+        same_device("target", target, input)
+        return _positions(target)
     if not isinstance(target, Tensor) or target.dim() != 3 or target.shape[0] != input.shape[0]:
         given = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         hint = target_hint(input, target) if isinstance(target, Tensor) else ""

@@ -278,7 +278,6 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
             "where target holds class probabilities",
         )
         for given in (
-            {"sample_weight": torch.ones(3)},
             {"margin": 0.5},
             {"focal_gamma": 1.0},
             {"ignore_index": 0},

@@ -61,7 +61,7 @@ def test_the_block_ends_with_an_exception_too() -> None:
 
 
 NOT_COVERED: dict[str, tuple[Any, ...]] = {
-    "class probabilities": (torch.randn(3, 5), torch.rand(3, 5)),
+    "class probabilities that learn": (torch.randn(3, 5), torch.rand(3, 5, requires_grad=True)),
     "a learnable weight": (
         torch.randn(3, 5), torch.zeros(3).long(), torch.rand(5, requires_grad=True),
     ),
@@ -216,7 +216,8 @@ def test_calls_are_counted_by_who_served_them() -> None:
         F.cross_entropy(z, t)
         nn.CrossEntropyLoss()(z, t)
         with disalign_ops.replace_cross_entropy() as inner:
-            F.cross_entropy(z, z.softmax(1))
+            F.cross_entropy(z, z.detach().softmax(1))
+            F.cross_entropy(z, z.softmax(1).requires_grad_())
             with pytest.raises(RuntimeError, match="not differentiable"):
                 F.cross_entropy(z, t, torch.rand(9, requires_grad=True))
             F.cross_entropy(z, t, torch.rand(9))
@@ -228,10 +229,10 @@ def test_calls_are_counted_by_who_served_them() -> None:
                 F.cross_entropy([1.0], t)  # type: ignore[arg-type]
         F.cross_entropy(z, t)
     F.cross_entropy(z, t)
-    assert (outer.served, inner.served) == (4, 1)
+    assert (outer.served, inner.served) == (5, 2)
     assert inner.not_served == outer.not_served
     assert inner.not_served == {
-        "class probabilities as target": 1,
+        "class probabilities that require a gradient": 1,
         "weight that requires a gradient": 1,
         "torch.func transform, forward-mode differentiation or torch.jit.trace": 1,
         "no kernels for the device, or backend 'reference': see backend_info()": 2,

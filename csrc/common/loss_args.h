@@ -25,9 +25,16 @@ struct LossArgs {
   int64_t class_stride = 1;
   DISALIGN_METHOD int64_t positions() const { return outer * inner; }
 
+  // Class indices, one a position; null where there are class probabilities.
   const void* target = nullptr;
   IndexType target_type = IndexType::kInt64;
   int64_t ignore_index = -100;
+  // Class probabilities y (outer, classes, inner), of A or of the logits' dtype, with their own
+  // strides. A position's loss is sum_j b_j (lse - u_j), b_j = w_j (keep y_j + share).
+  const void* probabilities = nullptr;
+  bool probabilities_of_a = true;
+  int64_t probability_outer_stride = 0;
+  int64_t probability_class_stride = 1;
 
   // Class vectors of A; null where not given. scale is a of the formulas, bias is b.
   const void* weight = nullptr;
@@ -41,6 +48,8 @@ struct LossArgs {
   const void* sample_weight = nullptr;
 
   double label_smoothing = 0;
+  double keep = 1;   // 1 - label_smoothing
+  double share = 0;  // label_smoothing / classes, those of all shards
   double focal_gamma = 0;
   int64_t reduction = kReduceNone;
   int64_t normalizer = kByWeights;
@@ -57,7 +66,8 @@ struct LossArgs {
   // them in its place, and sum_j exp(u_j - row_shift). Written by forward, read by backward.
   void* row_shift = nullptr;
   void* row_sum = nullptr;
-  void* loss = nullptr;  // forward: the position's loss times its sample weight, of A; or null
+  void* row_total = nullptr;  // sum_j b_j; with class probabilities alone
+  void* loss = nullptr;       // forward: the position's loss times its sample weight, of A; or null
   void* reduced_loss = nullptr;  // forward: their sum or mean, one A; or null
 
   // backward: dL/dloss of A, one a position (stride 1) or one for all (stride 0). null: 1.
@@ -87,7 +97,8 @@ constexpr int64_t kElsewhere = -1;  // a class of another shard
 constexpr int64_t kIgnored = -2;    // the position is ignored
 
 // In this order: sums are the maximum of u, sum_j exp(u_j - maximum) without the target, u_t and
-// d_t (0 where the target is elsewhere), sum_j w_j (u_j - maximum). Factors: the maximum over all
+// d_t (0 where the target is elsewhere), sum_j w_j (u_j - maximum). With class probabilities:
+// the maximum, sum_j exp(u_j - maximum), sum_j b_j, 0, sum_j b_j (u_j - maximum). Factors: the maximum over all
 // shards, those of q_j = softmax exp(u_j - maximum) - smooth w_j - target [j = t], everything
 // included, and d_t.
 enum ShardFactor { kFactorMaximum, kFactorSoftmax, kFactorSmooth, kFactorTarget, kFactorSlope };

@@ -74,4 +74,10 @@ DISALIGN_HD RowTerms<Real> row_terms(Real nll, Real log_sum, Real target_weight,
   return out;
 }
 
+// With class probabilities. total: sum_j b_j.  smooth_sum: sum_j b_j (u_j - M).
+template <class Real>
+DISALIGN_HD RowTerms<Real> soft_row_terms(Real log_sum, Real total, Real smooth_sum) {
+  return {total * log_sum - smooth_sum, total, Real(0), Real(1)};
+}
+
 }  // namespace disalign

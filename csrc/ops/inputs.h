@@ -42,18 +42,52 @@ inline void require_calibration(const OptionalTensor& scale, const OptionalTenso
           "scale, bias and confidence are given together or not at all");
 }
 
+// Class probabilities in place of class indices.
+inline bool holds_probabilities(const Tensor& target) {
+  return is_logits_dtype(target.scalar_type());
+}
+
+// (outer, classes, inner), as the logits' layout has it; inner: rows have none, images two.
+inline void set_probabilities(const Inputs& in, LossArgs& args) {
+  const Tensor& y = in.target;
+  const int64_t dim = y.dim();
+  const ScalarType dtype = accumulate_dtype(in.logits.scalar_type());
+  args.probabilities_of_a = y.scalar_type() == dtype;
+  require(args.probabilities_of_a || y.scalar_type() == in.logits.scalar_type(),
+          "class probabilities have neither the logits' dtype nor the accumulation dtype");
+  require(!in.margin.has_value() && in.focal_gamma == 0,
+          "class probabilities have no one target for a margin or a focal exponent");
+  int64_t inner = 1;
+  for (int64_t d = dim - 1; d > 1; --d) {
+    require(y.stride(d) == inner || y.size(d) == 1 || y.numel() == 0,
+            "the class probabilities' positions are not next to each other");
+    inner *= y.size(d);
+  }
+  require(dim >= 2 && y.size(0) == args.outer && y.size(1) == args.classes && inner == args.inner,
+          "class probabilities do not have an entry a position and class");
+  require(dim > 2 || y.stride(1) == 1 || y.size(1) <= 1 || y.numel() == 0,
+          "the class probabilities' classes are not next to each other");
+  args.probabilities = y.const_data_ptr();
+  args.probability_outer_stride = y.stride(0);
+  args.probability_class_stride = y.stride(1);
+}
+
 // Fills in all of args but the layout of the logits, which is there. confidences: entries of the
 // confidence; of sample_weight there are args.positions().
 inline void set_inputs(const Inputs& in, int64_t confidences, LossArgs& args) {
   const Tensor& logits = in.logits;
   const ScalarType dtype = accumulate_dtype(logits.scalar_type());
   const int64_t classes = args.classes, positions = args.positions();
-  require(in.target.numel() == positions && in.target.is_contiguous() &&
-              in.target.device() == logits.device(),
-          "target is not contiguous with an entry a position");
+  require(in.target.device() == logits.device(), "target is on another device than the logits");
   require_calibration(in.scale, in.bias, in.confidence);
-  args.target = in.target.const_data_ptr();
-  args.target_type = index_type(in.target);
+  if (holds_probabilities(in.target)) {
+    set_probabilities(in, args);
+  } else {
+    require(in.target.numel() == positions && in.target.is_contiguous(),
+            "target is not contiguous with an entry a position");
+    args.target = in.target.const_data_ptr();
+    args.target_type = index_type(in.target);
+  }
   args.ignore_index = in.ignore_index;
   args.weight = vector_data(in.weight, "weight", classes, dtype, logits);
   args.scale = vector_data(in.scale, "scale", classes, dtype, logits);
@@ -63,6 +97,8 @@ inline void set_inputs(const Inputs& in, int64_t confidences, LossArgs& args) {
   args.confidence = vector_data(in.confidence, "confidence", confidences, dtype, logits);
   args.sample_weight = vector_data(in.sample_weight, "sample_weight", positions, dtype, logits);
   args.label_smoothing = in.label_smoothing;
+  args.keep = 1 - in.label_smoothing;
+  args.share = classes == 0 ? 0 : in.label_smoothing / static_cast<double>(classes);
   args.focal_gamma = in.focal_gamma;
 }
 

@@ -59,8 +59,10 @@ using DenseLayout = FlatLayout<true>;
 struct UpsampleLayout {
   template <class Args>
   static void set(const Tensor& logits, const Tensor& target, Args& args, bool align_corners) {
-    require(target.dim() == 3, "target is not (images, height, width)");
-    set_size(logits, target.size(1), target.size(2), args, align_corners);
+    // With class probabilities (images, classes, height, width).
+    const int64_t rows = is_logits_dtype(target.scalar_type()) ? 2 : 1;
+    require(target.dim() == rows + 2, "target is not (images, height, width)");
+    set_size(logits, target.size(rows), target.size(rows + 1), args, align_corners);
     require(target.size(0) == args.outer, "target is not (images, height, width)");
   }
 

@@ -19,7 +19,7 @@ struct LossOperator {
   using Args = typename Operator::Args;
   using Device = typename Operator::Device;
 
-  // {loss, statistics (2, positions), denominator, gradients, details}
+  // {loss, statistics (2, positions; 3 with class probabilities), denominator, gradients, details}
   static Results forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& scale, const OptionalTensor& bias,
                          const OptionalTensor& confidence, const OptionalTensor& prior,
@@ -56,7 +56,7 @@ struct LossOperator {
     };
     void* loss = add(each ? new_tensor({positions}, dtype, place) : new_tensor({}, dtype, place));
     (each ? args.loss : args.reduced_loss) = loss;
-    set_statistics(add(new_tensor({2, positions}, dtype, place)), dtype, args);
+    set_statistics(add(new_tensor({statistics_of(args), positions}, dtype, place)), dtype, args);
     args.denominator = static_cast<double*>(add(new_tensor({}, ScalarType::Double, place)));
     add_gradients(logits, confidences, wanted, nullptr, args, results);
     if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
@@ -93,7 +93,7 @@ struct LossOperator {
     args.upstream =
         vector_data(grad_loss, "grad_loss", one_upstream ? 1 : positions, dtype, logits);
     args.upstream_stride = one_upstream ? 0 : 1;
-    vector_data(statistics, "statistics", 2 * positions, dtype, logits);
+    vector_data(statistics, "statistics", statistics_of(args) * positions, dtype, logits);
     set_statistics(statistics.mutable_data_ptr(), dtype, args);
     vector_data(denominator, "denominator", 1, ScalarType::Double, logits);
     args.denominator = static_cast<double*>(denominator.mutable_data_ptr());
@@ -118,9 +118,9 @@ struct LossOperator {
                               const OptionalTensor& weight, const OptionalTensor& scale,
                               const OptionalTensor& bias, const OptionalTensor& confidence,
                               const OptionalTensor& prior, const OptionalTensor& margin,
-                              bool smoothing) {
+                              double keep, double share) {
     Args args =
-        shard_args(logits, target, weight, scale, bias, confidence, prior, margin, smoothing);
+        shard_args(logits, target, weight, scale, bias, confidence, prior, margin, keep, share);
     Device device(logits);
     const Tensor sums = new_tensor({kShardValues, args.positions()},
                                    accumulate_dtype(logits.scalar_type()), place_of(logits));
@@ -135,9 +135,9 @@ struct LossOperator {
                                 const OptionalTensor& weight, const OptionalTensor& scale,
                                 const OptionalTensor& bias, const OptionalTensor& confidence,
                                 const OptionalTensor& prior, const OptionalTensor& margin,
-                                bool smoothing, int64_t wanted_bits) {
+                                double keep, double share, int64_t wanted_bits) {
     Args args =
-        shard_args(logits, target, weight, scale, bias, confidence, prior, margin, smoothing);
+        shard_args(logits, target, weight, scale, bias, confidence, prior, margin, keep, share);
     args.shard_factors = vector_data(factors, "factors", kShardValues * args.positions(),
                                      accumulate_dtype(logits.scalar_type()), logits);
     args.row_shift = factors.mutable_data_ptr();
@@ -149,9 +149,13 @@ struct LossOperator {
   }
 
  private:
+  static int64_t statistics_of(const Args& args) { return args.probabilities ? 3 : 2; }
+
   static void set_statistics(void* memory, ScalarType dtype, Args& args) {
+    const int64_t bytes = args.positions() * size_of(dtype);
     args.row_shift = memory;
-    args.row_sum = static_cast<char*>(memory) + args.positions() * size_of(dtype);
+    args.row_sum = static_cast<char*>(memory) + bytes;
+    if (args.probabilities) args.row_total = static_cast<char*>(memory) + 2 * bytes;
   }
 
   static void set_gradients(const Tensor& logits, const Tensor* grad_logits, Wanted wanted,
@@ -167,13 +171,15 @@ struct LossOperator {
   static Args shard_args(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& scale, const OptionalTensor& bias,
                          const OptionalTensor& confidence, const OptionalTensor& prior,
-                         const OptionalTensor& margin, bool smoothing) {
+                         const OptionalTensor& margin, double keep, double share) {
     const OptionalTensor none;
     Args args;
     Layout::set(logits, args);
     set_inputs({logits, target, weight, scale, bias, confidence, prior, margin, none, kIgnored,
-                smoothing ? 1.0 : 0.0, 0.0},
+                share > 0 ? 1.0 : 0.0, 0.0},
                args.positions(), args);
+    args.keep = keep;
+    args.share = share;
     return args;
   }
 };

@@ -199,11 +199,7 @@ def check_class_indices(target: Tensor) -> None:
 
 def check_target(input: Tensor, target: Tensor, shape: torch.Size) -> None:
     """Class indices of `shape`, the positions', or class probabilities of the input's shape."""
-    check_tensor("target", target)
-    if target.device != input.device:
-        raise ArgumentError(
-            f"target must be on the input's device, {input.device}, got {target.device}"
-        )
+    same_device("target", check_tensor("target", target), input)
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ArgumentError(
@@ -247,7 +243,7 @@ def _no_gradient(name: str, value: Tensor) -> None:
         )
 
 
-def _same_device(name: str, value: Tensor, input: Tensor) -> None:
+def same_device(name: str, value: Tensor, input: Tensor) -> None:
     if value.device != input.device:
         raise ArgumentError(
             f"{name} must be on the input's device, {input.device}, got {value.device}"
@@ -290,7 +286,7 @@ def class_vector(
     vector = check_tensor(name, value)
     if not vector.is_floating_point():
         raise ArgumentTypeError(f"{name} must have a floating dtype, got {vector.dtype}")
-    _same_device(name, vector, input)
+    same_device(name, vector, input)
     if not learned:
         _no_gradient(name, vector)
     entries = vector.numel()
@@ -335,7 +331,7 @@ def row_vector(
     vector = check_tensor(name, value)
     if not vector.is_floating_point():
         raise ArgumentTypeError(f"{name} must have a floating dtype, got {vector.dtype}")
-    _same_device(name, vector, input)
+    same_device(name, vector, input)
     if not learned:
         _no_gradient(name, vector)
     with_class = (1,) if input.dim() == 1 else (shape[0], 1, *shape[1:])
@@ -374,7 +370,7 @@ def check_normalizer(normalizer: Normalizer, input: Tensor) -> str | Tensor:
                 "normalizer must be a single number, got a tensor of shape "
                 f"{_shape(normalizer.shape)}"
             )
-        _same_device("normalizer", normalizer, input)
+        same_device("normalizer", normalizer, input)
         _no_gradient("normalizer", normalizer)
         return normalizer.reshape(()).to(torch.float64)
     number = check_number("normalizer", normalizer, 0.0)

@@ -12,18 +12,15 @@ from .._ops.calibration_form import UNCHANGED, CalibrationForm
 from .._ops.codes import NORMALIZERS, REDUCTIONS
 from .._ops.problem import Inputs, Problem
 from .._ops.schemas import ROW
-from ..errors import ArgumentError
 from . import sharded, tracing
 from .arguments import check_input, check_target, is_probability, positions_shape, row_vector
 from .options import (
     Calibration,
     Options,
-    Validated,
-    calibration_vectors,
     check_gradient,
+    check_probability_options,
     normalizer_code,
     output,
-    refuse_in_forward,
     validate_calibration,
     validate_options,
 )
@@ -51,13 +48,15 @@ def loss(
         return sharded.loss(input, target, options, calibration, shard)
     call = validate(input, target, options, calibration)
     if call is None:
-        if composed.is_tracing():
-            return tracing.loss(input, target, options, calibration, loss)
-        return _probability_loss(input, target, options, calibration)
+        return tracing.loss(input, target, options, calibration, loss)
     found = dispatch.compute(*call)[0]
+    # Class probabilities and their weight may have the wider dtype.
+    promoting = (target, options.weight) if call[0].soft else ()
     if call[1].reduction == _NONE:
-        return output(input, found, positions_shape(input))
-    return found if found.dtype is input.dtype else output(input, found, None)
+        return output(input, found, positions_shape(input), *promoting)
+    if found.dtype is input.dtype and not promoting:
+        return found
+    return output(input, found, None, *promoting)
 
 
 def validate(
@@ -65,8 +64,8 @@ def validate(
 ) -> tuple[Inputs, Problem] | None:
     """Checks the arguments and returns what `dispatch.compute` takes.
 
-    Returns None where the target holds class probabilities and where torch.jit traces the call:
-    these have ways of their own. Raises ArgumentError or ArgumentTypeError for a wrong argument.
+    Returns None where torch.jit traces the call, which has a way of its own. Raises ArgumentError
+    or ArgumentTypeError for a wrong argument.
     """
     # First the calls that most training loops make: rows that the operators take as they are, and
     # no options beyond F.cross_entropy's. The checks below would cost a batch of 64 x 1000 logits
@@ -126,7 +125,7 @@ def validate(
                 inputs = Inputs(input, target, weight, a, b, c)
                 return inputs, Problem(ROW, numbers, _MEAN, _WEIGHTS, calibration_form)
 
-    if composed.is_tracing() or (isinstance(target, Tensor) and target.is_floating_point()):
+    if composed.is_tracing():
         return None
     classes = check_input(input)
     positions = positions_shape(input)
@@ -139,13 +138,17 @@ def validate(
     if calibration is not None:
         a, b, c, calibration_form = validate_calibration(input, classes, calibration)
     layout, flat, copied = layouts.flatten(input)
-    check_gradient(given, layout, flat)
+    if target.is_floating_point():
+        check_probability_options(options, given)
+        target = layouts.probabilities(layout, flat, target)
+    else:
+        target = target.contiguous()
+    check_gradient(given, layout, flat, target)
     in_place = given.in_place and layouts.check_in_place(input, flat, copied)
     code, denominator = normalizer_code(given.normalizer)
     return (
         Inputs(
-            flat, target.contiguous(), given.weight, a, b, c, given.prior, given.margin, v,
-            denominator,
+            flat, target, given.weight, a, b, c, given.prior, given.margin, v, denominator,
         ),
         Problem(
             layout, given.numbers, REDUCTIONS[given.reduction], code, calibration_form, in_place,
@@ -170,45 +173,3 @@ def _is_vector(vector: Any, dtype: torch.dtype, entries: int, device: torch.devi
         and vector.device == device
         and vector.is_contiguous()
     )
-
-
-def _probability_loss(
-    input: Tensor, target: Tensor, options: Options, calibration: Calibration | None
-) -> Tensor:
-    """Class probabilities: what has no meaning with them is refused; the reference computes."""
-    classes = check_input(input)
-    positions = positions_shape(input)
-    check_target(input, target, positions)
-    given = validate_options(input, classes, options)
-    _check_probability_options(options, given)
-    if given.gradient == "forward":
-        refuse_in_forward("where target holds class probabilities")
-    a, b, c = calibration_vectors(input, classes, calibration)
-    rows = layouts.rows(input)
-    if given.in_place:
-        layouts.check_in_place(input, *layouts.flatten(input)[1:])
-    found = reference.soft_cross_entropy(
-        rows, layouts.rows(target), weight=given.weight, scale=a, bias=b, confidence=c,
-        prior=given.prior, reduction=given.reduction, normalizer=given.normalizer,
-        label_smoothing=given.label_smoothing,
-    )  # fmt: skip
-    shape = positions if given.reduction == "none" else None
-    return output(input, found, shape, target, options.weight)
-
-
-def _check_probability_options(options: Options, given: Validated) -> None:
-    for name in ("sample_weight", "margin"):
-        if getattr(options, name) is not None:
-            raise ArgumentError(
-                f"{name} must be None where target holds class probabilities, got a "
-                f"{type(getattr(options, name)).__name__}"
-            )
-    if given.focal_gamma:
-        raise ArgumentError(
-            f"focal_gamma must be 0 where target holds class probabilities, got {given.focal_gamma}"
-        )
-    if given.ignore_index >= 0:
-        raise ArgumentError(
-            "ignore_index must be negative where target holds class probabilities, since no "
-            f"position can be ignored, got {given.ignore_index}"
-        )

@@ -50,10 +50,15 @@ def loss(
     """The loss of a head's logits; with a shard, over all ranks' classes."""
     if shard is not None:
         check_shard(shard, target, calibration)
-        head, target = head.local(shard), local_rows("target", target)
+        head, target = head.local(shard), sharded.local_target(target, shard)
         options, calibration = local_options(options, shard), local_calibration(calibration, shard)
     like, head = validate_head(head, empty_shard=shard is not None)
-    sharded.check_rows(like, target)
+    sharded.check_rows(like, len(head.weight), target)
+    if head.sample_rate is not None and target.is_floating_point():
+        raise ArgumentError(
+            "sample_rate must be None where target holds class probabilities, which give every "
+            f"class a share, got {head.sample_rate}"
+        )
     if dispatch.needs_logits():
         if head.sample_rate is not None or shard is not None:
             raise RuntimeError(dispatch.NO_TRANSFORMS)

@@ -102,7 +102,7 @@ def validate_options(input: Tensor, classes: int, options: Options) -> Validated
     )
 
 
-def check_gradient(given: Validated, layout: Layout, logits: Tensor) -> None:
+def check_gradient(given: Validated, layout: Layout, logits: Tensor, target: Tensor) -> None:
     """Refuses gradient="forward" where forward cannot make the gradient of these logits."""
     if given.gradient != "forward":
         return
@@ -112,6 +112,16 @@ def check_gradient(given: Validated, layout: Layout, logits: Tensor) -> None:
         refuse_in_forward("where reduction is 'none'")
     if given.in_place:
         refuse_in_forward("where inplace_backward is True")
+    backend = dispatch.serving_backend(logits)
+    if target.is_floating_point() and not dispatch.serves_probabilities(
+        backend, layout.name, target
+    ):
+        if target.requires_grad:
+            refuse_in_forward("where target requires a gradient")
+        refuse_in_forward(
+            f"for {layout.name} logits on {logits.device.type} where target holds class "
+            "probabilities"
+        )
     if not dispatch.makes_in_forward(layout, logits):
         refuse_in_forward(
             f"for {layout.name} logits on {logits.device.type} by the "
@@ -121,6 +131,26 @@ def check_gradient(given: Validated, layout: Layout, logits: Tensor) -> None:
 
 def refuse_in_forward(where: str) -> NoReturn:
     raise ArgumentError(f"gradient must be 'auto' or 'backward' {where}, got 'forward'")
+
+
+def check_probability_options(
+    options: Options, given: Validated, default_ignore_index: int = -100
+) -> None:
+    """Refuses what has no meaning where target holds class probabilities."""
+    if options.margin is not None:
+        raise ArgumentError(
+            "margin must be None where target holds class probabilities, which have no one class "
+            f"to take it from, got a {type(options.margin).__name__}"
+        )
+    if given.focal_gamma:
+        raise ArgumentError(
+            f"focal_gamma must be 0 where target holds class probabilities, got {given.focal_gamma}"
+        )
+    if given.ignore_index >= 0 and given.ignore_index != default_ignore_index:
+        raise ArgumentError(
+            "ignore_index must be negative where target holds class probabilities, since no "
+            f"position can be ignored, got {given.ignore_index}"
+        )
 
 
 def validate_calibration(

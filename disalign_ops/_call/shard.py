@@ -60,7 +60,6 @@ class Shard:
 
     | what | why |
     |---|---|
-    | a target of class probabilities | ranks exchange the logit of one target class a row |
     | input (N, C, d1, ...) | the kernels of shards are those of rows: pass (N d1 ..., C_rank) |
     | background | it would name a column of every rank, and the column is one rank's (below) |
     | inplace_backward where input is a DTensor | it does not notice a write to its local part |
@@ -109,11 +108,6 @@ def check_shard(shard: Shard, target: Tensor, calibration: Calibration | None) -
         raise ArgumentTypeError(
             f"shard must be a disalign_ops.Shard or None, got a {type(shard).__module__}."
             f"{type(shard).__name__}{hint}"
-        )
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise ArgumentError(
-            "target must hold class indices where shard is given, got class probabilities "
-            f"({target.dtype})"
         )
     if calibration is not None and calibration.background is not None:
         raise ArgumentError(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._ops import dispatch, layouts
 from .._ops.reference import accumulate_dtype
+from .._ops.schemas import ROW
 from .._sharded import parallel
 from .._sharded.shards import Call, Reduction, Vectors
 from ..errors import ArgumentError
 from .arguments import (
-    check_class_indices,
     check_dtype,
     check_target,
     check_tensor,
@@ -22,6 +23,7 @@ from .options import (
     Calibration,
     Options,
     calibration_vectors,
+    check_probability_options,
     output,
     refuse_in_forward,
     validate_options,
@@ -52,7 +54,7 @@ def loss(
     input = check_tensor("input", local_classes("input", input, shard, dim))
     if options.gradient == "forward":
         refuse_in_forward("where shard is given")
-    target = local_rows("target", target)
+    target = local_target(target, shard)
     options, calibration = local_options(options, shard), local_calibration(calibration, shard)
     if input.dim() not in (1, 2):
         raise ArgumentError(
@@ -61,7 +63,7 @@ def loss(
         )
     check_dtype("input", input)
     classes, like = input.shape[-1], logits_like(input, input.shape[-1])
-    check_rows(like, target)
+    check_rows(like, classes, target)
     rows = input.unsqueeze(0) if input.dim() == 1 else input
     copied = rows.stride(1) != 1 and classes > 1
     flat = rows.contiguous() if copied else rows
@@ -72,6 +74,15 @@ def loss(
     return finish(like, call, parallel.loss(call, flat, c, a, b, in_place=in_place))
 
 
+def local_target(target: Tensor, shard: Shard) -> Tensor:
+    """The local part of a DTensor: of class probabilities this rank's classes."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        local: Tensor = local_classes("target", target, shard, target.dim() - 1)
+        return local
+    rows: Tensor = local_rows("target", target)
+    return rows
+
+
 def logits_like(rows: Tensor, classes: int) -> Tensor:
     """Stands for logits where other arguments are checked against them: their shape, dtype and
     device, no memory. A shard without classes has one here. rows: (N, K) or (K,) for any K.
@@ -80,9 +91,19 @@ def logits_like(rows: Tensor, classes: int) -> Tensor:
     return stand_in.expand(*rows.shape[:-1], max(classes, 1))
 
 
-def check_rows(like: Tensor, target: Tensor) -> None:
-    check_class_indices(target)
-    check_target(like, target, positions_shape(like))
+def check_rows(like: Tensor, classes: int, target: Tensor) -> None:
+    """Class indices (N,), or class probabilities (N, C), of a rank's classes."""
+    if not check_tensor("target", target).is_floating_point():
+        check_target(like, target, positions_shape(like))
+        return
+    # The stand-in has a class where a rank has none.
+    logits = like[..., :classes]
+    check_target(logits, target, logits.shape)
+    if target.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            "target must not require a gradient where logits are made in parts: call .detach() on "
+            "it, or make the logits and use cross_entropy"
+        )
 
 
 def validate(
@@ -98,23 +119,42 @@ def validate(
     wrong argument raises before it.
     """
     given = validate_options(like, classes, options)
+    backend = dispatch.serving_backend(like)
+    soft = target.is_floating_point()
+    if soft:
+        check_probability_options(options, given)
+        target = layouts.probabilities(ROW, like, target)
+        if not dispatch.serves_probabilities(backend, "shard", target):
+            backend = "reference"
     a, b, c = calibration_vectors(like, classes, calibration)
     ignore_index, smoothing, gamma = given.numbers
     sample_weight = row_vector(
         "sample_weight", options.sample_weight, like, positions_shape(like),
         accumulate_dtype(like.dtype),
     )  # fmt: skip
-    if shard is None:
+    ranks = None if shard is None else ranks_of(shard, classes, like.device)
+    everyone = classes
+    if soft and ranks is not None and smoothing:
+        everyone = int(ranks.sizes(classes, like.device).sum())
+    if shard is None and not soft:
         dispatch.check_classes(target, classes, ignore_index, asserted=False)
     call = Call(
-        backend=dispatch.serving_backend(like),
-        target=target.reshape(-1),
+        backend=backend,
+        target=target if soft else target.reshape(-1),
         ignore_index=ignore_index,
         label_smoothing=smoothing,
         focal_gamma=gamma,
-        vectors=Vectors(given.weight, None, None, given.prior, given.margin, smoothing > 0),
+        vectors=Vectors(
+            given.weight,
+            None,
+            None,
+            given.prior,
+            given.margin,
+            1 - smoothing,
+            smoothing / max(everyone, 1),
+        ),
         reduction=Reduction(sample_weight, given.reduction, given.normalizer),
-        ranks=None if shard is None else ranks_of(shard, classes, like.device),
+        ranks=ranks,
     )
     return call, a, b, c
 

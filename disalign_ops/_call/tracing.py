@@ -63,7 +63,6 @@ def loss(
     """`entry.loss`, which is `checked`."""
     with composed.unrecorded():
         checked(input, target, options, calibration)
-    dtype = reference.accumulate_dtype(input.dtype)
     flat = input.flatten(2) if input.dim() > 2 else input.reshape(-1, input.shape[-1])
     a = b = c = None
     if calibration is not None:
@@ -73,26 +72,16 @@ def loss(
         for v in (options.weight, options.prior, options.margin, options.sample_weight)
     )
     normalizer = check_normalizer(options.normalizer, input)
-    divided = options.reduction == "mean" and isinstance(normalizer, Tensor)
-    if target.is_floating_point():
-        u = reference.calibrated_logits(flat, a, b, c, prior)
-        wide = torch.promote_types(dtype, target.dtype)
-        found = composed.torch_cross_entropy(
-            u, target.reshape(u.shape).to(wide), weight, label_smoothing=options.label_smoothing,
-            reduction="sum" if divided else options.reduction,
-        )  # fmt: skip
-        if isinstance(normalizer, Tensor) and divided:
-            found = (found / normalizer).to(wide)
-    else:
-        if margin is not None:
-            margin = margin.expand(flat.shape[1])
-        layout = DENSE if flat.dim() == 3 else ROW
-        numbers = (options.ignore_index, options.label_smoothing, options.focal_gamma)
-        code, denominator = normalizer_code(normalizer)
-        found = composed.cross_entropy(
-            Inputs(flat, target, weight, a, b, c, prior, margin, sample_weight, denominator),
-            Problem(layout, numbers, REDUCTIONS[options.reduction], code),
-        )
+    flat_target = target.reshape(flat.shape) if target.is_floating_point() else target
+    if margin is not None:
+        margin = margin.expand(flat.shape[1])
+    layout = DENSE if flat.dim() == 3 else ROW
+    numbers = (options.ignore_index, options.label_smoothing, options.focal_gamma)
+    code, denominator = normalizer_code(normalizer)
+    found = composed.cross_entropy(
+        Inputs(flat, flat_target, weight, a, b, c, prior, margin, sample_weight, denominator),
+        Problem(layout, numbers, REDUCTIONS[options.reduction], code),
+    )
     promoting = (target, options.weight) if target.is_floating_point() else ()
     found = output(input, found, None, *promoting)
     if options.reduction != "none":

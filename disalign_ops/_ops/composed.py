@@ -125,6 +125,8 @@ def cross_entropy(inputs: Inputs, problem: Problem) -> Tensor:
     scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     ignore_index, label_smoothing, focal_gamma = problem.numbers
     reduction, normalizer = problem.reduction_name, problem.normalizer_of(inputs)
+    if inputs.soft:
+        return _soft_cross_entropy(inputs, problem, scale, bias)
     t = target.reshape((logits.shape[0], *logits.shape[2:]))
     t, valid = reference.class_indices(t, ignore_index)
     checkable = _checkable(logits, target)
@@ -176,3 +178,20 @@ def cross_entropy(inputs: Inputs, problem: Problem) -> Tensor:
             ignore_index=ignore_index,
         )  # fmt: skip
     return reference.reduce(losses, reduction, normalizer, divisor)
+
+
+def _soft_cross_entropy(
+    inputs: Inputs, problem: Problem, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The same against class probabilities."""
+    u = reference.calibrated_logits(inputs.logits, scale, bias, inputs.confidence, inputs.prior)
+    losses = torch_cross_entropy(
+        u, inputs.target.to(u.dtype), inputs.weight, reduction="none",
+        label_smoothing=problem.numbers[1],
+    ).reshape(-1)  # fmt: skip
+    if inputs.sample_weight is not None:
+        losses = losses * inputs.sample_weight
+    normalizer = problem.normalizer_of(inputs)
+    rows = torch.ones_like(losses, dtype=torch.float64)
+    divisor = reference.denominator_of(normalizer, rows > 0, rows, inputs.sample_weight)
+    return reference.reduce(losses, problem.reduction_name, normalizer, divisor)

@@ -17,13 +17,16 @@ from .schemas import DENSE, UPSAMPLE, Layout
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     """The loss in the accumulation dtype ('none': flat), and the details, if there are any."""
     backend = serving_backend(inputs.logits)
+    if inputs.soft and not serves_probabilities(backend, problem.layout.name, inputs.target):
+        backend = "reference"
     if backend == "native":
         return autograd.loss(inputs, problem)
     if composes(backend):
         mean = composed.plain_mean(inputs, problem)
         if mean is not None:
             return (mean,)
-    check_classes(inputs.target, inputs.logits.shape[1], problem.numbers[0])
+    if not inputs.soft:
+        check_classes(inputs.target, inputs.logits.shape[1], problem.numbers[0])
     if backend == "triton":
         layout = operators_of(problem.layout, backend)
         return autograd.loss(inputs, problem._replace(layout=layout))
@@ -37,20 +40,41 @@ def _upsampled(
     inputs: Inputs, problem: Problem, loss_of: Callable[[Inputs, Problem], Tensor]
 ) -> tuple[Tensor, ...]:
     """An upsampled loss through the upsampled logits."""
-    height, width = inputs.target.shape[1:]
+    height, width = inputs.target.shape[-2:]
     *numbers, align_corners = problem.numbers
     scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     u = reference.upsample(
         inputs.logits, (height, width), align_corners,
         scale=scale, bias=bias, confidence=inputs.confidence, prior=inputs.prior,
     ).flatten(2)  # fmt: skip
-    planes = inputs._replace(logits=u, scale=None, bias=None, confidence=None, prior=None)
+    target = inputs.target.flatten(2) if inputs.soft else inputs.target
+    planes = Inputs(
+        u, target, inputs.weight, margin=inputs.margin, sample_weight=inputs.sample_weight,
+        denominator=inputs.denominator,
+    )  # fmt: skip
     dense = Problem(DENSE, tuple(numbers), problem.reduction, problem.normalizer)
     loss = loss_of(planes, dense)
     if not problem.details:
         return (loss,)
     each = loss_of(planes, dense._replace(reduction=REDUCTIONS["none"])).detach()
     return (loss, each, *reference.details(u.detach(), inputs.target, numbers[0]))
+
+
+# The layouts, and "shard", whose kernels take class probabilities, by backend and kind of device.
+_SOFT_LAYOUTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("native", "cpu"): ("row", "dense", "upsample", "shard"),
+    ("native", "cuda"): (),
+    ("triton", "cuda"): (),
+}
+
+
+def serves_probabilities(backend: str, layout: str, target: Tensor) -> bool:
+    """Whether the kernels of a backend take these class probabilities, to which they give no
+    gradient. layout: its name, or "shard".
+    """
+    if torch.is_grad_enabled() and target.requires_grad:
+        return False
+    return layout in _SOFT_LAYOUTS.get((backend, target.device.type), ())
 
 
 def serving_backend(input: Tensor) -> str:

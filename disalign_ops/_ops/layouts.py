@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .schemas import DENSE, ROW, Layout
+from .reference import accumulate_dtype
+from .schemas import DENSE, ROW, UPSAMPLE, Layout
 
 
 def _one_stride(tensor: Tensor, first: int, last: int) -> bool:
@@ -48,6 +49,20 @@ def flatten(input: Tensor) -> tuple[Layout, Tensor, bool]:
     if flat.stride(1) != 1 and flat.shape[1] > 1:
         return ROW, flat.contiguous(), True
     return ROW, flat, False
+
+
+def probabilities(layout: Layout, flat: Tensor, target: Tensor) -> Tensor:
+    """Class probabilities of an input's shape as the operators of its layout take them: with the
+    neighbours of its logits `flat`, of their dtype or their arithmetic's. A copy only where there
+    must be.
+    """
+    found = rows(target) if layout is ROW else target.flatten(2)
+    dtype = accumulate_dtype(flat.dtype)
+    if found.dtype not in (flat.dtype, dtype):
+        found = found.to(dtype)
+    if found.stride(-1) != 1 and found.shape[-1] != 1:
+        found = found.contiguous()
+    return found.unflatten(2, target.shape[2:]) if layout is UPSAMPLE else found
 
 
 def check_in_place(input: Tensor, flat: Tensor, copied: bool) -> bool:

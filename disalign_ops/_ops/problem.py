@@ -19,7 +19,8 @@ class Inputs(NamedTuple):
 
     logits: as the layout takes them. Class vectors (C,) and position vectors, flat: contiguous and
     of the accumulation dtype. scale and bias are a and b of u = (1 + c a) z + c b, or what the
-    problem's form makes those of. denominator: the caller's, a float64 0-d tensor.
+    problem's form makes those of. denominator: the caller's, a float64 0-d tensor. target: class
+    indices, or class probabilities in the layout of the logits (`soft`).
     """
 
     logits: Tensor
@@ -32,6 +33,10 @@ class Inputs(NamedTuple):
     margin: Tensor | None = None
     sample_weight: Tensor | None = None
     denominator: Tensor | None = None
+
+    @property
+    def soft(self) -> bool:
+        return self.target.is_floating_point()
 
 
 class Problem(NamedTuple):

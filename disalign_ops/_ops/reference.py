@@ -3,9 +3,10 @@
 It reads as the formulas of docs/math.md, is differentiable any number of times, runs on every
 device, and is what every backend is compared with. It makes several tensors of the logits' size.
 
-Rows: logits z (N, C), target (N,). Class vectors (C,): scale a, bias b, weight w, prior o, margin
-m. Row vectors (N,): confidence (before the sigmoid), sample_weight v. `scale` is a of
-`u = (1 + c a) z + c b + o`: functional.py converts from the published forms.
+Rows: logits z (N, C), target (N,), or class probabilities y (N, C). Class vectors (C,): scale a,
+bias b, weight w, prior o, margin m. Row vectors (N,): confidence (before the sigmoid),
+sample_weight v. `scale` is a of `u = (1 + c a) z + c b + o`: functional.py converts from the
+published forms.
 """
 
 from __future__ import annotations
@@ -85,13 +86,22 @@ def shard_sums(
     confidence: Tensor | None,
     prior: Tensor | None,
     margin: Tensor | None,
-    smoothing: bool,
+    keep: float,
+    share: float,
 ) -> Tensor:
     """What a shard (N, C) of a row's classes adds to its loss: (5, N), 0 for ignored rows.
 
     The maximum m of u; sum_j exp(u_j - m) without the target; u_t and d_t, where d = a z + b, 0 if
-    the target is elsewhere; with smoothing sum_j w_j (u_j - m).
+    the target is elsewhere; with smoothing sum_j w_j (u_j - m). With class probabilities: m,
+    sum_j exp(u_j - m), sum_j b_j, 0, sum_j b_j (u_j - m).
     """
+    if target.is_floating_point():
+        u = calibrated_logits(logits, scale, bias, confidence, prior)
+        b = soft_weights(target, u, weight, keep, share)
+        maximum = u.amax(1).clamp(min=torch.finfo(u.dtype).min)
+        at = u - maximum[:, None]
+        sums = [maximum, at.exp().sum(1), b.sum(1), torch.zeros_like(maximum)]
+        return torch.stack([*sums, torch.where(b == 0, 0.0, b * at).sum(1)])
     u, d, here = _shard_logits(logits, target, scale, bias, confidence, prior, margin)
     nothing = u.new_zeros(())
     maximum = u.amax(1).clamp(min=torch.finfo(u.dtype).min)
@@ -101,7 +111,7 @@ def shard_sums(
         torch.where(here, nothing, at.exp()).sum(1),
         torch.where(here, u, nothing).sum(1),
         torch.where(here, d, nothing).sum(1),
-        (at if weight is None else weight * at).sum(1) if smoothing else torch.zeros_like(maximum),
+        (at if weight is None else weight * at).sum(1) if share else torch.zeros_like(maximum),
     ]
     return torch.where(target == IGNORED, nothing, torch.stack(sums))
 
@@ -116,27 +126,48 @@ def shard_gradients(
     confidence: Tensor | None,
     prior: Tensor | None,
     margin: Tensor | None,
-    smoothing: bool,
+    keep: float,
+    share: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A shard's gradients of logits, scale and bias, and its share of the confidence's.
 
     factors (5, N), of the rows: the maximum M over all shards; F, G and T of
-    q_j = F exp(u_j - M) - G w_j - T [j = t], everything included; d_t.
+    q_j = F exp(u_j - M) - G w_j - T [j = t], everything included; d_t. With class probabilities
+    b_j in place of w_j, T and d_t are 0.
     """
-    u, d, here = _shard_logits(logits, target, scale, bias, confidence, prior, margin)
+    if target.is_floating_point():
+        u = calibrated_logits(logits, scale, bias, confidence, prior)
+        b = soft_weights(target, u, weight, keep, share)
+        q = factors[1, :, None] * (u - factors[0, :, None]).exp() - factors[2, :, None] * b
+        return _shard_gradients_of(q, 0.0, logits, scale, bias, confidence)
+    u, _, here = _shard_logits(logits, target, scale, bias, confidence, prior, margin)
     maximum, softmax, smooth, at_target, target_du_dc = factors[:, :, None]
     q = softmax * (u - maximum).exp()
-    if smoothing:
+    if share:
         q = q - smooth * (torch.ones_like(u) if weight is None else weight)
     q = torch.where(here, q - at_target, q)
-    q = torch.where((target == IGNORED)[:, None], 0.0, q)
-    if confidence is None or scale is None:
+    ignored = (target == IGNORED)[:, None]
+    q = torch.where(ignored, 0.0, q)
+    logits = torch.where(ignored, 0.0, logits)  # which may be NaN
+    return _shard_gradients_of(q, target_du_dc, logits, scale, bias, confidence)
+
+
+def _shard_gradients_of(
+    q: Tensor,
+    target_du_dc: Tensor | float,
+    logits: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if confidence is None or scale is None or bias is None:
         nothing = q.new_zeros((0,))
         return q.to(logits.dtype), nothing, nothing, nothing
     c = torch.sigmoid(confidence)[:, None]
-    z = logits.to(u.dtype)
+    z = logits.to(q.dtype)
+    d = scale * z + bias
+    d = torch.where(d.isfinite(), d, 0.0)
     z = torch.where(z == float("-inf"), 0.0, z)
-    z = torch.where((target == IGNORED)[:, None], 0.0, z)  # which may be NaN
     grad_confidence = (c * (1 - c))[:, 0] * (q * (d - target_du_dc)).sum(1)
     grad_logits = (q * (1 + c * scale)).to(logits.dtype)
     return grad_logits, (q * c * z).sum(0), (q * c).sum(0), grad_confidence
@@ -179,8 +210,20 @@ def position_loss(
     label_smoothing: float = 0.0,
     focal_gamma: float = 0.0,
 ) -> Tensor:
-    """v [(1 - e) w_t (1 - p_t)^gamma nll + (e / C) sum_j w_j (lse - u_j)] a row; ignored: 0."""
+    """v [(1 - e) w_t (1 - p_t)^gamma nll + (e / C) sum_j w_j (lse - u_j)] a row; ignored: 0.
+
+    With class probabilities v sum_j b_j (lse - u_j), b_j = w_j ((1 - e) y_j + e / C).
+    """
     classes = logits.shape[1]
+    if target.is_floating_point():
+        u = calibrated_logits(logits, scale, bias, confidence, prior)
+        b = soft_weights(target, u, weight, 1 - label_smoothing, label_smoothing / max(classes, 1))
+        maximum = u.detach().amax(1, keepdim=True) if classes else u.new_zeros(u.shape[0], 1)
+        log_sum = (u - maximum).exp().sum(1, keepdim=True).log()
+        # A masked class (u = -inf) that the target does not ask for adds 0, not 0 * inf.
+        masked = (b == 0) & (u == float("-inf"))
+        loss = (b * torch.where(masked, 0.0, (maximum - u) + log_sum)).sum(1)
+        return loss if sample_weight is None else loss * sample_weight
     target, valid = class_indices(target, ignore_index)
     t = torch.where(valid, target, 0)[:, None]
     # An ignored row is replaced, not multiplied by 0: what it holds may be NaN.
@@ -205,6 +248,14 @@ def position_loss(
     return torch.where(valid, loss, 0.0)
 
 
+def soft_weights(
+    target: Tensor, like: Tensor, weight: Tensor | None, keep: float, share: float
+) -> Tensor:
+    """b_j = w_j (keep y_j + share) of class probabilities, in the dtype of `like`."""
+    b = keep * target.to(like.dtype) + share
+    return b if weight is None else weight * b
+
+
 def _focal(nll: Tensor, gamma: float) -> Tensor:
     """(1 - p_t)^gamma nll; at p_t = 1 the limit 0, with gradient 0, and at p_t = 0 nll."""
     if gamma == 0:
@@ -223,7 +274,14 @@ def denominator(
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """What reduction 'mean' divides the summed loss by, as a float64 0-d tensor."""
+    """What reduction 'mean' divides the summed loss by, as a float64 0-d tensor.
+
+    Class probabilities (N, C) have no weight of their own: 'weights' sums sample_weight alone, and
+    every row is valid.
+    """
+    if target.is_floating_point():
+        rows = target.new_ones(target.shape[0], dtype=torch.float64)
+        return denominator_of(normalizer, rows > 0, rows, sample_weight)
     target, valid = class_indices(target, ignore_index)
     target_weight = torch.ones(target.shape, dtype=torch.float64, device=target.device)
     if weight is not None:
@@ -271,9 +329,11 @@ def cross_entropy(
 ) -> Tensor:
     """The loss of rows, in the accumulation dtype; options as in `position_loss`.
 
-    target may have any shape of N entries; 'none' is flat.
+    target may have any shape of N entries, or of (N, C) where it holds class probabilities; 'none'
+    is flat.
     """
-    target = target.reshape(-1)
+    if not target.is_floating_point():
+        target = target.reshape(-1)
     losses = position_loss(logits, target, **options)  # type: ignore[arg-type]
     shared = {k: v for k, v in options.items() if k in ("weight", "sample_weight", "ignore_index")}
     divisor = denominator(target, normalizer, **shared)  # type: ignore[arg-type]
@@ -283,6 +343,8 @@ def cross_entropy(
 def dense_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
     """The loss of class planes (N, C, S); position vectors and 'none' are flat, (N * S,)."""
     rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    if target.is_floating_point():
+        target = target.movedim(1, -1).reshape(rows.shape)
     return cross_entropy(rows, target, **options)
 
 
@@ -348,11 +410,15 @@ def upsample_cross_entropy(
     prior: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The loss of `upsample` at target (N, H, W); sample_weight and 'none' are flat."""
-    size = (target.shape[1], target.shape[2])
+    """The loss of `upsample` at target (N, H, W), or (N, C, H, W) where it holds class
+    probabilities; sample_weight and 'none' are flat.
+    """
+    size = (target.shape[-2], target.shape[-1])
     u = upsample(
         logits, size, align_corners, scale=scale, bias=bias, confidence=confidence, prior=prior
     )
+    if target.is_floating_point():
+        target = target.flatten(2)
     return dense_cross_entropy(u.flatten(2), target, **options)
 
 
@@ -363,33 +429,3 @@ def details(u: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tenso
     t = torch.where(valid, target, 0)[:, None]
     probability = torch.softmax(rows, 1).gather(1, t)[:, 0]
     return torch.where(valid, probability, 0.0), rows.argmax(1)
-
-
-def soft_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None = None,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    confidence: Tensor | None = None,
-    prior: Tensor | None = None,
-    reduction: str = "mean",
-    normalizer: str | Tensor = "weights",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Loss against class probabilities y (N, C), as F.cross_entropy: sum_j w_j y_j (lse - u_j).
-
-    'weights', 'valid' and 'count' all divide by N.
-    """
-    u = calibrated_logits(logits, scale, bias, confidence, prior)
-    y = target.to(torch.promote_types(target.dtype, u.dtype))
-    if label_smoothing > 0:
-        y = y * (1 - label_smoothing) + label_smoothing / u.shape[1]
-    if weight is not None:
-        y = y * weight
-    losses = -(y * torch.log_softmax(u, 1)).sum(1)
-    if isinstance(normalizer, Tensor):
-        return reduce(losses, reduction, normalizer, normalizer.to(torch.float64))
-    rows = torch.full((), float(u.shape[0]), dtype=torch.float64, device=u.device)
-    return reduce(losses, reduction, "weights", rows)

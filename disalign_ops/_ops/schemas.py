@@ -67,8 +67,11 @@ library = torch.library.Library("disalign_ops", "DEF")
 def schemas(layout: Layout) -> tuple[str, ...]:
     """The schemas of a layout's loss.
 
-    forward: loss, statistics (2, positions), denominator, gradients; of an upsampled loss with
-    details the positions' loss (where `loss` is not that), the target's softmax, and prediction.
+    target: class indices, or class probabilities of the logits' dtype or the accumulation dtype,
+    and of the logits' shape (upsample: at the size of the loss).
+    forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; of an
+    upsampled loss with details the positions' loss (where `loss` is not that), the target's
+    softmax, and prediction.
     backward: gradients. backward_: that of the logits is written over them, and is no result.
     """
     name = layout.name
@@ -95,7 +98,7 @@ MADE_SCHEMAS = tuple(
     for layout in MADE_LAYOUTS
 )
 
-_SHARD = f"logits, Tensor target, {_CLASS_VECTORS}, bool smoothing"
+_SHARD = f"logits, Tensor target, {_CLASS_VECTORS}, float keep, float share"
 # Rows of which the logits are some of the classes; shards.py combines the sums, reference.py
 # (shard_sums, shard_gradients) says what is computed.
 SHARD_SCHEMAS = (
@@ -144,11 +147,12 @@ def _gradient_fakes(logits: Tensor, wanted: int) -> list[Tensor]:
 def _forward_fake(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
     reduction, _, wanted = rest[-3:]
     dtype = reference.accumulate_dtype(logits.dtype)
-    positions = target.numel()
+    soft = target.is_floating_point()
+    positions = target.numel() // logits.shape[1] if soft else target.numel()
     each = reduction == REDUCTIONS["none"]
     results = [
         logits.new_empty((positions,) if each else (), dtype=dtype),
-        logits.new_empty((2, positions), dtype=dtype),
+        logits.new_empty((3 if soft else 2, positions), dtype=dtype),
         logits.new_empty((), dtype=torch.float64),
         *_gradient_fakes(logits, wanted),
     ]

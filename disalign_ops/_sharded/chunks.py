@@ -223,9 +223,7 @@ class _Chunks:
 
     def _shard(self, rows: slice, part: slice) -> tuple[Tensor, Vectors, Tensor | None]:
         """Target, class vectors and confidence of a chunk."""
-        call = self.call
-        first = (call.ranks.first if call.ranks else 0) + part.start
-        target = call.local_target(rows, first, part.stop - part.start)
+        target = self.call.local_target(rows, part)
         confidence = None if self.confidence is None else self.confidence[rows]
         return target, self.vectors.each(lambda vector: vector[part]), confidence
 
@@ -236,7 +234,7 @@ class _Chunks:
             logits = self._logits(rows, part)
             target, vectors, confidence = self._shard(rows, part)
             sums = shards.sums_of(self.call.backend, logits, target, vectors, confidence)
-            weight = vectors.weight_sum(part.stop - part.start, sums)
+            weight = self.call.weight_sum(vectors, part.stop - part.start, sums)
             if total is None or weight_sum is None:
                 total, weight_sum = sums, weight
             else:
@@ -278,8 +276,7 @@ class _Chunks:
         """The losses of all rows. made: also adds their gradients there, for grad_loss = 1."""
         call, rows = self.call, len(self.features)
         like = self.features.new_empty((0,), dtype=reference.accumulate_dtype(self.features.dtype))
-        local = call.local_target(slice(None), 0, self.classes)
-        w_t = shards.target_weight(call.vectors.weight, local, like)
+        w_t = call.target_weight(self.classes, like)
         weight_sum = call.vectors.weight_sum(self.classes, like)
         valid = call.valid
         divisor = call.reduction.divisor(w_t, valid)
@@ -289,10 +286,9 @@ class _Chunks:
         )
         for part in call.plan.row_parts(rows):
             sums, logits = self.sums(part)
-            losses[part], terms[:, part] = shards.terms_of(
-                sums, w_t[part], weight_sum, self.classes, valid[part], call.label_smoothing,
-                call.focal_gamma,
-            )  # fmt: skip
+            losses[part], terms[:, part] = call.terms_of(
+                sums, w_t[part], weight_sum, self.classes, valid[part]
+            )
             target_du_dc[part] = sums[3]
             if made is not None:
                 factors = shards.factors_of(terms[:, part], sums[3], upstream[part])

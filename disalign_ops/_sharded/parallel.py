@@ -26,18 +26,17 @@ class Finished:
 def finish(call: Call, sums: Tensor, classes: int, *, du_dc: bool) -> Finished:
     """From this rank's sums (5, N), by an exchange with the others. du_dc: d_t is wanted."""
     assert call.ranks is not None
-    local = call.local_target(slice(None), call.ranks.first, classes)
-    weight = call.vectors.weight
     valid = call.valid
-    global_sums = call.ranks.all_reduce_sums(
-        sums, shards.target_weight(weight, local, sums), call.vectors.weight_sum(classes, sums),
-        classes, local, valid,
-        du_dc=du_dc, weighted=weight is not None, smoothing=call.label_smoothing > 0,
-    )  # fmt: skip
-    losses, terms = shards.terms_of(
-        global_sums.sums, global_sums.target_weight, global_sums.weight_sum, global_sums.classes,
-        valid, call.label_smoothing, call.focal_gamma,
-    )  # fmt: skip
+    if call.soft:
+        global_sums = call.ranks.all_reduce_soft_sums(sums)
+    else:
+        local = call.local_target(slice(None), slice(0, classes))
+        global_sums = call.ranks.all_reduce_sums(
+            sums, call.target_weight(classes, sums), call.vectors.weight_sum(classes, sums),
+            classes, local, valid, du_dc=du_dc, weighted=call.vectors.weight is not None,
+            smoothing=call.label_smoothing > 0,
+        )  # fmt: skip
+    losses, terms = call.terms_of(*global_sums, valid)
     divisor = call.reduction.divisor(global_sums.target_weight, valid)
     return Finished(losses, terms, global_sums.sums[3], divisor)
 
@@ -50,7 +49,7 @@ class _ParallelLoss(torch.autograd.Function):
         logits, confidence, scale, bias, call, in_place = arguments
         vectors = replace(call.vectors, scale=scale, bias=bias)
         classes = logits.shape[1]
-        local = call.local_target(slice(None), call.ranks.first, classes)
+        local = call.local_target(slice(None), slice(0, classes))
         sums = shards.sums_of(call.backend, logits, local, vectors, confidence)
         done = finish(call, sums, classes, du_dc=scale is not None)
         ctx.call, ctx.in_place = call, in_place

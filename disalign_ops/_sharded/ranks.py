@@ -8,7 +8,7 @@ they are wanted. Nothing has the number of classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,7 @@ from torch import Tensor
 from . import shards
 
 
-@dataclass(frozen=True)
-class GlobalSums:
+class GlobalSums(NamedTuple):
     """Sums (5, N) and weights of the rows' targets (N,) over all ranks; sum_j w_j and the number of
     classes, 0-d.
     """
@@ -39,11 +38,15 @@ class Ranks:
     @staticmethod
     def exchange(group: Any, classes: int, device: torch.device) -> Ranks:
         """Finds this rank's first class by an exchange of the shards' sizes."""
-        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-        sizes[dist.get_rank(group)] = classes
-        ranks = Ranks(group, 0)
-        ranks.add(sizes, "sizes of the shards")
+        sizes = Ranks(group, 0).sizes(classes, device)
         return Ranks(group, int(sizes[: dist.get_rank(group)].sum()))
+
+    def sizes(self, classes: int, device: torch.device) -> Tensor:
+        """The number of every rank's classes."""
+        sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=device)
+        sizes[dist.get_rank(self.group)] = classes
+        self.add(sizes, "sizes of the shards")
+        return sizes
 
     def all_reduce_sums(
         self, sums: Tensor, target_weight: Tensor, weight_sum: Tensor, classes: int,
@@ -71,6 +74,15 @@ class Ranks:
             relative[k] = value
         target_weight = values[-1] if weighted else valid.to(sums.dtype)
         return GlobalSums(relative, target_weight, weight_sum, everyone)
+
+    def all_reduce_soft_sums(self, sums: Tensor) -> GlobalSums:
+        """Of class probabilities, which every rank has of its own classes."""
+        maximum = sums[0].clone()
+        self._all_reduce(maximum, dist.ReduceOp.MAX, "maxima of the rows")
+        relative = shards.rescale_sums(sums, sums[2], maximum)
+        self.add(relative[1:], "sums of the rows")
+        one = torch.ones_like(maximum)
+        return GlobalSums(relative, one, one, one)
 
     def add(self, tensor: Tensor, what: str) -> None:
         """Makes a tensor the sum of every rank's."""

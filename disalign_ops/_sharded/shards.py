@@ -33,14 +33,15 @@ NO_DOUBLE_BACKWARD = (
 
 @dataclass(frozen=True)
 class Vectors:
-    """The class vectors of a shard, and whether smoothing sums over its classes."""
+    """The class vectors of a shard; keep and share, 1 - e and e / C of label smoothing e."""
 
     weight: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
     prior: Tensor | None
     margin: Tensor | None
-    smoothing: bool
+    keep: float
+    share: float
 
     def each(self, part: Callable[[Tensor], Tensor]) -> Vectors:
         """Of some of the classes: part(vector) of every vector that is given."""
@@ -50,14 +51,17 @@ class Vectors:
 
         return Vectors(
             of(self.weight), of(self.scale), of(self.bias), of(self.prior), of(self.margin),
-            self.smoothing,
+            self.keep, self.share,
         )  # fmt: skip
 
-    def arguments(self, confidence: Tensor | None) -> tuple[Tensor | bool | None, ...]:
+    def arguments(
+        self, target: Tensor, confidence: Tensor | None
+    ) -> tuple[Tensor | float | None, ...]:
         """In the operators' order."""
         # Without smoothing the weights are the target's alone, and not the operators' business.
-        weight = self.weight if self.smoothing else None
-        return weight, self.scale, self.bias, confidence, self.prior, self.margin, self.smoothing
+        weight = self.weight if self.share or target.is_floating_point() else None
+        vectors = (weight, self.scale, self.bias, confidence, self.prior, self.margin)
+        return (*vectors, self.keep, self.share)
 
     def weight_sum(self, classes: int, like: Tensor) -> Tensor:
         """sum_j w_j over the shard, 0-d."""
@@ -88,11 +92,13 @@ def target_weight(weight: Tensor | None, target: Tensor, like: Tensor) -> Tensor
 def sums_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
             confidence: Tensor | None) -> Tensor:  # fmt: skip
     """A shard's sums (5, N); see reference.shard_sums."""
-    arguments = vectors.arguments(confidence)
+    arguments = vectors.arguments(target, confidence)
     if not logits.shape[1]:
         dtype = reference.accumulate_dtype(logits.dtype)
         nothing = logits.new_zeros((SHARD_VALUES, logits.shape[0]), dtype=dtype)
-        nothing[0].fill_(torch.finfo(dtype).min).masked_fill_(target == IGNORED, 0.0)
+        nothing[0].fill_(torch.finfo(dtype).min)
+        if not target.is_floating_point():
+            nothing[0].masked_fill_(target == IGNORED, 0.0)
         return nothing
     if backend == "reference":
         return reference.shard_sums(logits, target, *arguments)  # type: ignore[arg-type]
@@ -109,7 +115,7 @@ def gradients_of(
 
     in_place: that of the logits is written over them, and they are returned.
     """
-    arguments = vectors.arguments(confidence)
+    arguments = vectors.arguments(target, confidence)
     if not logits.shape[1]:
         rows = factors.new_zeros((logits.shape[0],))
         vector = factors.new_zeros((0,))
@@ -147,6 +153,16 @@ def merge_sums(a: Tensor, a_weight: Tensor, b: Tensor, b_weight: Tensor) -> Tens
     both = rescale_sums(a, a_weight, maximum) + rescale_sums(b, b_weight, maximum)
     both[0] = maximum
     return both
+
+
+def soft_terms_of(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """As `terms_of`, of class probabilities: sum_j b_j (lse - u_j), whose gradient by u_j is
+    b_sum softmax_j - b_j.
+    """
+    maximum, total, b_sum, _, smooth = sums
+    losses = b_sum * total.log() - smooth
+    one, nothing = torch.ones_like(total), torch.zeros_like(total)
+    return losses, torch.stack((maximum, b_sum / total, one, nothing))
 
 
 def terms_of(
@@ -245,9 +261,43 @@ class Call:
     ranks: Ranks | None
 
     @property
+    def soft(self) -> bool:
+        """Whether the target is class probabilities, (N, C) of this process's classes."""
+        return self.target.is_floating_point()
+
+    @property
     def valid(self) -> Tensor:
         """Which rows count."""
+        if self.soft:
+            return self.target.new_ones(self.target.shape[0], dtype=torch.bool)
         return reference.class_indices(self.target, self.ignore_index)[1]
 
-    def local_target(self, rows: slice, first: int, classes: int) -> Tensor:
-        return local_target(self.target[rows], first, classes, self.ignore_index)
+    def local_target(self, rows: slice, part: slice) -> Tensor:
+        """Of some of this process's classes, as the operators take it."""
+        if self.soft:
+            return self.target[rows, part]
+        first = (self.ranks.first if self.ranks else 0) + part.start
+        return local_target(self.target[rows], first, part.stop - part.start, self.ignore_index)
+
+    def target_weight(self, classes: int, like: Tensor) -> Tensor:
+        """w_t of every row whose target is among this process's classes, else 0; of class
+        probabilities 1.
+        """
+        if self.soft:
+            return like.new_ones(self.target.shape[0])
+        local = self.local_target(slice(None), slice(0, classes))
+        return target_weight(self.vectors.weight, local, like)
+
+    def weight_sum(self, vectors: Vectors, classes: int, sums: Tensor) -> Tensor:
+        """What goes with the last of a shard's sums where their maximum changes."""
+        return sums[2] if self.soft else vectors.weight_sum(classes, sums)
+
+    def terms_of(
+        self, sums: Tensor, target_weight: Tensor, weight_sum: Tensor, classes: Tensor | int,
+        valid: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if self.soft:
+            return soft_terms_of(sums)
+        return terms_of(
+            sums, target_weight, weight_sum, classes, valid, self.label_smoothing, self.focal_gamma
+        )

@@ -45,14 +45,6 @@ def refused(match: str, error: type[Exception] = ArgumentError) -> Any:
     return pytest.raises(error, match=f"^{match}")
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_class_probabilities(name: str) -> None:
-    with refused(
-        r"target must hold class indices where shard is given, got class probabilities \("
-    ):
-        LOSSES[name](torch.rand(4, 5), shard=ops.Shard())
-
-
 @pytest.mark.parametrize("name", CALIBRATED)
 @pytest.mark.parametrize("background", ["first", "last"])
 def test_a_background(name: str, background: str) -> None:

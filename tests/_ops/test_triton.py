@@ -255,7 +255,7 @@ def launches(
                 operators.calibrate_backward(z, z, a, b, c, LOGITS | CALIBRATION)
             if z.dim() == 2:
                 shard = (z, target.long(), vector(classes), a, b, c, vector(classes),
-                         vector(classes), smoothing > 0)  # fmt: skip
+                         vector(classes), 1 - smoothing, smoothing / classes)  # fmt: skip
                 operators.shard_forward(*shard)
                 factors = vector(5 * n).view(5, n)
                 operators.shard_backward(factors, *shard, LOGITS | want)

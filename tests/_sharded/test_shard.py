@@ -44,7 +44,8 @@ class Shard:
     confidence: Tensor | None = None
     prior: Tensor | None = None
     margin: Tensor | None = None
-    smoothing: bool = False
+    keep: float = 1.0
+    share: float = 0.0
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -79,7 +80,7 @@ def shard(n: int, c: int, dtype: torch.dtype, *given: str) -> Shard:
     def vector(entries: int) -> Tensor:
         return torch.randn(entries, dtype=torch.float64).to(acc)
 
-    made = Shard(logits, target, smoothing="smoothing" in given)
+    made = Shard(logits, target, share=0.1 / c if "smoothing" in given else 0.0)
     if "calibration" in given:
         made.scale = (vector(c) * 0.3).clamp(min=-0.9)  # 1 + c a stays positive
         made.bias, made.confidence = vector(c), vector(n)

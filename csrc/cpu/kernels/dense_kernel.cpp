@@ -70,7 +70,7 @@ void read_targets(const LossArgs& args, bool backward, const Tile<T>& tile) {
     if (args.margin) apply_margin(args, tile, p, t);
     if (backward) at.maximum[p] = static_cast<const A*>(args.row_shift)[tile.first + p];
     at.target_logit[p] = tile.e[t * tile.size + p];
-    if (tile.logits) {
+    if (tile.logits && args.target) {
       const ClassEntry<A> entry(args, t);
       const A d = tile.logits[t * tile.size + p] * entry.a + entry.b;
       tile.target_slope[p] = d * A(0) == A(0) ? d : A(0);
@@ -79,13 +79,13 @@ void read_targets(const LossArgs& args, bool backward, const Tile<T>& tile) {
 }
 
 // Sums over all classes, a segment at a time.
-template <class T, bool Slope, bool Smooth>
+template <class T, bool Slope, Spread S>
 void exponentiate_all(const LossArgs& args, const Tile<T>& tile) {
   using A = Accumulate<T>;
   for (double* total : tile.positions.total) std::memset(total, 0, tile.size * sizeof(double));
-  for_segments(tile.classes, [&](int64_t begin, int64_t end) {
+  for_segments(tile.classes, kSumTerms, [&](int64_t begin, int64_t end) {
     for (A* sum : tile.sum) std::memset(sum, 0, tile.size * sizeof(A));
-    exponentiate<T, Slope, Smooth>(args, tile, begin, end);
+    exponentiate<T, Slope, S>(args, tile, begin, end);
     for (int k = 0; k < kSums; ++k) {
       double* total = tile.positions.total[k];
       for (int64_t p = 0; p < tile.size; ++p) total[p] += static_cast<double>(tile.sum[k][p]);
@@ -143,8 +143,14 @@ void recall_targets(const LossArgs& args, const Tile<T>& tile) {
   }
 }
 
-template <class T, bool Calibrated, bool Smooth>
+template <class T, bool Calibrated, Spread S>
 void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& chunk) {
+  if constexpr (S == Spread::kOwn) {
+    if (args.probabilities_of_a)
+      weigh<T, Accumulate<T>>(args, tile);
+    else
+      weigh<T, T>(args, tile);
+  }
   const bool slope = Calibrated && args.grad_confidence;
   if (backward && !slope && !args.margin) {
     recall_targets(args, tile);
@@ -153,21 +159,31 @@ void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& c
     load_tile<T, Calibrated, false>(args, tile);
     read_targets(args, backward, tile);
     if (slope)
-      exponentiate_all<T, Calibrated, Smooth>(args, tile);
+      exponentiate_all<T, Calibrated, S>(args, tile);
     else
-      exponentiate_all<T, false, Smooth>(args, tile);
+      exponentiate_all<T, false, S>(args, tile);
   }
   finish(args, backward, tile, chunk);
   if constexpr (Calibrated) {
     if (args.class_gradients && !args.grad_logits)
-      return emit<T, true, Smooth, false, true, false>(args, tile, chunk);
+      return emit<T, true, S, false, true, false>(args, tile, chunk);
     if (args.class_gradients && streams(args, tile))
-      return emit<T, true, Smooth, true, true, true>(args, tile, chunk);
-    if (args.class_gradients) return emit<T, true, Smooth, true, true, false>(args, tile, chunk);
+      return emit<T, true, S, true, true, true>(args, tile, chunk);
+    if (args.class_gradients) return emit<T, true, S, true, true, false>(args, tile, chunk);
   }
   if (!args.grad_logits) return;
-  if (streams(args, tile)) return emit<T, Calibrated, Smooth, true, false, true>(args, tile, chunk);
-  emit<T, Calibrated, Smooth, true, false, false>(args, tile, chunk);
+  if (streams(args, tile)) return emit<T, Calibrated, S, true, false, true>(args, tile, chunk);
+  emit<T, Calibrated, S, true, false, false>(args, tile, chunk);
+}
+
+template <class T, bool Calibrated>
+void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& chunk) {
+  if (args.probabilities)
+    run_tile<T, Calibrated, Spread::kOwn>(args, backward, tile, chunk);
+  else if (args.label_smoothing > 0)
+    run_tile<T, Calibrated, Spread::kClasses>(args, backward, tile, chunk);
+  else
+    run_tile<T, Calibrated, Spread::kNone>(args, backward, tile, chunk);
 }
 
 template <class T>
@@ -190,20 +206,17 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
   for (int64_t unit = chunk.begin; unit < chunk.end; ++unit) {
     const int64_t image = unit / tiles, begin = unit % tiles * tile.size;
     tile.first = image * args.inner + begin;
+    tile.image = image;
+    tile.begin = begin;
     tile.count = args.inner - begin < tile.size ? args.inner - begin : tile.size;
     tile.z = static_cast<const T*>(args.logits) + image * args.outer_stride + begin;
     tile.grad_logits = static_cast<T*>(args.grad_logits) + image * args.grad_outer_stride + begin;
-    const bool smooth = args.label_smoothing > 0;
     if (!prepare(args, tile))
       ignore_tile(args, backward, tile);
-    else if (args.confidence && smooth)
-      run_tile<T, true, true>(args, backward, tile, chunk);
     else if (args.confidence)
-      run_tile<T, true, false>(args, backward, tile, chunk);
-    else if (smooth)
-      run_tile<T, false, true>(args, backward, tile, chunk);
+      run_tile<T, true>(args, backward, tile, chunk);
     else
-      run_tile<T, false, false>(args, backward, tile, chunk);
+      run_tile<T, false>(args, backward, tile, chunk);
   }
   stream_fence();
 }

@@ -11,7 +11,8 @@ constexpr int64_t kDenseTileBytes = 256 << 10;
 constexpr int64_t kDenseTilePositions = 1024;  // more gain nothing: runs of whole pages
 
 static constexpr int64_t dense_planes(const LossArgs& args) {
-  return args.confidence ? 2 : 1;  // u or e; the logits, for the gradients of the calibration
+  // u or e; the logits, for the gradients of the calibration; what class probabilities weigh.
+  return 1 + (args.confidence != nullptr) + (args.probabilities != nullptr);
 }
 
 // Positions of a tile, a multiple of 16, for an arithmetic type of `size` bytes.

@@ -17,6 +17,7 @@ struct Tile {
   int64_t classes, size, class_stride;
   A* e;       // plane: u, then exp(u - maximum)
   A* logits;  // plane: z; null without a calibration
+  A* spread;  // plane: b_j; null without class probabilities
   Positions<A> positions;
   A* valid;         // 0 where ignored
   A* target_slope;  // d_t, where d_j = a_j z_j + b_j; 0 where not finite
@@ -24,8 +25,9 @@ struct Tile {
 
   int64_t count = 0, first = 0;  // first: the tile's first position, counted over the batch
   bool all_valid = true;
-  const T* z = nullptr;      // of class 0
-  T* grad_logits = nullptr;  // of class 0
+  const T* z = nullptr;          // of class 0
+  int64_t image = 0, begin = 0;  // the tile's first position in its image
+  T* grad_logits = nullptr;      // of class 0
 
   Tile(const LossArgs& args, void* scratch)
       : classes(args.classes),
@@ -33,6 +35,7 @@ struct Tile {
         class_stride(args.class_stride),
         e(static_cast<A*>(scratch)),
         logits(args.confidence ? e + classes * size : nullptr),
+        spread(args.probabilities ? e + (dense_planes(args) - 1) * classes * size : nullptr),
         positions(e + dense_planes(args) * classes * size, size) {
     constexpr int kMore = 2 + kSums;
     static_assert(Positions<A>::bytes(1) + kMore * sizeof(A) <= kDensePositionBytes);
@@ -56,6 +59,27 @@ struct ClassEntry {
     return vector ? static_cast<const A*>(vector)[j] : A(0);
   }
 };
+
+// b_j = w_j (keep y_j + share) of the class probabilities; 0 past the tile's positions.
+template <class T, class Y>
+DISALIGN_NOINLINE void weigh(const LossArgs& args, const Tile<T>& tile) {
+  using A = Accumulate<T>;
+  const int64_t stride = args.probability_class_stride;
+  const Y* first = static_cast<const Y*>(args.probabilities) +
+                   tile.image * args.probability_outer_stride + tile.begin;
+  for (int64_t j = 0; j < tile.classes; ++j) {
+    const A w = args.weight ? static_cast<const A*>(args.weight)[j] : A(1);
+    const A factor = w * static_cast<A>(args.keep), rest = w * static_cast<A>(args.share);
+    const Y* __restrict__ y = first + j * stride;
+    A* __restrict__ b = tile.spread + j * tile.size;
+    for_lanes<A>(0, tile.count, [&](int64_t p, int n, auto full) DISALIGN_ALWAYS_INLINE {
+      constexpr bool Full = decltype(full)::value;
+      __builtin_prefetch(y + 4 * stride + p, 0, 3);  // as in load; past the end it does no harm
+      const auto made = load_lanes<Full>(y + p, n) * factor + rest;
+      store(b + p, Full || lane_index<A>() < n ? made : Vec<A>{});
+    });
+  }
+}
 
 // u to e, its maximum, and the logits where a calibration's gradients will need them. Ignored
 // positions become u = 0: whatever they hold, NaN or not, it goes no further. Known: the maximum is
@@ -105,7 +129,7 @@ DISALIGN_NOINLINE void load(const LossArgs& args, const Tile<T>& tile) {
 
 // e becomes exp(u - maximum); sums over the classes [begin, end). Slope: those for the confidence's
 // gradient, as in row_passes.h; where d is not finite, z is masked and adds nothing.
-template <class T, bool Slope, bool Smooth>
+template <class T, bool Slope, Spread S>
 DISALIGN_NOINLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, int64_t begin,
                                     int64_t end) {
   using A = Accumulate<T>;
@@ -115,12 +139,14 @@ DISALIGN_NOINLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, i
   const A* __restrict__ target_slope = tile.target_slope;
   A* __restrict__ exponential = tile.sum[kExponential];
   A* __restrict__ smooth = tile.sum[kSmooth];
+  A* __restrict__ total = tile.sum[kTotal];
   A* __restrict__ softmax_slope = tile.sum[kSoftmaxSlope];
   A* __restrict__ smooth_slope = tile.sum[kSmoothSlope];
   for (int64_t j = begin; j < end; ++j) {
     const ClassEntry<A> entry(args, j);
     A* __restrict__ e = tile.e + j * tile.size;
     const A* __restrict__ logits = tile.logits + j * tile.size;
+    const A* __restrict__ spread = tile.spread + j * tile.size;
     // The tile that this thread most likely takes next; a prefetch past the end does no harm.
     const T* next = tile.z + j * tile.class_stride + tile.count;
     for (int64_t p = 0; p < tile.count; p += N) {
@@ -129,20 +155,28 @@ DISALIGN_NOINLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, i
       const V x = exp_bounded(u);
       store(e + p, x);
       store(exponential + p, load(exponential + p) + x);
-      if constexpr (Smooth) store(smooth + p, load(smooth + p) + u * entry.w);
+      V w = splat<A>(entry.w);
+      if constexpr (S == Spread::kOwn) {
+        w = load(spread + p);
+        store(total + p, load(total + p) + w);
+        // A masked class that is not asked for adds 0, not 0 * -inf.
+        store(smooth + p, load(smooth + p) + w * (w == V{} ? V{} : u));
+      } else if constexpr (S == Spread::kClasses) {
+        store(smooth + p, load(smooth + p) + u * w);
+      }
       if constexpr (Slope) {
         V d = load(logits + p) * entry.a + entry.b;
         d = d * A(0) == V{} ? d : V{};  // finite * 0 is 0, else NaN
         d = d - load(target_slope + p);
         store(softmax_slope + p, load(softmax_slope + p) + x * d);
-        if constexpr (Smooth) store(smooth_slope + p, load(smooth_slope + p) + d * entry.w);
+        if constexpr (S != Spread::kNone) store(smooth_slope + p, load(smooth_slope + p) + d * w);
       }
     }
   }
 }
 
 // From e: the gradient of the logits and the tile's share of the class gradients.
-template <class T, bool Calibrated, bool Smooth, bool Logits, bool Classes, bool Stream>
+template <class T, bool Calibrated, Spread S, bool Logits, bool Classes, bool Stream>
 DISALIGN_INLINE void emit(const LossArgs& args, const Tile<T>& tile, const Chunk& chunk) {
   using A = Accumulate<T>;
   using V = Vec<A>;
@@ -153,11 +187,13 @@ DISALIGN_INLINE void emit(const LossArgs& args, const Tile<T>& tile, const Chunk
     const ClassEntry<A> entry(args, j);
     const A* __restrict__ e = tile.e + j * tile.size;
     const A* __restrict__ logits = tile.logits + j * tile.size;
+    const A* __restrict__ spread = tile.spread + j * tile.size;
     T* __restrict__ grad = tile.grad_logits + j * args.grad_class_stride;
     V grad_scale{}, grad_bias{};
     for_lanes<A>(0, tile.count, [&](int64_t p, int n, auto full) DISALIGN_ALWAYS_INLINE {
       V q = load(e + p) * load(softmax + p);
-      if constexpr (Smooth) q = q - load(smooth + p) * entry.w;
+      if constexpr (S == Spread::kOwn) q = q - load(smooth + p) * load(spread + p);
+      if constexpr (S == Spread::kClasses) q = q - load(smooth + p) * entry.w;
       if constexpr (Classes) {
         // Past the tile's positions softmax and smooth are 0, and e is finite.
         const V qc = q * load(c + p);

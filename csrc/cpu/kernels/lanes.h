@@ -6,6 +6,10 @@
 
 namespace disalign::DISALIGN_CAPABILITY {
 
+// What the sum over all classes weighs them by: there is none; label smoothing's class weights; the
+// b_j of class probabilities, a position's own.
+enum class Spread { kNone, kClasses, kOwn };
+
 // A kernel's stores are bytes to the compiler and might change any object whose address is known;
 // a local copy keeps pointers and factors in registers.
 template <class X, int R>
@@ -26,15 +30,15 @@ DISALIGN_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
   if (j < end) body(j, static_cast<int>(end - j), Flag<false>{});
 }
 
-// Sums over classes are kept in lanes of A for so many classes, and added up in double beyond: with
-// a million classes a lane of floats would lose two digits.
-constexpr int64_t kSumClasses = 4096;
+// Sums over classes are kept in lanes of A for so many terms of a lane, and added up in double beyond:
+// with a million classes a lane of floats would lose two digits.
+constexpr int64_t kSumTerms = 512;
 
-// Calls segment(begin, end) over the classes, kSumClasses at a time.
+// Calls segment(begin, end) over the classes, `size` at a time.
 template <class Segment>
-DISALIGN_INLINE void for_segments(int64_t classes, Segment segment) {
-  for (int64_t begin = 0; begin < classes; begin += kSumClasses)
-    segment(begin, begin + kSumClasses < classes ? begin + kSumClasses : classes);
+DISALIGN_INLINE void for_segments(int64_t classes, int64_t size, Segment segment) {
+  for (int64_t begin = 0; begin < classes; begin += size)
+    segment(begin, begin + size < classes ? begin + size : classes);
 }
 
 template <class A>

@@ -8,7 +8,8 @@
 
 namespace disalign::DISALIGN_CAPABILITY {
 
-enum Sum { kExponential, kSmooth, kSoftmaxSlope, kSmoothSlope, kSums };  // Sums of row_passes.h
+// Sums of row_passes.h. kTotal: with class probabilities; backward takes it from forward.
+enum Sum { kExponential, kSmooth, kSoftmaxSlope, kSmoothSlope, kTotal, kSums };
 
 // Lanes<double>::N entries as doubles.
 DISALIGN_INLINE Vec<double> load_wide(const double* p) { return load(p); }
@@ -32,7 +33,8 @@ struct Positions {
   }
 
   int64_t size;
-  // Known before the logits are read. Ignored positions have target -1, and 0 in the others.
+  // Known before the logits are read. Ignored positions have target -1, and 0 in the others; with
+  // class probabilities every target is 0, of weight 0.
   int64_t* target;
   A *c, *target_weight, *sample_weight, *g;  // g: the upstream gradient, everything included
   // From the logits. Backward takes maximum and total[kExponential] from forward.
@@ -61,11 +63,14 @@ struct Positions {
     int64_t valid = 0;
     for (int64_t p = 0; p < size; ++p) {
       const int64_t i = first + p;
-      const int64_t t = p < count ? read_index(args.target, args.target_type, i) : -1;
-      const bool is_valid = p < count && t != args.ignore_index;
+      const int64_t t = p >= count    ? -1
+                        : args.target ? read_index(args.target, args.target_type, i)
+                                      : 0;
+      const bool is_valid = p < count && (args.probabilities || t != args.ignore_index);
       const double v = is_valid ? read_or<A>(args.sample_weight, i, 1.0) : 0.0;
       target[p] = is_valid ? t : -1;
-      target_weight[p] = is_valid ? static_cast<A>(read_or<A>(args.weight, t, 1.0)) : A(0);
+      target_weight[p] =
+          is_valid && args.target ? static_cast<A>(read_or<A>(args.weight, t, 1.0)) : A(0);
       sample_weight[p] = static_cast<A>(v);
       // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
       g[p] = is_valid && args.inverse_denominator != 0
@@ -78,15 +83,19 @@ struct Positions {
   }
 
   void take_statistics(const LossArgs& args, int64_t first, int64_t count) const {
-    for (int64_t p = 0; p < size; ++p)
+    for (int64_t p = 0; p < size; ++p) {
       total[kExponential][p] =
           p < count ? static_cast<double>(static_cast<const A*>(args.row_sum)[first + p]) : 1.0;
+      if (args.probabilities)
+        total[kTotal][p] =
+            p < count ? static_cast<double>(static_cast<const A*>(args.row_total)[first + p]) : 0.0;
+    }
   }
 
   void finish(const LossArgs& args) const {
     using V = Vec<double>;
     const double smoothing = args.label_smoothing, gamma = args.focal_gamma;
-    const double share = smoothing / static_cast<double>(args.classes);
+    const double share = args.probabilities ? 1.0 : smoothing / static_cast<double>(args.classes);
     for (int64_t p = 0; p < size; p += Lanes<double>::N) {
       const V sum = load(total[kExponential] + p);
       const V log_sum = log_positive(sum);
@@ -101,9 +110,13 @@ struct Positions {
         }
       }
       const V w = load_wide(target_weight + p) * (1.0 - smoothing);
-      const V target_factor = w * ratio;
+      V target_factor = w * ratio;
       V position_loss = w * value, softmax_factor = target_factor;
-      if (smoothing > 0) {
+      if (args.probabilities) {
+        softmax_factor = load(total[kTotal] + p);
+        position_loss = softmax_factor * log_sum - load(total[kSmooth] + p);
+        target_factor = V{};
+      } else if (smoothing > 0) {
         position_loss += (log_sum * args.weight_sum - load(total[kSmooth] + p)) * share;
         softmax_factor += share * args.weight_sum;
       }
@@ -131,6 +144,7 @@ struct Positions {
       if (args.loss) static_cast<A*>(args.loss)[i] = is_valid ? loss[p] : A(0);
       static_cast<A*>(args.row_shift)[i] = is_valid ? maximum[p] : A(0);
       static_cast<A*>(args.row_sum)[i] = is_valid ? static_cast<A>(total[kExponential][p]) : A(1);
+      if (args.row_total) static_cast<A*>(args.row_total)[i] = static_cast<A>(total[kTotal][p]);
     }
     return sum;
   }

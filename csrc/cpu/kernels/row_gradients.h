@@ -66,14 +66,14 @@ struct ClassSums {
   }
 };
 
-// A row's gradient by u: q_j = softmax * e_j - smooth * w_j, everything from above included.
+// A row's gradient by u: q_j = softmax * e_j - smooth * w_j (b_j), everything from above included.
 template <class T, int R>
 struct Emission {
   Accumulate<T> softmax[R], smooth[R];
 };
 
 // From e in scratch: grad_logits, and the block's share of the class gradients.
-template <class T, int R, bool Calibrated, bool Smooth, bool Masked, bool Logits, bool Classes>
+template <class T, int R, bool Calibrated, Spread S, bool Masked, bool Logits, bool Classes>
 DISALIGN_NOINLINE void emit(ClassVectors<Accumulate<T>> classes, const Rows<T, R>& rows,
                             const Emission<T, R>& out, const ClassSums<Accumulate<T>>& sums) {
   using A = Accumulate<T>;
@@ -89,15 +89,17 @@ DISALIGN_NOINLINE void emit(ClassVectors<Accumulate<T>> classes, const Rows<T, R
   const Local<const T*, R> z(rows.z);
   const Local<A*, R> e(rows.e);
   const Local<A, R> c(rows.c);
+  const Local<const A*, R> spread(rows.spread);
   for_lanes<A>(0, rows.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     V a{}, w{}, grad_scale{}, grad_bias{};
     if constexpr (Calibrated && Logits) a = load_lanes<Full>(classes.scale + j, n);
-    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+    if constexpr (S == Spread::kClasses) w = load_lanes<Full>(classes.weight + j, n);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       V q = load(e[r] + j) * softmax[r];
-      if constexpr (Smooth) q = q - w * smooth[r];
+      if constexpr (S == Spread::kOwn) w = load_lanes<Full>(spread[r] + j, n);
+      if constexpr (S != Spread::kNone) q = q - w * smooth[r];
       if constexpr (Classes) {
         V value = load_lanes<Full>(z[r] + j, n);
         if constexpr (Masked) value = value == -kInfinity<A> ? V{} : value;

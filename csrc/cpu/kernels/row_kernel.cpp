@@ -31,7 +31,7 @@ DISALIGN_NOINLINE Rows<T, R> gather(const LossArgs& args, const int64_t* index,
   for (int r = 0; r < R; ++r) {
     const int64_t i = index[r];
     rows.index[r] = i;
-    rows.target[r] = read_index(args.target, args.target_type, i);
+    rows.target[r] = args.target ? read_index(args.target, args.target_type, i) : -1;
     rows.z[r] = static_cast<const T*>(args.logits) + i * args.outer_stride;
     rows.e[r] = static_cast<A*>(chunk.scratch) + r * padded_classes(args.classes);
     rows.c[r] = args.confidence ? static_cast<A>(sigmoid(read_or<A>(args.confidence, i, 0))) : A(0);
@@ -39,6 +39,10 @@ DISALIGN_NOINLINE Rows<T, R> gather(const LossArgs& args, const int64_t* index,
     rows.sample_weight[r] = read_or<A>(args.sample_weight, i, 1.0);
     rows.grad[r] =
         args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride : nullptr;
+    rows.spread[r] = nullptr;
+    if (args.probabilities)
+      rows.spread[r] = spread_of<T>(
+          args, i, static_cast<A*>(chunk.scratch) + (R + r) * padded_classes(args.classes));
   }
   return rows;
 }
@@ -64,10 +68,10 @@ DISALIGN_NOINLINE void write_shard_sums(const LossArgs& args, const Rows<T, R>& 
   for (int r = 0; r < R; ++r) {
     const int64_t t = rows.target[r];
     const double at_target = t < 0 ? 0.0 : rows.e[r][t];  // 0 where it was kept out
-    write_shard_sums<T>(
-        args, rows.index[r],
-        {sums.shift[r], static_cast<A>(sums.exponential[r] - at_target), sums.target_logit[r],
-         sums.target_slope[r], static_cast<A>(sums.smooth[r])});
+    write_shard_sums<T>(args, rows.index[r],
+                        {sums.shift[r], static_cast<A>(sums.exponential[r] - at_target),
+                         args.probabilities ? static_cast<A>(sums.total[r]) : sums.target_logit[r],
+                         sums.target_slope[r], static_cast<A>(sums.smooth[r])});
   }
 }
 
@@ -109,14 +113,17 @@ DISALIGN_NOINLINE void finish_rows(const LossArgs& args, bool backward, const Ro
     const double log_sum = std::log(sum);
     const double nll = (static_cast<double>(sums.shift[r]) - sums.target_logit[r]) + log_sum;
     const RowTerms<double> terms =
-        row_terms(nll, log_sum, rows.target_weight[r], args.label_smoothing, args.weight_sum,
-                  sums.smooth[r], static_cast<double>(args.classes), args.focal_gamma);
+        args.probabilities
+            ? soft_row_terms(log_sum, sums.total[r], sums.smooth[r])
+            : row_terms(nll, log_sum, rows.target_weight[r], args.label_smoothing, args.weight_sum,
+                        sums.smooth[r], static_cast<double>(args.classes), args.focal_gamma);
     if (!backward) {
       const double loss = terms.loss * rows.sample_weight[r];
       chunk.loss_sum += loss;
       if (args.loss) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
       static_cast<A*>(args.row_shift)[i] = sums.shift[r];
       static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
+      if (args.row_total) static_cast<A*>(args.row_total)[i] = static_cast<A>(sums.total[r]);
     }
     // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
     const double g = args.inverse_denominator == 0
@@ -131,7 +138,7 @@ DISALIGN_NOINLINE void finish_rows(const LossArgs& args, bool backward, const Ro
           terms.softmax * sums.softmax_slope[r] / sum - terms.smooth * sums.smooth_slope[r];
       static_cast<A*>(args.grad_confidence)[i] = static_cast<A>(g * c * (1 - c) * slope_sum);
     }
-    if (terms.softmax != 0) {
+    if (terms.softmax != 0 && rows.target[r] >= 0) {
       A& e = rows.e[r][rows.target[r]];
       e = static_cast<A>(static_cast<double>(e) - sum * terms.target / terms.softmax);
     }
@@ -154,7 +161,7 @@ struct Passes {
   Emit emit_logits, emit_classes, emit_both;  // the last two: where calibrated
 };
 
-template <class T, int R, Kind K, bool Stored, bool Smooth, bool Masked>
+template <class T, int R, Kind K, bool Stored, Spread S, bool Masked>
 constexpr Passes<T, R> passes_of() {
   constexpr bool kCalibrated = K == Kind::kCalibrated;
   Passes<T, R> passes{};
@@ -165,16 +172,16 @@ constexpr Passes<T, R> passes_of() {
   if constexpr (Stored) {
     passes.maximise = maximise<T, R, K>;
     // exp(u - shift) of what is stored, however it was made.
-    passes.exponentiate = exponentiate<T, R, Kind::kPlain, true, false, Smooth, false>;
+    passes.exponentiate = exponentiate<T, R, Kind::kPlain, true, false, S, false>;
   } else {
     passes.guess = guess<T, R, K, Masked>;
-    passes.exponentiate = exponentiate<T, R, K, false, false, Smooth, Masked>;
+    passes.exponentiate = exponentiate<T, R, K, false, false, S, Masked>;
   }
-  passes.emit_logits = emit<T, R, kCalibrated, Smooth, false, true, false>;
+  passes.emit_logits = emit<T, R, kCalibrated, S, false, true, false>;
   if constexpr (kCalibrated) {
-    passes.exponentiate_slope = exponentiate<T, R, K, Stored, true, Smooth, Masked>;
-    passes.emit_classes = emit<T, R, true, Smooth, Masked, false, true>;
-    passes.emit_both = emit<T, R, true, Smooth, Masked, true, true>;
+    passes.exponentiate_slope = exponentiate<T, R, K, Stored, true, S, Masked>;
+    passes.emit_classes = emit<T, R, true, S, Masked, false, true>;
+    passes.emit_both = emit<T, R, true, S, Masked, true, true>;
   }
   return passes;
 }
@@ -205,12 +212,15 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
       rows.e[r][rows.target[r]] = -kInfinity<A>;
   }
   const bool guessed = !passes.stored && !backward;
+  if (guessed && args.probabilities) {
+    for (int r = 0; r < R; ++r) sums.target_logit[r] = -std::numeric_limits<A>::max();
+  }
   if (guessed) passes.guess(classes, rows, sums);
   const bool slope = passes.calibrated && (args.grad_confidence || args.class_gradients);
   const auto exponentiate = slope ? passes.exponentiate_slope : passes.exponentiate;
   do {
     sums.clear();
-    for_segments(args.classes, [&](int64_t begin, int64_t end) {
+    for_segments(args.classes, kSumTerms * Lanes<A>::N, [&](int64_t begin, int64_t end) {
       exponentiate(classes, rows, begin, end, sums);
     });
   } while (guessed && correct_guess(sums));
@@ -234,8 +244,10 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
 
 template <class T, int R, Kind K, bool Stored, bool Masked>
 const Passes<T, R>& passes_for(const LossArgs& args) {
-  static constexpr Passes<T, R> kPasses = passes_of<T, R, K, Stored, false, Masked>();
-  static constexpr Passes<T, R> kSmooth = passes_of<T, R, K, Stored, true, Masked>();
+  static constexpr Passes<T, R> kPasses = passes_of<T, R, K, Stored, Spread::kNone, Masked>();
+  static constexpr Passes<T, R> kSmooth = passes_of<T, R, K, Stored, Spread::kClasses, Masked>();
+  static constexpr Passes<T, R> kSoft = passes_of<T, R, K, Stored, Spread::kOwn, Masked>();
+  if (args.probabilities) return kSoft;
   return args.label_smoothing > 0 ? kSmooth : kPasses;
 }
 
@@ -297,7 +309,7 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
   int64_t block[kRowBlock];
   int count = 0, blocks = 0;
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-    if (read_index(args.target, args.target_type, i) == args.ignore_index) {
+    if (args.target && read_index(args.target, args.target_type, i) == args.ignore_index) {
       skip_row<T>(args, backward, i);
       continue;
     }

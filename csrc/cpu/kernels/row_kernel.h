@@ -7,9 +7,10 @@ namespace disalign {
 
 constexpr int kRowBlock = 4;  // rows worked on together: they share each load of a class vector
 
-// Bytes of Chunk::scratch for an arithmetic type of `size` bytes.
-static constexpr int64_t row_scratch_bytes(int64_t classes, int64_t size) {
-  return kRowBlock * padded_classes(classes) * size;
+// Bytes of Chunk::scratch for an arithmetic type of `size` bytes: a row's exponentials, and what its
+// class probabilities weigh.
+static constexpr int64_t row_scratch_bytes(const LossArgs& args, int64_t size) {
+  return (args.probabilities ? 2 : 1) * kRowBlock * padded_classes(args.classes) * size;
 }
 
 namespace baseline {

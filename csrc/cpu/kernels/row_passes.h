@@ -31,11 +31,12 @@ template <class T, int R>
 struct Rows {
   using A = Accumulate<T>;
   int64_t classes, stride;
-  int64_t index[R], target[R];  // target < 0: it is in another shard
+  int64_t index[R], target[R];  // target < 0: it is in another shard, or there are probabilities
   const T* z[R];
-  A* e[R];     // scratch of the row: u where it is stored, then exp(u - shift)
-  T* grad[R];  // grad_logits of the row; null where it is not wanted
-  A c[R];      // confidence after the sigmoid
+  A* e[R];             // scratch of the row: u where it is stored, then exp(u - shift)
+  T* grad[R];          // grad_logits of the row; null where it is not wanted
+  const A* spread[R];  // b_j, with class probabilities
+  A c[R];              // confidence after the sigmoid
   double target_weight[R], sample_weight[R];
 };
 
@@ -48,14 +49,15 @@ struct Sums {
   // Of exponentiate:
   A maximum[R];             // of u
   double exponential[R];    // sum_j exp(u_j - shift)
-  double smooth[R];         // sum_j w_j (u_j - shift)
+  double smooth[R];         // sum_j w_j (u_j - shift), w_j or b_j as Spread says
+  double total[R];          // sum_j b_j, with class probabilities
   double softmax_slope[R];  // sum_j exp(u_j - shift) (d_j - d_t)
   double smooth_slope[R];   // sum_j w_j (d_j - d_t)
 
   void clear() {
     for (int r = 0; r < R; ++r) {
       maximum[r] = -std::numeric_limits<A>::max();  // finite: u - maximum is never NaN
-      exponential[r] = smooth[r] = softmax_slope[r] = smooth_slope[r] = 0;
+      exponential[r] = smooth[r] = total[r] = softmax_slope[r] = smooth_slope[r] = 0;
     }
   }
 
@@ -194,6 +196,35 @@ bool correct_guess(Sums<A, R>& sums) {
   return wrong;
 }
 
+// b_j = w_j (keep y_j + share) of class probabilities to scratch.
+template <class T, class Y>
+DISALIGN_NOINLINE void weigh(const LossArgs& args, const Y* y, Accumulate<T>* to) {
+  using A = Accumulate<T>;
+  const A* __restrict__ weight = static_cast<const A*>(args.weight);
+  const A keep = static_cast<A>(args.keep), share = static_cast<A>(args.share);
+  for_lanes<A>(0, args.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+    constexpr bool Full = decltype(full)::value;
+    auto b = load_lanes<Full>(y + j, n) * keep + share;
+    if (weight) b = b * load_lanes<Full>(weight + j, n);
+    store(to + j, b);
+  });
+}
+
+// The b_j of row i: the probabilities themselves where they are that, else made in `scratch`.
+template <class T>
+const Accumulate<T>* spread_of(const LossArgs& args, int64_t i, Accumulate<T>* scratch) {
+  using A = Accumulate<T>;
+  const int64_t at = i * args.probability_outer_stride;
+  if (!args.probabilities_of_a) {
+    weigh<T>(args, static_cast<const T*>(args.probabilities) + at, scratch);
+    return scratch;
+  }
+  const A* y = static_cast<const A*>(args.probabilities) + at;
+  if (args.weight == nullptr && args.share == 0) return y;
+  weigh<T>(args, y, scratch);
+  return scratch;
+}
+
 // Takes the target's margin off u_t in scratch, where the maximum may change with it.
 template <class T, int R>
 void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
@@ -218,10 +249,10 @@ void apply_margin(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& 
 // A block's sums of a segment of classes, in lanes; which of them there are beside exponential.
 template <class A, int R>
 struct LaneSums {
-  Vec<A> maximum[R], exponential[R], smooth[R], softmax_slope[R], smooth_slope[R];
+  Vec<A> maximum[R], exponential[R], smooth[R], total[R], softmax_slope[R], smooth_slope[R];
 };
 struct WhichSums {
-  bool maximum, smooth, softmax_slope, smooth_slope;
+  bool maximum, smooth, total, softmax_slope, smooth_slope;
 };
 
 template <class A, int R>
@@ -230,6 +261,7 @@ DISALIGN_NOINLINE void add_lanes(const LaneSums<A, R>& lanes, WhichSums which, S
     sums.exponential[r] += reduce_add<A>(lanes.exponential[r]);
     if (which.maximum) sums.maximum[r] = reduce_max<A>(lanes.maximum[r]);
     if (which.smooth) sums.smooth[r] += reduce_add<A>(lanes.smooth[r]);
+    if (which.total) sums.total[r] += reduce_add<A>(lanes.total[r]);
     if (which.softmax_slope) sums.softmax_slope[r] += reduce_add<A>(lanes.softmax_slope[r]);
     if (which.smooth_slope) sums.smooth_slope[r] += reduce_add<A>(lanes.smooth_slope[r]);
   }
@@ -242,7 +274,7 @@ DISALIGN_NOINLINE void add_lanes(const LaneSums<A, R>& lanes, WhichSums which, S
 // times a scale above 1); without it such a class makes softmax_slope NaN or infinite, which the
 // caller sees: where nobody needs that sum, it is the sum of d, for this alone. A logit that is NaN
 // or +inf shows in sum_j e_j all the same.
-template <class T, int R, Kind K, bool Stored, bool Slope, bool Smooth, bool Masked>
+template <class T, int R, Kind K, bool Stored, bool Slope, Spread S, bool Masked>
 DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const Rows<T, R>& rows,
                                     int64_t begin, int64_t end, Sums<Accumulate<T>, R>& sums) {
   using A = Accumulate<T>;
@@ -254,19 +286,21 @@ DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const R
   const int64_t ahead = R * rows.stride;
   const Local<T*, R> grad(rows.grad);
   const bool writes = grad[0] && grad[0] != rows.z[0];
-  V exponential[R], smooth[R], softmax_slope[R], smooth_slope[R], maximum[R];
+  constexpr bool Smooth = S != Spread::kNone;
+  V exponential[R], smooth[R], total[R], softmax_slope[R], smooth_slope[R], maximum[R];
   for (int r = 0; r < R; ++r) {
-    exponential[r] = smooth[r] = V{};
+    exponential[r] = smooth[r] = total[r] = V{};
     softmax_slope[r] = smooth_slope[r] = V{};
     maximum[r] = splat<A>(sums.maximum[r]);
   }
   const Local<const T*, R> z(rows.z);
   const Local<A*, R> e(rows.e);
   const Local<A, R> c(rows.c);
+  const Local<const A*, R> spread(rows.spread);
   for_lanes<A>(begin, end, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     V w{};
-    if constexpr (Smooth) w = load_lanes<Full>(classes.weight + j, n);
+    if constexpr (S == Spread::kClasses) w = load_lanes<Full>(classes.weight + j, n);
     const auto vectors = Affine<V>::template load<Full, K, Masked>(classes, j, n);
     if (writes) {
 #pragma GCC unroll 4
@@ -288,7 +322,12 @@ DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const R
       const V x = exp_bounded(u);
       store(e[r] + j, x);
       exponential[r] += x;
-      if constexpr (Smooth) {
+      if constexpr (S == Spread::kOwn) {
+        w = load_lanes<Full>(spread[r] + j, n);
+        total[r] += w;
+        u = w == V{} ? V{} : u;  // a masked class that is not asked for adds 0, not 0 * -inf
+        smooth[r] += w * u;
+      } else if constexpr (Smooth) {
         if constexpr (!Full) u = lane_index<A>() < n ? u : V{};  // w u there would be 0 * -inf
         smooth[r] += w * u;
       }
@@ -309,10 +348,11 @@ DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const R
     lanes.exponential[r] = exponential[r];
     if constexpr (!Stored) lanes.maximum[r] = maximum[r];
     if constexpr (Smooth) lanes.smooth[r] = smooth[r];
+    if constexpr (S == Spread::kOwn) lanes.total[r] = total[r];
     if constexpr (kSlopes) lanes.softmax_slope[r] = softmax_slope[r];
     if constexpr (Slope && Smooth) lanes.smooth_slope[r] = smooth_slope[r];
   }
-  add_lanes<A, R>(lanes, {!Stored, Smooth, kSlopes, Slope && Smooth}, sums);
+  add_lanes<A, R>(lanes, {!Stored, Smooth, S == Spread::kOwn, kSlopes, Slope && Smooth}, sums);
 }
 
 }  // namespace disalign::DISALIGN_CAPABILITY

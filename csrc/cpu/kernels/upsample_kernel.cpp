@@ -30,7 +30,8 @@ struct Strip {
   const A* blend;  // the row that they are interpolated from
   int64_t first_x, count;
   Positions<A> positions;
-  A* e;  // kStrip positions of padded() classes: u, then exp(u - maximum)
+  A* e;       // kStrip positions of padded() classes: u, then exp(u - maximum)
+  A* spread;  // the same of b_j; null without class probabilities
 };
 
 // Positions of a strip between the same two columns, [at, at + R).
@@ -116,7 +117,7 @@ void interpolate(const UpsampleArgs& args, const Strip<T>& strip, int at) {
 }
 
 // e = exp(u - maximum) of a group, and its sums; the target's logit before that.
-template <class T, int R, bool Smooth>
+template <class T, int R, Spread S>
 void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>& strip, int at,
                         int64_t first) {
   using A = Accumulate<T>;
@@ -129,6 +130,7 @@ void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>&
   for (int r = 0; r < R; ++r) {
     rows.z[r] = rows.e[r] = strip.e + (at + r) * args.padded();
     rows.grad[r] = nullptr;
+    rows.spread[r] = strip.spread + (at + r) * args.padded();
     rows.c[r] = A(0);
     const int64_t t = positions.target[at + r];
     rows.target[r] = t < 0 ? 0 : t;
@@ -142,17 +144,18 @@ void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>&
     positions.maximum[at + r] = sums.shift[r];
   }
   sums.clear();
-  for_segments(args.classes, [&](int64_t begin, int64_t end) {
-    exponentiate<A, R, Kind::kPlain, true, false, Smooth, false>(classes, rows, begin, end, sums);
+  for_segments(args.classes, kSumTerms * Lanes<A>::N, [&](int64_t begin, int64_t end) {
+    exponentiate<A, R, Kind::kPlain, true, false, S, false>(classes, rows, begin, end, sums);
   });
   for (int r = 0; r < R; ++r) {
     positions.total[kExponential][at + r] = sums.exponential[r];
     positions.total[kSmooth][at + r] = sums.smooth[r];
+    positions.total[kTotal][at + r] = sums.total[r];
   }
 }
 
 // The gradient of a group's u to that of the blended row.
-template <class T, int R, bool Smooth>
+template <class T, int R, Spread S>
 void scatter(const UpsampleArgs& args, const Strip<T>& strip, int at, Accumulate<T>* grad_blend) {
   using A = Accumulate<T>;
   using V = Vec<A>;
@@ -161,23 +164,25 @@ void scatter(const UpsampleArgs& args, const Strip<T>& strip, int at, Accumulate
   A* left = grad_blend + group.left;
   A* right = grad_blend + group.right;
   const A* weight = static_cast<const A*>(args.weight);
-  const A* e_[R];
+  const A *e_[R], *spread_[R];
   A softmax_[R], smooth_[R];
   for (int r = 0; r < R; ++r) {
     e_[r] = strip.e + (at + r) * padded;
+    spread_[r] = strip.spread + (at + r) * padded;
     softmax_[r] = strip.positions.softmax[at + r];
     smooth_[r] = strip.positions.smooth[at + r];
   }
-  const Local<const A*, R> e(e_);
+  const Local<const A*, R> e(e_), spread(spread_);
   const Local<A, R> softmax(softmax_), smooth(smooth_);
   const Local<A, R> left_weight(group.left_weight), right_weight(group.right_weight);
   for_lanes<A>(0, args.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     V w{}, to_left{}, to_right{};
-    if constexpr (Smooth) w = load_lanes<decltype(full)::value>(weight + j, n);
+    if constexpr (S == Spread::kClasses) w = load_lanes<decltype(full)::value>(weight + j, n);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       V q = load(e[r] + j) * softmax[r];
-      if constexpr (Smooth) q = q - w * smooth[r];
+      if constexpr (S == Spread::kOwn) w = load(spread[r] + j);
+      if constexpr (S != Spread::kNone) q = q - w * smooth[r];
       to_left += q * left_weight[r];
       to_right += q * right_weight[r];
     }
@@ -224,7 +229,25 @@ double target_probability(const LossArgs& args, const Positions<A>& at, int p) {
   return e / (rest * std::exp(maximum - highest) + e);
 }
 
-template <class T, bool Smooth>
+// b_j = w_j (keep y_j + share) of a strip's class probabilities, the classes inmost.
+template <class T, class Y>
+void weigh_strip(const UpsampleArgs& args, const Strip<T>& strip, int64_t first) {
+  using A = Accumulate<T>;
+  const int64_t image = first / args.inner, padded = args.padded();
+  const Y* y = static_cast<const Y*>(args.probabilities) + image * args.probability_outer_stride +
+               (first - image * args.inner);
+  const A* weight = static_cast<const A*>(args.weight);
+  for (int64_t j = 0; j < args.classes; ++j, y += args.probability_class_stride) {
+    const A w = weight ? weight[j] : A(1);
+    const A factor = w * static_cast<A>(args.keep), rest = w * static_cast<A>(args.share);
+    for (int64_t p = 0; p < strip.count; ++p)
+      strip.spread[p * padded + j] = static_cast<A>(to_accumulate(y[p])) * factor + rest;
+  }
+  for (int64_t p = 0; p < strip.count; ++p)
+    for (int64_t j = args.classes; j < padded; ++j) strip.spread[p * padded + j] = A(0);
+}
+
+template <class T, Spread S>
 void run_strip(const UpsampleArgs& args, bool backward, const Strip<T>& strip, int64_t first,
                Accumulate<T>* grad_blend, Chunk& chunk) {
   using A = Accumulate<T>;
@@ -235,7 +258,7 @@ void run_strip(const UpsampleArgs& args, bool backward, const Strip<T>& strip, i
   if (predict) predict_strip(args, strip, first);
   if (valid > 0) {
     for_groups(args, strip, false, [&](int p, auto size) {
-      exponentiate_group<T, decltype(size)::value, Smooth>(args, backward, strip, p, first);
+      exponentiate_group<T, decltype(size)::value, S>(args, backward, strip, p, first);
     });
     if (backward) at.take_statistics(args, first, strip.count);
     at.finish(args);
@@ -254,7 +277,7 @@ void run_strip(const UpsampleArgs& args, bool backward, const Strip<T>& strip, i
   for (int p = 0; p < strip.count; ++p)
     if (at.target[p] >= 0) strip.e[p * args.padded() + at.target[p]] -= at.patch[p];
   for_groups(args, strip, false, [&](int p, auto size) {
-    scatter<T, decltype(size)::value, Smooth>(args, strip, p, grad_blend);
+    scatter<T, decltype(size)::value, S>(args, strip, p, grad_blend);
   });
 }
 
@@ -306,11 +329,22 @@ void run_chunk(const UpsampleArgs& args, bool backward, Chunk& chunk) {
         const int64_t row = (image * args.y.out + y) * args.x.out;
         for (int64_t x = 0; x < args.x.out; x += kStrip) {
           const int64_t count = args.x.out - x < kStrip ? args.x.out - x : kStrip;
-          const Strip<A> strip{blend, x, count, positions, scratch.strip};
-          if (args.label_smoothing > 0)
-            run_strip<A, true>(args, backward, strip, row + x, scratch.grad_blend, chunk);
-          else
-            run_strip<A, false>(args, backward, strip, row + x, scratch.grad_blend, chunk);
+          const Strip<A> strip{blend, x, count, positions, scratch.strip, scratch.spread};
+          const auto run = [&](auto spread) {
+            constexpr Spread kSpread = decltype(spread)::value;
+            run_strip<A, kSpread>(args, backward, strip, row + x, scratch.grad_blend, chunk);
+          };
+          if (args.probabilities) {
+            if (args.probabilities_of_a)
+              weigh_strip<A, A>(args, strip, row + x);
+            else
+              weigh_strip<A, T>(args, strip, row + x);
+            run(std::integral_constant<Spread, Spread::kOwn>{});
+          } else if (args.label_smoothing > 0) {
+            run(std::integral_constant<Spread, Spread::kClasses>{});
+          } else {
+            run(std::integral_constant<Spread, Spread::kNone>{});
+          }
         }
         if (args.gradients)
           spread_gradient(args, weight, scratch.grad_blend, scratch.grad_upper, scratch.grad_lower);
@@ -354,7 +388,7 @@ void predict(const UpsampleArgs& args, Chunk& chunk) {
         const int64_t row = (image * args.y.out + y) * args.x.out;
         for (int64_t x = 0; x < args.x.out; x += kStrip) {
           const int64_t count = args.x.out - x < kStrip ? args.x.out - x : kStrip;
-          const Strip<A> strip{blend, x, count, positions, scratch.strip};
+          const Strip<A> strip{blend, x, count, positions, scratch.strip, nullptr};
           interpolate_strip(args, strip, true);
           predict_strip(args, strip, row + x);
         }

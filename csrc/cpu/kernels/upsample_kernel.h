@@ -36,8 +36,11 @@ constexpr int kStrip = 16;        // output positions worked on together
 constexpr int kUpsampleRows = 8;  // low-resolution rows in scratch, see UpsampleScratch
 constexpr int kStripBytes = 192;  // of a position's entries in all vectors, at most
 
+static inline int64_t upsample_strips(const LossArgs& args) { return args.probabilities ? 2 : 1; }
+
 static inline int64_t upsample_scratch_bytes(const UpsampleArgs& args, int64_t size) {
-  return (kUpsampleRows * args.row_values() + kStrip * args.padded() + 2 * padded(args.x.in)) *
+  return (kUpsampleRows * args.row_values() + upsample_strips(args) * kStrip * args.padded() +
+          2 * padded(args.x.in)) *
              size +
          kStrip * kStripBytes;
 }

@@ -22,9 +22,9 @@ struct UpsampleScratch {
   A* blend;                    // of both, at the output row
   A *grad_upper, *grad_lower;  // gradients of the calibrated logits of rows r and r + 1
   A* grad_blend;
-  A *first, *last;  // gradients of the chunk's first row and of the one after its last: join's
-  A* strip;         // kStrip positions of padded() classes
-  A *c, *slope;     // a column each: confidence after the sigmoid; sum_j g_j d_j
+  A *first, *last;    // gradients of the chunk's first row and of the one after its last: join's
+  A *strip, *spread;  // kStrip positions of padded() classes; see Strip
+  A *c, *slope;       // a column each: confidence after the sigmoid; sum_j g_j d_j
   void* positions;
 
   UpsampleScratch(const UpsampleArgs& args, void* memory) {
@@ -36,7 +36,8 @@ struct UpsampleScratch {
       next += args.row_values();
     }
     strip = next;
-    c = strip + kStrip * args.padded();
+    spread = args.probabilities ? strip + kStrip * args.padded() : nullptr;
+    c = strip + upsample_strips(args) * kStrip * args.padded();
     slope = c + padded(args.x.in);
     positions = slope + padded(args.x.in);
   }

@@ -80,6 +80,7 @@ class Cpu {
     if (args.grad_logits && args.grad_logits != args.logits)
       advise_huge_pages(args.grad_logits, logits.numel() * logits.element_size());
     args.weight_sum = static_cast<double>(args.classes);
+    if (args.probabilities) return;
     if (args.label_smoothing > 0) {
       if (args.weight == nullptr) {
         args.weight = new_ones(args.classes);
@@ -118,9 +119,14 @@ class Cpu {
 
   double denominator_of(const LossArgs& args) const {
     if (args.normalizer == kByGiven) return *args.given_denominator;
-    if (args.normalizer == kByCount) return static_cast<double>(args.positions());
+    const bool every = args.probabilities && (args.normalizer == kByValid || !args.sample_weight);
+    if (args.normalizer == kByCount || every) return static_cast<double>(args.positions());
     double sum = 0;
     for (int64_t i = 0; i < args.positions(); ++i) {
+      if (args.probabilities) {  // they have no weight of their own
+        sum += read(args.sample_weight, i);
+        continue;
+      }
       const int64_t t = read_index(args.target, args.target_type, i);
       if (t == args.ignore_index) continue;
       if (args.normalizer == kByValid) {

@@ -10,7 +10,7 @@ namespace {
 struct RowKernels {
   static int64_t units(const LossArgs& args, int64_t) { return args.outer; }
   static int64_t scratch_bytes(const LossArgs& args, int64_t size) {
-    return row_scratch_bytes(args.classes, size);
+    return row_scratch_bytes(args, size);
   }
   static const LossKernelTable& table() { return DISALIGN_CHOOSE(row_kernels); }
 };

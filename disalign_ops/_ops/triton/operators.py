@@ -202,14 +202,14 @@ def backward_in_place(*arguments: Any) -> list[Tensor]:
     return sums.gradients(None, wanted)
 
 
-def _shard_numbers(smoothing: bool) -> tuple[int, float, float]:
+def _shard_numbers(share: float) -> tuple[int, float, float]:
     """As the kernels take them: ignore_index, label_smoothing, focal_gamma."""
-    return IGNORED, float(smoothing), 0.0
+    return IGNORED, float(share > 0), 0.0
 
 
 def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """The sums of a shard's rows; arguments as in reference.shard_sums."""
-    *vectors, smoothing = rest
+    *vectors, _, share = rest
     scale = vectors[1]
     view = LogitsView.of(logits, 0 if scale is None else CONFIDENCE)  # whose sums are among them
     sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
@@ -218,7 +218,7 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
         forward_kernel, (view.programs(1),),
         (
             logits, target, *vectors, None, None, *nothing, sums, *view.sizes,
-            *_shard_numbers(smoothing), 0,
+            *_shard_numbers(share), 0,
         ),
     )  # fmt: skip
     return sums
@@ -227,7 +227,7 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
 def _shard_gradients(
     arguments: tuple[Any, ...], wanted: int, grad_logits: Tensor | None
 ) -> list[Tensor]:
-    factors, logits, target, *vectors, smoothing = arguments
+    factors, logits, target, *vectors, _, share = arguments
     view = LogitsView.of(logits, wanted)
     programs, n = view.programs(view.parts), view.positions
     sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)
@@ -238,7 +238,7 @@ def _shard_gradients(
             logits, target, *vectors, None, None, *nothing, factors, grad_logits, sums.classes,
             sums.confidence, *view.sizes, 0,
             *(view.strides if grad_logits is logits else view.contiguous),
-            *_shard_numbers(smoothing),
+            *_shard_numbers(share),
         ),
     )  # fmt: skip
     return sums.gradients(None, wanted)
