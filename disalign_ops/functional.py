@@ -9,14 +9,14 @@ from ._call import entry, tracing
 from ._call.arguments import check_input, positions_shape
 from ._call.options import Calibration, Options, calibration_vectors, validate_calibration
 from ._call.shard import Shard
-from ._call.types import Background, Form, GradientPass, Normalizer, ReductionName
+from ._call.types import Background, Form, GradientPass, Normalizer, ReductionName, Target
 from ._ops import autograd, composed, dispatch, layouts, reference
 
 
 @torch.fx.wrap  # in a graph of torch.fx it is one call
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
@@ -38,7 +38,12 @@ def cross_entropy(
     Args:
         input: logits (C,), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16.
         target: class indices (), (N,) or (N, d1, ...); int64, and beyond PyTorch int32, int16,
-            uint8. Or class probabilities of the input's shape, which go through the reference.
+            uint8. Or class probabilities of the input's shape, as mixup and CutMix make them: rows
+            need not sum to 1, and "weights" then counts sample_weight alone. (Ones that require a
+            gradient go through the reference.) Or two classes a position, `(a, b, lam)`, lam a
+            number or one a position: lam CE(a) + (1 - lam) CE(b), at the cost of one loss unless
+            margin, focal_gamma, or weight and label_smoothing are given. Its "weights" are
+            lam w_a + (1 - lam) w_b, and ignore_index in a or b leaves the other's term.
         weight: (C,), any floating dtype: w_t multiplies the loss of class t.
         size_average, reduce: PyTorch's deprecated forms of `reduction`.
         ignore_index: positions with this target count nothing, whatever their logits hold.
@@ -96,7 +101,7 @@ def cross_entropy(
 @torch.fx.wrap
 def disalign_cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     confidence: Tensor,
     scale: Tensor,
     bias: Tensor,

@@ -12,7 +12,8 @@ from .._ops.calibration_form import UNCHANGED, CalibrationForm
 from .._ops.codes import NORMALIZERS, REDUCTIONS
 from .._ops.problem import Inputs, Problem
 from .._ops.schemas import ROW
-from . import sharded, tracing
+from ..errors import ArgumentError
+from . import mixed, sharded, tracing
 from .arguments import check_input, check_target, is_probability, positions_shape, row_vector
 from .options import (
     Calibration,
@@ -25,7 +26,7 @@ from .options import (
     validate_options,
 )
 from .shard import Shard
-from .types import BACKGROUNDS, FORMS
+from .types import BACKGROUNDS, FORMS, Target
 
 _AUTO = Options().gradient
 _MEAN, _NONE, _WEIGHTS = REDUCTIONS["mean"], REDUCTIONS["none"], NORMALIZERS["weights"]
@@ -38,12 +39,19 @@ _CALIBRATION_FORMS = {
 
 def loss(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     options: Options,
     calibration: Calibration | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
     """The loss of logits, as `cross_entropy` gives it."""
+    if isinstance(target, tuple):
+        if shard is not None:
+            raise ArgumentError(
+                "target must be one tensor where shard is given, got a tuple: add up lam times the "
+                "loss of a and 1 - lam times that of b"
+            )
+        return mixed.loss(input, target, options, calibration, validate)
     if shard is not None:
         return sharded.loss(input, target, options, calibration, shard)
     call = validate(input, target, options, calibration)

@@ -16,6 +16,8 @@ BatchNormMode: TypeAlias = Literal["eval", "train"]
 GradientPass: TypeAlias = Literal["auto", "forward", "backward"]
 GRADIENT_PASSES: tuple[GradientPass, ...] = ("auto", "forward", "backward")
 Normalizer: TypeAlias = Literal["weights", "valid", "count"] | float | Tensor
+# Class indices, class probabilities, or two classes a position with the first one's share.
+Target: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor | float]
 
 
 class ExtendedOptions(TypedDict, total=False):
