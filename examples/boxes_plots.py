@@ -15,7 +15,7 @@ from disalign_ops._figures.by_count import by_count
 
 GROUP_COLOURS = {"rare": "#7b4ea3", "common": style.AMBER, "frequent": style.BLUE}
 OUTCOMES = {"right": style.GREEN, "wrong class": style.RED, "missed": style.GREY}
-OVERLAP, SCORE = 0.5, 0.5  # of a detection that counts as one of a box, and that is shown
+OVERLAP = 0.5  # of a detection that counts as one of a box
 
 
 def overlaps(a: Tensor, b: Tensor) -> Tensor:
@@ -27,15 +27,19 @@ def overlaps(a: Tensor, b: Tensor) -> Tensor:
 
 
 def outcomes(page: Page, found: dict[str, Tensor]) -> list[str]:
-    """Of every box of a page: found with its class, with another, or missed."""
-    kept = found["scores"] > SCORE
-    boxes, labels = found["boxes"][kept], found["labels"][kept]
-    near = overlaps(page.boxes, boxes) > OVERLAP
-    right = (near & (labels == page.labels[:, None])).any(1)
-    return [
-        "right" if r else "wrong class" if n else "missed"
-        for r, n in zip(right.tolist(), near.any(1).tolist(), strict=True)
-    ]
+    """Of every box of a page: whether the most confident detection there has its class.
+
+    Missed: none is there. By rank and not by a threshold of the scores, as AP.
+    """
+    near = overlaps(page.boxes, found["boxes"]) > OVERLAP
+    names = []
+    for label, there in zip(page.labels.tolist(), near, strict=True):
+        if not there.any():
+            names.append("missed")
+            continue
+        best = int(found["scores"].where(there, torch.tensor(-1.0)).argmax())
+        names.append("right" if int(found["labels"][best]) == label else "wrong class")
+    return names
 
 
 def _show(axes: Any, page: Page, colours: Sequence[str]) -> None:
