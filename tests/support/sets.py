@@ -30,6 +30,7 @@ STANDARD = {
     "tests/_sharded/test_ranks.py": "sums over processes",
     "tests/test_class_parallel.py": "classes divided over two and four processes",
     "tests/test_distributed.py": "data parallelism",
+    "tests/_cli/": "the command line, in processes",
     "tests/test_plots.py": "matplotlib",
     "tests/project/": "benchmarks, examples, exporters, wheels, types",
     "tests/recipes/": "recipes, from stage 1 to the evaluation on small data sets",
