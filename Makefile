@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py $(wildcard buildtools/*.py)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
@@ -24,7 +24,7 @@ $(VENV)/.installed: requirements.txt requirements-recipes.txt $(VENV)/.demo
 	touch $@
 
 $(VENV)/.built: $(VENV)/.demo $(NATIVE) pyproject.toml
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: $(VENV)/.built

@@ -51,7 +51,7 @@ _state = _State(_check_name(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT
 
 
 def _why_missing(library: Path, note: str) -> str:
-    reason = library.parent / note  # written by setup.py
+    reason = library.parent / note  # written at installation
     if reason.exists():
         return reason.read_text().strip()
     return f"{library.name} is not in the package: install it with pip, which builds it"
