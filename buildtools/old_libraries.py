@@ -1,6 +1,7 @@
 """Libraries to link against, so that what is built here runs where glibc is older.
 
     python -m buildtools.old_libraries FOLDER
+    python -m buildtools.old_libraries --check FILE...
     LDFLAGS="-LFOLDER -Wl,--exclude-libs,ALL" pip wheel .
 
 A library asks for the newest version of each symbol that its linker saw. glibc and libstdc++ still
@@ -17,6 +18,8 @@ import os
 import re
 import shlex
 import subprocess
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,10 +153,37 @@ def too_new(library: Path) -> list[str]:
     return sorted(version for version in required_versions(library) if newer(version))
 
 
+def libraries_in(file: Path, folder: Path) -> dict[str, Path]:
+    """The libraries in a wheel, unpacked into folder, by their names; of another file, itself."""
+    if file.suffix != ".whl":
+        return {str(file): file}
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if ".so" in name]
+        return {name: Path(archive.extract(name, folder)) for name in names}
+
+
+def check(files: list[Path]) -> bool:
+    """Prints what each library asks for; whether manylinux_2_28 has all of it."""
+    good = True
+    for file in files:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, library in libraries_in(file, Path(folder)).items():
+                wrong = too_new(library)
+                good = good and not wrong
+                print(f"{name}: {' '.join(sorted(required_versions(library)))}")
+                print(f"  too new: {' '.join(wrong)}" if wrong else "  serves manylinux_2_28")
+    return good
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder, shlex.split(os.environ.get("CXX") or "c++"))
+    parser.add_argument("folder", type=Path, nargs="?", help="writes the libraries there")
+    parser.add_argument("--check", type=Path, nargs="+", metavar="FILE", help="wheels, libraries")
+    options = parser.parse_args()
+    if options.folder:
+        write(options.folder, shlex.split(os.environ.get("CXX") or "c++"))
+    if options.check and not check(options.check):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

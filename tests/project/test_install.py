@@ -231,3 +231,25 @@ def test_a_wrong_setting_is_an_error(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode != 0
     assert "DISALIGN_OPS_PURE must be one of 0, 1, auto, got 'yes'" in run.stderr
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None  # an import of it raises
+import warnings
+warnings.simplefilter("ignore")  # torch's, that it is missing
+import torch, disalign_ops
+z = torch.randn(5, 9, requires_grad=True)
+loss = disalign_ops.cross_entropy(z, torch.arange(5), label_smoothing=torch.tensor(0.1))
+expected = torch.nn.functional.cross_entropy(z, torch.arange(5), label_smoothing=0.1)
+torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(expected, z))
+layer = disalign_ops.nn.DisAlignLinear(4, 9)
+disalign_ops.nn.CrossEntropyLoss()(layer(torch.randn(5, 4)), torch.arange(5)).backward()
+"""
+
+
+def test_importing_needs_no_numpy() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMPY], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
