@@ -8,7 +8,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py $(wildcard buildtoo
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations dist test-dist bench bench-full gpu-check lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations dist test-dist kernels-hub bench bench-full gpu-check lint docs format clean
 
 setup: $(VENV)/.installed $(VENV)/.built
 
@@ -97,6 +97,11 @@ test-dist: dist
 	env -i PATH="$(CURDIR)/$(CLEAN)/bin" DISALIGN_OPS_TEST_WHEEL=1 $(CLEAN)/bin/python -P -m pytest \
 	  --noconftest -o pythonpath= -o addopts= tests/integrations/test_wheel.py
 
+# What the Hugging Face kernels hub builds from: buildtools/kernels_hub.py. REPOSITORY: its name there.
+REPOSITORY ?= OWNER/disalign-ops
+kernels-hub:
+	$(PYTHON) -m buildtools.kernels_hub build/kernels-hub --repository $(REPOSITORY)
+
 # Object detection and instance segmentation need torchvision.
 demo-detection: $(INTEGRATIONS)/.built
 	$(INTEGRATIONS)/bin/python -W ignore examples/boxes.py
@@ -125,6 +130,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/zizmor --quiet --offline --config .github/zizmor.yml .github
 
 format: setup
 	$(BIN)/ruff format .

@@ -14,12 +14,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import ArgumentError
+from .namespace import NAMESPACE
+
+_operators: Any = getattr(torch.ops, NAMESPACE)
 
 NAMES = ("auto", "native", "triton", "reference")
 LIBRARY = Path(__file__).parents[1] / "lib" / "libdisalign_ops_cpu.so"
@@ -76,7 +79,7 @@ def _load(library: Path, note: str, probe: str) -> str | None:
         if not library.exists():
             raise FileNotFoundError(_why_missing(library, note))
         torch.ops.load_library(str(library))
-        getattr(torch.ops.disalign_ops, probe)()
+        getattr(_operators, probe)()
     except (OSError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None
@@ -172,7 +175,7 @@ def _why_not_cuda_device(index: int | None) -> str:
         index = torch.cuda.current_device()
     if index not in _state.cuda_devices:  # the driver and the device's architecture
         with _disable_current_modes():  # fake tensors have no use for a question about a device
-            _state.cuda_devices[index] = torch.ops.disalign_ops.cuda_why_not(index)
+            _state.cuda_devices[index] = _operators.cuda_why_not(index)
     return _state.cuda_devices[index]
 
 
@@ -258,7 +261,7 @@ def backend_info() -> dict[str, object]:
 
     native: dict[str, object] = {"available": bool(_state.native_devices)}
     if _state.why_not_native is None:
-        built = _parsed(torch.ops.disalign_ops.build_info())
+        built = _parsed(_operators.build_info())
         native |= {
             "devices": list(_state.native_devices),
             "instruction_set": built["used"],
@@ -272,7 +275,7 @@ def backend_info() -> dict[str, object]:
     if why_not_cuda is None:
         available = torch.cuda.is_available()
         why_not_cuda = _why_not(torch.device("cuda")) if available else "no CUDA device was found"
-    cuda = _parsed(torch.ops.disalign_ops.cuda_build_info()) if _state.cuda_loaded else {}
+    cuda = _parsed(_operators.cuda_build_info()) if _state.cuda_loaded else {}
     architectures = cuda.get("architectures", "").split(",") if cuda else []
     native |= {
         "cuda_architectures": architectures,
