@@ -94,7 +94,7 @@ CLEAN := build/clean-$(TORCH)
 test-dist: dist
 	$(PYTHON) -m venv --clear $(CLEAN)
 	$(CLEAN)/bin/python -m pip install --quiet torch==$(TORCH) pytest dist/*manylinux*.whl
-	env -i PATH="$(CURDIR)/$(CLEAN)/bin" DISALIGN_OPS_TEST_WHEEL=1 $(CLEAN)/bin/python -P -m pytest \
+	env -i PATH="$(CURDIR)/$(CLEAN)/bin" DISALIGN_OPS_TEST_WHEEL=1 $(CLEAN)/bin/python -I -m pytest \
 	  --noconftest -o pythonpath= -o addopts= tests/integrations/test_wheel.py
 
 # What the Hugging Face kernels hub builds from: buildtools/kernels_hub.py. REPOSITORY: its name there.
