@@ -1,4 +1,4 @@
-"""The CPU library for another processor: a cross compiler of Debian's makes it, an emulator runs it.
+"""The CPU library for another processor: compiled by Debian's cross compiler, run by an emulator.
 
 apt-get install g++-aarch64-linux-gnu qemu-user
 """
