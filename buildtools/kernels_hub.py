@@ -12,7 +12,7 @@ This is the variant "torch-noarch": Triton's kernels on CUDA, ROCm and XPU, PyTo
 CPUs; it needs no compiler. The compiled variants are not made: kernel-builder compiles each source
 once with one set of flags, where the CPU kernels are compiled for each instruction set, and its
 library has to define the schemas, which the package does in Python. kernel-builder itself needs Nix
-and was not run; the tests import two builds, as its loader does, beside the package.
+and was not run; the tests import two builds beside the package, as the `kernels` package does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ backends = ["cpu", "cuda", "rocm", "xpu"]
 repo-id = "{repository}"
 
 [torch-noarch]
-pyext = ["py"]
+pyext = ["py", "txt"]
 """
 
 FLAKE = """\
@@ -140,6 +140,9 @@ def write_package(folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(rewritten(path))
     (folder / "_operators" / "namespace.py").write_text(NAMESPACE)
+    (folder / "lib").mkdir()
+    for name in ("not_built.txt", "cuda_not_built.txt"):
+        (folder / "lib" / name).write_text("not compiled: this is the kernels hub's build\n")
 
 
 def write(folder: Path, repository: str, version: int) -> None:
