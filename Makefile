@@ -91,7 +91,7 @@ dist: $(VENV)/.demo $(RELEASE)/.installed
 # The wheel of `make dist` in a new environment under another torch, without a compiler.
 TORCH ?= 2.13.0
 CLEAN := build/clean-$(TORCH)
-test-dist: dist
+test-dist: $(if $(wildcard dist/*manylinux*.whl),,dist)
 	$(PYTHON) -m venv --clear $(CLEAN)
 	$(CLEAN)/bin/python -m pip install --quiet torch==$(TORCH) pytest dist/*manylinux*.whl
 	env -i PATH="$(CURDIR)/$(CLEAN)/bin" DISALIGN_OPS_TEST_WHEEL=1 $(CLEAN)/bin/python -I -m pytest \

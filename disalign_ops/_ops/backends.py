@@ -122,7 +122,9 @@ def serving(device: torch.device) -> str:
 
 
 _WHAT_TO_INSTALL = {
-    "cpu": "Install a C++ compiler, such as g++, and then disalign_ops again, with pip",
+    # pip keeps the wheel that it built without one.
+    "cpu": "Install a C++ compiler, such as g++, and then disalign_ops again, with pip install "
+    "--force-reinstall --no-deps --no-cache-dir",
     "cuda": "pip install triton, or install nvcc and then disalign_ops again, with pip",
     "xpu": "pip install triton-xpu, or the triton of your PyTorch",
 }
