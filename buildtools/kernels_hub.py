@@ -141,8 +141,8 @@ def write_package(folder: Path) -> None:
         target.write_text(rewritten(path))
     (folder / "_operators" / "namespace.py").write_text(NAMESPACE)
     (folder / "lib").mkdir()
-    for name in ("not_built.txt", "cuda_not_built.txt"):
-        (folder / "lib" / name).write_text("not compiled: this is the kernels hub's build\n")
+    for reason in ("not_built.txt", "cuda_not_built.txt"):
+        (folder / "lib" / reason).write_text("not compiled: this is the kernels hub's build\n")
 
 
 def write(folder: Path, repository: str, version: int) -> None:
