@@ -107,24 +107,13 @@ def test_make_dist(tmp_path: Path) -> None:
         [sys.executable, "-m", "buildtools.dist", str(tmp_path / "dist")], cwd=ROOT, check=True,
         env={**os.environ, "PATH": path, "DISALIGN_OPS_CUDA": "0", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    kinds = sorted(re.sub(r".*-0[^-]*", "", f.name) for f in (tmp_path / "dist").iterdir())
-    assert len(kinds) == 3
+    assert len(list((tmp_path / "dist").iterdir())) == 3
     (wheel,) = (tmp_path / "dist").glob("*manylinux_2_28*.whl")
     folder = tmp_path / "installed"
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--target",
-            str(folder),
-            str(wheel),
-        ],
-        check=True,
-    )
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder),
+         str(wheel)], check=True,
+    )  # fmt: skip
     shutil.copy(ROOT / "tests" / "integrations" / "test_wheel.py", tmp_path)
     run = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest",
