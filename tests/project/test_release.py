@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -44,6 +43,14 @@ extern "C" __attribute__((visibility("default"))) double raised(double x, int n)
 }
 """
 
+CALLS = """
+import ctypes, sys
+raised = ctypes.CDLL(sys.argv[1]).raised
+raised.restype, raised.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int]
+print(raised(4.0, 3), raised(-4.0, 3))
+import array, decimal, sqlite3  # further libraries are loaded beside it
+"""
+
 
 def test_the_version_is_the_same_everywhere() -> None:
     version = disalign_ops.__version__
@@ -77,9 +84,10 @@ def test_what_is_linked_against_old_libraries_asks_for_no_newer_ones(tmp_path: P
              "-o", str(library)], check=True,
         )  # fmt: skip
         asked[name] = old_libraries.too_new(library)
-        raised = ctypes.CDLL(str(library)).raised
-        raised.restype, raised.argtypes = ctypes.c_double, [ctypes.c_double, ctypes.c_int]
-        assert (raised(4.0, 3), raised(-4.0, 3)) == (8.0, -1.0)
+        run = subprocess.run(
+            [sys.executable, "-c", CALLS, str(library)], capture_output=True, text=True, check=True
+        )
+        assert run.stdout == "8.0 -1.0\n"
     assert asked["new"], "this machine's own libraries are that old: the test shows nothing"
     assert not asked["old"]
 
