@@ -108,12 +108,11 @@ def test_the_mean_of_means_is_another_gradient() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_two_classes_a_position(weighted: bool, normalizer: str, lam: Any) -> None:
     whole = batch("rows", OPTIONS["both"])
-    cuts = [5, 1, 4, 2]
     other = whole["target"].roll(3)
     share = torch.rand(len(other), dtype=torch.float64) if isinstance(lam, str) else lam
-    shares = split(share, cuts) if isinstance(lam, str) else [lam] * len(cuts)
-    targets = [*zip(split(whole["target"], cuts), split(other, cuts), shares, strict=True)]
-    weights = split(whole["sample_weight"], cuts)
+    shares = split(share) if isinstance(lam, str) else [lam] * len(CUTS)
+    targets = [*zip(split(whole["target"]), split(other), shares, strict=True)]
+    weights = split(whole["sample_weight"])
     options = {"weight": whole["weight"] if weighted else None, "normalizer": normalizer}
     expected_z = whole["input"].requires_grad_()
     expected = disalign_ops.cross_entropy(
@@ -122,7 +121,7 @@ def test_two_classes_a_position(weighted: bool, normalizer: str, lam: Any) -> No
     expected.backward()
     one = loss_denominator(targets, sample_weight=weights, **options)  # type: ignore[arg-type]
     grads = []
-    for z, t, v in zip(split(whole["input"].detach(), cuts), targets, weights, strict=True):
+    for z, t, v in zip(split(whole["input"].detach()), targets, weights, strict=True):
         z.requires_grad_()
         disalign_ops.cross_entropy(
             z, t, options["weight"], sample_weight=v, normalizer=one

@@ -184,7 +184,8 @@ def calibrated_at(
     logits = inputs.logits
     classes = torch.stack((t, o)).clamp(min=0)
     classes = torch.where(k == 0, 0, classes)
-    index = classes.view(2, logits.shape[0], -1).transpose(0, 1).contiguous()  # (N, 2, S)
+    positions = logits.shape[2] if logits.dim() == 3 else 1  # -1 is ambiguous in an empty batch
+    index = classes.view(2, logits.shape[0], positions).transpose(0, 1).contiguous()  # (N, 2, S)
     if logits.dim() == 2:
         index = index[..., 0]
     of_graph = dispatch.serving_backend(logits) == "reference" or torch.compiler.is_compiling()
@@ -193,7 +194,7 @@ def calibrated_at(
     else:
         logits, z = _Entries.apply(logits, index, k.dtype)  # type: ignore[no-untyped-call]
     z = z.unsqueeze(-1) if logits.dim() == 2 else z
-    z = z.transpose(0, 1).reshape(2, -1)
+    z = z.transpose(0, 1).reshape(classes.shape)
     u = torch.where(k == 0, 0.0, z)
     scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     if inputs.confidence is not None and scale is not None and bias is not None:
