@@ -17,8 +17,10 @@ from . import (
     segmentation_metrics,
     sweep,
 )
+from ._call.details import LossDetails
 from ._call.shard import Shard
 from ._ops.backends import backend_info, set_backend
+from .denominator import loss_denominator
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
 from .linear import disalign_linear_cross_entropy, linear_cross_entropy
 from .replace import replace_cross_entropy
@@ -32,6 +34,7 @@ for _name in (
     _fx.wrap(_name)
 
 __all__ = [
+    "LossDetails",
     "Shard",
     "UpsampleDetails",
     "backend_info",
@@ -43,6 +46,7 @@ __all__ = [
     "disalign_linear_cross_entropy",
     "integrations",
     "linear_cross_entropy",
+    "loss_denominator",
     "losses",
     "metrics",
     "nn",

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
 from ._call import entry, tracing
 from ._call.arguments import check_input, positions_shape
+from ._call.details import LossDetails
 from ._call.options import Calibration, Options, calibration_vectors, validate_calibration
 from ._call.shard import Shard
-from ._call.types import Background, Form, GradientPass, Normalizer, ReductionName, Target
+from ._call.types import (
+    Background,
+    CalibratedFunctionOptions,
+    Form,
+    FunctionOptions,
+    GradientPass,
+    Normalizer,
+    ReductionName,
+    Target,
+)
 from ._ops import autograd, composed, dispatch, layouts, reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@overload
+def cross_entropy(
+    input: Tensor, target: Target, weight: Tensor | None = None,
+    size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[False] = False, **options: Unpack[FunctionOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def cross_entropy(
+    input: Tensor, target: Target, weight: Tensor | None = None,
+    size_average: bool | None = None, ignore_index: int = -100, reduce: bool | None = None,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[True, "entropy"], **options: Unpack[FunctionOptions],
+) -> LossDetails: ...  # fmt: skip
 
 
 @torch.fx.wrap  # in a graph of torch.fx it is one call
@@ -32,7 +65,8 @@ def cross_entropy(
     inplace_backward: bool = False,
     gradient: GradientPass = "auto",
     shard: Shard | None = None,
-) -> Tensor:
+    return_details: bool | Literal["entropy"] = False,
+) -> Tensor | LossDetails:
     """Class-weighted softmax cross-entropy; takes the place of `torch.nn.functional.cross_entropy`.
 
     Args:
@@ -73,13 +107,15 @@ def cross_entropy(
             probabilities, upsampled logits on a GPU, and the backends "triton" and "reference".
         shard: of `Shard`: input, weight, prior and margin are one process's classes; the loss is
             that over all processes of the group.
+        return_details: also return what accuracy, OHEM and calibration curves need of each
+            position, see `LossDetails`; "entropy" adds that. Not with shard or (a, b, lam).
 
     Numbers, here and in the other functions, may be Python's, numpy's or 0-d tensors on the CPU.
 
     Returns:
         What `F.cross_entropy` returns, a 0-d tensor or the positions' shape, in the input's dtype
         (float32 under autocast; with class probabilities the widest of theirs, the weight's and the
-        input's).
+        input's). With return_details a `LossDetails`.
 
     Raises:
         ArgumentError: an argument of the wrong value or shape; weight, prior, margin or
@@ -95,7 +131,27 @@ def cross_entropy(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior, margin,
         focal_gamma, inplace_backward, gradient,
     )  # fmt: skip
+    if return_details is not False:
+        return entry.loss_with_details(input, target, options, None, shard, return_details)
     return entry.loss(input, target, options, None, shard)
+
+
+@overload
+def disalign_cross_entropy(
+    input: Tensor, target: Target, confidence: Tensor, scale: Tensor, bias: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100, reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[False] = False, **options: Unpack[CalibratedFunctionOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def disalign_cross_entropy(
+    input: Tensor, target: Target, confidence: Tensor, scale: Tensor, bias: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100, reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[True, "entropy"], **options: Unpack[CalibratedFunctionOptions],
+) -> LossDetails: ...  # fmt: skip
 
 
 @torch.fx.wrap
@@ -120,7 +176,8 @@ def disalign_cross_entropy(
     inplace_backward: bool = False,
     gradient: GradientPass = "auto",
     shard: Shard | None = None,
-) -> Tensor:
+    return_details: bool | Literal["entropy"] = False,
+) -> Tensor | LossDetails:
     """The loss of DisAlign's calibrated logits, without building them.
 
     Args:
@@ -146,6 +203,8 @@ def disalign_cross_entropy(
         focal_gamma, inplace_backward, gradient,
     )  # fmt: skip
     calibration = Calibration(confidence, scale, bias, form, background)
+    if return_details is not False:
+        return entry.loss_with_details(input, target, options, calibration, shard, return_details)
     return entry.loss(input, target, options, calibration, shard)
 
 

@@ -163,8 +163,9 @@ class ScaledCrossEntropyLoss(CrossEntropyLoss):
             assert gain is not None
         # A calibration that is sure of itself: (1 + c a) z + c b with c = sigmoid(inf) = 1.
         sure = torch.full(positions_shape(input), math.inf, device=input.device)
+        no_bias: Any = 0.0
         return functional.disalign_cross_entropy(
-            input, target, sure, gain - 1, 0.0, self._weight(), self.ignore_index,  # type: ignore[arg-type]
+            input, target, sure, gain - 1, no_bias, self._weight(), self.ignore_index,
             self.reduction, self.label_smoothing, form="residual", sample_weight=sample_weight,
             normalizer=self.normalizer, prior=self.prior, margin=self.margin,
             focal_gamma=self.focal_gamma, inplace_backward=self.inplace_backward,

@@ -12,7 +12,8 @@ enum ReductionCode : int64_t { kReduceNone = 0, kReduceMean = 1, kReduceSum = 2 
 // What 'mean' divides by.
 enum NormalizerCode : int64_t { kByWeights = 0, kByValid = 1, kByCount = 2, kByGiven = 3 };
 
-// Bits: gradients, and an upsampled loss's details.
+// Bits: gradients, and details: the positions' losses beside a reduced one, and of an upsampled loss
+// more.
 enum WantedCode : int64_t {
   kWantLogits = 1,
   kWantScale = 2,

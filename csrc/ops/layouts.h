@@ -8,6 +8,8 @@ namespace disalign {
 // Rows (N, C), classes next to each other, or class planes (N, C, S), positions next to each other.
 template <bool Planes>
 struct FlatLayout {
+  static constexpr bool kPredicts = false;  // whether its details are more than the losses
+
   template <class Args>
   static void set(const Tensor& logits, const Tensor&, Args& args) {
     set(logits, args);
@@ -57,6 +59,8 @@ using DenseLayout = FlatLayout<true>;
 
 // (N, C, h, w) of any strides, under a target (N, H, W).
 struct UpsampleLayout {
+  static constexpr bool kPredicts = true;
+
   template <class Args>
   static void set(const Tensor& logits, const Tensor& target, Args& args, bool align_corners) {
     // With class probabilities (images, classes, height, width).

@@ -60,11 +60,13 @@ struct LossOperator {
     args.denominator = static_cast<double*>(add(new_tensor({}, ScalarType::Double, place)));
     add_gradients(logits, confidences, wanted, nullptr, args, results);
     if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
-      if (wanted.details) {
-        if (!each) args.loss = add(new_vector(logits, positions));
-        args.probability = add(new_vector(logits, positions));
-        args.prediction =
-            static_cast<int64_t*>(add(new_tensor(&positions, 1, aoti_torch_dtype_int64(), place)));
+      if (wanted.details && !each) args.loss = add(new_vector(logits, positions));
+      if constexpr (Layout::kPredicts) {
+        if (wanted.details) {
+          args.probability = add(new_vector(logits, positions));
+          args.prediction = static_cast<int64_t*>(
+              add(new_tensor(&positions, 1, aoti_torch_dtype_int64(), place)));
+        }
       }
     }
     device.template forward<Operator>(logits, args);

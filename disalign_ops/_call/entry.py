@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from .._ops.codes import NORMALIZERS, REDUCTIONS
 from .._ops.problem import Inputs, Problem
 from .._ops.schemas import ROW
 from ..errors import ArgumentError
-from . import mixed, sharded, tracing
+from . import details, mixed, sharded, tracing
 from .arguments import check_input, check_target, is_probability, positions_shape, row_vector
+from .details import LossDetails
 from .options import (
     Calibration,
     Options,
@@ -65,6 +66,30 @@ def loss(
     if found.dtype is input.dtype and not promoting:
         return found
     return output(input, found, None, *promoting)
+
+
+def loss_with_details(
+    input: Tensor,
+    target: Target,
+    options: Options,
+    calibration: Calibration | None,
+    shard: Shard | None,
+    return_details: bool | Literal["entropy"],
+) -> LossDetails:
+    """The same with what is known of each position."""
+    if return_details not in (True, "entropy"):
+        raise ArgumentError(
+            f"return_details must be False, True or 'entropy', got {return_details!r}"
+        )
+    if shard is not None or isinstance(target, tuple) or composed.is_tracing():
+        raise ArgumentError(
+            "return_details must be False where shard is given, target is a tuple, or "
+            f"torch.jit.trace records, got {return_details!r}"
+        )
+    call = validate(input, target, options, calibration)
+    assert call is not None
+    promoting = (target, options.weight) if call[0].soft else ()
+    return details.of(input, *call, return_details == "entropy", *promoting)
 
 
 def validate(

@@ -131,7 +131,7 @@ def _one_read(
     )  # fmt: skip
     assert call is not None
     inputs, problem = call
-    logits, u_t, u_o = _calibrated_at(inputs, problem, t, o, k)
+    logits, u_t, u_o = calibrated_at(inputs, problem, t, o, k)
     found = dispatch.compute(inputs._replace(logits=logits), problem)[0]
     rest = torch.where(k == 0, 0.0, k * (u_t - u_o))
     if given.reduction == "none":
@@ -177,7 +177,7 @@ def _two_reads(
     return _reduce(losses, given, divisor, empty=None)
 
 
-def _calibrated_at(
+def calibrated_at(
     inputs: Inputs, problem: Problem, t: Tensor, o: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The logits, to be used in place of the inputs', and u_t and u_o, flat. 0 where k is 0."""

@@ -63,7 +63,9 @@ class Shard:
     | input (N, C, d1, ...) | the kernels of shards are those of rows: pass (N d1 ..., C_rank) |
     | background | it would name a column of every rank, and the column is one rank's (below) |
     | inplace_backward where input is a DTensor | it does not notice a write to its local part |
-    | `upsample_cross_entropy`, so return_details | its kernels need all classes of a position |
+    | `upsample_cross_entropy` | its kernels need all classes of a position |
+    | return_details | a rank knows the most probable of its own classes alone |
+    | a target (a, b, lam) | add up lam times the loss of a and 1 - lam times that of b |
     | `loss` of the layers in `disalign_ops.nn` | nothing sums the gradient of their x over ranks |
     | create_graph, is_grads_batched | the exchange has no second derivative (RuntimeError) |
     | torch.func, forward mode, torch.export, torch.jit.trace | no exchange in them (RuntimeError) |

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .shard import Shard
 
 ReductionName: TypeAlias = Literal["mean", "sum", "none"]
 Form: TypeAlias = Literal["interpolated", "residual"]
@@ -29,6 +32,20 @@ class ExtendedOptions(TypedDict, total=False):
     focal_gamma: float
     inplace_backward: bool
     gradient: GradientPass
+
+
+class FunctionOptions(ExtendedOptions, total=False):
+    """Keywords of the functions of logits but `return_details`."""
+
+    sample_weight: Tensor | None
+    shard: Shard | None
+
+
+class CalibratedFunctionOptions(FunctionOptions, total=False):
+    """Those of `disalign_cross_entropy`."""
+
+    form: Form
+    background: Background | None
 
 
 class CriterionOptions(ExtendedOptions, total=False):

@@ -57,8 +57,14 @@ def _by_name(results: list[Tensor], wanted: int, first: int = 0) -> list[Tensor 
 _FIRST_GRADIENT = 3  # of forward: loss, statistics and denominator are before it
 
 
-def _details(results: list[Tensor], wanted: int) -> list[Tensor]:
-    return results[_FIRST_GRADIENT + (wanted & ~DETAILS).bit_count() :] if wanted & DETAILS else []
+def _details(results: list[Tensor], wanted: int, problem: Problem) -> list[Tensor]:
+    """The positions' losses, where the result is not that; then what the layout has: statistics, or
+    of an upsampled loss the target's softmax and prediction.
+    """
+    if not wanted & DETAILS:
+        return []
+    found = results[_FIRST_GRADIENT + (wanted & ~DETAILS).bit_count() :]
+    return found if problem.layout.name == UPSAMPLE.name else [*found, results[1]]
 
 
 class Saved(NamedTuple):
@@ -286,7 +292,7 @@ class _Loss(torch.autograd.Function):
         _save(ctx, problem, inputs, results, wanted, kept)
         if not problem.details:
             return results[0]
-        details = _details(results, wanted)
+        details = _details(results, wanted, problem)
         ctx.mark_non_differentiable(*details)
         return (results[0], *details)
 
@@ -336,12 +342,12 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
         wanted |= DETAILS
     if compiling:
         results = _forward(_all_classes(inputs, problem), problem, wanted)
-        return (results[0], *(t.detach() for t in _details(results, wanted)))
+        return (results[0], *(t.detach() for t in _details(results, wanted, problem)))
     try:
         if not need:
             with _BelowAutograd():
                 results = _forward(_all_classes(inputs, problem), problem, wanted)
-            return (results[0], *_details(results, wanted))
+            return (results[0], *_details(results, wanted, problem))
         found = _apply(logits, scale, bias, confidence, inputs, problem, wanted)
     except RuntimeError as error:
         _raise_for_target(error, inputs.target)

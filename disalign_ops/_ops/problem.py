@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     """The rest of it, numbers alone.
 
     numbers: ignore_index, label_smoothing, focal_gamma, and the layout's options. reduction and
-    normalizer: codes.py. details: of an upsampled loss. in_place: backward writes over the logits.
+    normalizer: codes.py. details: see autograd.loss. in_place: backward writes over the logits.
     gradient: the pass that makes the gradient of the logits, "auto", "forward" or "backward".
     """
 

@@ -11,6 +11,7 @@ Below autograd an operator cannot know which gradients are wanted, so it is told
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,9 +70,9 @@ def schemas(layout: Layout) -> tuple[str, ...]:
 
     target: class indices, or class probabilities of the logits' dtype or the accumulation dtype,
     and of the logits' shape (upsample: at the size of the loss).
-    forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; of an
-    upsampled loss with details the positions' loss (where `loss` is not that), the target's
-    softmax, and prediction.
+    forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; with
+    details the positions' loss (where `loss` is not that), and of an upsampled loss the target's
+    softmax and prediction.
     backward: gradients. backward_: that of the logits is written over them, and is no result.
     """
     name = layout.name
@@ -144,7 +145,9 @@ def _gradient_fakes(logits: Tensor, wanted: int) -> list[Tensor]:
     ]
 
 
-def _forward_fake(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
+def _forward_fake(
+    logits: Tensor, target: Tensor, *rest: Any, predicts: bool = False
+) -> list[Tensor]:
     reduction, _, wanted = rest[-3:]
     dtype = reference.accumulate_dtype(logits.dtype)
     soft = target.is_floating_point()
@@ -157,10 +160,11 @@ def _forward_fake(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
         *_gradient_fakes(logits, wanted),
     ]
     if wanted & DETAILS:
-        losses = [] if each else [logits.new_empty((positions,), dtype=dtype)]
+        results += [] if each else [logits.new_empty((positions,), dtype=dtype)]
+    if wanted & DETAILS and predicts:
         probability = logits.new_empty((positions,), dtype=dtype)
         prediction = logits.new_empty((positions,), dtype=torch.int64)
-        results += [*losses, probability, prediction]
+        results += [probability, prediction]
     return results
 
 
@@ -204,7 +208,8 @@ def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:
     if native:
         found |= {f"{layout.name}_backward_made": _made_fake for layout in MADE_LAYOUTS}
     for layout in LAYOUTS:
-        found[f"{layout.name}_forward"] = _forward_fake
+        predicts = layout is UPSAMPLE
+        found[f"{layout.name}_forward"] = functools.partial(_forward_fake, predicts=predicts)
         found[f"{layout.name}_backward"] = _backward_fake
         found[f"{layout.name}_backward_"] = _in_place_fake
     found["row_shard_forward"] = _shard_forward_fake

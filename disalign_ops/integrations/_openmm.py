@@ -143,7 +143,8 @@ class GRWCrossEntropyLoss(nn.Module):
         options = self.options(
             label, cls_score.shape[1], weight, avg_factor, reduction_override, ignore_index
         )
-        return self.loss_weight * cross_entropy(cls_score, label, **options)
+        loss: Tensor = cross_entropy(cls_score, label, **options)
+        return self.loss_weight * loss
 
 
 def _class_weight(given: Any) -> Tensor:

@@ -147,9 +147,10 @@ class _DisAlign(Calibration):
                 )  # fmt: skip
         logits, features = self._checked_raw(x)
         confidence = self._confidence(features)
-        return functional.disalign_cross_entropy(
+        found: Tensor = functional.disalign_cross_entropy(
             logits, target, confidence, self.logit_scale, self.logit_bias, **self._form(), **options
         )
+        return found
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

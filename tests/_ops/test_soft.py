@@ -214,3 +214,62 @@ def test_upsampled(
         expected = gradients(d.to(torch.float64), y.double())
     for what, a, e in zip(("loss", *NAMES), actual, expected, strict=False):
         assert_close(a, e, dtype, what)
+
+
+def test_transforms_go_through_the_reference() -> None:
+    z, y = torch.randn(2, 3, 5, dtype=torch.float64), torch.rand(2, 3, 5, dtype=torch.float64)
+    tangent = torch.randn(3, 5, dtype=torch.float64)
+    each = torch.func.vmap(disalign_ops.cross_entropy)(z, y)
+    assert_close(each, torch.func.vmap(F.cross_entropy)(z, y), torch.float64, "vmap")
+    found = torch.func.grad(disalign_ops.cross_entropy)(z[0], y[0])
+    assert_close(found, torch.func.grad(F.cross_entropy)(z[0], y[0]), torch.float64, "grad")
+    found = torch.func.jvp(lambda x: disalign_ops.cross_entropy(x, y[0]), (z[0],), (tangent,))[1]
+    expected = torch.func.jvp(lambda x: F.cross_entropy(x, y[0]), (z[0],), (tangent,))[1]
+    assert_close(found, expected, torch.float64, "jvp")
+
+
+def test_gradients_of_any_order() -> None:
+    r = rows(3, 5)
+    y = torch.rand(3, 5, dtype=torch.float64)
+
+    def loss(z: Tensor, c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return disalign_ops.disalign_cross_entropy(z, y, c, a, b, label_smoothing=0.1)
+
+    assert torch.autograd.gradcheck(loss, r.learned)
+    assert torch.autograd.gradgradcheck(loss, r.learned)
+    (twice,) = torch.autograd.grad(
+        disalign_ops.cross_entropy(r.logits, y.requires_grad_()), y
+    )  # through the reference, which gives the probabilities a gradient
+    (expected,) = torch.autograd.grad(F.cross_entropy(r.logits, y), y)
+    assert_close(twice, expected, torch.float64, "probabilities")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_bits_on_every_run_and_a_second_backward(threads: int) -> None:
+    r = rows(64, 1204, torch.float32)
+    y = probabilities(r.logits).float()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        losses = [
+            disalign_ops.disalign_cross_entropy(r.logits, y, r.confidence, r.scale, r.bias)
+            for _ in range(2)
+        ]
+        first, second = (torch.autograd.grad(loss, r.learned, retain_graph=True) for loss in losses)
+        again = torch.autograd.grad(losses[0], r.learned)
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(first, second, again, strict=True):
+        assert torch.equal(a, b)
+        assert_close(c, a, torch.float32, "again")
+
+
+def test_in_place() -> None:
+    z = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    y = torch.rand(7, 11, dtype=torch.float64)
+    made = z * 1
+    disalign_ops.cross_entropy(made, y, inplace_backward=True).backward()
+    (expected,) = torch.autograd.grad(F.cross_entropy(z, y), z)
+    assert z.grad is not None
+    assert torch.equal(made.detach(), z.grad)
+    assert_close(z.grad, expected, torch.float64, "in place")

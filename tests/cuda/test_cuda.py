@@ -21,7 +21,7 @@ from support.dense_cases import dense
 from support.places import TESTS, test_files
 from support.tolerances import assert_close
 
-FILES = ["row", "dense", "upsample", "in_place", "autograd", "stage2", "gradient_pass"]
+FILES = ["row", "soft", "dense", "upsample", "in_place", "autograd", "stage2", "gradient_pass"]
 
 pytestmark = [
     pytest.mark.cuda,

@@ -18,8 +18,10 @@ STANDARD = {
     "tests/cuda/test_launch_plans.py": "waves, balance, bytes in flight of the row kernels on GPUs",
     "tests/cuda/test_machine_code.py": "how many instructions a warp issues",
     "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
+    "tests/cuda/test_cuda_soft.py": "CUDA kernels of class probabilities at each tier; traffic",
     "tests/cuda/test_simt.py": "the host model of CUDA finds the faults it is there for",
     "tests/_ops/test_triton_targets.py": "each option compiles with Triton for each layout",
+    "tests/_ops/test_triton_soft.py": "class probabilities in Triton, interpreted and compiled",
     "tests/_ops/test_triton_machine_code.py": "how many instructions a warp of Triton's issues",
     "tests/_ops/test_triton.py::test_every_kernel_compiles": "registers of the Triton kernels",
     "tests/_ops/test_triton.py::test_aligned_rows": "16-byte reads of the Triton kernels",
@@ -68,6 +70,7 @@ GROUPS = {
     "tests/_ops/test_triton.py::test_aligned_rows": "triton registers",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier": "simt",
     "tests/cuda/test_cuda_simt.py::test_row": "simt",
+    "tests/cuda/test_cuda_soft.py": "simt",
     "tests/cuda/test_simt.py": "planted",
 }
 

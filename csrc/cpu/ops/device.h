@@ -155,7 +155,7 @@ struct CpuOperator {
   using Args = LossArgs;
   using Device = Cpu;
   static constexpr int64_t kWantedOfForward =
-      kWantLogits | kWantScale | kWantBias | kWantConfidence;
+      kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
 
   static Partition run_forward(const Tensor& logits, const LossArgs& args) {
     return run(logits, args, &LossKernels::forward);

@@ -10,12 +10,14 @@ struct Dense {
   using Args = DenseArgs;
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
-      kWantLogits | kWantScale | kWantBias | kWantConfidence;
+      kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
+    if (args.probabilities) return launch_soft_dense_forward(launcher, dtype, args);
     launch_dense_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
+    if (args.probabilities) return launch_soft_dense_backward(launcher, dtype, args);
     launch_dense_backward(launcher, dtype, args);
   }
 };

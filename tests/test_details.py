@@ -1,0 +1,127 @@
+"""return_details: what a loss knows of every position besides its value."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import disalign_ops
+from disalign_ops import LossDetails
+from disalign_ops._ops import reference
+from disalign_ops.errors import ArgumentError
+from support.cases import rows
+from support.dense_cases import dense
+from support.tolerances import assert_close
+
+
+def found(p: Any, calibrated: bool, which: Any = True, target: Any = None) -> LossDetails:
+    target = p.target if target is None else target
+    if calibrated:
+        return disalign_ops.disalign_cross_entropy(
+            p.logits, target, p.confidence, p.scale, p.bias, form="residual", **p.options,
+            return_details=which,
+        )  # fmt: skip
+    return disalign_ops.cross_entropy(p.logits, target, **p.options, return_details=which)
+
+
+def plain(p: Any, calibrated: bool, **others: Any) -> Tensor:
+    options = {**p.options, **others}
+    with disalign_ops.set_backend("reference"):
+        if calibrated:
+            return disalign_ops.disalign_cross_entropy(
+                p.logits, p.target, p.confidence, p.scale, p.bias, form="residual", **options
+            )
+        return disalign_ops.cross_entropy(p.logits, p.target, **options)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference", "auto"])
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_field(dtype: torch.dtype, planes: bool, calibrated: bool, backend: str) -> None:
+    shape = (3, 18, 2, 5) if planes else (9, 18)
+    for reduction, margin, prior, sampled in itertools.product(
+        ("mean", "none"), (None, 0.7), (False, True), (False, True)
+    ):
+        p: Any = dense(shape, dtype=dtype) if planes else rows(*shape, dtype)
+        p.target.view(-1)[::4] = -100
+        p.options = {
+            "reduction": reduction, "margin": margin, "label_smoothing": 0.1,
+            "weight": torch.rand(18).to(dtype) + 0.1,
+            "prior": torch.linspace(-3, 3, 18).to(dtype) if prior else None,
+            "sample_weight": torch.rand(p.target.shape).to(dtype) if sampled else None,
+        }  # fmt: skip
+        with disalign_ops.set_backend(backend):
+            details = found(p, calibrated, "entropy")
+        z = p.logits.detach().movedim(1, -1).reshape(-1, 18)
+        a = (p.scale, p.bias, p.confidence.reshape(-1)) if calibrated else (None, None, None)
+        u = reference.calibrated_logits(z, *a, p.options["prior"]).detach()
+        target = p.target.reshape(-1)
+        valid = target != -100
+        log_p = u.log_softmax(1)
+        t = torch.where(valid, target, 0)[:, None]
+        expected = {
+            "position_loss": plain(p, calibrated, reduction="none").detach().reshape(-1),
+            "log_sum_exp": torch.where(valid, u.logsumexp(1), 0.0),
+            "probability": torch.where(valid, log_p.gather(1, t)[:, 0].exp(), 0.0),
+            "entropy": -(log_p.exp() * log_p).sum(1),
+        }
+        for name, value in expected.items():
+            given = getattr(details, name)
+            assert given.shape == p.target.shape
+            assert not given.requires_grad
+            assert_close(given.reshape(-1), value, dtype, name)
+        assert torch.equal(details.prediction.reshape(-1), u.argmax(1))
+        assert details.correct is not None
+        assert torch.equal(details.correct.reshape(-1), (u.argmax(1) == target) & valid)
+        assert_close(details.loss.detach(), plain(p, calibrated).detach(), dtype, "loss")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_loss_keeps_its_gradients(calibrated: bool) -> None:
+    r = rows(9, 67)
+    learned = r.learned if calibrated else [r.logits]
+    details = found(r, calibrated)
+    assert details.entropy is None
+    gradients = torch.autograd.grad(details.loss, learned)
+    expected = torch.autograd.grad(plain(r, calibrated), learned)
+    for a, e in zip(gradients, expected, strict=True):
+        assert_close(a, e, torch.float64, "gradient")
+
+
+def test_class_probabilities_have_no_one_target() -> None:
+    z = torch.randn(4, 5, requires_grad=True)
+    details = disalign_ops.cross_entropy(z, torch.rand(4, 5), return_details=True)
+    assert details.probability is None
+    assert details.correct is None
+    assert torch.equal(details.prediction, z.argmax(1))
+    assert_close(details.log_sum_exp, z.detach().logsumexp(1), torch.float32, "log_sum_exp")
+
+
+def test_compiled() -> None:
+    z, t = torch.randn(4, 5, requires_grad=True), torch.tensor([1, 2, 3, -100])
+
+    def both(z: Tensor) -> Any:
+        return disalign_ops.cross_entropy(z, t, return_details=True)
+
+    eager = both(z)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(z)
+    for name in ("loss", "position_loss", "log_sum_exp", "probability", "prediction", "correct"):
+        assert torch.equal(getattr(compiled, name), getattr(eager, name)), name
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "a word": {"return_details": "all"},
+    "a number": {"return_details": 2},
+    "a shard": {"return_details": True, "shard": disalign_ops.Shard()},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str) -> None:
+    with pytest.raises(ArgumentError, match=r"^return_details must be False"):
+        disalign_ops.cross_entropy(torch.randn(4, 5), torch.zeros(4).long(), **REFUSED[case])
