@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 FOLDER = "repository"  # of the pages that are made of files outside docs
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-LANGUAGES = {".py": "python", ".txt": "text", ".csv": "text"}
+LANGUAGES = {".py": "python", ".txt": "text", ".csv": "text", ".yml": "yaml"}
 PICTURES = (".svg", ".png")
 FORMULA = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.MULTILINE | re.DOTALL)
 REMOTE = re.compile(r"<(?:script|img|iframe)[^>]+src=\"?https?:|<link[^>]+stylesheet[^>]+https?:")
