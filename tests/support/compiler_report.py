@@ -116,6 +116,8 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_CLUSTER_CALIBRATED, _FP16): 60,
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
+    ("100", "soft_row_kernel", (False, True), _BF16): 12,
+    ("100", "soft_row_kernel", (False, True), _FP16): 12,
     ("120", "soft_row_kernel", (False, True), "f"): 48,
     ("120", "soft_row_kernel", (True, True), _BF16): 32,
     ("120", "soft_row_kernel", (True, True), _FP16): 32,
