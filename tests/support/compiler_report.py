@@ -116,6 +116,11 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_CLUSTER_CALIBRATED, _FP16): 60,
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
+    ("100", "soft_row_kernel", (False, True), _BF16): 12,
+    ("100", "soft_row_kernel", (False, True), _FP16): 12,
+    ("120", "soft_row_kernel", (False, True), "f"): 48,
+    ("120", "soft_row_kernel", (True, True), _BF16): 32,
+    ("120", "soft_row_kernel", (True, True), _FP16): 32,
     # Of planes, what stays the same for a tile.
     ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
     ("100", "dense_kernel", _WITH_OPTIONS, _BF16): 16,
