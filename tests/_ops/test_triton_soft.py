@@ -238,8 +238,8 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
 # As in test_triton.py: (kernel, layout, warps) -> (float32 and bfloat16, float64).
 REGISTERS = {
     ("backward_kernel", "upsample", 4): (255, 224),
-    ("soft_backward_kernel", "planes", 1): (208, 224),
-    ("soft_backward_kernel", "planes", 2): (168, 0),
+    ("soft_backward_kernel", "planes", 1): (224, 232),
+    ("soft_backward_kernel", "planes", 2): (192, 0),
     ("soft_backward_kernel", "rows", 1): (168, 168),
     ("soft_backward_kernel", "rows", 2): (168, 176),
     ("soft_backward_kernel", "rows", 4): (152, 160),
