@@ -4,16 +4,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py $(wildcard buildtools/*.py)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations bench bench-full gpu-check lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations dist test-dist kernels-hub bench bench-full gpu-check lint docs format clean
 
 setup: $(VENV)/.installed $(VENV)/.built
 
 # --no-compile: a demo imports a small part of torch, and Python compiles what it imports.
 $(VENV)/.demo: requirements-demo.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python must be 3.11 or newer for the pinned packages (3.10 serves to use disalign_ops), got %d.%d: PYTHON=python3.11 make ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -r requirements-demo.txt
 	touch $@
@@ -24,7 +25,7 @@ $(VENV)/.installed: requirements.txt requirements-recipes.txt $(VENV)/.demo
 	touch $@
 
 $(VENV)/.built: $(VENV)/.demo $(NATIVE) pyproject.toml
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: $(VENV)/.built
@@ -74,7 +75,32 @@ $(INTEGRATIONS)/.built: $(INTEGRATIONS)/.installed $(VENV)/.built $(PACKAGE)
 # Without conftest.py files: pytest would put their folders on the path, and find this tree there
 # before the wheel.
 test-integrations: $(INTEGRATIONS)/.built
-	$(INTEGRATIONS)/bin/python -P -m pytest --noconftest -o pythonpath= tests/integrations
+	DISALIGN_OPS_TEST_WHEEL=1 $(INTEGRATIONS)/bin/python -P -m pytest --noconftest -o pythonpath= tests/integrations
+
+# What is published, in dist/. DISALIGN_OPS_CUDA=1: with the CUDA library for all architectures.
+RELEASE := .venv-release
+
+$(RELEASE)/.installed: requirements-release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet -r requirements-release.txt
+	touch $@
+
+dist: $(VENV)/.demo $(RELEASE)/.installed
+	PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" $(BIN)/python -m buildtools.dist dist
+
+# The wheel of `make dist` in a new environment under another torch, without a compiler.
+TORCH ?= 2.13.0
+CLEAN := build/clean-$(TORCH)
+test-dist: $(if $(wildcard dist/*manylinux*.whl),,dist)
+	$(PYTHON) -m venv --clear $(CLEAN)
+	$(CLEAN)/bin/python -m pip install --quiet torch==$(TORCH) pytest dist/*manylinux*.whl
+	env -i PATH="$(CURDIR)/$(CLEAN)/bin" DISALIGN_OPS_TEST_WHEEL=1 $(CLEAN)/bin/python -I -m pytest \
+	  --noconftest -o pythonpath= -o addopts= tests/integrations/test_wheel.py
+
+# What the Hugging Face kernels hub builds from: buildtools/kernels_hub.py. REPOSITORY: its name there.
+REPOSITORY ?= OWNER/disalign-ops
+kernels-hub:
+	$(PYTHON) -m buildtools.kernels_hub build/kernels-hub --repository $(REPOSITORY)
 
 # Object detection and instance segmentation need torchvision.
 demo-detection: $(INTEGRATIONS)/.built
@@ -104,6 +130,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/zizmor --quiet --offline --config .github/zizmor.yml .github
 
 format: setup
 	$(BIN)/ruff format .
@@ -111,4 +138,4 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build out disalign_ops/lib *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) $(RELEASE) dist build out disalign_ops/lib *.egg-info

@@ -260,7 +260,7 @@ def run_step(step: Step, folder: Path, limit: float) -> Json:
 def tree() -> str:
     """Of the sources: results of two trees do not belong into one folder."""
     files = [ROOT / "CMakeLists.txt", ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]
-    for part in ("benchmarks", "disalign_ops", "tests"):
+    for part in ("benchmarks", "buildtools", "disalign_ops", "tests"):
         files += (ROOT / part).rglob("*.py")
     digest = hashlib.sha256()
     for path in sorted(files):

@@ -24,15 +24,16 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ._call.arguments import python_number
 from ._call.types import Background
 from .count_files import read_counts
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = [
     "class_balanced_weights",
@@ -59,9 +60,9 @@ class _Labelled(Protocol):
 
 
 Counts: TypeAlias = (
-    torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[float]
-    | Mapping[int, int] | Mapping[int, float] | _Series | _Labelled
-)  # fmt: skip
+    "torch.Tensor | npt.NDArray[Any] | Sequence[int] | Sequence[float] "
+    "| Mapping[int, int] | Mapping[int, float] | _Series | _Labelled"
+)
 
 _NAMED_CLASSES = 5  # an error names this many classes, then says how many there are
 
@@ -238,6 +239,8 @@ def _as_counts(
             )
         n = given.detach().cpu().to(torch.float64)
     else:
+        import numpy as np
+
         try:
             array = np.asarray(given)
         except ValueError as error:  # a ragged list
@@ -272,7 +275,7 @@ def _by_class(
             index = operator.index(key)
         except TypeError:
             index = -1
-        if index < 0 or isinstance(key, bool | np.bool_):
+        if index < 0 or type(key).__name__ in ("bool", "bool_"):  # numpy's too
             hint = "; pass a list of counts in class order" if isinstance(key, str) else ""
             raise ValueError(f"{name} must have the class indices 0 to C - 1, got {key!r}{hint}")
         if index in found:
@@ -298,6 +301,8 @@ def _by_class(
 
 def _of_targets(dataset: Any, name: str, num_classes: int | None) -> list[int]:
     """How often a data set has each label."""
+    import numpy as np
+
     labels = dataset.targets
     labels = np.asarray(labels.detach().cpu() if isinstance(labels, torch.Tensor) else labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:

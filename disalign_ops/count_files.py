@@ -13,7 +13,6 @@ import zipfile
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 
 from ._call.arguments import check_integer
@@ -121,6 +120,8 @@ def _read_text(path: Path) -> str:
 
 
 def _read_npy(path: Path) -> list[Number]:
+    import numpy as np
+
     with path.open("rb") as file:
         try:
             array = np.load(file, allow_pickle=False)

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ._call.arguments import LOGITS_DTYPES
+from ._call.arguments import LOGITS_DTYPES, numpy_types
 from ._ops.backends import constant_in_graphs
 from ._ops.dispatch import serving_backend, transformed
 from .functional import cross_entropy
@@ -49,7 +48,9 @@ def _why_torch(input: Any, target: Any, weight: Any, numbers: Iterable[Any]) -> 
 def _is_at_hand(number: object) -> bool:
     """Whether a number can be read now: torch's function waits for a device, or traces numpy's."""
     if torch.compiler.is_compiling():
-        return not isinstance(number, Tensor | np.ndarray)  # np.generic is traced as np.ndarray
+        return not isinstance(
+            number, (Tensor, *numpy_types()[:1])
+        )  # np.generic is traced as np.ndarray
     return not isinstance(number, Tensor) or number.is_cpu
 
 

@@ -8,10 +8,8 @@ where the class of the row is the target.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -19,10 +17,13 @@ from ._call.arguments import check_integer
 from .class_stats import Counts, _as_counts, _classes, _number
 from .metrics import _sum_over_ranks
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 __all__ = ["ADE20K_SPLIT", "SegmentationIoU", "split_pixels"]
 
-Group: TypeAlias = torch.Tensor | npt.NDArray[Any] | Iterable[int] | Iterable[bool]
-Split: TypeAlias = Sequence[Group] | torch.Tensor | npt.NDArray[Any]
+Group: TypeAlias = "torch.Tensor | npt.NDArray[Any] | Iterable[int] | Iterable[bool]"
+Split: TypeAlias = "Sequence[Group] | torch.Tensor | npt.NDArray[Any]"
 
 _GROUPS = ("head", "body", "tail")
 
@@ -269,6 +270,8 @@ def _mask(name: str, group: Group, num_classes: int) -> torch.Tensor:
     elif isinstance(group, str) or not isinstance(group, Iterable):
         raise TypeError(f"{name} must be {allowed}, got {type(group).__name__}")
     else:
+        import numpy as np
+
         try:
             array = np.asarray(group if isinstance(group, np.ndarray) else list(group))
         except ValueError as error:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,9 @@ from ._call.arguments import check_choice, check_integer, check_number
 from .class_stats import Counts, grw_weights
 from .errors import ArgumentError, ArgumentTypeError
 from .nn.linear import _DisAlign
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 def _layer_of(model: nn.Module) -> _DisAlign:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,13 +30,23 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ArgumentError(f"{name} must be one of {allowed}, got {value!r}")
 
 
+def numpy_types() -> tuple[Any, ...]:
+    """The types of numpy's arrays and numbers; () where nobody has imported it, so no value is one.
+
+    disalign_ops imports numpy only where it reads arrays or files.
+    """
+    numpy = sys.modules.get("numpy")
+    return (numpy.ndarray, numpy.generic) if numpy else ()
+
+
 def python_number(name: str, value: Any, needed: str) -> Any:
     """`value` as an int or a float; numpy's numbers and 0-d tensors on the CPU are read.
 
     A tensor on another device is refused: reading it would wait for the device. Symbolic numbers
     are left as they are. A bool is not a number.
     """
-    if isinstance(value, Tensor | np.generic | np.ndarray):
+    tensors: Any = (Tensor, *numpy_types())
+    if isinstance(value, tensors):
         if value.ndim:
             raise ArgumentTypeError(
                 f"{name} must be {needed}, got a {type(value).__name__} of shape "
@@ -62,7 +71,8 @@ def python_number(name: str, value: Any, needed: str) -> Any:
 
 def _described(value: object) -> str:
     """A value and its type, for messages; a value that takes many characters is left out."""
-    dtype = f" of {value.dtype}" if isinstance(value, Tensor | np.ndarray) else ""
+    arrays: Any = (Tensor, *numpy_types()[:1])
+    dtype = f" of {value.dtype}" if isinstance(value, arrays) else ""
     text = repr(value)
     kind = f"a {type(value).__name__}{dtype}"
     return f"{text} ({kind})" if len(text) <= 60 and "\n" not in text else kind
@@ -172,7 +182,8 @@ def check_image(input: Tensor) -> int:
 
 def check_size(size: object) -> tuple[int, int]:
     """(H, W), both above 0."""
-    if isinstance(size, Sequence | np.ndarray) and not isinstance(size, str) and len(size) == 2:
+    kinds = (Sequence, *numpy_types()[:1])
+    if isinstance(size, kinds) and not isinstance(size, str) and len(size) == 2:
         try:
             height, width = (check_integer("size", n) for n in size)
         except ArgumentTypeError:  # say what the whole of it is
@@ -256,9 +267,9 @@ def _is_number(value: object, input: Tensor) -> bool:
     if isinstance(value, Tensor):
         elsewhere = value.device != input.device
         return not value.dim() and value.is_cpu and (elsewhere or not value.is_floating_point())
-    return isinstance(value, int | float | np.generic) or (
-        isinstance(value, np.ndarray) and not value.ndim
-    )
+    if isinstance(value, numpy_types()):
+        return not cast(Any, value).ndim
+    return isinstance(value, int | float)
 
 
 def class_vector(

@@ -32,6 +32,7 @@ from .codes import (
     REDUCTIONS,
     SCALE,
 )
+from .namespace import NAMESPACE
 from .problem import Inputs, Problem, reference_loss
 from .schemas import LAYOUTS, UPSAMPLE, Layout, library
 
@@ -251,7 +252,7 @@ def register(layout: Layout, lib: torch.library.Library | None = None) -> None:
     """Autograd of a layout's loss and calibrated logits under the dispatcher, as torch.compile and
     `calibrate` take it.
     """
-    name = f"disalign_ops::{layout.prefix}{layout.name}_"
+    name = f"{NAMESPACE}::{layout.prefix}{layout.name}_"
     torch.library.register_autograd(
         name + "forward",
         _operator_backward,

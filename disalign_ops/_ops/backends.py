@@ -14,12 +14,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import ArgumentError
+from .namespace import NAMESPACE
+
+_operators: Any = getattr(torch.ops, NAMESPACE)
 
 NAMES = ("auto", "native", "triton", "reference")
 LIBRARY = Path(__file__).parents[1] / "lib" / "libdisalign_ops_cpu.so"
@@ -51,7 +54,7 @@ _state = _State(_check_name(os.environ.get(_ENVIRONMENT) or "auto", _ENVIRONMENT
 
 
 def _why_missing(library: Path, note: str) -> str:
-    reason = library.parent / note  # written by setup.py
+    reason = library.parent / note  # written at installation
     if reason.exists():
         return reason.read_text().strip()
     return f"{library.name} is not in the package: install it with pip, which builds it"
@@ -76,7 +79,7 @@ def _load(library: Path, note: str, probe: str) -> str | None:
         if not library.exists():
             raise FileNotFoundError(_why_missing(library, note))
         torch.ops.load_library(str(library))
-        getattr(torch.ops.disalign_ops, probe)()
+        getattr(_operators, probe)()
     except (OSError, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None
@@ -119,7 +122,9 @@ def serving(device: torch.device) -> str:
 
 
 _WHAT_TO_INSTALL = {
-    "cpu": "Install a C++ compiler, such as g++, and then disalign_ops again, with pip",
+    # pip keeps the wheel that it built without one.
+    "cpu": "Install a C++ compiler, such as g++, and then disalign_ops again, with pip install "
+    "--force-reinstall --no-deps --no-cache-dir",
     "cuda": "pip install triton, or install nvcc and then disalign_ops again, with pip",
     "xpu": "pip install triton-xpu, or the triton of your PyTorch",
 }
@@ -172,7 +177,7 @@ def _why_not_cuda_device(index: int | None) -> str:
         index = torch.cuda.current_device()
     if index not in _state.cuda_devices:  # the driver and the device's architecture
         with _disable_current_modes():  # fake tensors have no use for a question about a device
-            _state.cuda_devices[index] = torch.ops.disalign_ops.cuda_why_not(index)
+            _state.cuda_devices[index] = _operators.cuda_why_not(index)
     return _state.cuda_devices[index]
 
 
@@ -258,7 +263,7 @@ def backend_info() -> dict[str, object]:
 
     native: dict[str, object] = {"available": bool(_state.native_devices)}
     if _state.why_not_native is None:
-        built = _parsed(torch.ops.disalign_ops.build_info())
+        built = _parsed(_operators.build_info())
         native |= {
             "devices": list(_state.native_devices),
             "instruction_set": built["used"],
@@ -272,7 +277,7 @@ def backend_info() -> dict[str, object]:
     if why_not_cuda is None:
         available = torch.cuda.is_available()
         why_not_cuda = _why_not(torch.device("cuda")) if available else "no CUDA device was found"
-    cuda = _parsed(torch.ops.disalign_ops.cuda_build_info()) if _state.cuda_loaded else {}
+    cuda = _parsed(_operators.cuda_build_info()) if _state.cuda_loaded else {}
     architectures = cuda.get("architectures", "").split(",") if cuda else []
     native |= {
         "cuda_architectures": architectures,

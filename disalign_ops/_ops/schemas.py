@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .codes import DETAILS, GRADIENTS, LOGITS, REDUCTIONS, SHARD_VALUES
+from .namespace import NAMESPACE
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ PREDICT_SCHEMA = (
     "Tensor? prior, SymInt height, SymInt width, bool align_corners) -> Tensor"
 )
 
-library = torch.library.Library("disalign_ops", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def schemas(layout: Layout) -> tuple[str, ...]:
@@ -222,5 +223,5 @@ def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:
 
 
 for _name, _fake in fakes().items():
-    _OPERATORS[_name] = getattr(torch.ops.disalign_ops, _name).default
-    torch.library.register_fake(f"disalign_ops::{_name}", _fake, lib=library)
+    _OPERATORS[_name] = getattr(getattr(torch.ops, NAMESPACE), _name).default
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)

@@ -18,6 +18,7 @@ FILES = sorted(
         *(ROOT / "disalign_ops").rglob("*.py"),
         *(ROOT / "benchmarks").rglob("*.py"),
         *(ROOT / "examples").rglob("*.py"),
+        *(ROOT / "buildtools").rglob("*.py"),
         ROOT / "setup.py",
     )
 )

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from disalign_ops._ops import dispatch, schemas
+from disalign_ops._ops import schemas
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
 from disalign_ops._ops.triton import operators, registration, upsample_operators
 from machine_code import disassembly, triton_kernels
@@ -177,12 +177,6 @@ def test_tracing_sees_the_kernels(mode: str) -> None:
     )
     kernels = [n for n in traced.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
     assert len(kernels) == 5  # forward, the loss, and what sums up scale, bias and confidence
-
-
-def test_every_kind_of_device_has_every_layout() -> None:
-    every = (*(layout.name for layout in schemas.LAYOUTS), "shard")
-    for kind in ("cuda", "xpu", "cpu"):
-        assert dispatch._SOFT_LAYOUTS["triton", kind] == every
 
 
 # ---- Compiled without a GPU ----

@@ -169,6 +169,28 @@ def test_contents_a_shard_of_masked_classes_adds_nothing() -> None:
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+SOFT_OPTIONS = {
+    "plain": (),
+    "calibrated": ("calibration",),
+    "weights without smoothing": ("weight", "calibration"),
+    "everything": ("calibration", "prior", "weight", "smoothing"),
+}
+
+
+@pytest.mark.parametrize("given", SOFT_OPTIONS.values(), ids=list(SOFT_OPTIONS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(9, 133), (5, 1203), (3, 9001)], ids=str)
+def test_class_probabilities(
+    shape: tuple[int, int], dtype: torch.dtype, given: tuple[str, ...]
+) -> None:
+    torch.manual_seed(6)
+    s = shard(*shape, dtype, *given)
+    s.logits = (torch.randn(shape, dtype=torch.float64) * 3).to(dtype)
+    s.target = (torch.rand(shape) ** 4 / shape[1]).to(dtype)
+    s.keep = 1 - s.share * shape[1]
+    compare(s)
+
+
 def test_contents_strided_rows() -> None:
     torch.manual_seed(4)
     s = shard(7, 30, torch.float32, "calibration")

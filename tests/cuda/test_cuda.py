@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 import disalign_ops
-from benchmarks.measure import captured
+from disalign_ops._bench.measure import captured
 from support.cases import Rows, rows
 from support.dense_cases import dense
 from support.places import TESTS, test_files
 from support.tolerances import assert_close
 
-FILES = ["row", "dense", "upsample", "in_place", "autograd", "stage2", "gradient_pass"]
+FILES = ["row", "soft", "dense", "upsample", "in_place", "autograd", "stage2", "gradient_pass"]
 
 pytestmark = [
     pytest.mark.cuda,

@@ -67,6 +67,25 @@ REGISTERS = {
     ("upsample_forward_kernel", True): 255,
     ("upsample_backward_kernel", False): 128,
     ("upsample_backward_kernel", True): 255,
+    ("soft_row_kernel plain", False): 96,  # 5 blocks of 128 threads
+    ("soft_row_kernel plain", True): 152,
+    ("soft_row_kernel plain wide", False): 64,  # 2 blocks of 512 threads
+    ("soft_row_kernel plain wide", True): 128,
+    ("soft_row_kernel calibrated", False): 168,
+    ("soft_row_kernel calibrated", True): 216,
+    ("soft_row_kernel calibrated wide", False): 128,  # a block of 512 threads
+    ("soft_row_kernel calibrated wide", True): 208,
+    ("soft_combine_kernel", False): 72,
+    ("soft_combine_kernel", True): 80,
+    ("soft_dense_kernel plain", False): 128,  # 2 blocks
+    ("soft_dense_kernel plain", True): 128,
+    ("soft_dense_kernel calibrated", False): 128,
+    ("soft_dense_kernel by element", False): 184,  # 1 block; calibrated
+    ("soft_dense_kernel calibrated", True): 144,
+    ("soft_upsample_forward_kernel", False): 128,  # 2 blocks
+    ("soft_upsample_forward_kernel", True): 176,
+    ("soft_upsample_backward_kernel", False): 128,
+    ("soft_upsample_backward_kernel", True): 184,
     ("upsample_nodes_kernel", False): 104,
     ("upsample_nodes_kernel", True): 152,
 }
@@ -86,6 +105,10 @@ def _budget(kernel: Kernel) -> tuple[str, bool]:
         kind = " class sums"
     if kernel.name == "dense_kernel" and kernel.flags[:2] == (True, False):
         kind = " calibrated" if kernel.type in "df" else " by element"
+    if kernel.name == "soft_dense_kernel" and kernel.flags == (True, False) and kernel.type != "d":
+        kind = " by element"
+    if kernel.name == "soft_row_kernel" and kernel.flags[1]:
+        kind += " wide"
     return kernel.name + kind, kernel.type == "d"
 
 
@@ -176,19 +199,25 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         floats = {i for i in atomics if re.search(r"\.(F16|F32|F64|BF16)", i)}
         assert not floats, f"{kernel.symbol} adds in no order"
         assert not atomics or kernel.name in (
-            "row_forward_kernel", "row_warp_kernel", "dense_kernel",
+            "row_forward_kernel", "row_warp_kernel", "dense_kernel", "soft_row_kernel",
+            "soft_dense_kernel",
         )  # fmt: skip
         if kernel.name == "row_warp_kernel" and kernel.flags[-1] == 2:
             clusters = "UCGABAR_WAIT" in code[kernel.symbol]
             assert clusters == (int(architecture) >= 90), kernel.symbol
             if not clusters:
                 continue  # not launched there
-        if kernel.name in ("row_forward_kernel", "row_backward_kernel"):
+        if kernel.name in ("row_forward_kernel", "row_backward_kernel", "soft_row_kernel"):
             # How often, at C = 1203 and others: test_cuda_simt.py counts.
             assert "LDG.E.128" in found, kernel.symbol
-        if kernel.name == "row_warp_kernel" or (kernel.name == "dense_kernel" and kernel.flags[1]):
+        if kernel.name == "row_warp_kernel" or (
+            kernel.name in ("dense_kernel", "soft_dense_kernel") and kernel.flags[1]
+        ):
             copies = "LDGSTS.E.BYPASS.128" if int(architecture) >= 80 else "LDG.E.128"
             assert copies in code[kernel.symbol], kernel.symbol
-        by_element = kernel.name == "dense_kernel" and not kernel.flags[1]
-        if kernel.name in ("row_backward_kernel", "row_warp_kernel", "dense_kernel"):
+        of_planes = kernel.name in ("dense_kernel", "soft_dense_kernel")
+        by_element = of_planes and not kernel.flags[1]
+        if of_planes or kernel.name in (
+            "row_backward_kernel", "row_warp_kernel", "soft_row_kernel",
+        ):  # fmt: skip
             assert ("STG.E.128" in found) == (not by_element), kernel.symbol

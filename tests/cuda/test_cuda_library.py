@@ -139,90 +139,81 @@ def test_a_device_is_judged_without_a_context(tmp_path: Path) -> None:
     assert run.stdout.splitlines() == list(DEVICES.values())
 
 
-# setup.py as pip calls it, but for the compilers: instead of calling them it prints what it would
-# build. Arguments: the folder for the libraries, the driver's library, whether it is a checkout.
-SETUP = """
-import runpy, sys
-from pathlib import Path
-from setuptools import Distribution
-lib, driver, checkout = sys.argv[1:]
-sys.argv = ["setup.py", "--quiet", "--name"]
-command = runpy.run_path("setup.py")["CMakeBuild"](Distribution())
-command.inplace = checkout == "True"
-command.configure = lambda lib, nvcc: None
-command.build = lambda target, lib: print("builds", target)
-names = command.build_cuda.__func__.__globals__
-names["DRIVER_LIBRARY"], names["DRIVER_FILES"] = driver, ()
-command.build_cuda(Path(lib))
+# What buildtools chooses. Arguments: the driver's library.
+CHOICE = """
+import sys
+from buildtools import machine
+machine.DRIVER_LIBRARY, machine.DRIVER_FILES = sys.argv[1], ()
+chosen = machine.cuda()
+print(chosen.why_not or f"builds for {chosen.architectures or 'all'}")
 """
 
 
 def _choose(
-    folder: Path, *, setting: str, nvcc: bool = True, driver: bool = False, checkout: bool = False
-) -> str:
-    """What setup.py builds, or the reason that backend_info() gives."""
-    home, lib = folder / "cuda", folder / "lib"
-    lib.mkdir()
-    environment = {**os.environ, "DISALIGN_OPS_CUDA": setting, "PATH": str(folder)}
+    folder: Path, *, setting: str, nvcc: bool = True, driver: bool = False, gpus: str = "",
+    wanted: str = "",
+) -> str:  # fmt: skip
+    """What is built, or the reason that backend_info() gives. gpus: what nvidia-smi prints."""
+    home, library = folder / "cuda", folder / "libplanted_driver.so.1"
+    environment = {**os.environ, "DISALIGN_OPS_CUDA": setting, "TORCH_CUDA_ARCH_LIST": wanted}
+    environment["PATH"] = str(folder)
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         environment.pop(variable, None)
     if nvcc:
         (home / "bin").mkdir(parents=True)
         (home / "bin" / "nvcc").touch()
         environment["CUDA_HOME"] = str(home)
-    library = folder / "libplanted_driver.so.1"
     if driver:
         subprocess.run(
             [build.compiler(), "-shared", "-x", "c++", os.devnull, "-o", str(library)], check=True
         )
+    if gpus:
+        program = folder / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
+        program.chmod(0o755)
     run = subprocess.run(
-        [sys.executable, "-c", SETUP, str(lib), str(library), str(checkout)],
+        [sys.executable, "-c", CHOICE, str(library)],
         env=environment, cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    if "builds" in run.stdout:
-        assert not (lib / "cuda_not_built.txt").exists()
-        return run.stdout.splitlines()[-1]
-    return backends._why_missing(lib / "libdisalign_ops_cuda.so", "cuda_not_built.txt")
+    return run.stdout.strip()
 
 
-BUILDS = "builds disalign_ops_cuda"
-
-
-def test_an_installation_has_the_cuda_library_where_nvcc_is(tmp_path: Path) -> None:
-    # A wheel is for other machines too: all architectures, driver or not.
-    assert _choose(tmp_path, setting="auto") == BUILDS
-
-
-@pytest.mark.parametrize("checkout", [False, True])
-def test_without_nvcc_there_is_no_cuda_library(tmp_path: Path, checkout: bool) -> None:
-    reason = _choose(tmp_path, setting="auto", nvcc=False, driver=True, checkout=checkout)
-    assert "no nvcc was found" in reason
+def test_without_nvcc_there_is_no_cuda_library(tmp_path: Path) -> None:
+    assert "no nvcc was found" in _choose(tmp_path, setting="auto", nvcc=False, driver=True)
 
 
 @pytest.mark.parametrize(
-    ("setting", "driver", "expected"),
+    ("setting", "driver", "gpus", "wanted", "expected"),
     [
-        ("auto", True, BUILDS),
-        ("auto", False, "an NVIDIA driver is, and none was found (DISALIGN_OPS_CUDA=1 compiles it"),
-        ("1", False, BUILDS),
-        ("0", True, "DISALIGN_OPS_CUDA was 0"),
+        # This machine's GPUs, each architecture once.
+        ("auto", True, "12.0\\n9.0\\n9.0\\n", "", "builds for 9.0 12.0"),
+        ("auto", True, "9.0\\n", "8.0 8.6+PTX", "builds for 8.0 8.6+PTX"),
+        ("auto", True, "No devices were found", "", "builds for all"),
+        ("auto", True, "", "", "builds for all"),
+        ("auto", False, "", "", "no NVIDIA driver was found (DISALIGN_OPS_CUDA=1 compiles it"),
+        # A release: for other machines.
+        ("1", False, "", "", "builds for all"),
+        ("1", True, "9.0\\n", "", "builds for all"),
+        ("1", False, "", "8.0", "builds for 8.0"),
+        ("0", True, "9.0\\n", "", "DISALIGN_OPS_CUDA was 0"),
     ],
 )
-def test_a_checkout_has_the_cuda_library_where_a_driver_is(
-    tmp_path: Path, setting: str, driver: bool, expected: str
+def test_the_cuda_library_is_for_the_gpus_that_are_here(
+    tmp_path: Path, setting: str, driver: bool, gpus: str, wanted: str, expected: str
 ) -> None:
-    assert expected in _choose(tmp_path, setting=setting, driver=driver, checkout=True)
+    chosen = _choose(tmp_path, setting=setting, driver=driver, gpus=gpus, wanted=wanted)
+    assert expected in chosen
 
 
 def test_the_driver_is_seen_by_its_library_or_its_files(tmp_path: Path) -> None:
     program = (
-        "import runpy, sys; seen = runpy.run_path('setup.py')['driver_is_seen'];"
-        "seen.__globals__.update(DRIVER_LIBRARY='libno_driver.so.1', DRIVER_FILES=sys.argv[3:]);"
-        "print(seen())"
+        "import sys; from buildtools import machine;"
+        "machine.DRIVER_LIBRARY, machine.DRIVER_FILES = 'libno_driver.so.1', sys.argv[1:];"
+        "print(machine.driver_is_seen())"
     )
     for file, expected in ((tmp_path, "True"), (tmp_path / "none", "False")):
         run = subprocess.run(
-            [sys.executable, "-c", program, "--quiet", "--name", str(file)],
+            [sys.executable, "-c", program, str(file)],
             cwd=ROOT, check=True, capture_output=True, text=True,
         )  # fmt: skip
         assert run.stdout.splitlines()[-1] == expected

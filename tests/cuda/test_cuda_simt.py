@@ -17,6 +17,7 @@ import torch
 
 from simt import build
 from simt.calls import DTYPES, Call, Problem, check, save
+from simt.soft_calls import soft_calls
 from support import sets
 from support.places import TESTS, test_files
 
@@ -25,7 +26,9 @@ if build.why_not():
 
 ALL_FILES = [
     "row",
+    "soft",
     "shard",
+    "soft_shards",
     "linear",
     "dense",
     "upsample",
@@ -43,8 +46,8 @@ ALL_FILES = [
     ("seed", "files", "only"),
     [
         (None, ALL_FILES, ""),
-        (1, ["row", "dense", "upsample", "calibrate"], "shapes or contents or calibrate"),
-        (2, ["row", "dense", "upsample", "calibrate"], "shapes or contents or calibrate"),
+        (1, ["row", "soft", "dense", "upsample", "calibrate"], "shapes or contents or calibrate"),
+        (2, ["row", "soft", "dense", "upsample", "calibrate"], "shapes or contents or calibrate"),
     ],
     ids=["in order", "seed 1", "seed 2"],
 )
@@ -334,7 +337,7 @@ for seed in (0, 5):
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_no_sanitizer_finds_anything(tmp_path: Path, sanitizer: str) -> None:
-    calls = small_calls()
+    calls = small_calls() + soft_calls()
     path = tmp_path / "calls.pickle"
     save(calls, path)
     script = SCRIPT.format(path=str(path), simt=str(TESTS))

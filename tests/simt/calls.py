@@ -53,6 +53,8 @@ class Problem:
     """A loss: logits of the storage dtype, all else as the operators take it.
 
     size: of the upsampled target, else None. Logits (N, C), (N, C, S) or (N, C, h, w), contiguous.
+    target: class indices, or class probabilities of the logits' or the accumulation dtype, (N, C),
+    (N, C, S) or (N, C, *size).
     normalizer: as `reference.cross_entropy` takes it.
     """
 
@@ -80,17 +82,25 @@ class Problem:
     def layout(self) -> str:
         return "upsample" if self.size else "row" if self.logits.dim() == 2 else "dense"
 
+    @property
+    def soft(self) -> bool:
+        return self.target.is_floating_point()
+
+    @property
+    def operation(self) -> str:
+        return f"soft_{self.layout}" if self.soft else self.layout
+
     def _loss(self, learned: dict[str, Tensor]) -> Tensor:
         options = {
             k: v.double() if isinstance(v, Tensor) else v for k, v in self.options.items()
         } | {"reduction": self.reduction, "normalizer": self.normalizer}
         vectors = {k: v for k, v in learned.items() if k != "logits"}
-        z = learned["logits"]
+        z, target = learned["logits"], self.target.double() if self.soft else self.target
         if self.size:
-            return reference.upsample_cross_entropy(z, self.target, False, **vectors, **options)
+            return reference.upsample_cross_entropy(z, target, False, **vectors, **options)
         if z.dim() == 3:
-            return reference.dense_cross_entropy(z, self.target, **vectors, **options)
-        return reference.cross_entropy(z, self.target, **vectors, **options)
+            return reference.dense_cross_entropy(z, target, **vectors, **options)
+        return reference.cross_entropy(z, target, **vectors, **options)
 
     def calls(self, class_gradients: bool = True, **limits: int) -> list[Call]:
         """Forward with the class sums, where the layout makes them there, and backward with all.
@@ -109,7 +119,7 @@ class Problem:
         def empty(*size: int, of: torch.dtype = dtype) -> Array:
             return _raw(torch.full(size, float("nan"), dtype=of))
 
-        positions = self.target.numel()
+        positions = self.target.numel() // (z.shape[1] if self.soft else 1)
         class_gradients = class_gradients and self.calibrated
         wanted = list(self.vectors) if class_gradients else list(self.vectors)[2:]
         sums = {f"grad_{k}": empty(*self.vectors[k].shape) for k in wanted}
@@ -118,6 +128,8 @@ class Problem:
             "row_shift": empty(positions), "row_sum": empty(positions),
             "denominator": empty(1, of=torch.float64),
         }  # fmt: skip
+        if self.soft:
+            statistics["row_total"] = empty(positions)
         in_forward = not self.size
         forward = fields | statistics | {
             "reduced_loss": empty(1), "reduction": REDUCTIONS[self.reduction],
@@ -136,9 +148,9 @@ class Problem:
         loss_expected = {"reduced_loss": _raw(loss.reshape(1))}
         name = f"{self.layout} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
         return [
-            Call(name, f"{self.layout}_forward", forward,
+            Call(name, f"{self.operation}_forward", forward,
                  loss_expected | (sums_expected if in_forward else {})),
-            Call(name, f"{self.layout}_backward", backward,
+            Call(name, f"{self.operation}_backward", backward,
                  sums_expected | {"grad_logits": _raw(grads["logits"])}),
         ]  # fmt: skip
 
@@ -201,11 +213,21 @@ class Problem:
         dtype = reference.accumulate_dtype(z.dtype)
         fields: dict[str, Any] = {
             "dtype": DTYPES[z.dtype], "outer": n, "classes": classes, "logits": _raw(z),
-            "target": _raw(self.target), "target_type": TARGETS[self.target.dtype],
             "inner": int(np.prod(spatial)), "outer_stride": z.stride(0),
             "class_stride": z.stride(1), "grad_outer_stride": z.stride(0),
             "grad_class_stride": z.stride(1),
         }  # fmt: skip
+        if self.soft:
+            smoothing = self.options.get("label_smoothing", 0.0)
+            fields |= {
+                "target_type": 0, "probabilities": _raw(self.target),
+                "probabilities_of_a": self.target.dtype == dtype,
+                "probability_outer_stride": self.target.stride(0),
+                "probability_class_stride": self.target.stride(1),
+                "keep": 1 - smoothing, "share": smoothing / classes,
+            }  # fmt: skip
+        else:
+            fields |= {"target": _raw(self.target), "target_type": TARGETS[self.target.dtype]}
         if self.size:
             fields |= {
                 "inner": self.size[0] * self.size[1], "y_in": z.shape[2], "x_in": z.shape[3],

@@ -19,6 +19,9 @@
 #include "cuda/launch/calibrate_launch.h"
 #include "cuda/launch/dense_launch.h"
 #include "cuda/launch/row_launch.h"
+#include "cuda/launch/soft_dense_launch.h"
+#include "cuda/launch/soft_row_launch.h"
+#include "cuda/launch/soft_upsample_launch.h"
 #include "cuda/launch/upsample_launch.h"
 
 namespace {
@@ -79,7 +82,8 @@ class Fields {
     const auto found = fields_[name].cast<py::array>();
     to = static_cast<P*>(const_cast<void*>(found.data()));
     const std::string which = name;
-    if (which == "logits" || which == "grad_logits" || which == "grad_output" || which == "output")
+    if (which == "logits" || which == "grad_logits" || which == "grad_output" ||
+        which == "output" || which == "probabilities")
       simt::watch(name, found.data(), found.nbytes(), which == "grad_logits" || which == "output");
   }
   int integer(const char* name) const { return fields_[name].cast<int>(); }
@@ -99,6 +103,8 @@ void fill(const Fields& fields, disalign::LossArgs& args) {
   DISALIGN_NUMBER(ignore_index), DISALIGN_NUMBER(label_smoothing), DISALIGN_NUMBER(focal_gamma);
   DISALIGN_NUMBER(reduction), DISALIGN_NUMBER(normalizer), DISALIGN_NUMBER(upstream_stride);
   DISALIGN_NUMBER(class_gradients), DISALIGN_NUMBER(gradient_made);
+  DISALIGN_NUMBER(probabilities_of_a), DISALIGN_NUMBER(keep), DISALIGN_NUMBER(share);
+  DISALIGN_NUMBER(probability_outer_stride), DISALIGN_NUMBER(probability_class_stride);
   args.target_type = static_cast<IndexType>(fields.integer("target_type"));
   DISALIGN_ARRAY(logits), DISALIGN_ARRAY(target), DISALIGN_ARRAY(weight), DISALIGN_ARRAY(scale);
   DISALIGN_ARRAY(bias), DISALIGN_ARRAY(prior), DISALIGN_ARRAY(margin), DISALIGN_ARRAY(confidence);
@@ -106,6 +112,7 @@ void fill(const Fields& fields, disalign::LossArgs& args) {
   DISALIGN_ARRAY(loss), DISALIGN_ARRAY(reduced_loss), DISALIGN_ARRAY(denominator);
   DISALIGN_ARRAY(given_denominator), DISALIGN_ARRAY(upstream), DISALIGN_ARRAY(grad_logits);
   DISALIGN_ARRAY(grad_scale), DISALIGN_ARRAY(grad_bias), DISALIGN_ARRAY(grad_confidence);
+  DISALIGN_ARRAY(probabilities), DISALIGN_ARRAY(row_total);
 }
 
 template <class Args>
@@ -161,4 +168,10 @@ PYBIND11_MODULE(kernels, module) {
   define<DenseArgs>(module, "dense_calibrate_backward", calibrate<true, DenseArgs>);
   define<UpsampleArgs>(module, "upsample_forward", launch_upsample_forward<Launcher>);
   define<UpsampleArgs>(module, "upsample_backward", launch_upsample_backward<Launcher>);
+  define<RowArgs>(module, "soft_row_forward", launch_soft_row_forward<Launcher>);
+  define<RowArgs>(module, "soft_row_backward", launch_soft_row_backward<Launcher>);
+  define<DenseArgs>(module, "soft_dense_forward", launch_soft_dense_forward<Launcher>);
+  define<DenseArgs>(module, "soft_dense_backward", launch_soft_dense_backward<Launcher>);
+  define<UpsampleArgs>(module, "soft_upsample_forward", launch_soft_upsample_forward<Launcher>);
+  define<UpsampleArgs>(module, "soft_upsample_backward", launch_soft_upsample_backward<Launcher>);
 }

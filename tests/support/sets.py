@@ -18,6 +18,7 @@ STANDARD = {
     "tests/cuda/test_launch_plans.py": "waves, balance, bytes in flight of the row kernels on GPUs",
     "tests/cuda/test_machine_code.py": "how many instructions a warp issues",
     "tests/cuda/test_cuda_simt.py::test_": "CUDA kernels at each tier and alignment; traffic",
+    "tests/cuda/test_cuda_soft.py": "CUDA kernels of class probabilities at each tier; traffic",
     "tests/cuda/test_simt.py": "the host model of CUDA finds the faults it is there for",
     "tests/_ops/test_triton_targets.py": "each option compiles with Triton for each layout",
     "tests/_ops/test_triton_soft.py": "class probabilities in Triton, interpreted and compiled",
@@ -29,6 +30,7 @@ STANDARD = {
     "tests/_sharded/test_ranks.py": "sums over processes",
     "tests/test_class_parallel.py": "classes divided over two and four processes",
     "tests/test_distributed.py": "data parallelism",
+    "tests/_cli/": "the command line, in processes",
     "tests/test_plots.py": "matplotlib",
     "tests/project/": "benchmarks, examples, exporters, wheels, types",
     "tests/recipes/": "recipes, from stage 1 to the evaluation on small data sets",
@@ -68,6 +70,7 @@ GROUPS = {
     "tests/_ops/test_triton.py::test_aligned_rows": "triton registers",
     "tests/cuda/test_cuda_simt.py::test_every_kernel_and_tier": "simt",
     "tests/cuda/test_cuda_simt.py::test_row": "simt",
+    "tests/cuda/test_cuda_soft.py": "simt",
     "tests/cuda/test_simt.py": "planted",
 }
 

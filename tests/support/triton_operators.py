@@ -15,12 +15,11 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from disalign_ops._ops import dispatch, schemas
+    from disalign_ops._ops import schemas
     from disalign_ops._ops.triton import registration
 
     assert registration.layout_of(schemas.ROW).prefix == "triton_"
     operator_swap.swap(lambda name: schemas._OPERATORS[f"triton_{name}"], native=False)
-    dispatch._SOFT_LAYOUTS["native", "cpu"] = dispatch._SOFT_LAYOUTS["triton", "cpu"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -37,11 +37,12 @@ struct DenseArgs : DivisorArgs {
   int32_t lane_bits = 0;  // of the threads that have neighbouring positions of a class, as exponent
   int32_t rounds = 1;     // classes of a thread that a stage has
   int32_t chunks = 1;     // stages of a tile
-  int32_t last_positions = 0;  // of an image's last tile
-  int32_t image_tiles = 0;     // tiles of an image
-  bool backward = false;       // the gradients alone, for the upstream gradient
-  bool table = false;          // whether the class vectors lie in shared memory,
-  bool shared_sums = false;    // and the class sums
+  int32_t last_positions = 0;    // of an image's last tile
+  int32_t image_tiles = 0;       // tiles of an image
+  bool backward = false;         // the gradients alone, for the upstream gradient
+  bool table = false;            // whether the class vectors lie in shared memory,
+  bool shared_sums = false;      // and the class sums
+  int32_t probabilities_at = 0;  // SoftDenseMemory, with the following
   int32_t scratch_at = 0, table_at = 0, exchange_at = 0, positions_at = 0, class_sums_at = 0,
           target_z_at = 0, targets_at = 0;  // DenseMemory
   void* output = nullptr;                   // calibrate, forward; contiguous

@@ -433,19 +433,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
     }
     finish_if_last<A>(args, args.block_sums, memory.scratch);
   }
-  if (!wanted.sums) return;
-  __syncthreads();
-  A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * args.classes;
-  for (int j = threadIdx.x; j < place.classes; j += kDenseThreads) {
-    const int slice = j & (step - 1), round = j >> (kDenseThreadBits - args.lane_bits);
-    const ClassSum<A>* from =
-        class_sums - threadIdx.x + round * kDenseThreads + slice * place.lanes;
-    ClassSum<A> sum = {A(0), A(0)};
-#pragma unroll 4
-    for (int lane = 0; lane < place.lanes; ++lane)
-      sum.scale += from[lane].scale, sum.bias += from[lane].bias;
-    to[j] = sum.scale, to[args.classes + j] = sum.bias;
-  }
+  if (wanted.sums) write_dense_sums<T>(args, place, class_sums - threadIdx.x);
 }
 
 }  // namespace disalign::cuda

@@ -135,15 +135,22 @@ struct DenseTiles {
   }
 };
 
-// A vector's elements, all of them.
+// The class sums of a block's threads, [classes of a thread][threads], added up and written. By the whole
+// block.
 template <class T>
-__device__ __forceinline__ void unpack_vector(const Raw& raw, Accumulate<T> (&out)[kVector<T>]) {
-#pragma unroll
-  for (int part = 0; part < kVector<T> / kPart<T>; ++part) {
-    Accumulate<T> z[kPart<T>];
-    unpack<T>(raw, part, z);
-#pragma unroll
-    for (int q = 0; q < kPart<T>; ++q) out[part * kPart<T> + q] = z[q];
+__device__ __forceinline__ void write_dense_sums(const DenseArgs& args, const DensePlace& place,
+                                                 const ClassSum<Accumulate<T>>* of_threads) {
+  using A = Accumulate<T>;
+  __syncthreads();
+  A* to = static_cast<A*>(args.class_sums) + int64_t{2} * blockIdx.x * args.classes;
+  for (int j = threadIdx.x; j < place.classes; j += kDenseThreads) {
+    const int slice = j & (place.slices - 1), round = j >> (kDenseThreadBits - args.lane_bits);
+    const ClassSum<A>* from = of_threads + round * kDenseThreads + slice * place.lanes;
+    ClassSum<A> sum = {A(0), A(0)};
+#pragma unroll 4
+    for (int lane = 0; lane < place.lanes; ++lane)
+      sum.scale += from[lane].scale, sum.bias += from[lane].bias;
+    to[j] = sum.scale, to[args.classes + j] = sum.bias;
   }
 }
 

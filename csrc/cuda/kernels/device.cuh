@@ -288,7 +288,19 @@ __device__ __forceinline__ void unpack(const Raw& raw, int part, Accumulate<T> (
   }
 }
 
-// The same, with the lowest finite number of T or of the arithmetic for -inf.
+// A vector's elements, all of them.
+template <class T>
+__device__ __forceinline__ void unpack_vector(const Raw& raw, Accumulate<T> (&out)[kVector<T>]) {
+#pragma unroll
+  for (int part = 0; part < kVector<T> / kPart<T>; ++part) {
+    Accumulate<T> z[kPart<T>];
+    unpack<T>(raw, part, z);
+#pragma unroll
+    for (int q = 0; q < kPart<T>; ++q) out[part * kPart<T> + q] = z[q];
+  }
+}
+
+// A part, with the lowest finite number of T or of the arithmetic for -inf.
 template <class T>
 __device__ __forceinline__ void unpack_finite(Raw raw, int part, Accumulate<T> (&out)[kPart<T>]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -13,9 +13,10 @@ __global__ void __launch_bounds__(kDivisorThreads, 1) divisor_kernel(const Divis
   double sum = 0;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < args.positions();
        i += int64_t{gridDim.x} * blockDim.x) {
-    const int t = target_of(args, i);
+    // With class probabilities every position is valid, and has no class of its own.
+    const int t = args.probabilities ? kElsewhere : target_of(args, i);
     if (is_valid(t))
-      sum += divisor_share(args, vector_entry<A>(args.weight, t, A(1)),
+      sum += divisor_share(args, t < 0 ? A(1) : vector_entry<A>(args.weight, t, A(1)),
                            vector_entry<A>(args.sample_weight, i, A(1)));
   }
   sum = block_sum(sum, reinterpret_cast<double*>(memory));

@@ -206,20 +206,29 @@ struct ClassVectors {
   const A *scale = nullptr, *bias = nullptr, *weight = nullptr, *prior = nullptr;
   int capacity;  // in vectors
 
+  // Whether a class's weight is needed of every class: by label smoothing, and by class probabilities.
+  static __host__ __device__ bool weighs(const LossArgs& args) {
+    return args.probabilities ? args.weight != nullptr : args.label_smoothing > 0;
+  }
   // How many a launch stages.
   static __host__ __device__ int count(const LossArgs& args) {
-    return (args.scale ? 2 : 0) + (args.prior ? 1 : 0) + (args.label_smoothing > 0 ? 1 : 0);
+    return (args.scale ? 2 : 0) + (args.prior ? 1 : 0) + (weighs(args) ? 1 : 0);
   }
 
   // Ends with a barrier.
   template <class TileOfRow>
   __device__ __forceinline__ ClassVectors(const RowArgs& args, const TileOfRow& tile, A* memory)
+      : ClassVectors(args, tile, memory, args.label_smoothing > 0) {}
+  // weighted: what `weighs` says.
+  template <class TileOfRow>
+  __device__ __forceinline__ ClassVectors(const RowArgs& args, const TileOfRow& tile, A* memory,
+                                          bool weighted)
       : capacity(tile.capacity()) {
     if (args.scale) {
       scale = stage(args.scale, A(0), tile, memory);
       bias = stage(args.bias, A(0), tile, memory);
     }
-    if (args.label_smoothing > 0) weight = stage(args.weight, A(1), tile, memory);
+    if (weighted) weight = stage(args.weight, A(1), tile, memory);
     if (args.prior) prior = stage(args.prior, A(0), tile, memory);
     __syncthreads();
   }

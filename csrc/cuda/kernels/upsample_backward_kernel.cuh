@@ -92,6 +92,36 @@ struct UpsampleNode {
   }
 };
 
+// Of so many class vectors from `first` on, the columns' sums to the nodes of tile t, over or, of a later
+// round, on those that are there. By the whole block, a slot's threads for each class vector.
+template <class T, class Exchange>
+__device__ __forceinline__ void add_columns(const UpsampleArgs& args, const Exchange& exchange,
+                                            const UpsampleTile<T>& tile,
+                                            const UpsampleNode& first_node, int64_t t, int first,
+                                            int count, bool on_sums) {
+  using A = Accumulate<T>;
+  constexpr int V = kVector<A>;
+  const int slot = threadIdx.x / kNodeThreads, nodes = (args.bands + 1) * tile.low_width;
+  if (slot >= count) return;
+  A* to_tile =
+      static_cast<A*>(args.node_sums) + t * tile.vectors * (args.bands + 1) * args.tile_nodes * V;
+  UpsampleNode node = first_node;
+  for (int n = threadIdx.x % kNodeThreads; n < nodes; n += kNodeThreads) {
+    if (n >= kNodeThreads) node = UpsampleNode(args, tile, n);
+    A sum[V];
+    node.add(args, exchange, slot, sum);
+    const int64_t row = int64_t{first + slot} * (args.bands + 1) + node.row;
+    A* to = to_tile + (row * args.tile_nodes + node.column) * V;
+    if (on_sums) {
+      A before[V];
+      load_shared(to, before);
+#pragma unroll
+      for (int k = 0; k < V; ++k) sum[k] += before[k];
+    }
+    store_shared(to, sum);
+  }
+}
+
 template <class T, int Rows>
 __global__ void __launch_bounds__(kUpsampleThreads, kUpsampleBlocks<T>)
     upsample_backward_kernel(const UpsampleArgs args) {
@@ -215,10 +245,7 @@ __global__ void __launch_bounds__(kUpsampleThreads, kUpsampleBlocks<T>)
           exchange.sums(slot, warp, 1)[at] -= lower;
         }
       };
-      const int nodes = (args.bands + 1) * tile.low_width;
       const UpsampleNode first_node(args, tile, threadIdx.x % kNodeThreads);
-      A* to_tile = static_cast<A*>(args.node_sums) +
-                   t * tile.vectors * (args.bands + 1) * args.tile_nodes * V;
       tile.for_staged(args, memory, staged, [&](int first, int count) {
         for (int begin = 0; begin < count; begin += kUpsampleExchanged) {
           const int some = min(count - begin, kUpsampleExchanged);
@@ -240,24 +267,7 @@ __global__ void __launch_bounds__(kUpsampleThreads, kUpsampleBlocks<T>)
           }
           if (!margin) subtract_targets(first + begin, some);
           __syncthreads();
-          const int slot = threadIdx.x / kNodeThreads;
-          if (slot < some) {
-            UpsampleNode node = first_node;
-            for (int n = threadIdx.x % kNodeThreads; n < nodes; n += kNodeThreads) {
-              if (n >= kNodeThreads) node = UpsampleNode(args, tile, n);
-              A sum[V];
-              node.add(args, exchange, slot, sum);
-              const int64_t row = int64_t{first + begin + slot} * (args.bands + 1) + node.row;
-              A* to = to_tile + (row * args.tile_nodes + node.column) * V;
-              if (round > 0) {
-                A before[V];
-                load_shared(to, before);
-#pragma unroll
-                for (int k = 0; k < V; ++k) sum[k] += before[k];
-              }
-              store_shared(to, sum);
-            }
-          }
+          add_columns<T>(args, exchange, tile, first_node, t, first + begin, some, round > 0);
           __syncthreads();
         }
       });

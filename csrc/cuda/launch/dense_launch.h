@@ -104,12 +104,13 @@ auto dense_kernel_of(const DenseArgs& args) {
   return dense_kernel<T, Calibrated, false, true>;
 }
 
-template <class T, bool Calibrated, class Launcher>
-void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) {
-  const auto kernel = dense_kernel_of<T, Calibrated>(args);
+// Of tiles that are divided already.
+template <class T, class Launcher>
+void launch_dense_kernel(Launcher& launcher, void (*kernel)(DenseArgs), int64_t shared_bytes,
+                         DenseArgs& args, FinishArgs& last) {
   Shape shape;
   shape.threads = kDenseThreads;
-  shape.shared_bytes = static_cast<size_t>(divide_dense<T>(args, launcher.limits()));
+  shape.shared_bytes = static_cast<size_t>(shared_bytes);
   const int blocks = launcher.blocks_per_multiprocessor(kernel, shape.threads, shape.shared_bytes);
   shape.grid_x = std::min(int64_t{launcher.limits().multiprocessors} * std::max(1, blocks),
                           args.outer * args.image_tiles);
@@ -128,11 +129,19 @@ void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) 
 }
 
 template <class T, bool Calibrated, class Launcher>
-void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
+void launch_dense_kernel(Launcher& launcher, DenseArgs& args, FinishArgs& last) {
+  const int64_t shared_bytes = divide_dense<T>(args, launcher.limits());
+  launch_dense_kernel<T>(launcher, dense_kernel_of<T, Calibrated>(args), shared_bytes, args, last);
+}
+
+// launch_kernel(args, last): the kernel of the positions.
+template <class A, class Launcher, class LaunchKernel>
+void run_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype,
+                       LaunchKernel launch_kernel) {
   FinishArgs last;
   if (args.positions() > 0) {
-    launch_divisors<Accumulate<T>>(launcher, args);
-    launch_dense_kernel<T, Calibrated>(launcher, args, last);
+    launch_divisors<A>(launcher, args);
+    launch_kernel(args, last);
   }
   if (args.ticket) return;
   static_cast<DivisorArgs&>(last) = args;
@@ -143,11 +152,12 @@ void launch_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype) {
   finish(launcher, dtype, last);
 }
 
-template <class T, bool Calibrated, class Launcher>
-void launch_dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
+template <class Launcher, class LaunchKernel>
+void run_dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype,
+                        LaunchKernel launch_kernel) {
   FinishArgs last;
   args.backward = true;
-  if (args.positions() > 0) launch_dense_kernel<T, Calibrated>(launcher, args, last);
+  if (args.positions() > 0) launch_kernel(args, last);
   if (!args.class_gradients) return;
   static_cast<DivisorArgs&>(last) = args;
   last.grad_confidence = nullptr;  // written by the kernel
@@ -158,16 +168,21 @@ void launch_dense_backward(Launcher& launcher, DenseArgs args, Dtype dtype) {
 template <class Launcher>
 void launch_dense_forward(Launcher& launcher, Dtype dtype, const DenseArgs& args) {
   for_kernel(dtype, args, [&](auto type, auto calibrated) {
-    launch_dense_forward<typename decltype(type)::type, decltype(calibrated)::value>(launcher, args,
-                                                                                     dtype);
+    using T = typename decltype(type)::type;
+    run_dense_forward<Accumulate<T>>(
+        launcher, args, dtype, [&](DenseArgs& divided, FinishArgs& last) {
+          launch_dense_kernel<T, decltype(calibrated)::value>(launcher, divided, last);
+        });
   });
 }
 
 template <class Launcher>
 void launch_dense_backward(Launcher& launcher, Dtype dtype, const DenseArgs& args) {
   for_kernel(dtype, args, [&](auto type, auto calibrated) {
-    launch_dense_backward<typename decltype(type)::type, decltype(calibrated)::value>(launcher,
-                                                                                      args, dtype);
+    using T = typename decltype(type)::type;
+    run_dense_backward(launcher, args, dtype, [&](DenseArgs& divided, FinishArgs& last) {
+      launch_dense_kernel<T, decltype(calibrated)::value>(launcher, divided, last);
+    });
   });
 }
 

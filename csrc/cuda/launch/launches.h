@@ -8,6 +8,13 @@ namespace disalign::cuda {
 
 void launch_row_forward(Launcher& launcher, Dtype dtype, const RowArgs& args);
 void launch_row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args);
+// With class probabilities.
+void launch_soft_row_forward(Launcher& launcher, Dtype dtype, const RowArgs& args);
+void launch_soft_row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args);
+void launch_soft_dense_forward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
+void launch_soft_dense_backward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
+void launch_soft_upsample_forward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args);
+void launch_soft_upsample_backward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args);
 void launch_dense_forward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
 void launch_dense_backward(Launcher& launcher, Dtype dtype, const DenseArgs& args);
 void launch_upsample_forward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args);

@@ -82,22 +82,14 @@ Shape upsample_plan(Launcher& launcher, Kernel kernel, int rows, int64_t fixed, 
   return shape;
 }
 
-template <class T, class Launcher>
-void launch_upsample_forward(Launcher& launcher, UpsampleArgs args, Dtype dtype) {
-  using A = Accumulate<T>;
+// launch_kernel(args): the kernel of the output; returns its blocks.
+template <class T, class Launcher, class LaunchKernel>
+void run_upsample_forward(Launcher& launcher, UpsampleArgs args, Dtype dtype,
+                          LaunchKernel launch_kernel) {
   FinishArgs last;
   if (args.positions() > 0) {
-    launch_axes<A>(launcher, args);
-    for_rows<A>(args, [&](auto of_thread) {
-      constexpr int kRows = decltype(of_thread)::value;
-      const auto kernel = upsample_forward_kernel<T, kRows>;
-      const Shape shape = upsample_plan<T>(launcher, kernel, kRows, kBlockSumsBytes,
-                                           UpsampleSums<A, kRows>::kBytes, args);
-      last.blocks = shape.grid_x;
-      if (args.reduction != kReduceNone && args.target)
-        args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
-      launcher.launch(kernel, shape, args);
-    });
+    launch_axes<Accumulate<T>>(launcher, args);
+    last.blocks = launch_kernel(args);
   }
   if (!args.denominator) return;  // a prediction
   static_cast<LossArgs&>(last) = args;
@@ -106,25 +98,35 @@ void launch_upsample_forward(Launcher& launcher, UpsampleArgs args, Dtype dtype)
   finish(launcher, dtype, last);
 }
 
-template <class T, class Launcher>
-void launch_upsample_tiles(Launcher& launcher, UpsampleArgs& args) {
-  using A = Accumulate<T>;
-  for_rows<A>(args, [&](auto of_thread) {
-    constexpr int kRows = decltype(of_thread)::value;
-    const auto kernel = upsample_backward_kernel<T, kRows>;
-    const Shape shape =
-        upsample_plan<T>(launcher, kernel, kRows, UpsampleExchange<A, kRows>::kBytes, 0, args);
-    const int64_t vectors = divide_up(args.classes, kVector<A>);
-    args.node_sums = launcher.allocate(args.tiles() * vectors * (args.bands + 1) * args.tile_nodes *
-                                       kVectorBytes);
-    UpsampleArgs tiles = args;
-    tiles.grad_confidence = nullptr;  // sums over nodes, not over output positions
-    launcher.launch(kernel, shape, tiles);
-  });
+// kernel: of threads of so many rows, which has no more of the logits' memory than `instead` bytes.
+template <class T, int Rows, class Launcher>
+int64_t launch_upsample_outputs(Launcher& launcher, void (*kernel)(UpsampleArgs), int64_t instead,
+                                UpsampleArgs& args) {
+  const Shape shape = upsample_plan<T>(launcher, kernel, Rows, kBlockSumsBytes, instead, args);
+  if (args.reduction != kReduceNone && args.denominator)
+    args.block_sums = static_cast<double*>(launcher.allocate(2 * shape.grid_x * sizeof(double)));
+  launcher.launch(kernel, shape, args);
+  return shape.grid_x;
 }
 
-template <class T, class Launcher>
-void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype) {
+// kernel: of threads of so many rows.
+template <class T, int Rows, class Launcher>
+void launch_upsample_tiles(Launcher& launcher, void (*kernel)(UpsampleArgs), UpsampleArgs& args) {
+  using A = Accumulate<T>;
+  const Shape shape =
+      upsample_plan<T>(launcher, kernel, Rows, UpsampleExchange<A, Rows>::kBytes, 0, args);
+  const int64_t vectors = divide_up(args.classes, kVector<A>);
+  args.node_sums =
+      launcher.allocate(args.tiles() * vectors * (args.bands + 1) * args.tile_nodes * kVectorBytes);
+  UpsampleArgs tiles = args;
+  tiles.grad_confidence = nullptr;  // sums over nodes, not over output positions
+  launcher.launch(kernel, shape, tiles);
+}
+
+// launch_tiles(args): the kernel of the output.
+template <class T, class Launcher, class LaunchTiles>
+void run_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype,
+                           LaunchTiles launch_tiles) {
   using A = Accumulate<T>;
   FinishArgs last;
   if (args.grad_logits != args.logits) {
@@ -138,7 +140,7 @@ void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype
   }
   if (args.low_positions() > 0) {
     launch_axes<A>(launcher, args);
-    launch_upsample_tiles<T>(launcher, args);
+    launch_tiles(args);
     Shape shape;
     shape.threads = kUpsampleThreads;
     shape.shared_bytes = 2 * kUpsampleWarps * sizeof(A);
@@ -170,14 +172,30 @@ void launch_upsample_backward(Launcher& launcher, UpsampleArgs args, Dtype dtype
 template <class Launcher>
 void launch_upsample_forward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args) {
   for_dtype(dtype, [&](auto type) {
-    launch_upsample_forward<typename decltype(type)::type>(launcher, args, dtype);
+    using T = typename decltype(type)::type;
+    using A = Accumulate<T>;
+    run_upsample_forward<T>(launcher, args, dtype, [&](UpsampleArgs& placed) {
+      int64_t blocks = 0;
+      for_rows<A>(placed, [&](auto of_thread) {
+        constexpr int kRows = decltype(of_thread)::value;
+        blocks = launch_upsample_outputs<T, kRows>(launcher, upsample_forward_kernel<T, kRows>,
+                                                   UpsampleSums<A, kRows>::kBytes, placed);
+      });
+      return blocks;
+    });
   });
 }
 
 template <class Launcher>
 void launch_upsample_backward(Launcher& launcher, Dtype dtype, const UpsampleArgs& args) {
   for_dtype(dtype, [&](auto type) {
-    launch_upsample_backward<typename decltype(type)::type>(launcher, args, dtype);
+    using T = typename decltype(type)::type;
+    run_upsample_backward<T>(launcher, args, dtype, [&](UpsampleArgs& placed) {
+      for_rows<Accumulate<T>>(placed, [&](auto of_thread) {
+        constexpr int kRows = decltype(of_thread)::value;
+        launch_upsample_tiles<T, kRows>(launcher, upsample_backward_kernel<T, kRows>, placed);
+      });
+    });
   });
 }
 

@@ -13,9 +13,11 @@ struct Dense {
       kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
+    if (args.probabilities) return launch_soft_dense_forward(launcher, dtype, args);
     launch_dense_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
+    if (args.probabilities) return launch_soft_dense_backward(launcher, dtype, args);
     launch_dense_backward(launcher, dtype, args);
   }
 };

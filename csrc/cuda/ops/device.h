@@ -18,13 +18,13 @@ class Cuda {
 
   template <class Operator>
   void forward(const Tensor&, const typename Operator::Args& args) {
-    require_served(args);
+    require_classes(args);
     Operator::forward(launcher_, dtype_, args);
   }
 
   template <class Operator>
   void backward(const Tensor&, const typename Operator::Args& args) {
-    require_served(args);
+    require_classes(args);
     Operator::backward(launcher_, dtype_, args);
   }
 
@@ -44,11 +44,6 @@ class Cuda {
   }
 
  private:
-  static void require_served(const LossArgs& args) {
-    require_classes(args);
-    require(args.probabilities == nullptr, "class probabilities are not served on this device");
-  }
-
   static void require_classes(const LossArgs& args) {
     require(args.classes <= int64_t{1} << 27, "more than 2^27 classes");  // of tiles in a grid
   }

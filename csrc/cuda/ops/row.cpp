@@ -15,9 +15,11 @@ struct Row {
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
+    if (args.probabilities) return launch_soft_row_forward(launcher, dtype, args);
     launch_row_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
+    if (args.probabilities) return launch_soft_row_backward(launcher, dtype, args);
     launch_row_backward(launcher, dtype, args);
   }
 };

@@ -13,9 +13,11 @@ struct Upsample {
   static constexpr int64_t kWantedOfForward = kWantDetails;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const UpsampleArgs& args) {
+    if (args.probabilities) return launch_soft_upsample_forward(launcher, dtype, args);
     launch_upsample_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const UpsampleArgs& args) {
+    if (args.probabilities) return launch_soft_upsample_backward(launcher, dtype, args);
     launch_upsample_backward(launcher, dtype, args);
   }
 };

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, schemas
+from ..namespace import NAMESPACE
 from ..schemas import Layout
 from . import operators, upsample_operators
 
@@ -65,12 +66,13 @@ def _typed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 for _name, _fake in schemas.fakes(native=False).items():
     _operator: Any = torch.library.triton_op(
-        f"disalign_ops::{_PREFIX}{_name}",
+        f"{NAMESPACE}::{_PREFIX}{_name}",
         _typed(_FUNCTIONS[_name], _name),
         mutates_args={"logits"} if _name.endswith("_backward_") else (),
     )
     _operator.register_fake(_fake)  # which launches nothing
-    schemas._OPERATORS[_PREFIX + _name] = getattr(torch.ops.disalign_ops, _PREFIX + _name).default
+    _registered = getattr(getattr(torch.ops, NAMESPACE), _PREFIX + _name)
+    schemas._OPERATORS[_PREFIX + _name] = _registered.default
 
 _LAYOUTS = {layout.name: dataclasses.replace(layout, prefix=_PREFIX) for layout in schemas.LAYOUTS}
 for _layout in _LAYOUTS.values():

@@ -1,0 +1,101 @@
+"""The CUDA kernels of class probabilities, executed on the CPU: results and memory traffic."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from simt import build
+from simt.calls import DTYPES, check
+from simt.soft_calls import soft, soft_calls
+
+if build.why_not():
+    pytest.skip(str(build.why_not()), allow_module_level=True)
+
+LOGITS, PROBABILITIES, GRADIENT = "logits", "probabilities", "grad_logits"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    return build.module("kernels")
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_every_kernel_and_tier(kernels: ModuleType, seed: int | None) -> None:
+    kernels.set_options(shuffle=seed is not None, seed=seed or 0)
+    for call in soft_calls():
+        check(kernels, call)
+
+
+# Ends of the tiers: of groups of lanes, of several rows a block, of a row a block.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 8, 9, 33, 512, 513, 1203, 8142, 8192, 8193])
+def test_rows_at_every_alignment(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+    kernels.set_options()
+    for offset in (0, 1, 3):
+        problem = soft(9, classes, dtype=dtype, offset=offset, wide=offset > 0)
+        for call in (*problem.calls(), *problem.gradient_calls(offset=offset // 2)):
+            check(kernels, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions", [1, 7, 16, 64, 136, 1000])
+@pytest.mark.parametrize("classes", [1, 4, 19, 150])
+def test_planes_of_every_width(
+    kernels: ModuleType, classes: int, positions: int, dtype: torch.dtype
+) -> None:
+    kernels.set_options()
+    for wide in (False, True):
+        problem = soft(2, classes, positions, dtype=dtype, wide=wide)
+        for call in problem.gradient_calls():
+            check(kernels, call)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40, 1203), (9, 8142), (64, 100), (2, 19, 256), (2, 150, 64)])
+def test_both_inputs_are_read_once_and_the_gradient_is_written_once(
+    kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, wide: bool, calibrated: bool
+) -> None:
+    problem = soft(*shape, dtype=dtype, wide=wide, calibrated=calibrated)
+    logits, target = problem.logits.nbytes, problem.target.nbytes
+    forward, kept, made = problem.gradient_calls()
+    check(kernels, forward)
+    read = {name: kernels.traffic(name) for name in (LOGITS, PROBABILITIES, GRADIENT)}
+    assert read[LOGITS]["load_bytes"] == logits
+    assert read[PROBABILITIES]["load_bytes"] == target
+    assert read[GRADIENT]["store_bytes"] == logits
+    # All but the ends of the rows by 16 bytes, at these odd numbers of classes too.
+    least = 0.98 if shape[1] > 1000 or len(shape) == 3 else 0.8
+    assert 16 * read[LOGITS]["wide_loads"] >= least * logits
+    assert 16 * read[PROBABILITIES]["wide_loads"] >= least * target
+    assert 16 * read[GRADIENT]["wide_stores"] >= least * logits
+    check(kernels, kept)  # the upstream gradient is 1
+    for name in (LOGITS, PROBABILITIES, GRADIENT):
+        assert kernels.traffic(name)["load_bytes"] + kernels.traffic(name)["store_bytes"] == 0
+    check(kernels, made)
+    assert kernels.traffic(PROBABILITIES)["load_bytes"] == target
+
+
+@pytest.mark.parametrize("shape", [(2, 40001), (1, 1500, 64)], ids=str)
+def test_what_does_not_fit_is_read_again_for_its_gradient(
+    kernels: ModuleType, shape: tuple[int, ...]
+) -> None:
+    problem = soft(*shape, calibrated=False)
+    check(kernels, problem.gradient_calls()[0])
+    assert kernels.traffic(LOGITS)["load_bytes"] == 2 * problem.logits.nbytes
+    assert kernels.traffic(PROBABILITIES)["load_bytes"] == 2 * problem.target.nbytes
+    assert kernels.traffic(GRADIENT)["store_bytes"] == problem.logits.nbytes
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_upsampled_probabilities_are_read_once_in_either_direction(
+    kernels: ModuleType, wide: bool
+) -> None:
+    problem = soft(1, 19, 8, 8, dtype=torch.bfloat16, wide=wide, size=(64, 50))
+    for call in problem.calls():
+        check(kernels, call)
+        assert kernels.traffic(PROBABILITIES)["load_bytes"] == problem.target.nbytes
