@@ -234,7 +234,7 @@ REGISTERS = {
     ("backward_kernel", "upsample", 4): (255, 224),
     ("soft_backward_kernel", "planes", 1): (224, 232),
     ("soft_backward_kernel", "planes", 2): (192, 0),
-    ("soft_backward_kernel", "rows", 1): (232, 168),
+    ("soft_backward_kernel", "rows", 1): (232, 192),
     ("soft_backward_kernel", "rows", 2): (168, 176),
     ("soft_backward_kernel", "rows", 4): (152, 160),
     ("soft_backward_kernel", "rows", 8): (184, 255),
