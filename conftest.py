@@ -80,6 +80,15 @@ def ranks() -> Names:
     }
 
 
+def boxes() -> Names:
+    """Regions of a detector, class 0 the background."""
+    return {
+        "features": torch.randn(16, 256),
+        "labels": torch.randint(0, 4, (16,)),
+        "boxes_per_class": torch.tensor([400, 60, 9]),
+    }
+
+
 def sharded() -> Names:
     """A model, and a mesh of the same group."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -93,31 +102,14 @@ def sharded() -> Names:
     return names | {"mesh": mesh, "model": model, "weight": torch.rand(50)}
 
 
-def trained() -> Names:
-    """What is there after training, and a released checkpoint of a layer of the same size."""
-    from disalign_ops import nn as dnn
-
-    layer = dnn.DisAlignLinear(8, 5)
-    released = {f"network.linear.{name}": value for name, value in layer.state_dict().items()}
-    torch.save(released, "released.pth")
-    model = nn.Sequential(nn.Linear(12, 8), layer).eval()
-    return classifier() | {
-        "model": model,
-        "layer": layer,
-        "counts": torch.tensor([200, 60, 20, 6, 2]),
-        "example": torch.randn(4, 8),
-        "accuracy": torch.rand(5),
-    }
-
-
 # File or heading of the README -> what its blocks take for granted.
 STAND_INS: dict[str, Callable[[], Names]] = {
-    "In the place of F.cross_entropy": rows,
-    "DisAlign's second stage in ten lines": classifier,
+    "In place of F.cross_entropy": rows,
+    "Classification: the second stage in ten lines": classifier,
     "Segmentation": dense,
-    "Heads with many classes": linear,
-    "Classes divided over processes": ranks,
-    "Around the loss": trained,
+    "Very many classes": linear,
+    "Several GPUs": ranks,
+    "Detection": boxes,
     "class_parallel.md": ranks,
     "integrations.md": sharded,
 }

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import disalign_ops
-from benchmarks import measure, model
+from benchmarks import model
 from benchmarks.gpus import CAPABILITIES, GPUS, Gpu
+from disalign_ops._bench import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY = "copy"

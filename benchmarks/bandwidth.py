@@ -20,8 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 import disalign_ops
-from benchmarks import measure
-from benchmarks.report import device_name
+from disalign_ops._bench import measure
+from disalign_ops._bench.record import device_name
 
 CLASSES = (1203, 1204, 4096, 8142, 8192, 16384, 65536)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib  # noqa: F401 - whoever asks for a plot learns here that it is missing
 
-from benchmarks.results import CaseResult, Result
+from disalign_ops._bench.results import CaseResult, Result
+from disalign_ops._cli.text import number
+from disalign_ops._figures import style
 
-matplotlib.use("Agg")  # no display is needed to write a file
-
-from matplotlib import pyplot as plt
+_CHARACTERS = 24  # of a case's title, a line
 
 
 def _errors(result: Result) -> tuple[float, float]:
@@ -44,11 +45,11 @@ def _bars(
             values,
             height,
             label=name,
-            color=f"C{k}",
+            color=style.CYCLE[k % len(style.CYCLE)],
             xerr=list(zip(*spreads, strict=True)) or None,
             error_kw={"elinewidth": 0.8},
         )
-        labels = [f"{v:.3g}" for v in values]
+        labels = [number(v) for v in values]
         axes.bar_label(bars, labels=labels, padding=3, fontsize=7)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
@@ -58,15 +59,17 @@ def _bars(
 def bar_chart(path: Path, cases: list[CaseResult], about: dict[str, Any]) -> Path:
     """Time in copies of the logits and peak extra memory, of every contestant in every case."""
     names = list(dict.fromkeys(r.contestant for case in cases for r in case.results))
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(14, 2 + 0.3 * len(cases) * len(names)), sharey=True, layout="constrained"
-    )
+    with style.applied():
+        return style.save(_figure(cases, names, about), path)
+
+
+def _figure(cases: list[CaseResult], names: list[str], about: dict[str, Any]) -> Any:
+    height = 1.5 + (0.6 + 0.24 * len(names)) * len(cases)
+    figure, (left, right) = style.figure(2, 1, height=2 * height)
     _bars(left, cases, names, lambda r: r.copies, _errors)
     left.set_xscale("log")
-    left.set_xlabel("time in copies of the logits (out.copy_(logits) = 1), 20th to 80th percentile")
+    left.set_xlabel("time in copies of the logits, 20 % to 80 %")
     left.axvline(1, color="black", linewidth=0.8)
-    left.set_yticks(range(len(cases)), [case.case.title.replace(", ", ",\n") for case in cases])
-    left.invert_yaxis()
     _bars(
         right,
         cases,
@@ -76,9 +79,12 @@ def bar_chart(path: Path, cases: list[CaseResult], about: dict[str, Any]) -> Pat
     )
     # Linear up to 1 %, the bound that the library sets itself, so that 0 has a place.
     right.set_xscale("symlog", linthresh=1)
-    right.set_xlabel("peak memory beyond inputs and gradients, % of the logits")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.suptitle(f"Forward and backward on {about['device']}, {about['threads']} threads")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    right.set_xlabel("peak extra memory, % of the logits")
+    for axes in (left, right):
+        shown = [textwrap.fill(case.case.title, _CHARACTERS) for case in cases]
+        axes.set_yticks(range(len(cases)), shown)
+        axes.invert_yaxis()
+        style.plain_numbers(axes.xaxis)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    style.title(figure, f"Forward and backward on {about['device']}, {about['threads']} threads")
+    return figure

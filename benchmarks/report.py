@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
-from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +12,11 @@ from rich import box
 from rich.table import Table
 
 import disalign_ops
-from benchmarks.cases import WORK
-from benchmarks.peers import COMPILED, EAGER, OURS, LeftOut
-from benchmarks.results import CaseResult, Result
+from disalign_ops._bench.peers import COMPILED, EAGER, OURS, LeftOut
+from disalign_ops._bench.record import as_record, document
+from disalign_ops._bench.results import CaseResult
 
-_DISTRIBUTIONS = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels",
-                  "flash-attn")  # fmt: skip
 _QUIET_CORES = 0.1
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    versions = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    info = disalign_ops.backend_info()
-    devices = info["devices"]
-    assert isinstance(devices, dict)
-    return {
-        "device": device_name(device),
-        "backend": devices[device.type] if info["backend"] == "auto" else info["backend"],
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "versions": versions,
-        "disalign_ops": info,
-    }
-
-
-def _record(of: CaseResult, result: Result) -> dict[str, Any]:
-    """A result as one flat row. Times in milliseconds."""
-    case, timing = result.case, result.timing
-    share = result.memory_share
-    return {
-        "case": case.name,
-        "work": WORK[case.mode],
-        "rows": case.rows,
-        "size": "x".join(str(n) for n in case.size),
-        "target_size": "x".join(str(n) for n in case.target_size),
-        "classes": case.classes,
-        "dtype": case.dtype_name,
-        "contestant": result.contestant,
-        "problem": result.problem,
-        "median_ms": timing and timing.median * 1e3,
-        "p20_ms": timing and timing.p20 * 1e3,
-        "p80_ms": timing and timing.p80 * 1e3,
-        "rounds": timing and timing.rounds,
-        "times_ours": result.times_ours,
-        "copies": result.copies,
-        "copy_median_ms": of.copy.median * 1e3,
-        "gigabytes_per_second": result.bytes_per_second and result.bytes_per_second * 1e-9,
-        "share_of_copy_bandwidth": result.share_of_copy,
-        "peak_extra_bytes": result.peak_extra,
-        "peak_extra_percent_of_logits": None if share is None else share * 100,
-        "gradient_bytes": result.gradient_bytes,
-        "other_cores": of.other_cores,
-        "largest_relative_error": max(result.errors.values(), default=None),
-    }
 
 
 def write(
@@ -96,7 +25,7 @@ def write(
     """bench.csv and bench.json in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(case, result) for case in cases for result in case.results]
-    rows = [_record(case, result) for case, result in pairs]
+    rows = [as_record(case, result) for case, result in pairs]
     shared = {
         "device": about["device"],
         "threads": about["threads"],
@@ -109,17 +38,8 @@ def write(
         writer = csv.DictWriter(file, [*rows[0], *shared])
         writer.writeheader()
         writer.writerows({**row, **shared} for row in rows)
-    document = {
-        "environment": about,
-        "cases": {case.case.name: case.case.reason for case in cases},
-        "left_out": [asdict(peer) for peer in left_out],
-        "results": [
-            {**row, "relative_errors": result.errors}
-            for row, (_, result) in zip(rows, pairs, strict=True)
-        ],
-    }
     everything = folder / "bench.json"
-    everything.write_text(json.dumps(document, indent=2) + "\n")
+    everything.write_text(json.dumps(document(cases, left_out, about), indent=2) + "\n")
     return [table, everything]
 
 

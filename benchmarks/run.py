@@ -15,9 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import peers, report
-from benchmarks.cases import Case, select
-from benchmarks.results import CaseResult, run_case
+from benchmarks import report
+from benchmarks.cases import select
+from disalign_ops._bench import peers
+from disalign_ops._bench.case import Case
+from disalign_ops._bench.record import environment
+from disalign_ops._bench.results import CaseResult, run_case
 
 _REFRESH_S = 0.5
 _WIDTH = 110
@@ -100,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda: this PyTorch sees no GPU")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    about = report.environment(device)
+    about = environment(device)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)  # a file has none, and rich would assume 80

@@ -9,15 +9,18 @@ from torch import fx as _fx
 from . import (
     checkpoints,
     class_stats,
+    integrations,
     losses,
     metrics,
     nn,
+    plots,
     segmentation_metrics,
     sweep,
 )
 from ._call.details import LossDetails
 from ._call.shard import Shard
 from ._ops.backends import backend_info, set_backend
+from .denominator import loss_denominator
 from .functional import calibrate, cross_entropy, disalign_cross_entropy
 from .linear import disalign_linear_cross_entropy, linear_cross_entropy
 from .replace import replace_cross_entropy
@@ -41,10 +44,13 @@ __all__ = [
     "cross_entropy",
     "disalign_cross_entropy",
     "disalign_linear_cross_entropy",
+    "integrations",
     "linear_cross_entropy",
+    "loss_denominator",
     "losses",
     "metrics",
     "nn",
+    "plots",
     "replace_cross_entropy",
     "segmentation_metrics",
     "set_backend",

@@ -1,10 +1,10 @@
-"""`python -m disalign_ops` prints backend_info()."""
+"""`python -m disalign_ops`: what serves here; `bench` and `counts` beside it."""
 
 from __future__ import annotations
 
-import json
+import sys
 
-from . import backend_info
+from ._cli import main
 
 if __name__ == "__main__":
-    print(json.dumps(backend_info(), indent=2))
+    sys.exit(main())

@@ -5,13 +5,16 @@ Needs matplotlib, the extra disalign_ops[plots]. Nothing is shown or saved: `fig
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import class_stats
 from ._call.arguments import check_class_indices, check_integer
+from ._figures import style
 from ._ops.dispatch import check_classes
 from ._ops.reference import class_indices
 from .class_stats import Counts
@@ -21,19 +24,21 @@ from .nn.calibration import Calibration
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SIZE = (6.4, 4.0)  # inches
 _FEW, _MANY = 20, 100  # the groups of metrics.py
 
 
-def _figure(columns: int = 1) -> tuple[Figure, Any]:
-    """And its axes: one, or an array of them."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("matplotlib is not installed: pip install disalign_ops[plots]") from error
-    # No pyplot: nothing global, no window, and the figure is freed with its last reference.
-    figure = Figure(figsize=(_SIZE[0] * (0.5 + 0.5 * columns), _SIZE[1]), layout="constrained")
-    return figure, figure.subplots(1, columns)
+Drawing = TypeVar("Drawing", bound=Callable[..., object])
+
+
+def _styled(draw: Drawing) -> Drawing:
+    """In the common style, which leaves matplotlib's own settings alone."""
+
+    @functools.wraps(draw)
+    def styled(*arguments: Any, **options: Any) -> object:
+        with style.applied():
+            return draw(*arguments, **options)
+
+    return cast(Drawing, styled)
 
 
 def _counts(counts: Counts, classes: int, what: str) -> Tensor:
@@ -50,12 +55,14 @@ def _groups(axes: Any, n: Tensor) -> None:
     else:  # classes without samples have a place too
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(left=-0.3)
+    style.plain_numbers(axes.xaxis)
     axes.set_xlabel("training samples of the class")
     for limit in (_FEW, _MANY):
         if float(n.min()) < limit < float(n.max()):
-            axes.axvline(limit, color="0.8", linewidth=1, zorder=0)
+            axes.axvline(limit, color=style.LINE, linewidth=1, zorder=0)
 
 
+@_styled
 def accuracy_by_count(accuracy: Tensor, counts: Counts, label: str | None = None) -> Figure:
     """Every class's accuracy against its training samples, with the mean of each tenth of them.
 
@@ -66,20 +73,22 @@ def accuracy_by_count(accuracy: Tensor, counts: Counts, label: str | None = None
     """
     a = accuracy.detach().cpu().double().flatten()
     n = _counts(counts, len(a), "as accuracy has")
-    figure, axes = _figure()
+    figure, axes = style.figure()
     axes.scatter(n.numpy(), a.numpy(), s=8, alpha=0.4, linewidths=0, label=label)
     order = n.argsort()
     tenths = [part[~a[part].isnan()] for part in order.tensor_split(10)]
     tenths = [part for part in tenths if len(part)]
     axes.plot([float(n[p].mean()) for p in tenths], [float(a[p].mean()) for p in tenths],
-              color="C1", label="mean of a tenth of the classes")  # fmt: skip
+              color=style.RED, label="mean of a tenth of the classes")  # fmt: skip
     _groups(axes, n)
     axes.set_ylabel("accuracy")
     axes.set_ylim(-0.02, 1.02)
     axes.legend()
+    style.title(figure, "Accuracy of every class by its training samples")
     return figure
 
 
+@_styled
 def calibration_by_count(layer: nn.Module, counts: Counts) -> Figure:
     """A DisAlign layer's learned scale and bias against the classes' training samples.
 
@@ -92,16 +101,18 @@ def calibration_by_count(layer: nn.Module, counts: Counts) -> Figure:
     learned = (layer.logit_scale, layer.logit_bias)
     scale, bias = (t.detach().cpu().double().flatten() for t in learned)
     n = _counts(counts, len(scale), "the classes that the layer calibrates")
-    figure, both = _figure(columns=2)
+    figure, both = style.figure(2, 1, height=5.2)
     for axes, values, name in zip(both, (scale, bias), ("logit_scale", "logit_bias"), strict=True):
         axes.scatter(n.numpy(), values.numpy(), s=8, alpha=0.5, linewidths=0)
         unchanged = float(name == "logit_scale" and layer.form == "interpolated")
-        axes.axhline(unchanged, color="0.8", linewidth=1, zorder=0)  # the logits of stage 1
+        axes.axhline(unchanged, color=style.LINE, linewidth=1, zorder=0)  # the logits of stage 1
         _groups(axes, n)
         axes.set_ylabel(f"{name} ({layer.form})")
+    style.title(figure, "What stage 2 learned of every class; a line: unchanged")
     return figure
 
 
+@_styled
 def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
     """How many inputs have which confidence.
 
@@ -113,14 +124,17 @@ def confidence_histogram(confidence: Tensor, bins: int = 40) -> Figure:
         raise ArgumentError(
             "confidence must be from 0 to 1, got entries outside, or none: apply the sigmoid"
         )
-    figure, axes = _figure()
+    figure, axes = style.figure()
     axes.hist(c.numpy(), bins=bins, range=(0.0, 1.0))
     axes.set_xlabel("confidence c")
     axes.set_ylabel("inputs")
     axes.set_xlim(0, 1)
+    style.plain_numbers(axes.yaxis)
+    style.title(figure, "How many inputs have which confidence")
     return figure
 
 
+@_styled
 def reliability(
     probabilities: Tensor, target: Tensor, bins: int = 15, ignore_index: int = -100
 ) -> Figure:
@@ -129,20 +143,20 @@ def reliability(
     """
     share, confidence, accuracy = _binned(probabilities, target, bins, ignore_index)
     error = float((share * (accuracy - confidence).abs()).sum())
-    figure, axes = _figure()
+    figure, axes = style.figure()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
     some = share > 0
     left, height = edges[:-1][some].numpy(), accuracy[some].numpy()
     axes.bar(left, height, width=1 / bins, align="edge", alpha=0.7, edgecolor="white",
              label="accuracy")  # fmt: skip
-    axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", label="calibrated")
-    axes.plot(confidence[some].numpy(), accuracy[some].numpy(), "o", color="C1", markersize=4,
+    axes.plot([0, 1], [0, 1], color=style.GREY, linestyle="--", label="calibrated")
+    axes.plot(confidence[some].numpy(), accuracy[some].numpy(), "o", color=style.RED, markersize=4,
               label="mean probability")  # fmt: skip
     axes.set_xlabel("probability of the predicted class")
     axes.set_ylabel("accuracy")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.set_title(f"expected calibration error {error:.3f}")
+    axes.set_title(f"expected calibration error {error:.3f}", loc="center")
     axes.legend()
     return figure
 

@@ -1,6 +1,7 @@
 """MkDocs' hooks: a link to a file of the repository becomes a page with that file.
 
-So the links of the pages work in the repository too. And nothing may come from another server.
+So the links of the pages work in the repository too. A formula between $$ becomes MathML, which a
+browser shows without a script. And nothing may come from another server.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "repository"  # of the pages that are made of files outside docs
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-LANGUAGES = {".py": "python", ".txt": "text"}
+LANGUAGES = {".py": "python", ".txt": "text", ".csv": "text"}
+PICTURES = (".svg", ".png")
+FORMULA = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.MULTILINE | re.DOTALL)
 REMOTE = re.compile(r"<(?:script|img|iframe)[^>]+src=\"?https?:|<link[^>]+stylesheet[^>]+https?:")
 
 log = logging.getLogger("mkdocs.hooks")
@@ -50,6 +54,8 @@ def linked(text: str, path: str) -> list[str]:
 def on_files(files: Files, config: Any) -> Files:
     waiting = [path_of(page.src_uri) for page in files.documentation_pages()]
     for path in waiting:
+        if Path(path).suffix in PICTURES:  # copied as they are
+            continue
         text = (ROOT / path).read_text()
         waiting += [t for t in dict.fromkeys(linked(text, path)) if t not in waiting]
         if not path.endswith(".md"):
@@ -67,7 +73,14 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         target = linked(f"]({link[0]})", path)
         return posixpath.relpath(uri_of(target[0]), posixpath.dirname(uri)) if target else link[0]
 
-    return LINK.sub(moved, markdown)
+    return FORMULA.sub(formula, LINK.sub(moved, markdown))
+
+
+def formula(latex: re.Match[str]) -> str:
+    """A paragraph of MathML. One line: Markdown would end it at an empty one."""
+    text = latex[1].replace("{aligned}", "{split}")  # the one that latex2mathml knows
+    mathml = latex2mathml.converter.convert(text, display="block")
+    return f'<div class="formula">{" ".join(mathml.split())}</div>'
 
 
 def on_post_page(output: str, page: Page, config: Any) -> str:

@@ -15,10 +15,12 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from boxes_data import BoxData, Page, augmented
+from boxes_plots import plot_ap, plot_boxes
 from pages import FEATURES, Backbone
 from pages_data import RENDERED
 from rich.console import Console
@@ -41,6 +43,7 @@ BATCH = 8
 REGIONS = 64  # of a page, that a step of training sees
 BOX_SIZE = 7  # cells of a region, for its class
 BOX_FEATURES = 256
+SHOWN_PAGES = 2
 GROUPS = ("rare", "common", "frequent")
 
 
@@ -175,6 +178,16 @@ def scores(model: Any, predictor: Any, pages: list[Page], masks: bool) -> dict[s
     }
 
 
+@torch.no_grad()
+def detections(model: Any, predictor: Any, pages: list[Page]) -> list[dict[str, Tensor]]:
+    """What the detector finds on each page with this box predictor."""
+    before, model.roi_heads.box_predictor = model.roi_heads.box_predictor, predictor
+    model.eval()
+    found: list[dict[str, Tensor]] = model([page.image.float() / 255 for page in pages])
+    model.roi_heads.box_predictor = before
+    return found
+
+
 def thirds(counts: Tensor) -> list[Tensor]:
     """Rare, common and frequent: the classes in thirds by training boxes."""
     return list(torch.tensor_split(counts.argsort(stable=True), len(GROUPS)))
@@ -207,6 +220,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stage2-epochs", type=int, default=20, help="over the cached regions")
     parser.add_argument("--rho", type=float, default=0.8, help="exponent of the class weights")
     parser.add_argument("--boxes-only", action="store_true", help="Faster R-CNN, without masks")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo-detection"), help="of the pictures"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -284,6 +300,17 @@ def main() -> None:
             step(1)
         lap("evaluation")
 
+    first, *_, last = results
+    shown = {f"stage {k}": detections(model, methods[name], data.test[:SHOWN_PAGES])
+             for k, name in ((1, first), (2, last))}  # fmt: skip
+    group_of = [""] * len(data.characters)
+    for name, group in zip(GROUPS, groups, strict=True):
+        for label in group.tolist():
+            group_of[label] = name
+    plot_boxes(options.out / "boxes.png", data.test[:SHOWN_PAGES], group_of, shown)
+    plot_ap(options.out / "ap_by_boxes.png", data.counts, results[first]["bbox AP"],
+            results[last]["bbox AP"])  # fmt: skip
+
     for kind in ("bbox", "segm") if masks else ("bbox",):
         console.print(result_table(results, kind, groups))
         best = max(results, key=lambda n: float(results[n][f"{kind} AP"].mean()))
@@ -292,6 +319,7 @@ def main() -> None:
     console.print(f"mean confidence of stage 2's last batches: {layer.mean_confidence():.2f}")
     console.print(f"{len(rows[0]):,} regions cached, {rows[0].numel() * 4 / 2**20:.0f} MiB")
     laps = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    console.print(f"pictures: {options.out}/*.png")
     console.print(f"{laps}; everything {sum(seconds.values()):.0f} s")
 
 

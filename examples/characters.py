@@ -14,7 +14,6 @@ import argparse
 import copy
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import disalign_ops
-
-sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the package
-from benchmarks.measure import peak_extra_bytes
+from disalign_ops._bench.measure import peak_extra_bytes
 
 BATCH = 256
 FEATURES = 256

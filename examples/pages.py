@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,23 +22,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pages_data import PAGE, VOID, PageData, Pages, distort
-from pages_plots import plot_pages
+from pages_plots import plot_iou, plot_pages
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
 from disalign_ops import upsample_cross_entropy, upsample_predict
+from disalign_ops._bench.measure import peak_extra_bytes
 from disalign_ops.class_stats import grw_weights, log_prior
 from disalign_ops.nn import DisAlignSegHead, freeze_for_stage2
 from disalign_ops.segmentation_metrics import SegmentationIoU
 
-sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not part of the package
-from benchmarks.measure import peak_extra_bytes
-
 BATCH = 8
 TEST_PAGES = 60
-SHOWN_PAGES = 5
+SHOWN_PAGES = 2
 ROUNDS = 15  # of timing
 FEATURES = 128
 GROUPS = ("head", "body", "tail")
@@ -212,7 +209,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=8, help="of stage 1")
     parser.add_argument("--stage2-epochs", type=int, default=2)
     parser.add_argument("--rho", type=float, default=1.0, help="exponent of the class weights")
-    parser.add_argument("--out", type=Path, default=Path("out/demo-dense"), help="of the picture")
+    parser.add_argument("--out", type=Path, default=Path("out/demo-dense"), help="of the pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -298,11 +295,11 @@ def main() -> None:
     with torch.no_grad():
         features = learned.model.backbone(x.contiguous(memory_format=torch.channels_last))
     console.print(loss_costs(head, features, target, learned.weight))
-    picture = options.out / "pages.png"
-    plot_pages(
-        picture, data.test, list(range(SHOWN_PAGES)), learned.predictions, len(data.characters)
-    )
-    console.print(f"page, classes, predicted by stage 1, by stage 2: {picture}")
+    first, *_, last = (found["iou"] for found in results.values())
+    plot_pages(options.out / "pages.png", data.test, list(range(SHOWN_PAGES)),
+               *learned.predictions, len(data.characters))  # fmt: skip
+    plot_iou(options.out / "iou_by_pixels.png", data.counts, first, last)
+    console.print(f"pictures: {options.out}/*.png")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def check_tensor(name: str, value: object) -> Tensor:
             f"{name} must be a torch.Tensor, got a DTensor. Of a layer that FSDP shards, forward "
             "alone gathers the parameters: torch.distributed.fsdp.register_fsdp_forward_method("
             "layer, 'loss') makes another method do so too. Logits or heads whose classes are "
-            f"sharded go with shard=Shard.of({name}). Otherwise pass {name}.full_tensor()"
+            f"sharded go with shard=Shard.of({name}). Where rows are divided (data parallelism), "
+            f"pass {name}.to_local(), else {name}.full_tensor()"
         )
     return value
 

@@ -112,16 +112,8 @@ def check_gradient(given: Validated, layout: Layout, logits: Tensor, target: Ten
         refuse_in_forward("where reduction is 'none'")
     if given.in_place:
         refuse_in_forward("where inplace_backward is True")
-    backend = dispatch.serving_backend(logits)
-    if target.is_floating_point() and not dispatch.serves_probabilities(
-        backend, layout.name, target
-    ):
-        if target.requires_grad:
-            refuse_in_forward("where target requires a gradient")
-        refuse_in_forward(
-            f"for {layout.name} logits on {logits.device.type} where target holds class "
-            "probabilities"
-        )
+    if target.requires_grad:
+        refuse_in_forward("where target requires a gradient")
     if not dispatch.makes_in_forward(layout, logits):
         refuse_in_forward(
             f"for {layout.name} logits on {logits.device.type} by the "

@@ -124,8 +124,6 @@ def validate(
     if soft:
         check_probability_options(options, given)
         target = layouts.probabilities(ROW, like, target)
-        if not dispatch.serves_probabilities(backend, "shard", target):
-            backend = "reference"
     a, b, c = calibration_vectors(like, classes, calibration)
     ignore_index, smoothing, gamma = given.numbers
     sample_weight = row_vector(

@@ -17,8 +17,8 @@ from .schemas import DENSE, UPSAMPLE, Layout
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     """The loss in the accumulation dtype ('none': flat), and the details, if there are any."""
     backend = serving_backend(inputs.logits)
-    if inputs.soft and not serves_probabilities(backend, problem.layout.name, inputs.target):
-        backend = "reference"
+    if inputs.soft and inputs.target.requires_grad and torch.is_grad_enabled():
+        backend = "reference"  # no kernel gives class probabilities a gradient
     if backend == "native":
         return autograd.loss(inputs, problem)
     if composes(backend):
@@ -58,23 +58,6 @@ def _upsampled(
         return (loss,)
     each = loss_of(planes, dense._replace(reduction=REDUCTIONS["none"])).detach()
     return (loss, each, *reference.details(u.detach(), inputs.target, numbers[0]))
-
-
-# The layouts, and "shard", whose kernels take class probabilities, by backend and kind of device.
-_SOFT_LAYOUTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("native", "cpu"): ("row", "dense", "upsample", "shard"),
-    ("native", "cuda"): ("row", "dense", "upsample", "shard"),
-    ("triton", "cuda"): (),
-}
-
-
-def serves_probabilities(backend: str, layout: str, target: Tensor) -> bool:
-    """Whether the kernels of a backend take these class probabilities, to which they give no
-    gradient. layout: its name, or "shard".
-    """
-    if torch.is_grad_enabled() and target.requires_grad:
-        return False
-    return layout in _SOFT_LAYOUTS.get((backend, target.device.type), ())
 
 
 def serving_backend(input: Tensor) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import cross_entropy
 from .. import nn as dnn
-from .._call.types import Form
+from .._call.types import Form, Normalizer
+from ..denominator import loss_denominator
 from ..errors import ArgumentError
 from ..upsample import upsample_cross_entropy
 
@@ -71,11 +72,17 @@ class DisAlignFastRCNNPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-def grw_fastrcnn_loss(weight: Tensor | None) -> FastRCNNLoss:
+def grw_fastrcnn_loss(weight: Tensor | None, *, all_ranks: bool = False) -> FastRCNNLoss:
     """torchvision's `fastrcnn_loss` with class weights.
 
     Args:
         weight: (num_classes,), of the background 1: grw_weights(counts, rho, background="first").
+        all_ranks: the classification loss is the weighted mean over the boxes of all ranks, under
+            DistributedDataParallel, where else it is the mean of the ranks' means. Every rank must
+            call it. The boxes' loss stays torchvision's, a mean of each rank.
+
+    With gradient accumulation the denominator of a step cannot be known: a detector samples a
+    batch's boxes in its forward.
     """
     from torchvision.models.detection import roi_heads
 
@@ -87,18 +94,20 @@ def grw_fastrcnn_loss(weight: Tensor | None) -> FastRCNNLoss:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         _, boxes = plain(class_logits, box_regression, labels, regression_targets)
         given = None if weight is None else weight.to(class_logits.device)
-        return cross_entropy(class_logits, torch.cat(labels), given), boxes
+        target = torch.cat(labels)
+        normalizer: Normalizer = loss_denominator(target, given) if all_ranks else "weights"
+        return cross_entropy(class_logits, target, given, normalizer=normalizer), boxes
 
     return loss
 
 
 @contextmanager
-def replace_fastrcnn_loss(weight: Tensor | None) -> Iterator[None]:
+def replace_fastrcnn_loss(weight: Tensor | None, *, all_ranks: bool = False) -> Iterator[None]:
     """Within it, torchvision's detectors train with `grw_fastrcnn_loss(weight)`."""
     from torchvision.models.detection import roi_heads
 
     plain = roi_heads.fastrcnn_loss
-    roi_heads.fastrcnn_loss = grw_fastrcnn_loss(weight)
+    roi_heads.fastrcnn_loss = grw_fastrcnn_loss(weight, all_ranks=all_ranks)
     try:
         yield
     finally:
@@ -128,7 +137,9 @@ def segmentation_loss(
     Args:
         images, masks: (N, 3, H, W) and (N, H, W).
         aux_weight: of the auxiliary classifier's loss, as torchvision's reference training.
-        options: of `upsample_cross_entropy`; ignore_index is 255.
+        options: of `upsample_cross_entropy`; ignore_index is 255. With gradient accumulation or
+            several ranks, normalizer=loss_denominator([masks, ...], weight, ignore_index=255) of
+            all masks of the step.
     """
     losses = {}
     for name, logits in low_resolution_logits(model, images).items():

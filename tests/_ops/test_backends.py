@@ -52,7 +52,7 @@ def test_backend_info_says_what_serves_and_what_was_compiled() -> None:
 
 
 def test_module_prints_backend_info() -> None:
-    assert json.loads(python("-m", "disalign_ops").stdout) == disalign_ops.backend_info()
+    assert json.loads(python("-m", "disalign_ops", "--json").stdout) == disalign_ops.backend_info()
 
 
 def test_set_backend_as_call_and_as_context_manager() -> None:

@@ -40,7 +40,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "learned": ("all", "logits", "scale", "bias", "confidence", "nothing"),
     "calibrated": (True, False),
     "inplace_backward": (False, True),
-    "target": (torch.int64, torch.uint8, torch.int16, torch.int32),
+    # float32: class probabilities, which have no margin, focal exponent or details.
+    "target": (torch.int64, torch.uint8, torch.int16, torch.int32, torch.float32),
     "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "aligned": (False, True),
 }
@@ -77,7 +78,10 @@ def call(layout: str, chosen: dict[str, Any]) -> None:
     shape = SHAPES[layout]
     if chosen.pop("aligned"):
         shape = (16, 16 * shape[1], *(16 for _ in shape[2:]))
-    dtype, integer = chosen.pop("dtype"), chosen.pop("target")
+    dtype, kind = chosen.pop("dtype"), chosen.pop("target")
+    if kind.is_floating_point:
+        chosen |= {"margin": False, "focal_gamma": 0.0}
+        chosen |= {"return_details": False} if layout == "upsample" else {}
     calibrated, learned = chosen.pop("calibrated"), chosen.pop("learned")
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     n, classes, *low = shape
@@ -96,7 +100,8 @@ def call(layout: str, chosen: dict[str, Any]) -> None:
         chosen["bias"] = needs("bias", torch.ones(classes, dtype=acc))
         conf = (n, 1, *low) if upsample else positions
         chosen["confidence"] = needs("confidence", torch.zeros(conf, dtype=acc))
-    target = torch.zeros(positions, dtype=integer)
+    classed = (n, classes, *positions[1:]) if kind.is_floating_point else positions
+    target = torch.zeros(classed, dtype=kind)
     z = logits * 1 if chosen["inplace_backward"] else logits
     if upsample:
         loss: Any = disalign_ops.upsample_cross_entropy(z, target, **chosen)
@@ -135,8 +140,8 @@ def others(dtype: torch.dtype) -> None:
     x, head = torch.zeros(4, 3, dtype=dtype), torch.zeros(CLASSES, 3, dtype=dtype)
     for reduction, smoothing in itertools.product(("mean", "sum", "none"), (0.0, 0.1)):
         features, matrix = x.clone().requires_grad_(), head.clone().requires_grad_()
-        target = torch.zeros(4, dtype=torch.int64)
-        for weight in (None, vector):
+        targets = (torch.zeros(4, dtype=torch.int64), torch.zeros(4, CLASSES, dtype=dtype))
+        for weight, target in itertools.product((None, vector), targets):
             disalign_ops.linear_cross_entropy(
                 features, matrix, target, weight=weight, reduction=reduction,
                 label_smoothing=smoothing,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from disalign_ops._ops import dispatch, reference, schemas
+from disalign_ops._ops import reference, schemas
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
 from support.cases import SHAPES
 from support.tolerances import ROUNDING, assert_close
@@ -183,8 +183,6 @@ SOFT_OPTIONS = {
 def test_class_probabilities(
     shape: tuple[int, int], dtype: torch.dtype, given: tuple[str, ...]
 ) -> None:
-    if not dispatch.serves_probabilities("native", "shard", torch.empty(0)):
-        pytest.skip("these kernels take class indices alone")
     torch.manual_seed(6)
     s = shard(*shape, dtype, *given)
     s.logits = (torch.randn(shape, dtype=torch.float64) * 3).to(dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import disalign_ops
-from benchmarks.measure import captured
+from disalign_ops._bench.measure import captured
 from support.cases import Rows, rows
 from support.dense_cases import dense
 from support.places import TESTS, test_files

@@ -178,7 +178,7 @@ def test_planes_fill_the_device(planner: ModuleType, name: str, step: str) -> No
 def test_to_how_many_classes_planes_are_read_once(
     planner: ModuleType, name: str, most: int
 ) -> None:
-    # README.md's numbers, of both dtypes.
+    # The numbers of docs/gpus.md, of both dtypes.
     device = launch_plans.Device(GPUS[name], defaultdict(lambda: 128))
 
     def once(dtype: int, classes: int) -> bool:
@@ -295,7 +295,7 @@ def test_the_model_knows_the_shared_memory_of_a_rows_warps(
 @pytest.mark.parametrize(
     ("gpu", "classes", "blocks"),
     [
-        # README.md: one read in stage 2, by a block to 10,240 classes, a cluster to 81,920.
+        # docs/gpus.md: one read in stage 2, by a block to 10,240 classes, a cluster to 81,920.
         ("H100 SXM", 10_240, 1), ("H100 SXM", 10_248, 2), ("H100 SXM", 81_920, 8),
         ("H100 SXM", 81_928, None), ("RTX 4090", 8185, 1), ("RTX 4090", 8196, None),
     ],

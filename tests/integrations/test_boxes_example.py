@@ -147,3 +147,18 @@ def test_a_run_prints_the_tables(kind: str) -> None:
     ):  # fmt: skip
         assert text in run.stdout, text
     assert ("masks: AP" in run.stdout) == (kind == "masks")
+
+
+def test_a_box_is_right_by_its_most_confident_detection() -> None:
+    import boxes_plots
+
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0], [40.0, 0.0, 50.0, 10.0]])
+    page = data.Page(torch.zeros(1, 60, 60), boxes, torch.tensor([1, 2, 3]), torch.zeros(3, 60, 60))
+    found = {
+        "boxes": torch.cat([boxes[:2], boxes[:2] + 1, boxes[2:] + 9]),
+        "labels": torch.tensor([1, 1, 2, 2, 3]),
+        "scores": torch.tensor([0.3, 0.9, 0.2, 0.4, 0.9]),
+    }
+    assert boxes_plots.outcomes(page, found) == ["right", "wrong class", "missed"]
+    overlap = boxes_plots.overlaps(boxes[:1], torch.tensor([[0.0, 0.0, 10.0, 5.0]]))
+    assert float(overlap) == pytest.approx(0.5)

@@ -86,6 +86,27 @@ def test_a_timm_model_keeps_its_logits() -> None:
     close(loss(logits, soft), F.cross_entropy(logits, soft, weight, label_smoothing=0.1))
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem", "pair"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_timms_mixup_hands_out(mode: str, smoothing: float) -> None:
+    data = pytest.importorskip("timm.data", reason=WHY)
+    from disalign_ops import loss_denominator
+    from disalign_ops.integrations.timm import GRWLoss
+
+    mixup = data.Mixup(
+        mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, label_smoothing=smoothing, num_classes=3
+    )
+    images, target = mixup(torch.rand(8, 3, 16, 16), torch.arange(8) % 3)
+    assert target.shape == (8, 3)
+    assert target.is_floating_point()
+    logits, weight = images.flatten(1)[:, :3].contiguous(), class_stats.grw_weights(COUNTS, 1.0)
+    loss = GRWLoss(COUNTS, 1.0)
+    expected = F.cross_entropy(logits, target.float(), weight)
+    close(loss(logits, target), expected)
+    loss.normalizer = loss_denominator(target.split(3), loss.weight)
+    close(loss(logits[:3], target[:3]) + loss(logits[3:], target[3:]), expected)
+
+
 # --- torchvision
 
 

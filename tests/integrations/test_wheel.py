@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path
@@ -85,6 +87,15 @@ def test_a_head_and_a_step_of_stage_2() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[2] < losses[0]
+
+
+def test_the_command_line_measures_a_shape(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "disalign_ops", "bench", "--shape", "32x67",
+               "--rounds", "2", "--threads", "1", "--peer", "torch eager"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "disalign_ops" in done.stdout
+    assert "no numbers" not in done.stdout
 
 
 def test_it_compiles() -> None:

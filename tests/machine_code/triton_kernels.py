@@ -45,6 +45,7 @@ SHAPES: dict[tuple[str, int], tuple[int, ...]] = {
 # The loss, with weights a class, and its gradient of the logits; both again calibrated, with the
 # gradients of scale, bias and confidence.
 STEPS = ("forward", "backward", "stage2", "all")
+SOFT_STEPS = ("soft forward", "soft backward")  # the first two, of class probabilities
 SUMS = ("loss_kernel", "sum_kernel")
 PEERS = (fused_peer.fused_kernel, fused_peer.fused_planes_kernel)
 
@@ -71,17 +72,21 @@ def launches(layout: str, classes: int, dtype: str, step: str) -> list[triton_co
     calibrated = step in ("stage2", "all")
     vectors = (_vector(classes), _vector(classes), _vector(n)) if calibrated else (None,) * 3
     target = _vector(n, torch.int64).view(z.shape[0], *z.shape[2:])
+    soft = step in SOFT_STEPS
+    if soft:
+        target = torch.empty_like(z)
     given = (z, target, _vector(classes), *vectors, None, None, None)
-    statistics = (_vector(2 * n).view(2, n), _vector(1, torch.float64)[0])
+    rows = 3 if soft else 2
+    statistics = (_vector(rows * n).view(rows, n), _vector(1, torch.float64)[0])
     options = (-100, 0.0, 0.0)
     device = DEVICES[str(ARCHITECTURE)][0]
     with (
         mock.patch.object(launch, "multiprocessors", return_value=device.multiprocessors),
         triton_compile.launches() as found,
     ):
-        if step != "backward":
+        if not step.endswith("backward"):
             operators.forward(*given, None, *options, 1, 0, CALIBRATION if calibrated else 0)
-        if step in ("backward", "all"):
+        if step.endswith(("backward", "all")):
             operators.backward(_vector(1)[0], *given, *statistics, *options, LOGITS)
     return [launch for launch in found if launch.name not in SUMS]
 
@@ -153,7 +158,7 @@ def _walk(found: triton_compile.Launch, compiled: Compiled, **changed: int) -> C
 
     def memory(address: int, size: int) -> int | None:
         """The targets; nothing else is known."""
-        if not 0 <= address - addresses["target"] < 1 << 40:
+        if not 0 <= address - addresses.get("target", 1 << 60) < 1 << 40:
             return None
         return TARGET >> 8 * (address % 8) & ((1 << 8 * size) - 1)
 
@@ -190,8 +195,10 @@ def opcodes_of(found: triton_compile.Launch) -> dict[str, float]:
 
 @functools.cache
 def count(layout: str, classes: int, dtype: str, step: str) -> dict[str, float]:
-    """Warp instructions for 512 bytes of logits, by opcode. step: of STEPS, or 'peer'."""
-    found = launches(layout, classes, dtype, step) if step in STEPS else []
+    """Warp instructions for 512 bytes of logits, by opcode. step: of STEPS, SOFT_STEPS, or
+    'peer'.
+    """
+    found = launches(layout, classes, dtype, step) if step in STEPS + SOFT_STEPS else []
     total: Counter[str] = Counter()
     for launched in found or [peer(layout, classes, dtype)]:
         total.update(opcodes_of(launched))  # type: ignore[arg-type]
@@ -206,11 +213,11 @@ CASES = [(layout, classes, dtype) for layout, classes in SHAPES for dtype in DTY
 
 
 def main() -> None:
-    steps = (*STEPS, "peer")
-    print("layout  classes  dtype   " + "".join(f"{step:>10}" for step in steps))
+    steps = (*STEPS, *SOFT_STEPS, "peer")
+    print("layout  classes  dtype   " + "".join(f"{step:>14}" for step in steps))
     for case in CASES:
         found = [sum(count(*case, step).values()) for step in steps]
-        print("{:7} {:7}  {:9}".format(*case) + "".join(f"{n:10.1f}" for n in found), flush=True)
+        print("{:7} {:7}  {:9}".format(*case) + "".join(f"{n:14.1f}" for n in found), flush=True)
 
 
 def main_of(dtype: str, layout: str, classes: int, step: str) -> None:

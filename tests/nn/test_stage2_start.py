@@ -147,7 +147,7 @@ def few(model: nn.Module, test: Data) -> float:
 def readme_lines() -> str:
     """The block of README.md's section about the second stage, as it is printed."""
     text = (ROOT / "README.md").read_text()
-    section = text[text.index("## DisAlign's second stage in ten lines") :]
+    section = text[text.index("## Classification: the second stage in ten lines") :]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gate, peers
-from benchmarks.cases import Case, Mode, make_inputs
-from benchmarks.peers import eager_loss
-from benchmarks.results import run_case
+from disalign_ops._bench import gate, peers
+from disalign_ops._bench.case import Case, Mode, make_inputs
+from disalign_ops._bench.peers import eager_loss
+from disalign_ops._bench.results import run_case
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gate, peers
-from benchmarks.cases import Case, Mode, make_inputs
-from benchmarks.results import run_case
+from disalign_ops._bench import gate, peers
+from disalign_ops._bench.case import Case, Mode, make_inputs
+from disalign_ops._bench.results import run_case
 
 CPU = torch.device("cpu")
 TORCH = "F.linear_cross_entropy"

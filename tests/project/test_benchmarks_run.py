@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import benchmarks
-from benchmarks import peers, report, run
-from benchmarks.cases import Case, Inputs, Mode
-from benchmarks.peers import Contestant, eager_loss, our_loss
-from benchmarks.results import run_case
+from benchmarks import report, run
+from disalign_ops._bench import peers
+from disalign_ops._bench.case import Case, Inputs, Mode
+from disalign_ops._bench.peers import Contestant, eager_loss, our_loss
+from disalign_ops._bench.results import run_case
 from support.places import ROOT
 
 CPU = torch.device("cpu")

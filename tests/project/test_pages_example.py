@@ -21,6 +21,8 @@ import characters_data
 import pages_data as data
 import pages_plots
 
+from disalign_ops._figures import style
+
 CHARACTERS = ["永", "国", "酬", "我"]
 
 
@@ -50,12 +52,30 @@ def test_a_run_prints_the_tables_and_writes_the_picture(tmp_path: Path) -> None:
         "(8, 9, 128, 128)",
     ):  # fmt: skip
         assert text in run.stdout, text
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pages.png"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["iou_by_pixels.png", "pages.png"]
     with Image.open(tmp_path / "out" / "pages.png") as image:
-        side = (data.PAGE + pages_plots.GAP) * pages_plots.ENLARGED
-        gap = pages_plots.GAP * pages_plots.ENLARGED
-        assert image.size == (4 * side + gap, 5 * side + gap)
-        assert len(image.getcolors(1 << 24)) > 9  # greys of the pages, and the classes
+        assert image.width == round(style.WIDTH * 150)
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 9  # pages, classes, errors
+
+
+def test_the_map_of_errors_tells_what_stage_2_changed() -> None:
+    truth = np.array([[0, 1, 2, 3, data.VOID]], dtype=np.uint8)
+    before = np.array([[0, 0, 0, 3, data.VOID]], dtype=np.uint8)
+    after = np.array([[0, 1, 0, 0, data.VOID]], dtype=np.uint8)
+    names = ("RIGHT", "MENDED", "WRONG", "BROKEN")
+    expected = [pages_plots.rgb(getattr(pages_plots, name)) for name in names] + [(255, 255, 255)]
+    found = pages_plots.error_map(truth, before, after)
+    assert [tuple(pixel) for pixel in found[0].tolist()] == expected
+    first = pages_plots.error_map(truth, before)
+    wrong = pages_plots.rgb(pages_plots.WRONG)
+    assert [tuple(pixel) == wrong for pixel in first[0].tolist()] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_square_has_its_characters_class_and_its_ink() -> None:

@@ -20,25 +20,22 @@ Found = dict[str, set[int]]  # file name -> lines with an error
 
 # Section of the README -> what its blocks take for granted, as parameters of a function.
 GIVEN = {
-    "In the place of F.cross_entropy": (
+    "In place of F.cross_entropy": (
         "logits: Tensor, target: Tensor, weight: Tensor, train: Callable[[], None]"
     ),
-    "DisAlign's second stage in ten lines": (
+    "Classification: the second stage in ten lines": (
         "model: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]]"
     ),
     "Segmentation": (
         "logits: Tensor, masks: Tensor, weight: Tensor, model: nn.Module, features: Tensor, "
         "in_channels: int, num_classes: int, pixels_per_class: Tensor"
     ),
-    "Heads with many classes": "features: Tensor, head: nn.Linear, target: Tensor",
-    "Classes divided over processes": (
+    "Very many classes": "features: Tensor, head: nn.Linear, target: Tensor",
+    "Several GPUs": (
         "features: Tensor, local_weight: Tensor, target: Tensor, confidence: Tensor, "
         "local_scale: Tensor, local_bias: Tensor, group: Any"
     ),
-    "Around the loss": (
-        "counts: Tensor, model: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], "
-        "layer: dnn.DisAlignLinear, example: Tensor, accuracy: Tensor"
-    ),
+    "Detection": "features: Tensor, labels: Tensor, boxes_per_class: Tensor",
 }
 HEAD = """
 from collections.abc import Callable

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from disalign_ops._ops import dispatch, in_forward, schemas
+from disalign_ops._ops import in_forward, schemas
 
 # Tests of what is not these operators: (part of a test's name, why it is left out).
 LEFT_OUT = (
@@ -44,8 +44,6 @@ def swap(operator_of: Callable[[str], Callable[..., Any]], native: bool = True) 
         schemas._OPERATORS[name] = _counted(name, operator_of(name))
     kernels = in_forward.NATIVE
     kernels["cpu"] = kernels["cuda"] if native else in_forward.NOTHING
-    soft = dispatch._SOFT_LAYOUTS
-    soft["native", "cpu"] = soft["native" if native else "triton", "cuda"]
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:

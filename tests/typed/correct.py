@@ -28,6 +28,9 @@ def losses(
     ops.disalign_cross_entropy(z, t, c, w, w, shard=ops.Shard(offset=3)).backward()
     ops.linear_cross_entropy(z, w, t, shard=ops.Shard(group, 3)).backward()
     ops.disalign_linear_cross_entropy(z, w, t, c, w, w, shard=ops.Shard.of(split)).backward()
+    one = ops.loss_denominator([t, t], w, sample_weight=[c, c], group=group, ranks="sum")
+    ops.cross_entropy(z, t, w, normalizer=one).backward()
+    assert_type(ops.loss_denominator(t, normalizer="valid"), Tensor)
     for reduction in ("mean", "sum"):
         assert_type(ops.cross_entropy(z, t, reduction=reduction), Tensor)
     dnn.CrossEntropyLoss(w, reduction="sum", normalizer=2.0, margin=w)

@@ -28,6 +28,13 @@ _BY_WEIGHTS = NORMALIZERS["weights"]
 _BLOCK = 256  # of the kernels that sum up
 
 
+_MARGIN = 7  # among the tensors
+
+
+def without_margin(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tensors[:_MARGIN] + tensors[_MARGIN + 1 :]
+
+
 @dataclass(frozen=True)
 class Given:
     """The arguments of a loss."""
@@ -46,6 +53,21 @@ class Given:
     def target(self) -> Tensor:
         assert self.tensors[1] is not None
         return self.tensors[1]
+
+    @property
+    def soft(self) -> bool:
+        """Whether the target is class probabilities."""
+        return self.target.is_floating_point()
+
+    @property
+    def soft_tensors(self) -> tuple[Tensor | None, ...]:
+        """Of the kernels of class probabilities, which have no margin."""
+        return without_margin(self.tensors)
+
+    @property
+    def soft_numbers(self) -> tuple[float, float]:
+        """keep and share of all classes together, of such a kernel."""
+        return 1.0 - self.label_smoothing, self.label_smoothing
 
     @property
     def numbers(self) -> tuple[int, float, float]:
@@ -128,7 +150,8 @@ class Loss:
     def __init__(self, call: Forward, positions: int, programs: int) -> None:
         logits = call.given.logits
         self.positions, self.programs, self._call = positions, programs, call
-        self.statistics = vector(logits, 2 * positions).view(2, positions)
+        rows = 3 if call.given.soft else 2
+        self.statistics = vector(logits, rows * positions).view(rows, positions)
         self.denominator = logits.new_empty((), dtype=torch.float64)
         self.value = vector(logits, positions) if call.each else self.statistics.new_empty(())
         self.block_sums = None

@@ -6,109 +6,20 @@ found (LogitsView).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..codes import BIAS, CALIBRATION, CONFIDENCE, LOGITS, SCALE, SHARD_VALUES
+from ..codes import CALIBRATION, CONFIDENCE, LOGITS, SHARD_VALUES
 from ..reference import IGNORED, accumulate_dtype, class_indices
-from . import launch
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
-from .call import Backward, CalibrationSums, Forward, Given, Loss, arithmetic, vector
+from .call import Backward, CalibrationSums, Forward, Given, Loss, vector, without_margin
 from .loss import forward_kernel
 from .loss_backward import backward_kernel
-
-_CLASS_SUMS = SCALE | BIAS
-
-
-@dataclass(frozen=True)
-class LogitsView:
-    """Logits (N, C) with neighbouring classes, or (N, C, S) with neighbouring positions, and how
-    they are divided over programs.
-    """
-
-    logits: Tensor
-    outer: int
-    inner: int
-    classes: int
-    outer_stride: int
-    stride: int
-    planes: bool
-    wanted: int
-
-    @staticmethod
-    def of(logits: Tensor, wanted: int) -> LogitsView:
-        """wanted: gradients of what is launched; its tiles depend on them."""
-        if logits.dim() == 2:
-            n, classes = logits.shape
-            return LogitsView(logits, 1, n, classes, 0, logits.stride(0), False, wanted)
-        n, classes, inner = logits.shape
-        outer_stride, stride, _ = logits.stride()
-        return LogitsView(logits, n, inner, classes, outer_stride, stride, True, wanted)
-
-    @property
-    def positions(self) -> int:
-        return self.outer * self.inner
-
-    @property
-    def tile(self) -> launch.Tile:
-        kind = self.classes, self.planes, self.logits.dtype
-        if self.wanted & _CLASS_SUMS:
-            return launch.tile(*kind)
-        return launch.passing_tile(*kind, self.unit > 1, bool(self.wanted & CONFIDENCE))
-
-    @property
-    def parts(self) -> int:
-        """Programs that a position's classes are divided over."""
-        return int(triton.cdiv(self.classes, self.tile.classes)) if self.wanted & _CLASS_SUMS else 1
-
-    def programs(self, parts: int) -> int:
-        """Along the positions, beside `parts` along the classes."""
-        blocks = self.outer * triton.cdiv(self.inner, self.tile.positions)
-        return launch.programs(blocks, self.tile, parts, self.logits.device)
-
-    @property
-    def unit(self) -> int:
-        """See loss.py."""
-        last = self.inner if self.planes else self.classes
-        steps = (self.stride, self.outer_stride, *self._contiguous, last)
-        return 16 if all(s % 16 == 0 for s in steps) else 1
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """As kernels take them: outer, inner, classes, outer_stride, stride."""
-        inner, classes = self.inner, self.classes
-        if self.planes:
-            inner //= self.unit
-        else:
-            classes //= self.unit
-        return self.outer, inner, classes, *self.strides
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """As kernels take them."""
-        return self.outer_stride // self.unit, self.stride // self.unit
-
-    @property
-    def contiguous(self) -> tuple[int, int]:
-        """Strides, as kernels take them, of a contiguous tensor of this shape."""
-        outer_stride, stride = self._contiguous
-        return outer_stride // self.unit, stride // self.unit
-
-    @property
-    def _contiguous(self) -> tuple[int, int]:
-        return (self.classes * self.inner, self.inner) if self.planes else (0, self.classes)
-
-    def start(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        if self.positions:
-            launch.start(
-                kernel, grid, arguments, self.tile, self.logits.device, PLANES=self.planes,
-                UNIT=self.unit, POSITIONS=self.tile.positions, CLASSES=self.tile.classes,
-                ACC=arithmetic(self.logits),
-            )  # fmt: skip
+from .soft import soft_forward_kernel
+from .soft_backward import soft_backward_kernel
+from .views import CLASS_SUMS, LogitsView
 
 
 def forward(*arguments: Any) -> list[Tensor]:
@@ -118,24 +29,26 @@ def forward(*arguments: Any) -> list[Tensor]:
     """
     call = Forward.of(arguments)
     given, logits = call.given, call.given.logits
-    class_sums = call.wanted & _CLASS_SUMS
-    view = LogitsView.of(logits, call.wanted & CALIBRATION)
+    class_sums = call.wanted & CLASS_SUMS
+    view = LogitsView.of(logits, call.wanted & CALIBRATION, given.target)
     # Where one tile has not all classes, their sums are backward's.
     later = class_sums and view.tile.tiled
     here = call.wanted & (CONFIDENCE if later else CALIBRATION)
     if later:
-        view = LogitsView.of(logits, here)
+        view = LogitsView.of(logits, here, given.target)
     n = view.positions
     loss = Loss(call, n, view.programs(1))
     sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
-    view.start(
-        forward_kernel, (loss.programs,),
-        (
-            *given.tensors, given.weights, loss.value if call.each else None, *loss.statistics,
-            loss.block_sums, sums.classes, sums.confidence, None, *view.sizes, *given.numbers,
-            call.by_weights,
-        ),
+    made = (
+        loss.value if call.each else None, *loss.statistics, loss.block_sums, sums.classes,
+        sums.confidence, None, *view.sizes,
     )  # fmt: skip
+    if given.soft:
+        kernel, arguments = soft_forward_kernel, (*given.soft_tensors, *made, *given.soft_numbers)
+    else:
+        kernel = forward_kernel
+        arguments = (*given.tensors, given.weights, *made, *given.numbers)
+    view.start(kernel, (loss.programs,), (*arguments, call.by_weights))
     results = loss.finish()
     if later:
         # For an upstream gradient of 1, not yet divided.
@@ -149,18 +62,21 @@ def _gradients(
 ) -> CalibrationSums:
     """Fills in grad_logits, unless None, and returns what sums there are over programs."""
     given, logits = call.given, call.given.logits
-    view = LogitsView.of(logits, call.wanted)
+    view = LogitsView.of(logits, call.wanted, given.target)
     programs, n = view.programs(view.parts), view.positions
     sums = CalibrationSums.of(logits, call.wanted, n, programs, view.parts, n)
-    view.start(
-        backward_kernel, (programs, view.parts),
-        (
-            *given.tensors, given.weights, call.grad_loss, *call.statistics, call.denominator,
-            target_logits, None, grad_logits, sums.classes, sums.confidence, *view.sizes,
-            call.upstream_stride,
-            *(view.strides if grad_logits is logits else view.contiguous), *given.numbers,
-        ),
+    made = (
+        None, grad_logits, sums.classes, sums.confidence, *view.sizes, call.upstream_stride,
+        *(view.strides if grad_logits is logits else view.contiguous),
     )  # fmt: skip
+    known = call.grad_loss, *call.statistics, call.denominator
+    grid = programs, view.parts
+    if given.soft:
+        arguments = (*given.soft_tensors, *known, *made, *given.soft_numbers)
+        view.start(soft_backward_kernel, grid, arguments)
+    else:
+        known = *given.tensors, given.weights, *known, target_logits
+        view.start(backward_kernel, grid, (*known, *made, *given.numbers))
     return sums
 
 
@@ -196,7 +112,7 @@ def backward_in_place(*arguments: Any) -> list[Tensor]:
     call = Backward.of(arguments)
     given, wanted = call.given, call.wanted
     target_logits = None
-    if wanted & LOGITS and (given.focal_gamma > 0 or wanted & CONFIDENCE):
+    if wanted & LOGITS and not given.soft and (given.focal_gamma > 0 or wanted & CONFIDENCE):
         target_logits = _target_logits(given)
     sums = _gradients(call, given.logits if wanted & LOGITS else None, target_logits)
     return sums.gradients(None, wanted)
@@ -209,7 +125,17 @@ def _shard_numbers(share: float) -> tuple[int, float, float]:
 
 def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
     """The sums of a shard's rows; arguments as in reference.shard_sums."""
-    *vectors, _, share = rest
+    *vectors, keep, share = rest
+    if target.is_floating_point():
+        view = LogitsView.of(logits, 0, target)
+        sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
+        tensors = without_margin((logits, target, *vectors, None))
+        made = (*(None,) * 7, sums)  # no loss, statistics, sums of programs
+        view.start(
+            soft_forward_kernel, (view.programs(1),),
+            (*tensors, *made, *view.sizes, keep, share, 0),
+        )  # fmt: skip
+        return sums
     scale = vectors[1]
     view = LogitsView.of(logits, 0 if scale is None else CONFIDENCE)  # whose sums are among them
     sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
@@ -227,20 +153,22 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
 def _shard_gradients(
     arguments: tuple[Any, ...], wanted: int, grad_logits: Tensor | None
 ) -> list[Tensor]:
-    factors, logits, target, *vectors, _, share = arguments
-    view = LogitsView.of(logits, wanted)
+    factors, logits, target, *vectors, keep, share = arguments
+    view = LogitsView.of(logits, wanted, target)
     programs, n = view.programs(view.parts), view.positions
     sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)
-    nothing = (None,) * 5
-    view.start(
-        backward_kernel, (programs, view.parts),
-        (
-            logits, target, *vectors, None, None, *nothing, factors, grad_logits, sums.classes,
-            sums.confidence, *view.sizes, 0,
-            *(view.strides if grad_logits is logits else view.contiguous),
-            *_shard_numbers(share),
-        ),
+    tensors = (logits, target, *vectors, None)
+    made = (
+        factors, grad_logits, sums.classes, sums.confidence, *view.sizes, 0,
+        *(view.strides if grad_logits is logits else view.contiguous),
     )  # fmt: skip
+    grid, nothing = (programs, view.parts), (None,) * 5
+    if target.is_floating_point():
+        arguments = (*without_margin(tensors), *nothing, *made, keep, share)
+        view.start(soft_backward_kernel, grid, arguments)
+    else:
+        arguments = (*tensors, None, *nothing, *made, *_shard_numbers(share))
+        view.start(backward_kernel, grid, arguments)
     return sums.gradients(None, wanted)
 
 
@@ -258,7 +186,7 @@ def shard_backward_in_place(*arguments: Any) -> list[Tensor]:
 
 def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -> Tensor:
     out = logits.new_empty(logits.shape)
-    view = LogitsView.of(logits, _CLASS_SUMS)
+    view = LogitsView.of(logits, CLASS_SUMS)
     view.start(
         calibrate_kernel, (view.programs(view.parts), view.parts),
         (logits, scale, bias, confidence, out, *view.sizes, *view.contiguous),
@@ -274,7 +202,7 @@ def calibrate_backward(
     confidence: Tensor,
     wanted: int,
 ) -> list[Tensor]:
-    view = LogitsView.of(logits, _CLASS_SUMS)
+    view = LogitsView.of(logits, CLASS_SUMS)
     programs, n = view.programs(view.parts), view.positions
     whole = _new_gradient(logits, wanted)
     sums = CalibrationSums.of(logits, wanted, n, programs, view.parts, n)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from .position import exp, row_terms, sigmoid
+from .soft import STRIDES as TARGET_STRIDES
+from .soft_upsample import weights_of_outputs
 from .tiles import (
     UNALIGNED,
     class_indices,
@@ -110,24 +112,32 @@ def factors_kernel(
     tl.store(factors + 3 * positions + i, factor * at_target, mask=inside)
 
 
-@triton.jit(debug=True, do_not_specialize=SIZES + STRIDES)
+@triton.jit(debug=True, do_not_specialize=SIZES + STRIDES + TARGET_STRIDES)
 def backward_kernel(
-    logits, weight, scale, bias, confidence, prior, margin,
+    logits, probabilities, weight, scale, bias, confidence, prior, margin,
     y_weight, y_first, x_weight, x_first, targets, factors,
     grad_logits, class_sums, confidence_sums,
     images: tl.int64, classes: tl.int32, height: tl.int32, width: tl.int32,
     out_height: tl.int32, out_width: tl.int32, image_stride: tl.int64, class_stride: tl.int64,
-    y_stride: tl.int64, x_stride: tl.int64, smoothing: tl.float64,
+    y_stride: tl.int64, x_stride: tl.int64,
+    target_outer_stride: tl.int64, target_stride: tl.int64, keep: tl.float64, smoothing: tl.float64,
     NODES: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """grad_logits, contiguous; class_sums [programs][2: scale, bias][classes]; confidence_sums
     [tiles of classes][nodes].
+
+    factors: of factors_kernel, with its targets; of soft_factors_kernel with class probabilities.
     """
+    SOFT: tl.constexpr = probabilities is not None
+    if SOFT:
+        keep = tl.full((), keep, ACC)
+        uniform = tl.full((), smoothing, ACC) / tl.full((), classes, ACC)
     columns = class_indices(tl.program_id(1) * CLASSES, CLASSES)
     own = columns < classes
     margins = entries(margin, columns, own, 0.0, ACC)[None, :]
     grad_scale = tl.zeros([NODES, CLASSES], ACC)
     grad_bias = tl.zeros([NODES, CLASSES], ACC)
+    inner = out_height.to(tl.int64) * out_width
     positions = images * out_height * out_width
     per_row = tl.cdiv(width, NODES)
     blocks = images * height * per_row
@@ -167,21 +177,34 @@ def backward_kernel(
                         out_x = begin_x + k
                         there = out_x < end_x
                         i = (image * out_height + out_y) * out_width + out_x
-                        t = tl.load(targets + i, mask=there, other=-1)
-                        valid = t >= 0
+                        valid = there
+                        if not SOFT:
+                            t = tl.load(targets + i, mask=there, other=-1)
+                            valid = t >= 0
                         maximum = tl.load(factors + i, mask=valid, other=0.0)
                         softmax = tl.load(factors + positions + i, mask=valid, other=0.0)
-                        at_target = tl.load(factors + 3 * positions + i, mask=valid, other=0.0)
+                        if not SOFT:
+                            at_target = tl.load(factors + 3 * positions + i, mask=valid, other=0.0)
                         across = tl.load(x_weight + out_x, mask=there, other=0.0)
-                        is_target = columns[None, :] == t[:, None]
+                        if not SOFT:
+                            is_target = columns[None, :] == t[:, None]
                         u = between(ul, ur, ll, lr, down, across[:, None])
-                        u = tl.where(is_target, u - margins, u)
+                        if not SOFT:
+                            u = tl.where(is_target, u - margins, u)
                         q = softmax[:, None] * exp(u - maximum[:, None])
-                        if smoothing > 0:
-                            share = tl.load(factors + 2 * positions + i, mask=valid, other=0.0)
-                            w = entries(weight, columns, own, 1.0, ACC)[None, :]
-                            q -= share[:, None] * w
-                        q -= tl.where(is_target, at_target[:, None], 0.0)
+                        if SOFT:
+                            soft = tl.load(factors + 2 * positions + i, mask=valid, other=0.0)
+                            b = weights_of_outputs(
+                                probabilities, i + image * (target_outer_stride - inner),
+                                target_stride, columns, there, own, weight, keep, uniform, ACC,
+                            )  # fmt: skip
+                            q -= soft[:, None] * b
+                        else:
+                            if smoothing > 0:
+                                share = tl.load(factors + 2 * positions + i, mask=valid, other=0.0)
+                                w = entries(weight, columns, own, 1.0, ACC)[None, :]
+                                q -= share[:, None] * w
+                            q -= tl.where(is_target, at_target[:, None], 0.0)
                         share_x = 1.0 - across if side_x == 1 else across
                         q = q * (share_y * share_x)[:, None]
                         sum_u += tl.where(valid[:, None], q, 0.0)

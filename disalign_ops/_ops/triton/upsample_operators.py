@@ -12,6 +12,7 @@ from torch import Tensor
 from ..codes import CALIBRATION, DETAILS, LOGITS
 from . import launch
 from .call import Backward, CalibrationSums, Forward, Loss, arithmetic, vector
+from .soft_upsample import soft_factors_kernel, soft_upsample_kernel
 from .upsample import axis_kernel, forward_kernel
 from .upsample_backward import backward_kernel, factors_kernel
 
@@ -89,11 +90,11 @@ class Grid:
         tile = _tiles(self.logits.dtype)[0]
         return launch.programs(self.blocks(tile.positions), tile, 1, self.logits.device)
 
-    def start_forward(self, arguments: tuple[Any, ...]) -> None:
+    def start_forward(self, arguments: tuple[Any, ...], kernel: Any = forward_kernel) -> None:
         if self.positions:
             tile = _tiles(self.logits.dtype)[0]
             launch.start(
-                forward_kernel, (self.forward_programs,), arguments, tile, self.logits.device,
+                kernel, (self.forward_programs,), arguments, tile, self.logits.device,
                 POSITIONS=tile.positions, CLASSES=tile.classes, ACC=arithmetic(self.logits),
             )  # fmt: skip
 
@@ -102,7 +103,7 @@ def forward(*arguments: Any) -> list[Tensor]:
     """As operators.forward, and the details."""
     call = Forward.of(arguments)
     given, logits = call.given, call.given.logits
-    grid = Grid.of(logits, given.target.shape[1], given.target.shape[2], *call.options)
+    grid = Grid.of(logits, *given.target.shape[-2:], *call.options)
     loss = Loss(call, grid.positions, grid.forward_programs)
     details, losses = [], loss.value if call.each else None
     probability = prediction = None
@@ -113,14 +114,49 @@ def forward(*arguments: Any) -> list[Tensor]:
         if losses is None:
             losses = vector(logits, grid.positions)
             details.insert(0, losses)
-    grid.start_forward((
-        *given.tensors, given.weights, *grid.axes, losses, *loss.statistics, loss.block_sums,
-        probability, prediction, *grid.sizes, *given.numbers, call.by_weights,
-    ))  # fmt: skip
+    if given.soft:  # which has no details
+        arguments = (
+            *given.soft_tensors, *grid.axes, losses, *loss.statistics, loss.block_sums, *grid.sizes,
+            *given.target.stride()[:2], *given.soft_numbers, call.by_weights,
+        )  # fmt: skip
+        grid.start_forward(arguments, soft_upsample_kernel)
+    else:
+        grid.start_forward((
+            *given.tensors, given.weights, *grid.axes, losses, *loss.statistics, loss.block_sums,
+            probability, prediction, *grid.sizes, *given.numbers, call.by_weights,
+        ))  # fmt: skip
     results = loss.finish()
     wanted = call.wanted & CALIBRATION
     again = Backward(given, None, loss.statistics, loss.denominator, call.options, wanted)
     return results + _gradients(again, grid) + details
+
+
+def _factors(call: Backward, grid: Grid) -> tuple[Tensor | None, Tensor]:
+    """Targets and factors of the outputs; of class probabilities the factors alone."""
+    given, logits = call.given, call.given.logits
+    factors = vector(logits, (3 if given.soft else 4) * grid.positions)
+    constants = {"POSITIONS": _FACTORS.positions, "ACC": arithmetic(logits)}
+    if given.soft:
+        blocks = triton.cdiv(grid.positions, _FACTORS.positions)
+        launch.start(
+            soft_factors_kernel, (blocks,),
+            (
+                given.tensors[-1], call.grad_loss, *call.statistics, call.denominator, factors,
+                grid.positions, call.upstream_stride,
+            ),
+            _FACTORS, logits.device, **constants,
+        )  # fmt: skip
+        return None, factors
+    targets = logits.new_empty((grid.positions,), dtype=torch.int32)
+    launch.start(
+        factors_kernel, (grid.blocks(_FACTORS.positions),),
+        (
+            *given.tensors, given.weights, *grid.axes, call.grad_loss, *call.statistics,
+            call.denominator, targets, factors, *grid.sizes, call.upstream_stride, *given.numbers,
+        ),
+        _FACTORS, logits.device, **constants,
+    )  # fmt: skip
+    return targets, factors
 
 
 def _gradients(call: Backward, grid: Grid) -> list[Tensor]:
@@ -132,25 +168,16 @@ def _gradients(call: Backward, grid: Grid) -> list[Tensor]:
     programs = launch.programs(n * h * triton.cdiv(w, tile.positions), tile, parts, logits.device)
     sums = CalibrationSums.of(logits, wanted, grid.nodes, programs, parts, grid.nodes)
     if grid.nodes and wanted:
-        targets = logits.new_empty((grid.positions,), dtype=torch.int32)
-        factors = vector(logits, 4 * grid.positions)
-        launch.start(
-            factors_kernel, (grid.blocks(_FACTORS.positions),),
-            (
-                *given.tensors, given.weights, *grid.axes, call.grad_loss, *call.statistics,
-                call.denominator, targets, factors, *grid.sizes, call.upstream_stride,
-                *given.numbers,
-            ),
-            _FACTORS, logits.device, POSITIONS=_FACTORS.positions, ACC=arithmetic(logits),
-        )  # fmt: skip
-        _, _, weight, scale, bias, confidence, prior, margin, _ = given.tensors
+        targets, factors = _factors(call, grid)
+        _, target, weight, scale, bias, confidence, prior, margin, _ = given.tensors
+        soft = given.soft
         launch.start(
             backward_kernel, (programs, parts),
             (
-                logits, weight, scale, bias, confidence, prior, margin, grid.y.weight,
-                grid.y.first, grid.x.weight, grid.x.first, targets, factors,
+                logits, target if soft else None, weight, scale, bias, confidence, prior, margin,
+                grid.y.weight, grid.y.first, grid.x.weight, grid.x.first, targets, factors,
                 whole[0] if whole else None, sums.classes, sums.confidence, *grid.sizes,
-                given.label_smoothing,
+                *(given.target.stride()[:2] if soft else (0, 0)), *given.soft_numbers,
             ),
             tile, logits.device,
             NODES=tile.positions, CLASSES=tile.classes, ACC=arithmetic(logits),
@@ -161,7 +188,7 @@ def _gradients(call: Backward, grid: Grid) -> list[Tensor]:
 def backward(*arguments: Any) -> list[Tensor]:
     """The gradients that are wanted of logits (contiguous), scale, bias and confidence."""
     call = Backward.of(arguments)
-    height, width = call.given.target.shape[1:]
+    height, width = call.given.target.shape[-2:]
     return _gradients(call, Grid.of(call.given.logits, height, width, *call.options))
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import disalign_ops
-from benchmarks.cases import IGNORED, Case, Inputs
+
+from .case import IGNORED, Case, Inputs
 
 OURS = "disalign_ops"
 TRITON = "disalign_ops, Triton"  # beside what serves the device by itself
@@ -251,10 +252,13 @@ _FUSED_LINEAR = (
     _FusedLinear("cut-cross-entropy", "cut_cross_entropy", _cut_linear),
     _FusedLinear("quack, linear", "quack.linear_cross_entropy", _quack_linear),
 )
-NAMES = (
-    TRITON, EAGER, COMPILED, *(fused.name for fused in _FUSED),
-    *(fused.name for fused in _FUSED_LINEAR),
-)  # fmt: skip
+_LINEAR_NAMES = tuple(fused.name for fused in _FUSED_LINEAR)
+NAMES = (TRITON, EAGER, COMPILED, *(fused.name for fused in _FUSED), *_LINEAR_NAMES)
+
+
+def names_for(case: Case) -> tuple[str, ...]:
+    """The peers that a case is for: those of linear heads only where it is one."""
+    return NAMES if case.features else NAMES[: -len(_LINEAR_NAMES)]
 
 
 def _import(module: str) -> tuple[Any, str]:

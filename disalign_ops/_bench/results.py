@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import gate, measure
-from benchmarks.cases import Case, Inputs, make_inputs
-from benchmarks.peers import OURS, TRITON, Contestant, first_line
+from . import gate, measure
+from .case import Case, Inputs, make_inputs
+from .peers import OURS, TRITON, Contestant, first_line
 
 COPY = "copy"
 
@@ -129,7 +129,9 @@ def _step(
     wanted = list(inputs.wanted(given).values())
 
     def step() -> object:
-        return torch.autograd.grad(contestant.loss(inputs, given), wanted)
+        loss = contestant.loss(inputs, given)
+        # Of 1, too, as autograd would make it.
+        return torch.autograd.grad(loss, wanted, torch.full_like(loss, inputs.upstream))
 
     return step
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import Case, Mode
+from .case import Case, Mode
 
 # Kineto announces every profile on stderr, in the middle of the progress bar.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
