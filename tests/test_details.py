@@ -114,6 +114,38 @@ def test_compiled() -> None:
         assert torch.equal(getattr(compiled, name), getattr(eager, name)), name
 
 
+@pytest.mark.parametrize("which", [True, "entropy"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 4), (2, 5, 0)], ids=str)
+def test_an_empty_batch(shape: tuple[int, ...], which: Any) -> None:
+    z = torch.empty(shape, dtype=torch.bfloat16)
+    positions = (shape[0], *shape[2:])
+    t, v = torch.empty(positions, dtype=torch.int64), torch.empty(positions)
+    prior, vector = torch.zeros(5), torch.ones(5)
+    for details in (
+        disalign_ops.cross_entropy(z, t, reduction="sum", return_details=which),
+        disalign_ops.cross_entropy(z, t, reduction="sum", prior=prior, return_details=which),
+        disalign_ops.disalign_cross_entropy(
+            z, t, v, vector, vector, reduction="sum", return_details=which
+        ),
+    ):
+        assert details.loss == 0
+        for value in details[1:]:
+            assert value is None or value.shape == positions
+        assert which is True or details.entropy.dtype is torch.float32  # as of other batches
+
+
+@pytest.mark.parametrize("margin", [0.5, 30.0, 60.0, 100.0])
+def test_a_margin_beyond_the_range_of_exp(margin: float) -> None:
+    z, t = torch.randn(7, 11), torch.arange(7)
+    margins = torch.full((11,), 0.5)
+    margins[::2] = margin
+    details = disalign_ops.cross_entropy(z, t, margin=margins, return_details=True)
+    assert details.probability is not None
+    assert_close(details.log_sum_exp, z.logsumexp(1), torch.float32, "log_sum_exp")
+    expected = z.softmax(1).gather(1, t[:, None])[:, 0]
+    assert_close(details.probability, expected, torch.float32, "probability")
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "a word": {"return_details": "all"},
     "a number": {"return_details": 2},

@@ -14,6 +14,7 @@ from .arguments import positions_shape
 from .mixed import calibrated_at
 from .options import output
 
+_LARGE_MARGIN = 40.0
 _CHUNK_ENTRIES = 1 << 22  # of logits that the second read has in the arithmetic dtype at a time
 
 
@@ -86,7 +87,9 @@ def _without_margin(lse: Tensor, u_t: Tensor, margin: Tensor | None) -> Tensor:
     if margin is None:
         return lse
     share = (u_t - margin - lse).exp()  # the target's, of the sum
-    return lse + torch.log1p(share * torch.expm1(margin))
+    found = lse + torch.log1p(share * torch.expm1(margin))
+    # Beyond, exp(margin) may be infinite, and what the margin left of the target's is lost in it.
+    return torch.where(margin < _LARGE_MARGIN, found, torch.logaddexp(lse, u_t))
 
 
 def _second_read(
@@ -100,10 +103,11 @@ def _second_read(
     if scale is None and inputs.prior is None and not (entropy or lse):
         return z.argmax(1).reshape(-1), None, None
     n, classes = z.shape[:2]
-    confidence = None if inputs.confidence is None else inputs.confidence.view(n, -1)
-    step = max(_CHUNK_ENTRIES // max(classes * z[0].numel() // max(classes, 1), 1), 1)
+    inner = z.shape[2] if z.dim() == 3 else 1  # -1 is ambiguous in an empty batch
+    confidence = None if inputs.confidence is None else inputs.confidence.view(n, inner)
+    step = max(_CHUNK_ENTRIES // max(classes * inner, 1), 1)
     if torch.compiler.is_compiling():
-        step = n
+        step = max(n, 1)
     found = []
     for first in range(0, n, step):
         part = slice(first, first + step)
@@ -120,7 +124,7 @@ def _second_read(
             of_part += [-terms.sum(1).reshape(-1), log_sum.reshape(-1)]
         found.append(of_part)
     if not found:
-        empty = z.new_empty(0)
+        empty = z.new_empty(0, dtype=reference.accumulate_dtype(z.dtype))
         return empty.long(), empty if entropy else None, empty if lse else None
     whole = [torch.cat(parts) for parts in zip(*found, strict=True)]
     if len(whole) == 1:
