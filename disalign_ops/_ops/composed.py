@@ -185,10 +185,12 @@ def _soft_cross_entropy(
 ) -> Tensor:
     """The same against class probabilities."""
     u = reference.calibrated_logits(inputs.logits, scale, bias, inputs.confidence, inputs.prior)
-    losses = torch_cross_entropy(
-        u, inputs.target.to(u.dtype), inputs.weight, reduction="none",
-        label_smoothing=problem.numbers[1],
-    ).reshape(-1)  # fmt: skip
+    weight, smoothing = inputs.weight, problem.numbers[1]
+    if weight is not None and u.dim() == 3:
+        weight = weight[:, None]
+    b = reference.soft_weights(inputs.target, u, weight, 1 - smoothing, smoothing / u.shape[1])
+    # Not F.cross_entropy: a masked class that the target does not ask for adds 0, not 0 * inf.
+    losses = torch.where(b == 0, 0.0, -b * u.log_softmax(1)).sum(1).reshape(-1)
     if inputs.sample_weight is not None:
         losses = losses * inputs.sample_weight
     normalizer = problem.normalizer_of(inputs)

@@ -224,6 +224,34 @@ def test_compiled_and_under_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_kernels")
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_masked_class_that_probabilities_do_not_ask_for(calibrated: bool, planes: bool) -> None:
+    shape = (4, 7, 3) if planes else (4, 7)
+    p: Any = dense(shape) if planes else rows(*shape)
+    weight = torch.rand(7, dtype=torch.float64) + 0.1
+    with torch.no_grad():
+        p.logits[:, 2] = float("-inf")
+        p.scale.abs_()
+    y = torch.rand(shape, dtype=torch.float64)
+    y[:, 2] = 0
+    results = []
+    for backend in ("auto", "reference"):
+        with disalign_ops.set_backend(backend):
+            if calibrated:
+                loss = disalign_ops.disalign_cross_entropy(
+                    p.logits, y, p.confidence, p.scale, p.bias, weight, form="residual"
+                )
+            else:
+                loss = disalign_ops.cross_entropy(p.logits, y, weight)
+        learned = p.learned if calibrated else [p.logits]
+        results.append((loss.detach(), *torch.autograd.grad(loss, learned)))
+    for found, expected in zip(*results, strict=True):
+        assert expected.isfinite().all()
+        assert_close(found, expected, torch.float64, "loss or gradient")
+
+
+@pytest.mark.usefixtures("no_kernels")
 def test_who_asks_for_the_reference_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> Tensor:
         raise AssertionError
