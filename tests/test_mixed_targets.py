@@ -211,10 +211,38 @@ def test_what_an_ignored_row_holds_goes_no_further() -> None:
         assert torch.isfinite(grad).all()
 
 
+def test_weights_below_zero() -> None:
+    """An ignored class, which weighs 0, is then the larger of the two."""
+    z = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([-1.0, 1.0, -0.5, 2.0, -2.0], dtype=torch.float64)
+    a, b = torch.tensor([0, 1, 2, 4, 0, -100]), torch.tensor([-100, 0, 4, 4, 3, 2])
+    loss = disalign_ops.cross_entropy(z, (a, b, 0.3), w, reduction="none")
+    expected = 0.3 * F.cross_entropy(z, a, w, reduction="none")
+    expected = expected + 0.7 * F.cross_entropy(z, b, w, reduction="none")
+    assert_close(loss.detach(), expected.detach(), torch.float64, "loss")
+    (found,), (exact,) = (torch.autograd.grad(x.sum(), z) for x in (loss, expected))
+    assert_close(found, exact, torch.float64, "gradient")
+
+
+def test_a_share_that_is_a_number_is_not_copied_to_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which would wait for a GPU."""
+    z, (a, b) = torch.randn(4, 5), torch.randint(0, 5, (2, 4))
+    expected = disalign_ops.cross_entropy(z, (a, b, 0.3))
+
+    def never(*_: object, **__: object) -> Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "tensor", never)
+    assert torch.equal(disalign_ops.cross_entropy(z, (a, b, 0.3)), expected)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "two parts": (lambda a: (a, a), "target must have three parts"),
     "a share of 2": (lambda a: (a, a, 2.0), r"target\[2\] must be"),
     "an entry of 2": (lambda a: (a, a, torch.full(a.shape, 2.0)), r"target\[2\] must be from 0 to"),
+    "no number": (lambda a: (a, a, torch.full(a.shape, float("nan"))), r"target\[2\] must be from"),
     "a share an image": (lambda a: (a, a, torch.rand(2)), r"target\[2\] must be a number or have"),
     "probabilities": (lambda a: (a, torch.rand(4, 5), 0.5), "target must hold class indices"),
     "another shape": (lambda a: (a, a[1:], 0.5), "target must have shape"),
@@ -226,6 +254,19 @@ def test_what_is_refused(case: str) -> None:
     make, match = REFUSED[case]
     with pytest.raises(ArgumentError, match=f"^{match}"):
         disalign_ops.cross_entropy(torch.randn(4, 5), make(torch.zeros(4).long()))
+
+
+@pytest.mark.parametrize("option", [{"gradient": "forward"}, {"inplace_backward": True}], ids=str)
+@pytest.mark.parametrize(
+    "twice",
+    [{"margin": 0.5}, {"focal_gamma": 2.0}, {"weight": torch.ones(5), "label_smoothing": 0.1}],
+    ids=lambda options: "+".join(options),
+)
+def test_what_two_reads_refuse(twice: dict[str, Any], option: dict[str, Any]) -> None:
+    z, (a, b) = torch.randn(4, 5, requires_grad=True) * 1, torch.randint(0, 5, (2, 4))
+    with pytest.raises(ArgumentError, match=f"^{next(iter(option))} must be"):
+        disalign_ops.cross_entropy(z, (a, b, 0.5), **twice, **option)
+    disalign_ops.cross_entropy(z, (a, b, 0.5), **option).backward()
 
 
 @pytest.mark.parametrize("which", [0, 1])

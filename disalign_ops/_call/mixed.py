@@ -27,7 +27,14 @@ from .arguments import (
     positions_shape,
     row_vector,
 )
-from .options import Calibration, Options, Validated, output, validate_options
+from .options import (
+    Calibration,
+    Options,
+    Validated,
+    output,
+    refuse_in_forward,
+    validate_options,
+)
 
 Validate = Callable[[Tensor, Tensor, Options, Calibration | None], tuple[Inputs, Problem] | None]
 
@@ -83,9 +90,12 @@ def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, T
     for name, indices in (("target[0]", first), ("target[1]", second)):
         check_class_indices(check_tensor(name, indices))
         check_target(input, indices, positions)
-    if not isinstance(share, Tensor):
+    compiling = torch.compiler.is_compiling()
+    elsewhere = isinstance(share, Tensor) and share.is_cpu and not input.is_cpu
+    if not isinstance(share, Tensor) or (elsewhere and not share.dim() and not compiling):
         number = check_number("target[2]", share, 0.0, 1.0)
-        return first, second, torch.tensor(number, dtype=torch.float64, device=input.device)
+        # A copy of a number, as torch.tensor makes it, would wait for the GPU.
+        return first, second, torch.full((), number, dtype=torch.float64, device=input.device)
     if share.requires_grad:
         raise ArgumentError("target[2] must not require a gradient, got one that does")
     if share.dim() and share.shape != positions:
@@ -93,10 +103,12 @@ def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, T
             f"target[2] must be a number or have the positions' shape {tuple(positions)}, got "
             f"{tuple(share.shape)}"
         )
-    share = share.detach().to(input.device)
-    outside = (share < 0) | (share > 1)
-    if share.is_cpu and not torch.compiler.is_compiling() and bool(outside.any()):
-        raise ArgumentError("target[2] must be from 0 to 1, got an entry that is not")
+    share = share.detach()
+    if share.is_cpu and not compiling:
+        inside = (share >= 0) & (share <= 1)
+        if not bool(inside.all()):
+            raise ArgumentError("target[2] must be from 0 to 1, got an entry that is not")
+    share = share.to(input.device)
     return first, second, share.reshape(-1) if share.dim() else share
 
 
@@ -117,10 +129,12 @@ def _one_read(
     calibration: Calibration | None, validate: Validate,
 ) -> Tensor:  # fmt: skip
     a, b, w_a, w_b, _ = mixed
-    # A class that is ignored has no weight; the other one takes its place even with a weight of 0.
-    larger = (w_b > w_a) | ((w_a == 0) & (a == given.ignore_index))
+    # A class that is ignored has no weight; the other one takes its place, whatever its own is.
+    no_a, no_b = a == given.ignore_index, b == given.ignore_index
+    larger = no_a | (~no_b & (w_b > w_a))
     t, o = torch.where(larger, b, a), torch.where(larger, a, b)
-    k = torch.where(a == b, 0.0, torch.minimum(w_a, w_b)) * (1 - given.label_smoothing)
+    k = torch.where(larger, w_a, w_b)
+    k = torch.where(a == b, 0.0, k) * (1 - given.label_smoothing)
     weight = w_a + w_b
     if v is not None:
         k, weight = k * v, weight * v
@@ -156,6 +170,10 @@ def _two_reads(
         raise ArgumentError(
             "inplace_backward must be False where target is (a, b, lam) with a margin, "
             "focal_gamma, or weight and label_smoothing, got True: the logits are read twice"
+        )
+    if given.gradient == "forward":
+        refuse_in_forward(
+            "where target is (a, b, lam) with a margin, focal_gamma, or weight and label_smoothing"
         )
     positions = positions_shape(input)
     parts = []
