@@ -104,7 +104,8 @@ def cross_entropy(
             from then on, a GPU makes it again where the upstream gradient is not 1, and in float16
             what GradScaler's factor would have saved flushes to zero. "forward" raises where
             forward cannot make it: reduction "none", inplace_backward, torch.compile, shard, class
-            probabilities, upsampled logits on a GPU, and the backends "triton" and "reference".
+            probabilities that require a gradient, two classes a position at the cost of two losses,
+            upsampled logits on a GPU, and the backends "triton" and "reference".
         shard: of `Shard`: input, weight, prior and margin are one process's classes; the loss is
             that over all processes of the group.
         return_details: also return what accuracy, OHEM and calibration curves need of each

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .. import functional
 from .._call.arguments import check_integer, check_number, check_tensor
 from .._call.shard import refuse_shard
-from .._call.types import Background, Form, Start, WeightedLossOptions
+from .._call.types import Background, Form, Start, Target, WeightedLossOptions
 from .._sharded.chunks import smallest_norm
 from ..errors import ArgumentError
 from ..linear import CHUNK_BYTES, disalign_linear_cross_entropy
@@ -102,14 +102,14 @@ class _DisAlign(Calibration):
         return self._calibrated(rows, confidence).reshape(logits.shape)
 
     def loss(
-        self, x: Tensor, target: Tensor, *, chunk_bytes: int = CHUNK_BYTES,
+        self, x: Tensor, target: Target, *, chunk_bytes: int = CHUNK_BYTES,
         **options: Unpack[WeightedLossOptions],
     ) -> Tensor:  # fmt: skip
         """The loss of the calibrated logits, without building them.
 
         Where the raw logits would take more than chunk_bytes, they are not built either:
-        `disalign_linear_cross_entropy` makes them in chunks. (For class probabilities, and while
-        torch.compile or torch.jit traces, they are.)
+        `disalign_linear_cross_entropy` makes them in chunks. (For class probabilities and
+        `(a, b, lam)`, and while torch.compile or torch.jit traces, they are.)
 
         Args:
             x, target: features (N, in_features) or (in_features,); target as in `cross_entropy`.
@@ -130,7 +130,8 @@ class _DisAlign(Calibration):
             )
         self._check_gathered(x)
         chunk_bytes = check_integer("chunk_bytes", chunk_bytes)
-        if not (recorded or torch.compiler.is_compiling() or target.is_floating_point()):
+        indices = isinstance(target, Tensor) and not target.is_floating_point()
+        if indices and not (recorded or torch.compiler.is_compiling()):
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             itemsize = torch.get_autocast_dtype(kind).itemsize if autocast else x.element_size()
@@ -140,6 +141,7 @@ class _DisAlign(Calibration):
                 for name in ("inplace_backward", "gradient"):  # chunks have their own way
                     others.pop(name, None)
                 confidence = self._confidence(self._confidence_features(x))
+                assert isinstance(target, Tensor)
                 return disalign_linear_cross_entropy(
                     x, self.weight, target, confidence, self.logit_scale, self.logit_bias,
                     self.bias, cosine_scale=self._cosine_scale(), chunk_bytes=chunk_bytes,

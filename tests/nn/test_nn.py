@@ -132,6 +132,10 @@ def test_loss_takes_every_option(backend: str, cls: Any) -> None:
     torch.testing.assert_close(layer.loss(x, target, **options), expected)
     soft = torch.rand(N, C, dtype=F64).softmax(1)
     torch.testing.assert_close(layer.loss(x, soft), F.cross_entropy(layer(x), soft))
+    pair = (target, target.flip(0), 0.3)
+    for chunk_bytes in (1, 1 << 20):  # both with the logits
+        mixed = layer.loss(x, pair, chunk_bytes=chunk_bytes)
+        torch.testing.assert_close(mixed, disalign_ops.cross_entropy(layer(x), pair))
 
 
 @pytest.mark.parametrize("cls", LAYERS)
