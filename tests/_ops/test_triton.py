@@ -104,10 +104,45 @@ def test_the_same_gradients_from_every_backend_and_a_wrong_target_raises() -> No
     assert forced.stdout.strip() == "True", forced.stderr
 
 
+KNOWN = """
+import itertools, torch, disalign_ops as d
+for shape, soft, reduction, calibrated in itertools.product(
+    ((5, 37), (2, 7, 6), (0, 7)), (False, True), ("mean", "sum", "none"), (False, True)
+):
+    z = (torch.randn(shape) * 3).requires_grad_()
+    positions = (shape[0], *shape[2:])
+    y = torch.rand(shape) if soft else torch.randint(0, shape[1], positions)
+    vectors = [torch.randn(n, requires_grad=True) for n in (positions, shape[1], shape[1])]
+    found = {}
+    for backend in ("triton", "native"):
+        with d.set_backend(backend):
+            if calibrated:
+                details = d.disalign_cross_entropy(
+                    z, y, *vectors, reduction=reduction, return_details="entropy")
+            else:
+                details = d.cross_entropy(z, y, reduction=reduction, return_details="entropy")
+            gradients = torch.autograd.grad(
+                details.loss.sum(), [z, *vectors] if calibrated else [z])
+            found[backend] = [*details, *gradients]
+    for ours, native in zip(found["triton"], found["native"], strict=True):
+        torch.testing.assert_close(ours, native, rtol=1e-5, atol=1e-5, equal_nan=True)
+z, t = torch.randn(5, 37), torch.arange(5)
+with d.set_backend("triton"):
+    both = lambda z: d.cross_entropy(z, t, return_details=True)
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(z).position_loss, both(z).position_loss)
+"""
+
+
+def test_details_are_those_of_the_native_kernels() -> None:
+    run = python("-W", "ignore", "-c", KNOWN, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 CHECKS = """
 import torch, disalign_ops as d
 from disalign_ops._ops import schemas
-from disalign_ops._ops.codes import CALIBRATION, LOGITS
+from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS
 from disalign_ops._ops.triton import registration
 for name in schemas.fakes(native=False):
     native, ours = schemas._OPERATORS[name]._schema, schemas._OPERATORS["triton_" + name]._schema
@@ -120,7 +155,7 @@ numbers = (-100, 0.1, 2.0)
 tests = ("test_schema", "test_autograd_registration", "test_faketensor")
 check = torch.library.opcheck
 forward, backward_ = (schemas._OPERATORS["triton_row_" + part] for part in ("forward", "backward_"))
-check(forward, (*given, None, *numbers, 1, 0, CALIBRATION), test_utils=tests)
+check(forward, (*given, None, *numbers, 1, 0, CALIBRATION | DETAILS), test_utils=tests)
 statistics = (torch.ones(2, 6), torch.ones((), dtype=torch.float64))
 every = (torch.ones(()), *given, *statistics, *numbers, LOGITS | CALIBRATION)
 check(backward_, every, test_utils=tests)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codes import CALIBRATION, CONFIDENCE, LOGITS, SHARD_VALUES
+from ..codes import CALIBRATION, CONFIDENCE, DETAILS, LOGITS, SHARD_VALUES
 from ..reference import IGNORED, accumulate_dtype, class_indices
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
 from .call import Backward, CalibrationSums, Forward, Given, Loss, vector, without_margin
@@ -23,7 +23,8 @@ from .views import CLASS_SUMS, LogitsView
 
 
 def forward(*arguments: Any) -> list[Tensor]:
-    """Loss, statistics, denominator, and the gradients of the calibration for an upstream of 1.
+    """Loss, statistics, denominator, the gradients of the calibration for an upstream of 1, and
+    where details are wanted every position's loss, unless that is the first.
 
     That of the logits is backward's: autograd.py never asks for it here.
     """
@@ -39,9 +40,10 @@ def forward(*arguments: Any) -> list[Tensor]:
     n = view.positions
     loss = Loss(call, n, view.programs(1))
     sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
+    details = [vector(logits, n)] if call.wanted & DETAILS and not call.each else []
+    losses = loss.value if call.each else details[0] if details else None
     made = (
-        loss.value if call.each else None, *loss.statistics, loss.block_sums, sums.classes,
-        sums.confidence, None, *view.sizes,
+        losses, *loss.statistics, loss.block_sums, sums.classes, sums.confidence, None, *view.sizes,
     )  # fmt: skip
     if given.soft:
         kernel, arguments = soft_forward_kernel, (*given.soft_tensors, *made, *given.soft_numbers)
@@ -54,7 +56,7 @@ def forward(*arguments: Any) -> list[Tensor]:
         # For an upstream gradient of 1, not yet divided.
         again = Backward(given, None, loss.statistics, None, (), class_sums)
         sums = CalibrationSums(_gradients(again, None, None).classes, sums.confidence)
-    return results + sums.gradients(loss.denominator, call.wanted)
+    return results + sums.gradients(loss.denominator, call.wanted) + details
 
 
 def _gradients(
