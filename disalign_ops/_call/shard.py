@@ -33,7 +33,8 @@ class Shard:
         group: a torch.distributed process group; None: the default group. gloo for CPU tensors,
             NCCL for CUDA.
         offset: the first class of this process. None: the processes exchange the sizes of their
-            shards in every call, which waits for the device.
+            shards in every call, which waits for the device. (Class probabilities with
+            label_smoothing, which need the number of all classes, do so in any case.)
 
     Arguments of a loss with `shard=`:
 
@@ -43,6 +44,7 @@ class Shard:
     | linear_weight, linear_bias | its classes: (C_rank, D), (C_rank,) |
     | weight, prior, margin, scale, bias | its classes: (C_rank,); one number is every class's |
     | target | global class ids of all rows, the same on every rank |
+    | target of class probabilities | its classes: (N, C_rank) or (C_rank,) |
     | confidence, sample_weight, features | all rows, the same on every rank |
     | other options | the same on every rank; each tensor passed on all ranks or on none |
 
