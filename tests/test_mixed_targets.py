@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import disalign_ops
-from disalign_ops.errors import ArgumentError
+from disalign_ops.errors import ArgumentError, ArgumentTypeError
 from support.cases import Rows, rows
 from support.comparison import memory_allocated
 from support.dense_cases import Dense, dense
@@ -267,6 +267,14 @@ def test_what_two_reads_refuse(twice: dict[str, Any], option: dict[str, Any]) ->
     with pytest.raises(ArgumentError, match=f"^{next(iter(option))} must be"):
         disalign_ops.cross_entropy(z, (a, b, 0.5), **twice, **option)
     disalign_ops.cross_entropy(z, (a, b, 0.5), **option).backward()
+
+
+def test_a_share_of_indices() -> None:
+    """Which `loss_denominator` would take as a third target."""
+    a = torch.zeros(4).long()
+    for share in (a, torch.tensor(1)):
+        with pytest.raises(ArgumentTypeError, match=r"^target\[2\] must be a number or have"):
+            disalign_ops.cross_entropy(torch.randn(4, 5), (a, a, share))
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._ops import composed, dispatch, reference
 from .._ops.problem import Inputs, Problem
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import (
     check_class_indices,
     check_input,
@@ -96,6 +96,11 @@ def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, T
         number = check_number("target[2]", share, 0.0, 1.0)
         # A copy of a number, as torch.tensor makes it, would wait for the GPU.
         return first, second, torch.full((), number, dtype=torch.float64, device=input.device)
+    if not check_tensor("target[2]", share).is_floating_point():
+        # `loss_denominator` takes three tensors of indices as three targets.
+        raise ArgumentTypeError(
+            f"target[2] must be a number or have a floating dtype, got {share.dtype}"
+        )
     if share.requires_grad:
         raise ArgumentError("target[2] must not require a gradient, got one that does")
     if share.dim() and share.shape != positions:
