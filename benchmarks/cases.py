@@ -52,6 +52,10 @@ _HEADS = (
     ("60k-head-plain", 1024, 60_000, Mode.PLAIN, "few whole rows in a chunk", False),
     ("100k-head-plain", 1024, 100_000, Mode.PLAIN, "chunks of classes, logits made twice", False),
 )
+_SOFT: tuple[tuple[str, int, int, tuple[int, ...]], ...] = (
+    ("lvis-soft", 4096, 1204, ()),
+    ("ade-soft", 2, 150, (256, 256)),
+)
 _QUICK = ("lvis-full", "lvis-stage2", "lvis-plain", "inat-in-place", "inat-stage2")
 
 
@@ -86,6 +90,19 @@ def _registry() -> dict[str, Case]:
             f"ade-{name}", images, 150, torch.float32, mode, reason, quick, size, target_size
         )
         cases.append(case)
+    for dtype, dtype_name in _DTYPE_NAMES.items():
+        for name, rows, classes, planes in _SOFT:
+            case = Case(
+                f"{name}-{dtype_name}",
+                rows,
+                classes,
+                dtype,
+                Mode.PLAIN,
+                "class probabilities of mixup: as many bytes again to read",
+                size=planes,
+                soft=True,
+            )
+            cases.append(case)
     for name, rows, classes, mode, why, quick in _HEADS:
         reason = f"features at hand, the head with its loss: {why}"
         cases.append(Case(name, rows, classes, torch.float32, mode, reason, quick, features=512))

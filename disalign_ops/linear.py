@@ -42,7 +42,8 @@ def linear_cross_entropy(
         features: (N, D) or (D,); float32, float64, bfloat16 or float16. Under autocast this and
             the head are cast as F.linear's are.
         linear_weight, linear_bias: (C, D) and (C,), of the dtype of features.
-        target: class indices (N,), for (D,) (), or class probabilities (N, C), for (D,) (C,).
+        target: class indices (N,), for (D,) (). Or class probabilities (N, C), with `shard` of this
+            process's classes, that require no gradient; not with sample_rate.
         cosine_scale: a number or a tensor of one entry, which may require a gradient: the logits
             are cosine_scale times the cosine of features and weight. Then there is no linear_bias.
         sample_rate: in (0, 1]: of the classes only this share, at least those of the batch's
@@ -66,8 +67,8 @@ def linear_cross_entropy(
     the logits. Not traced by torch.compile: the graph breaks there. Under torch.export and
     torch.jit.trace it makes the logits.
 
-    Returns and raises what `cross_entropy` does; ArgumentError also for class probabilities that
-    require a gradient, or with sample_rate.
+    Returns and raises what `cross_entropy` does. It has no details, and takes no (a, b, lam): add
+    up lam times the loss of a and 1 - lam times that of b.
     """
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,

@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import class_stats
 
@@ -48,7 +49,7 @@ class Case:
     The logits are (rows, classes), or with a `size` (rows, classes, *size), the target of that size
     or, where it has another, of `target_size`. With `features` they are a linear head's: the loss
     is given so many features a row, and the head. upstream: the gradient of the loss, which forward
-    does not know.
+    does not know. soft: the target is class probabilities, as mixup makes them of two classes.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     target_size: tuple[int, ...] = ()
     features: int = 0
     upstream: float = 1.0
+    soft: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -83,7 +85,8 @@ class Case:
             return f"{WORK[self.mode]} of a linear head, {self.rows} x {head} {self.dtype_name}"
         to = " to " + " x ".join(str(n) for n in self.target_size) if self.target_size else ""
         times = "" if self.upstream == 1 else f", upstream gradient {self.upstream:g}"
-        return f"{WORK[self.mode]}, {shape}{to} {self.dtype_name}{times}"
+        soft = ", class probabilities" if self.soft else ""
+        return f"{WORK[self.mode]}, {shape}{to} {self.dtype_name}{times}{soft}"
 
     @property
     def logits_bytes(self) -> int:
@@ -142,7 +145,10 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     shape = case.target_shape
     drawn = torch.multinomial(counts, math.prod(shape), replacement=True, generator=generator)
     target = drawn.reshape(shape)
-    if case.size:
+    if case.soft:
+        mixed = [F.one_hot(t, case.classes).movedim(-1, 1) for t in (target, target.flip(0))]
+        target = (0.7 * mixed[0] + 0.3 * mixed[1]).to(case.dtype)
+    elif case.size:
         target[:, :4] = target[..., :4] = IGNORED
     head = None
     if case.features:

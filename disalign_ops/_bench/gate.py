@@ -70,6 +70,9 @@ def _part_loss(
         options["confidence"] = options["confidence"].flatten()
     if logits.dim() == 2:
         return reference.cross_entropy(logits, target, **options)
+    if target.is_floating_point():
+        options["normalizer"] = torch.tensor(float(inputs.target[:, 0].numel()))
+        return reference.dense_cross_entropy(logits.flatten(2), target.flatten(2), **options)
     counted = inputs.target[inputs.target != IGNORED]
     options |= {"ignore_index": IGNORED, "normalizer": weight[counted].sum()}
     if target.shape[1:] == logits.shape[2:]:

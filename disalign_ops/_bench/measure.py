@@ -222,4 +222,6 @@ def counted_passes(case: Case, device: torch.device) -> tuple[int, int]:
 
 
 def counted_bytes(case: Case, device: torch.device) -> int:
-    return sum(counted_passes(case, device)) * case.logits_bytes
+    """Of the logits, and of class probabilities, which are read as often."""
+    reads, writes = counted_passes(case, device)
+    return ((2 if case.soft else 1) * reads + writes) * case.logits_bytes

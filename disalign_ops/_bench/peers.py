@@ -58,7 +58,7 @@ def _calibrate(logits: Tensor, confidence: Tensor, scale: Tensor, bias: Tensor) 
 
 def _weighted(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     # float(): what autocast does for cross_entropy; nothing for float32.
-    if logits.dim() == 2:
+    if target.is_floating_point() or logits.dim() == 2:
         return F.cross_entropy(logits.float(), target, weight=weight)
     if target.shape[1:] != logits.shape[2:]:
         logits = F.interpolate(logits, target.shape[1:], mode="bilinear")
@@ -122,10 +122,11 @@ def our_loss(inputs: Inputs, logits: Tensor) -> Tensor:
         "inplace_backward": inputs.mode.in_place,
         **calibration,
     }
-    if logits.dim() == 4:
+    soft = inputs.target.is_floating_point()
+    if logits.dim() == 4 and not soft:
         options["ignore_index"] = IGNORED
     loss: Tensor
-    if logits.dim() == 4 and inputs.target.shape[1:] != logits.shape[2:]:
+    if logits.dim() == 4 and not soft and inputs.target.shape[1:] != logits.shape[2:]:
         found = disalign_ops.upsample_cross_entropy(logits, inputs.target, **options)
         assert isinstance(found, Tensor)
         loss = found
@@ -280,6 +281,8 @@ def _fused_contestant(fused: _Fused, case: Case, device: torch.device) -> Contes
         return LeftOut(fused.name, why_not)
     if case.size:
         return LeftOut(fused.name, "takes rows (N, C), not class planes")
+    if case.soft:
+        return LeftOut(fused.name, "takes class indices, not probabilities")
     if device.type != "cuda":
         return LeftOut(fused.name, f"has kernels for CUDA only, not for {device.type}")
     weighted = fused.adapter(module)

@@ -254,7 +254,13 @@ class _Entries(torch.autograd.Function):
             return grad.scatter_add(1, index, of_entries.to(grad.dtype)), None, None
         # Both entries are one where their gradients are 0: either may be written.
         values = grad.gather(1, index).to(of_entries.dtype) + of_entries
-        return grad.scatter_(1, index, values.to(grad.dtype)), None, None
+        _as_bits(grad).scatter_(1, index, _as_bits(values.to(grad.dtype)))
+        return grad, None, None
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    """Half precision as int16: scatter_ on the CPU would take it through a copy in float32."""
+    return tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
 
 
 def _is_batched(*tensors: Tensor) -> bool:

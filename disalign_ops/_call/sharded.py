@@ -93,6 +93,11 @@ def logits_like(rows: Tensor, classes: int) -> Tensor:
 
 def check_rows(like: Tensor, classes: int, target: Tensor) -> None:
     """Class indices (N,), or class probabilities (N, C), of a rank's classes."""
+    if isinstance(target, tuple):
+        raise ArgumentError(
+            "target must be one tensor where logits are made in parts, got a tuple: add up lam "
+            "times the loss of a and 1 - lam times that of b"
+        )
     if not check_tensor("target", target).is_floating_point():
         check_target(like, target, positions_shape(like))
         return

@@ -108,8 +108,8 @@ class _DisAlign(Calibration):
         """The loss of the calibrated logits, without building them.
 
         Where the raw logits would take more than chunk_bytes, they are not built either:
-        `disalign_linear_cross_entropy` makes them in chunks. (For class probabilities and
-        `(a, b, lam)`, and while torch.compile or torch.jit traces, they are.)
+        `disalign_linear_cross_entropy` makes them in chunks. (While torch.compile or torch.jit
+        traces, for (a, b, lam), and for class probabilities that require a gradient, they are.)
 
         Args:
             x, target: features (N, in_features) or (in_features,); target as in `cross_entropy`.
@@ -130,8 +130,10 @@ class _DisAlign(Calibration):
             )
         self._check_gathered(x)
         chunk_bytes = check_integer("chunk_bytes", chunk_bytes)
-        indices = isinstance(target, Tensor) and not target.is_floating_point()
-        if indices and not (recorded or torch.compiler.is_compiling()):
+        if not (
+            recorded or torch.compiler.is_compiling() or isinstance(target, tuple)
+            or target.requires_grad
+        ):  # fmt: skip
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
             itemsize = torch.get_autocast_dtype(kind).itemsize if autocast else x.element_size()
@@ -141,7 +143,6 @@ class _DisAlign(Calibration):
                 for name in ("inplace_backward", "gradient"):  # chunks have their own way
                     others.pop(name, None)
                 confidence = self._confidence(self._confidence_features(x))
-                assert isinstance(target, Tensor)
                 return disalign_linear_cross_entropy(
                     x, self.weight, target, confidence, self.logit_scale, self.logit_bias,
                     self.bias, cosine_scale=self._cosine_scale(), chunk_bytes=chunk_bytes,

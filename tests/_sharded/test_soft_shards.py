@@ -158,5 +158,18 @@ def test_what_is_refused() -> None:
         disalign_ops.linear_cross_entropy(x, w, y.requires_grad_())
     with pytest.raises(ArgumentError, match=r"^margin must be None where target holds class"):
         disalign_ops.linear_cross_entropy(x, w, y.detach(), margin=0.5)
+    with pytest.raises(ArgumentError, match=r"^target must be one tensor where logits are made"):
+        disalign_ops.linear_cross_entropy(x, w, (y, y, 0.5))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"^target must have the input's shape"):
         disalign_ops.linear_cross_entropy(x, w, y.detach()[:, 1:])
+
+
+def test_a_layers_loss_in_chunks_is_that_of_its_logits() -> None:
+    layer = disalign_ops.nn.DisAlignLinear(6, 29).double()
+    x, y = torch.randn(13, 6, dtype=torch.float64), soft(13, 29, torch.float64)
+    whole, chunked = (layer.loss(x, y, chunk_bytes=n) for n in (1 << 26, 1 << 9))
+    assert_close(chunked.detach(), whole.detach(), torch.float64, "loss")
+    learned = [layer.weight, layer.logit_scale]
+    gradients = (torch.autograd.grad(loss, learned) for loss in (chunked, whole))
+    for a, e in zip(*gradients, strict=True):
+        assert_close(a, e, torch.float64, "gradient")

@@ -52,8 +52,6 @@ STEPS = {
     "all": launch_plans.STAGE_2 | {"grad_logits": True},
     "backward": launch_plans.BACKWARD,
 }
-# The same of class probabilities, of the logits' dtype; `vector` is for 512 bytes of logits too.
-SOFT = {f"soft {name}": step | {"soft": True} for name, step in STEPS.items()}
 # The second kernel of "stage2" and of "all" where a row is several blocks' but no cluster's.
 SUMS = {
     "stage2 backward": STEPS["stage2"] | {"forward": False},
@@ -153,8 +151,8 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
     """The step's first launch that walks over the rows. registers: of a thread."""
     device = launch_plans.Device(WITH_MODEL[architecture][0], defaultdict(lambda: registers))
     launches = planner().row_launches(
-        **(STEPS | SUMS | SOFT)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes,
-        weighted=True, device=device,
+        **(STEPS | SUMS)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
+        device=device,
     )  # fmt: skip
     found = next(launch for launch in launches if launch["fills"])
     return Kernel(
@@ -166,7 +164,7 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
 @functools.cache
 def _declarations(dtype: str, long: bool) -> tuple[str, ...]:
     """The kernels of this dtype that any step launches, for CLASSES or for LONG."""
-    steps = STEPS | SUMS if long else STEPS | SOFT
+    steps = STEPS | SUMS if long else STEPS
     return tuple(sorted({
         launch(a, dtype, c, step).declaration
         for a in WITH_MODEL for c in (LONG if long else CLASSES) for step in steps
@@ -179,8 +177,7 @@ def _compiled(
 ) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
     """Kernels and their registers, by symbol."""
     source = Path(folder().name, f"{dtype}_{architecture}_{long}.cu")
-    headers = ("row_kernel.cuh", "row_backward_kernel.cuh", "row_warp_kernel.cuh",
-               "soft_row_kernel.cuh")  # fmt: skip
+    headers = ("row_kernel.cuh", "row_backward_kernel.cuh", "row_warp_kernel.cuh")
     source.write_text("".join(
         [f'#include "cuda/kernels/{h}"\n' for h in headers]
         + [f"template __global__ {d};\n" for d in _declarations(dtype, long)]

@@ -84,7 +84,7 @@ def test_the_registry_covers_what_it_promises() -> None:
 
 def test_cases_are_selected_by_name_and_wildcard() -> None:
     assert [c.name for c in select(["inat-full"], full=False)] == ["inat-full"]
-    assert len(select(["lvis-*", "inat-full"], full=False)) == 13
+    assert len(select(["lvis-*", "inat-full"], full=False)) == 15
     with pytest.raises(ValueError, match=r"a case must be one of imagenet-full, .*, got 'lviss'"):
         select(["lvis-full", "lviss"], full=False)
 
@@ -250,6 +250,23 @@ def test_counted_bytes(
     assert measure.counted_bytes(case, torch.device(device)) == (
         sum(passes) * 24 * 67 * dtype.itemsize
     )
+
+
+@pytest.mark.parametrize("size", [(), (5, 4)])
+def test_class_probabilities(size: tuple[int, ...]) -> None:
+    case = replace(tiny(Mode.PLAIN), size=size, soft=True)
+    inputs = make_inputs(case, CPU)
+    assert inputs.target.shape == case.shape
+    torch.testing.assert_close(inputs.target.sum(1), torch.ones(case.target_shape))
+    found, left_out = peers.contestants(case, CPU, (peers.EAGER, "quack"))
+    expected = gate.exact(inputs)
+    for contestant in found:
+        logits = inputs.logits.detach().clone().requires_grad_()
+        errors = gate.errors(gate.computed(contestant, inputs, logits), expected)
+        assert max(errors.values()) < gate.RELATIVE[case.dtype]
+    assert [peer.name for peer in left_out] == ["quack"]
+    assert measure.counted_bytes(case, CPU) == 3 * case.logits_bytes
+    assert case.title.endswith("fp32, class probabilities")
 
 
 def test_a_gpu_makes_the_gradient_again_for_another_upstream_gradient() -> None:

@@ -1,13 +1,12 @@
 // What the loss operators would launch on a device, without launching it: the launchers of
 // csrc/cuda over one that answers for the device from Python and records.
 //
-//   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device, soft=False)
+//   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device)
 //   dense_launches(forward=True, dtype=1, images=2, classes=150, positions=262144, ...)
 //   upsample_launches(forward=True, dtype=1, images=2, classes=150, low=(64, 64), size=(512, 512), ...)
 //
 // A dict a launch: kernel (its symbol, as nvcc has it), declaration, arguments (their bytes, of
-// addresses that nothing reads, all aligned; TARGETS is that of the targets), grid, and more. soft:
-// class probabilities as targets, of the logits' dtype.
+// addresses that nothing reads, all aligned; TARGETS is that of the targets), grid, and more.
 //
 // `device` has multiprocessors, shared_bytes and has_clusters, and the methods
 // blocks_per_multiprocessor(kernel, threads, shared_bytes) and
@@ -28,7 +27,6 @@
 //
 #include "cuda/launch/dense_launch.h"
 #include "cuda/launch/row_launch.h"
-#include "cuda/launch/soft_row_launch.h"
 #include "cuda/launch/upsample_launch.h"
 
 namespace {
@@ -157,23 +155,13 @@ void set(Launcher& launcher, const Step& step, Args& args) {
 
 py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool weighted,
                       bool calibrated, bool class_gradients, bool grad_logits,
-                      const py::object& device, bool soft) {
+                      const py::object& device) {
   Launcher launcher(device);
   RowArgs args;
   args.outer = rows, args.classes = classes;
   args.outer_stride = args.grad_outer_stride = classes;
   set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
-  if (soft) {
-    args.probabilities = args.target, args.target = nullptr;
-    args.probabilities_of_a = size_of(static_cast<Dtype>(dtype)) > 2;
-    args.probability_outer_stride = classes;
-    args.row_total = launcher.allocate(0);
-  }
-  if (soft && forward)
-    launch_soft_row_forward(launcher, static_cast<Dtype>(dtype), args);
-  else if (soft)
-    launch_soft_row_backward(launcher, static_cast<Dtype>(dtype), args);
-  else if (forward)
+  if (forward)
     launch_row_forward(launcher, static_cast<Dtype>(dtype), args);
   else
     launch_row_backward(launcher, static_cast<Dtype>(dtype), args);
@@ -221,8 +209,7 @@ py::list upsample_launches(bool forward, int dtype, int64_t images, int64_t clas
 PYBIND11_MODULE(planner, module) {
   module.def("row_launches", row_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("rows"), py::arg("classes"), py::arg("weighted"), py::arg("calibrated"),
-             py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"),
-             py::arg("soft") = false);
+             py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"));
   module.def("dense_launches", dense_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("images"), py::arg("classes"), py::arg("positions"), py::arg("weighted"),
              py::arg("calibrated"), py::arg("class_gradients"), py::arg("grad_logits"),

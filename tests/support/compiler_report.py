@@ -126,6 +126,11 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("100", "dense_kernel", _WITH_OPTIONS, _BF16): 16,
     ("100", "dense_kernel", _WITH_OPTIONS, _FP16): 16,
     **{
+        (architecture, "soft_dense_kernel", (False, False), dtype): 20  # by element
+        for architecture in ("86", "89")
+        for dtype in (_BF16, _FP16)
+    },
+    **{
         (architecture, "dense_kernel", flags, dtype): most
         for architecture in ("75", "80", "86", "89", "90")
         for flags, most in (_DENSE_90 if architecture == "90" else _DENSE).items()

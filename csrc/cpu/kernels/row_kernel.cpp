@@ -40,9 +40,12 @@ DISALIGN_NOINLINE Rows<T, R> gather(const LossArgs& args, const int64_t* index,
     rows.grad[r] =
         args.grad_logits ? static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride : nullptr;
     rows.spread[r] = nullptr;
-    if (args.probabilities)
-      rows.spread[r] = spread_of<T>(
-          args, i, static_cast<A*>(chunk.scratch) + (R + r) * padded_classes(args.classes));
+    rows.spread_ahead = 0;
+    if (args.probabilities) {
+      A* const scratch = static_cast<A*>(chunk.scratch) + (R + r) * padded_classes(args.classes);
+      rows.spread[r] = spread_of<T>(args, i, scratch);
+      if (rows.spread[r] != scratch) rows.spread_ahead = R * args.probability_outer_stride;
+    }
   }
   return rows;
 }

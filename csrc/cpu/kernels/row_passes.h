@@ -33,10 +33,11 @@ struct Rows {
   int64_t classes, stride;
   int64_t index[R], target[R];  // target < 0: it is in another shard, or there are probabilities
   const T* z[R];
-  A* e[R];             // scratch of the row: u where it is stored, then exp(u - shift)
-  T* grad[R];          // grad_logits of the row; null where it is not wanted
-  const A* spread[R];  // b_j, with class probabilities
-  A c[R];              // confidence after the sigmoid
+  A* e[R];               // scratch of the row: u where it is stored, then exp(u - shift)
+  T* grad[R];            // grad_logits of the row; null where it is not wanted
+  const A* spread[R];    // b_j, with class probabilities
+  int64_t spread_ahead;  // to the b_j that this thread most likely takes next; 0 in scratch
+  A c[R];                // confidence after the sigmoid
   double target_weight[R], sample_weight[R];
 };
 
@@ -197,17 +198,25 @@ bool correct_guess(Sums<A, R>& sums) {
 }
 
 // b_j = w_j (keep y_j + share) of class probabilities to scratch.
-template <class T, class Y>
-DISALIGN_NOINLINE void weigh(const LossArgs& args, const Y* y, Accumulate<T>* to) {
-  using A = Accumulate<T>;
-  const A* __restrict__ weight = static_cast<const A*>(args.weight);
-  const A keep = static_cast<A>(args.keep), share = static_cast<A>(args.share);
-  for_lanes<A>(0, args.classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
+template <class Y, class A, bool Weighted>
+DISALIGN_NOINLINE void weigh(int64_t classes, const Y* __restrict__ y, int64_t ahead,
+                             const A* __restrict__ weight, A keep, A share, A* __restrict__ to) {
+  for_lanes<A>(0, classes, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
+    __builtin_prefetch(y + ahead + j, 0, 2);
     auto b = load_lanes<Full>(y + j, n) * keep + share;
-    if (weight) b = b * load_lanes<Full>(weight + j, n);
+    if constexpr (Weighted) b = b * load_lanes<Full>(weight + j, n);
     store(to + j, b);
   });
+}
+
+template <class T, class Y>
+void weigh(const LossArgs& args, const Y* y, Accumulate<T>* to) {
+  using A = Accumulate<T>;
+  const auto run = args.weight ? weigh<Y, A, true> : weigh<Y, A, false>;
+  run(args.classes, y, kRowBlock * args.probability_outer_stride,
+      static_cast<const A*>(args.weight), static_cast<A>(args.keep), static_cast<A>(args.share),
+      to);
 }
 
 // The b_j of row i: the probabilities themselves where they are that, else made in `scratch`.
@@ -297,6 +306,7 @@ DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const R
   const Local<A*, R> e(rows.e);
   const Local<A, R> c(rows.c);
   const Local<const A*, R> spread(rows.spread);
+  const int64_t spread_ahead = rows.spread_ahead;
   for_lanes<A>(begin, end, [&](int64_t j, int n, auto full) DISALIGN_ALWAYS_INLINE {
     constexpr bool Full = decltype(full)::value;
     V w{};
@@ -323,6 +333,7 @@ DISALIGN_NOINLINE void exponentiate(ClassVectors<Accumulate<T>> classes, const R
       store(e[r] + j, x);
       exponential[r] += x;
       if constexpr (S == Spread::kOwn) {
+        __builtin_prefetch(spread[r] + spread_ahead + j, 0, 2);
         w = load_lanes<Full>(spread[r] + j, n);
         total[r] += w;
         u = w == V{} ? V{} : u;  // a masked class that is not asked for adds 0, not 0 * -inf

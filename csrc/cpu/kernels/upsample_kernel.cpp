@@ -126,7 +126,7 @@ void exponentiate_group(const UpsampleArgs& args, bool backward, const Strip<T>&
   Rows<A, R> rows;
   Sums<A, R> sums;
   rows.classes = args.classes;
-  rows.stride = 0;
+  rows.stride = rows.spread_ahead = 0;
   for (int r = 0; r < R; ++r) {
     rows.z[r] = rows.e[r] = strip.e + (at + r) * args.padded();
     rows.grad[r] = nullptr;
