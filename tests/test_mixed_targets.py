@@ -244,6 +244,27 @@ def test_a_share_that_is_a_number_is_not_copied_to_the_device(
     assert torch.equal(disalign_ops.cross_entropy(z, (a, b, 0.3)), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"margin": 0.5}], ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_masked_class_is_infinite_unless_it_has_no_share(
+    which: int, options: dict[str, Any]
+) -> None:
+    z = torch.randn(2, 5, dtype=torch.float64)
+    z[:, which] = float("-inf")
+    z.requires_grad_()
+    a, b = torch.zeros(2).long(), torch.ones(2).long()
+    lam = torch.tensor([0.4, float(which)], dtype=torch.float64)
+    c = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    scale = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    each = disalign_ops.disalign_cross_entropy(
+        z, (a, b, lam), c, scale, torch.zeros(5, dtype=torch.float64), reduction="none", **options
+    )
+    assert each[0] == float("inf")
+    assert torch.isfinite(each[1])
+    for gradient in torch.autograd.grad(each[1], (z, c, scale)):
+        assert torch.isfinite(gradient).all()
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "two parts": (lambda a: (a, a), "target must have three parts"),
     "a share of 2": (lambda a: (a, a, 2.0), r"target\[2\] must be"),

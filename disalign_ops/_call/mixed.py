@@ -152,7 +152,8 @@ def _one_read(
     inputs, problem = call
     logits, u_t, u_o = calibrated_at(inputs, problem, t, o, k)
     found = dispatch.compute(inputs._replace(logits=logits), problem)[0]
-    rest = torch.where(k == 0, 0.0, k * (u_t - u_o))
+    # Where class t is masked the first term is infinite by itself.
+    rest = torch.where((k == 0) | (u_t == float("-inf")), 0.0, k * (u_t - u_o))
     if given.reduction == "none":
         return found + rest
     return found + _reduce(rest, given, reference.denominator(
@@ -191,7 +192,8 @@ def _two_reads(
             calibration,
         )  # fmt: skip
         assert call is not None
-        parts.append(dispatch.compute(*call)[0])
+        part = dispatch.compute(*call)[0]
+        parts.append(torch.where(weight == 0, 0.0, part))  # a masked class of no share: 0 * inf
     losses = parts[0] + parts[1]
     if given.reduction == "none":
         return losses
@@ -218,13 +220,16 @@ def calibrated_at(
         logits, z = _Entries.apply(logits, index, k.dtype)  # type: ignore[no-untyped-call]
     z = z.unsqueeze(-1) if logits.dim() == 2 else z
     z = z.transpose(0, 1).reshape(classes.shape)
-    u = torch.where(k == 0, 0.0, z)
+    # Masked classes stay masked and add nothing to the gradients of the calibration.
+    masked = (z == float("-inf")) & (k != 0)
+    u = torch.where((k == 0) | masked, 0.0, z)
     scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     if inputs.confidence is not None and scale is not None and bias is not None:
         c = torch.sigmoid(inputs.confidence)
         u = (1 + c * _pick(scale, classes)) * u + c * _pick(bias, classes)
     if inputs.prior is not None:
         u = u + _pick(inputs.prior, classes)
+    u = torch.where(masked, float("-inf"), u)
     return logits, u[0], u[1]
 
 
