@@ -329,7 +329,7 @@ def test_wrong_arguments() -> None:
     wrong(
         "generator must be None without a sample_rate, got a Generator", generator=torch.Generator()
     )
-    wrong("target must hold class indices", target=torch.rand(4, 5))
+    wrong("target must have the input's shape", target=torch.rand(4, 4))
     wrong(r"target must have shape \(4,\) .*, got \(3,\)", target=torch.tensor([0, 1, 2]))
     wrong(r"weight must have one entry a class \(5\), got 4", weight=torch.ones(4))
     wrong("Target 5 is out of bounds", IndexError, target=torch.tensor([0, 1, 2, 5]))

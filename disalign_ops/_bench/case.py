@@ -138,10 +138,11 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu")
 
     # From 1280 samples to 5, as ImageNet-LT.
-    counts = 1280.0 * (5 / 1280) ** torch.linspace(0, 1, case.classes, dtype=torch.float64)
+    steps = torch.linspace(0, 1, case.classes, dtype=torch.float64, device="cpu")
+    counts = 1280.0 * (5 / 1280) ** steps
     shape = case.target_shape
     drawn = torch.multinomial(counts, math.prod(shape), replacement=True, generator=generator)
     target = drawn.reshape(shape)

@@ -71,7 +71,8 @@ def _part_loss(
     if logits.dim() == 2:
         return reference.cross_entropy(logits, target, **options)
     if target.is_floating_point():
-        options["normalizer"] = torch.tensor(float(inputs.target[:, 0].numel()))
+        whole = inputs.target[:, 0].numel()
+        options["normalizer"] = target.new_full((), whole, dtype=torch.float64)
         return reference.dense_cross_entropy(logits.flatten(2), target.flatten(2), **options)
     counted = inputs.target[inputs.target != IGNORED]
     options |= {"ignore_index": IGNORED, "normalizer": weight[counted].sum()}

@@ -44,7 +44,7 @@ def groups(counts: Tensor, many: float, few: float) -> dict[str, Tensor]:
     masks = {}
     parts = counts.argsort(descending=True, stable=True).tensor_split(3)
     for name, part in zip(("head, a third", "medium", "tail, a third"), parts, strict=True):
-        masks[name] = torch.zeros(len(counts), dtype=torch.bool).index_fill_(0, part, True)
+        masks[name] = counts.new_zeros(len(counts), dtype=torch.bool).index_fill_(0, part, True)
     return masks
 
 

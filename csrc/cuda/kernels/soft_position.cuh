@@ -27,7 +27,8 @@ __device__ __forceinline__ A soft_term(A b, A below) {
 // q_j = softmax exp(u_j - shift) - smooth b_j. Of no position: q_j = 0.
 template <class A>
 struct SoftFactors {
-  A shift = 0, softmax = 0, smooth = 0;
+  A shift = -kLowest<A>;  // so that the exponentials, which softmax = 0 multiplies, are 0
+  A softmax = 0, smooth = 0;
 };
 
 // Of forward, for an upstream gradient of 1, not divided by the denominator. `valid`: whether there is
