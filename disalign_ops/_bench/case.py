@@ -148,7 +148,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     target = drawn.reshape(shape)
     if case.soft:
         mixed = [F.one_hot(t, case.classes).movedim(-1, 1) for t in (target, target.flip(0))]
-        target = (0.7 * mixed[0] + 0.3 * mixed[1]).to(case.dtype)
+        target = (0.7 * mixed[0] + 0.3 * mixed[1]).to(case.dtype).contiguous()
     elif case.size:
         target[:, :4] = target[..., :4] = IGNORED
     head = None
