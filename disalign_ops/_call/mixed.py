@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._ops import composed, dispatch, reference
+from .._ops import autograd, composed, dispatch, reference
 from .._ops.problem import Inputs, Problem
 from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import (
@@ -39,15 +39,13 @@ from .options import (
 Validate = Callable[[Tensor, Tensor, Options, Calibration | None], tuple[Inputs, Problem] | None]
 
 
-class Mixed(NamedTuple):
-    """Flat: class indices a and b, their shares of the loss (w_a and w_b included, 0 where ignored)
-    and which positions have at least one class.
+class Term(NamedTuple):
+    """Of a or b, flat: class indices, their share of the loss (w included, 0 where ignored), and
+    which are not ignored.
     """
 
-    first: Tensor
-    second: Tensor
-    first_share: Tensor
-    second_share: Tensor
+    target: Tensor
+    share: Tensor
     valid: Tensor
 
 
@@ -67,17 +65,14 @@ def loss(
     given = validate_options(input, classes, options)
     dtype = reference.accumulate_dtype(input.dtype)
     v = row_vector("sample_weight", options.sample_weight, input, positions, dtype)
-    mixed = _shares(first, second, share.to(dtype), classes, given)
-    each = given.reduction == "none"
-    if given.margin is None and not given.focal_gamma and not (
-        given.weight is not None and given.label_smoothing
-    ):  # fmt: skip
-        found = _one_read(input, mixed, v, options, given, calibration, validate)
+    lam = share.to(dtype)
+    a, b = (_term(t, s, classes, given) for t, s in ((first, lam), (second, 1 - lam)))
+    both = given.weight is not None and given.label_smoothing > 0
+    if given.margin is None and not given.focal_gamma and not both:
+        found = _one_read(input, a, b, v, options, given, calibration, validate)
     else:
-        found = _two_reads(
-            input, (first, second), share.to(dtype), mixed, v, options, given, calibration, validate
-        )
-    return output(input, found, positions if each else None)
+        found = _two_reads(input, (a, b), lam, v, options, given, calibration, validate)
+    return output(input, found, positions if given.reduction == "none" else None)
 
 
 def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,30 +112,23 @@ def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, T
     return first, second, share.reshape(-1) if share.dim() else share
 
 
-def _shares(first: Tensor, second: Tensor, share: Tensor, classes: int, given: Validated) -> Mixed:
-    of_both, all_valid = [], []
-    for target, lam in ((first, share), (second, 1 - share)):
-        dispatch.check_classes(target, classes, given.ignore_index, asserted=False)
-        t, valid = reference.class_indices(target.reshape(-1), given.ignore_index)
-        w = lam if given.weight is None else lam * given.weight[torch.where(valid, t, 0)]
-        of_both.append((t, torch.where(valid, w, 0.0)))
-        all_valid.append(valid)
-    (a, w_a), (b, w_b) = of_both
-    return Mixed(a, b, w_a, w_b, all_valid[0] | all_valid[1])
+def _term(target: Tensor, share: Tensor, classes: int, given: Validated) -> Term:
+    dispatch.check_classes(target, classes, given.ignore_index, asserted=False)
+    t, valid = reference.class_indices(target.reshape(-1), given.ignore_index)
+    w = share if given.weight is None else share * given.weight[torch.where(valid, t, 0)]
+    return Term(t, torch.where(valid, w, 0.0), valid)
 
 
 def _one_read(
-    input: Tensor, mixed: Mixed, v: Tensor | None, options: Options, given: Validated,
+    input: Tensor, a: Term, b: Term, v: Tensor | None, options: Options, given: Validated,
     calibration: Calibration | None, validate: Validate,
 ) -> Tensor:  # fmt: skip
-    a, b, w_a, w_b, _ = mixed
     # A class that is ignored has no weight; the other one takes its place, whatever its own is.
-    no_a, no_b = a == given.ignore_index, b == given.ignore_index
-    larger = no_a | (~no_b & (w_b > w_a))
-    t, o = torch.where(larger, b, a), torch.where(larger, a, b)
-    k = torch.where(larger, w_a, w_b)
-    k = torch.where(a == b, 0.0, k) * (1 - given.label_smoothing)
-    weight = w_a + w_b
+    larger = ~a.valid | (b.valid & (b.share > a.share))
+    t, o = torch.where(larger, b.target, a.target), torch.where(larger, a.target, b.target)
+    k = torch.where(larger, a.share, b.share)
+    k = torch.where(t == o, 0.0, k) * (1 - given.label_smoothing)
+    weight = a.share + b.share
     if v is not None:
         k, weight = k * v, weight * v
     positions = positions_shape(input)
@@ -156,20 +144,16 @@ def _one_read(
     rest = torch.where((k == 0) | (u_t == float("-inf")), 0.0, k * (u_t - u_o))
     if given.reduction == "none":
         return found + rest
-    return found + _reduce(rest, given, reference.denominator(
+    divisor = reference.denominator(
         t, given.normalizer, sample_weight=weight, ignore_index=given.ignore_index
-    ), empty=0.0)  # fmt: skip
-
-
-def _reduce(losses: Tensor, given: Validated, divisor: Tensor, empty: float | None) -> Tensor:
-    """Sum or mean. empty: what a mean of nothing is; None: as reference.reduce."""
-    by_weights = given.normalizer if empty is None else "count"
-    return reference.reduce(losses, given.reduction, by_weights, divisor)
+    )
+    # "count": where nothing is left the rest adds 0, not a second NaN.
+    return found + reference.reduce(rest, given.reduction, "count", divisor)
 
 
 def _two_reads(
-    input: Tensor, targets: tuple[Tensor, Tensor], share: Tensor, mixed: Mixed, v: Tensor | None,
-    options: Options, given: Validated, calibration: Calibration | None, validate: Validate,
+    input: Tensor, terms: tuple[Term, Term], lam: Tensor, v: Tensor | None, options: Options,
+    given: Validated, calibration: Calibration | None, validate: Validate,
 ) -> Tensor:  # fmt: skip
     """Where the terms differ in more than u_t: each is a loss of its own."""
     if given.in_place:
@@ -182,24 +166,22 @@ def _two_reads(
             "where target is (a, b, lam) with a margin, focal_gamma, or weight and label_smoothing"
         )
     positions = positions_shape(input)
-    parts = []
-    for target, lam in zip(targets, (share, 1 - share), strict=True):
-        weight = lam.expand(mixed.valid.shape) if v is None else lam * v
+    losses: Any = 0
+    for term, share in zip(terms, (lam, 1 - lam), strict=True):
+        weight = share.expand(term.target.shape) if v is None else share * v
         call = validate(
-            input, target,
+            input, term.target.reshape(positions),
             options._replace(reduction="none", sample_weight=weight.reshape(positions),
                              normalizer="count", gradient="auto"),
             calibration,
         )  # fmt: skip
         assert call is not None
         part = dispatch.compute(*call)[0]
-        parts.append(torch.where(weight == 0, 0.0, part))  # a masked class of no share: 0 * inf
-    losses = parts[0] + parts[1]
-    if given.reduction == "none":
-        return losses
-    weights = mixed.first_share + mixed.second_share
-    divisor = reference.denominator_of(given.normalizer, mixed.valid, weights, v)
-    return _reduce(losses, given, divisor, empty=None)
+        losses = losses + torch.where(weight == 0, 0.0, part)  # a masked class of no share: 0 * inf
+    a, b = terms
+    valid, shares = a.valid | b.valid, a.share + b.share
+    divisor = reference.denominator_of(given.normalizer, valid, shares, v)
+    return reference.reduce(losses, given.reduction, given.normalizer, divisor)
 
 
 def calibrated_at(
@@ -220,17 +202,15 @@ def calibrated_at(
         logits, z = _Entries.apply(logits, index, k.dtype)  # type: ignore[no-untyped-call]
     z = z.unsqueeze(-1) if logits.dim() == 2 else z
     z = z.transpose(0, 1).reshape(classes.shape)
-    # Masked classes stay masked and add nothing to the gradients of the calibration.
-    masked = (z == float("-inf")) & (k != 0)
-    u = torch.where((k == 0) | masked, 0.0, z)
     scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
-    if inputs.confidence is not None and scale is not None and bias is not None:
-        c = torch.sigmoid(inputs.confidence)
-        u = (1 + c * _pick(scale, classes)) * u + c * _pick(bias, classes)
-    if inputs.prior is not None:
-        u = u + _pick(inputs.prior, classes)
-    u = torch.where(masked, float("-inf"), u)
-    return logits, u[0], u[1]
+    # A row a position, of its two classes.
+    a, b, prior = (
+        None if vector is None else _pick(vector, classes).t()
+        for vector in (scale, bias, inputs.prior)
+    )
+    u = torch.where(k == 0, 0.0, z).t()
+    u = reference.calibrated_logits(u, a, b, inputs.confidence, prior)
+    return logits, u[:, 0], u[:, 1]
 
 
 def _pick(vector: Tensor, classes: Tensor) -> Tensor:
@@ -255,7 +235,7 @@ class _Entries(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, of_entries: Tensor) -> Any:  # type: ignore[override]
         (index,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or type(grad) is not Tensor or _is_batched(grad, of_entries):
+        if torch.is_grad_enabled() or type(grad) is not Tensor or autograd.is_batched(grad):
             return grad.scatter_add(1, index, of_entries.to(grad.dtype)), None, None
         # Both entries are one where their gradients are 0: either may be written.
         values = grad.gather(1, index).to(of_entries.dtype) + of_entries
@@ -266,11 +246,3 @@ class _Entries(torch.autograd.Function):
 def _as_bits(tensor: Tensor) -> Tensor:
     """Half precision as int16: scatter_ on the CPU would take it through a copy in float32."""
     return tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
-
-
-def _is_batched(*tensors: Tensor) -> bool:
-    functorch = torch._C._functorch
-    return any(
-        functorch.is_legacy_batchedtensor(t) or functorch.is_functorch_wrapped_tensor(t)
-        for t in tensors
-    )

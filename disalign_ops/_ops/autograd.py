@@ -124,7 +124,7 @@ def _save(
     ctx.save_for_backward(*inputs, results[1], results[2], *made, *given)
 
 
-def _is_batched(grad_loss: Tensor) -> bool:
+def is_batched(grad_loss: Tensor) -> bool:
     """Whether it stands for many upstream gradients: is_grads_batched=True or torch.vmap."""
     return bool(
         _functorch.is_legacy_batchedtensor(grad_loss)
@@ -141,7 +141,7 @@ def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tenso
     made, problem = saved.grad_logits, ctx.problem
     if made is None:
         return None
-    if type(made) is not Tensor or _modes() or _is_batched(grad_loss):
+    if type(made) is not Tensor or _modes() or is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return None if not ctx.precomputed_available else made * grad_loss
     by_operator = in_forward.kernels_of(problem.layout, made).finished_by_operator
@@ -197,7 +197,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
                 missing |= bit
             else:
                 grads[k] = (grad if k == 3 else problem.form.gradient(grad)) * grad_loss
-    if missing and _is_batched(grad_loss):
+    if missing and is_batched(grad_loss):
         # torch cannot batch operators that return lists; it batches its own.
         still = tuple(bool(missing & bit) for bit in GRADIENTS)
         fresh = _differentiable_backward(problem, grad_loss, saved, still)
