@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
 from ._call import linear
+from ._call.details import LossDetails
 from ._call.linear import Head
 from ._call.options import Calibration, Options
 from ._call.shard import Shard
-from ._call.types import Background, Form, Normalizer, ReductionName
+from ._call.types import (
+    Background,
+    CalibratedLinearOptions,
+    Form,
+    LinearOptions,
+    Normalizer,
+    ReductionName,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CHUNK_BYTES = 64 << 20
+
+
+@overload
+def linear_cross_entropy(
+    features: Tensor, linear_weight: Tensor, target: Tensor,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[False] = False, **options: Unpack[LinearOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_cross_entropy(
+    features: Tensor, linear_weight: Tensor, target: Tensor,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[True], **options: Unpack[LinearOptions],
+) -> LossDetails: ...  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -34,7 +65,8 @@ def linear_cross_entropy(
     generator: torch.Generator | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     shard: Shard | None = None,
-) -> Tensor:
+    return_details: bool = False,
+) -> Tensor | LossDetails:
     """`cross_entropy(F.linear(features, linear_weight, linear_bias), target, ...)`, without the
     logits.
 
@@ -67,8 +99,9 @@ def linear_cross_entropy(
     the logits. Not traced by torch.compile: the graph breaks there. Under torch.export and
     torch.jit.trace it makes the logits.
 
-    Returns and raises what `cross_entropy` does. It has no details, and takes no (a, b, lam): add
-    up lam times the loss of a and 1 - lam times that of b.
+    Returns and raises what `cross_entropy` does, with return_details (True) a `LossDetails` without
+    entropy: each chunk of the logits is looked at once more; not with sample_rate. It takes no
+    (a, b, lam): add up lam times the loss of a and 1 - lam times that of b.
     """
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
@@ -77,7 +110,27 @@ def linear_cross_entropy(
     head = Head(
         features, linear_weight, linear_bias, cosine_scale, sample_rate, generator, chunk_bytes
     )
-    return linear.loss(head, target, options, None, shard)
+    return linear.loss(head, target, options, None, shard, return_details)
+
+
+@overload
+def disalign_linear_cross_entropy(
+    features: Tensor, linear_weight: Tensor, target: Tensor, confidence: Tensor, scale: Tensor,
+    bias: Tensor,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[False] = False, **options: Unpack[CalibratedLinearOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def disalign_linear_cross_entropy(
+    features: Tensor, linear_weight: Tensor, target: Tensor, confidence: Tensor, scale: Tensor,
+    bias: Tensor,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
+    return_details: Literal[True], **options: Unpack[CalibratedLinearOptions],
+) -> LossDetails: ...  # fmt: skip
 
 
 def disalign_linear_cross_entropy(
@@ -105,7 +158,8 @@ def disalign_linear_cross_entropy(
     generator: torch.Generator | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     shard: Shard | None = None,
-) -> Tensor:
+    return_details: bool = False,
+) -> Tensor | LossDetails:
     """`disalign_cross_entropy` of a linear classifier's logits, without the logits.
 
     Args:
@@ -125,4 +179,4 @@ def disalign_linear_cross_entropy(
         features, linear_weight, linear_bias, cosine_scale, sample_rate, generator, chunk_bytes
     )
     calibration = Calibration(confidence, scale, bias, form, background)
-    return linear.loss(head, target, options, calibration, shard)
+    return linear.loss(head, target, options, calibration, shard, return_details)

@@ -13,8 +13,11 @@ import disalign_ops
 from disalign_ops import LossDetails
 from disalign_ops._ops import reference
 from disalign_ops.errors import ArgumentError
+from support import ranks
 from support.cases import rows
 from support.dense_cases import dense
+from support.linear_cases import C, N, Problem
+from support.sharded_cases import SHARDS, Whole, options_of, shard_of
 from support.tolerances import assert_close
 
 
@@ -146,14 +149,76 @@ def test_a_margin_beyond_the_range_of_exp(margin: float) -> None:
     assert_close(details.probability, expected, torch.float32, "probability")
 
 
+@pytest.mark.parametrize("chunk_bytes", [1 << 9, 1 << 26], ids=["chunks of classes", "one"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_linear_head(calibrated: bool, chunk_bytes: int) -> None:
+    p = Problem.of(torch.float64)
+    for margin, soft, reduction in itertools.product((None, 0.7), (False, True), ("mean", "none")):
+        if soft and margin:
+            continue
+        q = Problem(p.tensors, torch.rand(N, C, dtype=torch.float64) if soft else p.target)
+        options: dict[str, Any] = {
+            "margin": margin, "label_smoothing": 0.1, "reduction": reduction,
+            "prior": torch.linspace(-3, 3, C, dtype=torch.float64),
+            "sample_weight": torch.rand(N, dtype=torch.float64), "return_details": True,
+        }  # fmt: skip
+        given: Any = q.loss(calibrated, chunk_bytes=chunk_bytes, **options)
+        expected: Any = q.unfused(calibrated, **options)
+        compare_details(given, expected)
+        (found,) = torch.autograd.grad(given.loss.sum(), p.tensors["features"], retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected.loss.sum(), p.tensors["features"])
+        assert_close(found, wanted, torch.float64, "gradient")
+
+
+def compare_details(found: Any, expected: LossDetails) -> None:
+    for name, value in expected._asdict().items():
+        given = getattr(found, name)
+        if value is None or not value.is_floating_point():
+            assert given is None if value is None else torch.equal(given, value), name
+        else:
+            assert_close(given.detach(), value.detach(), torch.float64, name)
+
+
+def _over_ranks(rank: int, world: int) -> None:
+    torch.manual_seed(0)
+    for sizes in SHARDS[world]:
+        for soft in (False, True):
+            whole = Whole(torch.float64, {"weight": "class", "prior": "class"})
+            target = torch.rand(len(whole.target), sum(sizes)).double() if soft else whole.target
+            a, b = (shard_of(t, rank, sizes) for t in (whole.scale, whole.bias))
+            found = disalign_ops.disalign_cross_entropy(
+                shard_of(whole.logits, rank, sizes, 1),
+                target.split(sizes, 1)[rank] if soft else target,
+                whole.confidence, a, b, **options_of(whole, rank, sizes),
+                shard=disalign_ops.Shard(), return_details=True,
+            )  # fmt: skip
+            expected = disalign_ops.disalign_cross_entropy(
+                whole.logits, target, whole.confidence, whole.scale, whole.bias, **whole.options,
+                return_details=True,
+            )  # fmt: skip
+            compare_details(found, expected)
+
+
+def test_over_processes() -> None:
+    ranks.run(_over_ranks, 2)
+
+
+def test_a_sample_of_the_classes_has_none() -> None:
+    x, w = torch.randn(4, 3), torch.randn(5, 3)
+    with pytest.raises(ArgumentError, match=r"^return_details must be False where sample_rate"):
+        disalign_ops.linear_cross_entropy(x, w, TARGET, sample_rate=0.5, return_details=True)
+
+
+TARGET = torch.zeros(4, dtype=torch.int64)
 REFUSED: dict[str, dict[str, Any]] = {
     "a word": {"return_details": "all"},
     "a number": {"return_details": 2},
-    "a shard": {"return_details": True, "shard": disalign_ops.Shard()},
+    "two classes": {"return_details": True, "target": (TARGET, TARGET, 0.5)},
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(case: str) -> None:
+    given = {"target": TARGET, **REFUSED[case]}
     with pytest.raises(ArgumentError, match=r"^return_details must be False"):
-        disalign_ops.cross_entropy(torch.randn(4, 5), torch.zeros(4).long(), **REFUSED[case])
+        disalign_ops.cross_entropy(torch.randn(4, 5), **given)

@@ -113,9 +113,10 @@ def our_loss(inputs: Inputs, logits: Tensor) -> Tensor:
     if inputs.head is not None:
         head = (logits, inputs.head, inputs.target)
         if calibration:
-            return disalign_ops.disalign_linear_cross_entropy(
+            of_head: Tensor = disalign_ops.disalign_linear_cross_entropy(
                 *head, **calibration, weight=inputs.weight
             )
+            return of_head
         return disalign_ops.linear_cross_entropy(*head, weight=inputs.weight)
     options: dict[str, Any] = {
         "weight": inputs.weight,

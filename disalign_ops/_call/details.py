@@ -62,30 +62,49 @@ def of(
             lse = None
         second = _second_read(detached, problem, entropy=entropy_wanted, lse=lse is None)
         prediction, entropy, plain_lse = second
-        probability = correct = None
-        if inputs.soft:
-            found = plain_lse if lse is None else lse
-        else:
-            t, valid = reference.class_indices(inputs.target.reshape(-1), problem.numbers[0])
+        indices = u_t = margin = None
+        if not inputs.soft:
+            indices = reference.class_indices(inputs.target.reshape(-1), problem.numbers[0])
+            t, valid = indices
             _, u_t, _ = calibrated_at(detached, problem, t, t, valid.to(losses.dtype))
-            margin = None if inputs.margin is None else inputs.margin[torch.where(valid, t, 0)]
-            found = plain_lse if lse is None else _without_margin(lse, u_t, margin)
-            assert found is not None
-            probability = torch.where(valid, (u_t - found).exp(), 0.0)
-            found = torch.where(valid, found, 0.0)
-            correct = (prediction == t) & valid
-    parts = (losses, found, probability, prediction, correct, entropy)
-    return LossDetails(result, *(None if p is None else p.reshape(shape) for p in parts))  # type: ignore[arg-type]
+            if lse is not None:  # of sums with the margin, u_t without it
+                margin = inputs.margin
+                u_t = u_t if margin is None else u_t - margin[torch.where(valid, t, 0)]
+        lse = plain_lse if lse is None else lse
+        assert lse is not None
+        return assemble(result, shape, losses, lse, u_t, prediction, indices, margin, entropy)
+
+
+@torch.no_grad()
+def assemble(
+    loss: Tensor, shape: torch.Size, losses: Tensor, lse: Tensor, u_t: Tensor | None,
+    prediction: Tensor, indices: tuple[Tensor, Tensor] | None, margin: Tensor | None,
+    entropy: Tensor | None = None,
+) -> LossDetails:  # fmt: skip
+    """Details from flat vectors. indices: class indices and which of them count, None with class
+    probabilities. lse, u_t: with the margin (C,), where one is given.
+    """
+    probability = correct = None
+    if indices is not None:
+        t, valid = indices
+        assert u_t is not None
+        if margin is not None:
+            m = margin[torch.where(valid, t, 0)]
+            u_t = u_t + m
+            lse = _without_margin(lse, u_t, m)
+        probability = torch.where(valid, (u_t - lse).exp(), 0.0)
+        lse = torch.where(valid, lse, 0.0)
+        correct = (prediction == t) & valid
+    parts = (losses, lse, probability, prediction, correct, entropy)
+    return LossDetails(loss, *(None if p is None else p.reshape(shape) for p in parts))  # type: ignore[arg-type]
 
 
 def _detached(inputs: Inputs) -> Inputs:
     return Inputs(*(None if t is None else t.detach() for t in inputs))  # type: ignore[arg-type]
 
 
-def _without_margin(lse: Tensor, u_t: Tensor, margin: Tensor | None) -> Tensor:
+def _without_margin(lse: Tensor, u_t: Tensor, margin: Tensor) -> Tensor:
     """lse of sums in which the target's exponential lacks the margin."""
-    if margin is None:
-        return lse
     share = (u_t - margin - lse).exp()  # the target's, of the sum
     found = lse + torch.log1p(share * torch.expm1(margin))
     # Beyond, exp(margin) may be infinite, and what the margin left of the target's is lost in it.

@@ -54,7 +54,9 @@ def loss(
             )
         return mixed.loss(input, target, options, calibration, validate)
     if shard is not None:
-        return sharded.loss(input, target, options, calibration, shard)
+        found = sharded.loss(input, target, options, calibration, shard)
+        assert isinstance(found, Tensor)
+        return found
     call = validate(input, target, options, calibration)
     if call is None:
         return tracing.loss(input, target, options, calibration, loss)
@@ -81,11 +83,19 @@ def loss_with_details(
         raise ArgumentError(
             f"return_details must be False, True or 'entropy', got {return_details!r}"
         )
-    if shard is not None or isinstance(target, tuple) or composed.is_tracing():
+    if isinstance(target, tuple) or composed.is_tracing():
         raise ArgumentError(
-            "return_details must be False where shard is given, target is a tuple, or "
-            f"torch.jit.trace records, got {return_details!r}"
+            "return_details must be False where target is a tuple, or torch.jit.trace records, got "
+            f"{return_details!r}"
         )
+    if shard is not None:
+        if return_details == "entropy":
+            raise ArgumentError(
+                "return_details must be False or True where shard is given, got 'entropy'"
+            )
+        known = sharded.loss(input, target, options, calibration, shard, True)
+        assert isinstance(known, LossDetails)
+        return known
     call = validate(input, target, options, calibration)
     assert call is not None
     promoting = (target, options.weight) if call[0].soft else ()

@@ -15,7 +15,8 @@ from .._sharded import chunks
 from .._sharded.sampling import Sample
 from ..errors import ArgumentError, ArgumentTypeError
 from . import entry, sharded
-from .arguments import check_dtype, check_integer, check_number, check_tensor
+from .arguments import check_bool, check_dtype, check_integer, check_number, check_tensor
+from .details import LossDetails
 from .options import Calibration, Options
 from .shard import Shard, check_shard, local_calibration, local_classes, local_options, local_rows
 
@@ -46,8 +47,10 @@ def loss(
     options: Options,
     calibration: Calibration | None,
     shard: Shard | None,
-) -> Tensor:
+    return_details: bool,
+) -> Tensor | LossDetails:
     """The loss of a head's logits; with a shard, over all ranks' classes."""
+    check_bool("return_details", return_details)
     if shard is not None:
         check_shard(shard, target, calibration)
         head, target = head.local(shard), sharded.local_target(target, shard)
@@ -62,9 +65,19 @@ def loss(
     if dispatch.needs_logits():
         if head.sample_rate is not None or shard is not None:
             raise RuntimeError(dispatch.NO_TRANSFORMS)
-        return entry.loss(_logits(head, like), target, options, calibration)
+        logits = _logits(head, like)
+        if return_details:
+            return entry.loss_with_details(logits, target, options, calibration, None, True)
+        return entry.loss(logits, target, options, calibration)
     features, weight, bias, cosine_scale, sample_rate, generator, chunk_bytes = head
-    call, a, b, c = sharded.validate(like, len(weight), target, options, calibration, shard)
+    if return_details and sample_rate is not None:
+        raise ArgumentError(
+            "return_details must be False where sample_rate is given, since other classes have no "
+            "logits, got True"
+        )
+    call, a, b, c = sharded.validate(
+        like, len(weight), target, options, calibration, shard, return_details
+    )
     if sample_rate is not None:
         first = 0 if call.ranks is None else call.ranks.first
         sample = Sample.draw(
@@ -83,7 +96,8 @@ def loss(
     chunked = chunks.Call(
         **vars(call), plan=plan, cosine=cosine_scale is not None, chunk_bytes=chunk_bytes
     )
-    return sharded.finish(like, call, chunks.loss(chunked, features, weight, bias, c, a, b))
+    found = chunks.loss(chunked, features, weight, bias, c, a, b)
+    return sharded.finish(like, call, found, target, options.weight)
 
 
 def validate_head(head: Head, *, empty_shard: bool) -> tuple[Tensor, Head]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ops import dispatch, layouts
-from .._ops.reference import accumulate_dtype
+from .._ops import dispatch, layouts, reference
 from .._ops.schemas import ROW
 from .._sharded import parallel
+from .._sharded.known import Known
 from .._sharded.shards import Call, Reduction, Vectors
 from ..errors import ArgumentError
+from . import details
 from .arguments import (
     check_dtype,
     check_target,
@@ -19,6 +20,7 @@ from .arguments import (
     positions_shape,
     row_vector,
 )
+from .details import LossDetails
 from .options import (
     Calibration,
     Options,
@@ -45,7 +47,8 @@ def loss(
     options: Options,
     calibration: Calibration | None,
     shard: Shard,
-) -> Tensor:
+    return_details: bool = False,
+) -> Tensor | LossDetails:
     """The loss over all ranks' classes of logits (N, C_rank) or (C_rank,)."""
     check_shard(shard, target, calibration)
     if is_dtensor(input) and options.inplace_backward is True:
@@ -70,8 +73,9 @@ def loss(
     in_place = options.inplace_backward is True and layouts.check_in_place(input, flat, copied)
     if dispatch.needs_logits():
         raise RuntimeError(dispatch.NO_TRANSFORMS)
-    call, a, b, c = validate(like, classes, target, options, calibration, shard)
-    return finish(like, call, parallel.loss(call, flat, c, a, b, in_place=in_place))
+    call, a, b, c = validate(like, classes, target, options, calibration, shard, return_details)
+    found = parallel.loss(call, flat, c, a, b, in_place=in_place)
+    return finish(like, call, found, target, options.weight)
 
 
 def local_target(target: Tensor, shard: Shard) -> Tensor:
@@ -118,6 +122,7 @@ def validate(
     options: Options,
     calibration: Calibration | None,
     shard: Shard | None,
+    return_details: bool,
 ) -> tuple[Call, Tensor | None, Tensor | None, Tensor | None]:
     """A call with a target that `check_rows` has passed, and scale, bias (C,) and confidence (N,)
     in u = (1 + c scale) z + c bias. The exchange between processes, if there is one, comes last: a
@@ -133,8 +138,13 @@ def validate(
     ignore_index, smoothing, gamma = given.numbers
     sample_weight = row_vector(
         "sample_weight", options.sample_weight, like, positions_shape(like),
-        accumulate_dtype(like.dtype),
+        reference.accumulate_dtype(like.dtype),
     )  # fmt: skip
+    if return_details and shard is not None and given.margin is not None:
+        raise ArgumentError(
+            "margin must be None where shard and return_details are given, since one rank alone "
+            f"knows the target's, got a {type(options.margin).__name__}"
+        )
     ranks = None if shard is None else ranks_of(shard, classes, like.device)
     everyone = classes
     if soft and ranks is not None and smoothing:
@@ -158,10 +168,29 @@ def validate(
         ),
         reduction=Reduction(sample_weight, given.reduction, given.normalizer),
         ranks=ranks,
+        known=Known(positions_shape(like).numel(), like) if return_details else None,
     )
     return call, a, b, c
 
 
-def finish(like: Tensor, call: Call, loss: Tensor) -> Tensor:
-    """The loss in the dtype and shape that F.cross_entropy has."""
-    return output(like, loss, positions_shape(like) if call.reduction.reduction == "none" else None)
+def finish(
+    like: Tensor, call: Call, loss: Tensor, target: Tensor, weight: Tensor | None
+) -> Tensor | LossDetails:
+    """The loss in the dtype and shape that F.cross_entropy has, with details where they are wanted.
+
+    target, weight: as given.
+    """
+    shape = positions_shape(like)
+    promoting = (target, weight) if call.soft else ()
+    each = call.reduction.reduction == "none"
+    result = output(like, loss, shape if each else None, *promoting)
+    known = call.known
+    if known is None:
+        return result
+    indices = None
+    if not call.soft:
+        indices = reference.class_indices(call.target, call.ignore_index)
+    return details.assemble(
+        result, shape, known.losses.detach(), known.log_sum_exp, known.target_logit,
+        known.prediction, indices, call.vectors.margin,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 if TYPE_CHECKING:
     from .shard import Shard
@@ -43,6 +43,28 @@ class FunctionOptions(ExtendedOptions, total=False):
 
 class CalibratedFunctionOptions(FunctionOptions, total=False):
     """Those of `disalign_cross_entropy`."""
+
+    form: Form
+    background: Background | None
+
+
+class LinearOptions(TypedDict, total=False):
+    """Keywords of `linear_cross_entropy` but `return_details`."""
+
+    sample_weight: Tensor | None
+    normalizer: Normalizer
+    prior: Tensor | None
+    margin: Tensor | float | None
+    focal_gamma: float
+    cosine_scale: Tensor | float | None
+    sample_rate: float | None
+    generator: Generator | None
+    chunk_bytes: int
+    shard: Shard | None
+
+
+class CalibratedLinearOptions(LinearOptions, total=False):
+    """Those of `disalign_linear_cross_entropy`."""
 
     form: Form
     background: Background | None

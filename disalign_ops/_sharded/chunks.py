@@ -213,6 +213,7 @@ class _Chunks:
         self.vectors = replace(call.vectors, scale=scale, bias=calibration_bias)
         self.classes = weight.shape[0]
         self.parts = call.plan.class_parts(self.classes)
+        self.first = call.ranks.first if call.ranks else 0
         entries = min(call.plan.rows, len(features)) * min(call.plan.classes, self.classes)
         self._buffer = features.new_empty((entries,))
 
@@ -234,6 +235,8 @@ class _Chunks:
             logits = self._logits(rows, part)
             target, vectors, confidence = self._shard(rows, part)
             sums = shards.sums_of(self.call.backend, logits, target, vectors, confidence)
+            if self.call.known is not None:
+                self.call.known.look(rows, logits, vectors, confidence, self.first + part.start)
             weight = self.call.weight_sum(vectors, part.stop - part.start, sums)
             if total is None or weight_sum is None:
                 total, weight_sum = sums, weight
@@ -290,6 +293,8 @@ class _Chunks:
                 sums, w_t[part], weight_sum, self.classes, valid[part]
             )
             target_du_dc[part] = sums[3]
+            if call.known is not None:
+                call.known.take(part, sums, soft=call.soft)
             if made is not None:
                 factors = shards.factors_of(terms[:, part], sums[3], upstream[part])
                 self.gradients(part, factors, logits, made)
@@ -322,7 +327,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.made = None if made is None else made.finish(chunks.head, call.chunk_bytes)
         if any(need):
             ctx.save_for_backward(*tensors, done.terms, done.target_du_dc, done.divisor)
-        reduced: Tensor = call.reduction.loss(done.losses, done.divisor)
+        reduced: Tensor = call.reduction.loss(done.losses, done.divisor, call.known)
         return reduced
 
     @staticmethod

@@ -37,6 +37,9 @@ def finish(call: Call, sums: Tensor, classes: int, *, du_dc: bool) -> Finished:
             smoothing=call.label_smoothing > 0,
         )  # fmt: skip
     losses, terms = call.terms_of(*global_sums, valid)
+    if call.known is not None:
+        call.known.take(slice(None), global_sums.sums, soft=call.soft)
+        call.known.exchange(call.ranks)
     divisor = call.reduction.divisor(global_sums.target_weight, valid)
     return Finished(losses, terms, global_sums.sums[3], divisor)
 
@@ -51,13 +54,15 @@ class _ParallelLoss(torch.autograd.Function):
         classes = logits.shape[1]
         local = call.local_target(slice(None), slice(0, classes))
         sums = shards.sums_of(call.backend, logits, local, vectors, confidence)
+        if call.known is not None:
+            call.known.look(slice(None), logits, vectors, confidence, call.ranks.first)
         done = finish(call, sums, classes, du_dc=scale is not None)
         ctx.call, ctx.in_place = call, in_place
         if any(ctx.needs_input_grad[:4]):
             ctx.save_for_backward(
                 logits, confidence, scale, bias, local, done.terms, done.target_du_dc, done.divisor
             )
-        loss: Tensor = call.reduction.loss(done.losses, done.divisor)
+        loss: Tensor = call.reduction.loss(done.losses, done.divisor, call.known)
         return loss
 
     @staticmethod

@@ -57,7 +57,7 @@ class Ranks:
         Raises IndexError where a row has no rank, or several, whose class its target is.
         """
         maximum = sums[0].clone()
-        self._all_reduce(maximum, dist.ReduceOp.MAX, "maxima of the rows")
+        self.maximum(maximum, "maxima of the rows")
         relative = shards.rescale_sums(sums, weight_sum, maximum)
         # What is not sent is 0 on every rank, and a weight of 1.
         sent = [1, 2, *([3] if du_dc else []), *([4] if smoothing else [])]
@@ -78,7 +78,7 @@ class Ranks:
     def all_reduce_soft_sums(self, sums: Tensor) -> GlobalSums:
         """Of class probabilities, which every rank has of its own classes."""
         maximum = sums[0].clone()
-        self._all_reduce(maximum, dist.ReduceOp.MAX, "maxima of the rows")
+        self.maximum(maximum, "maxima of the rows")
         relative = shards.rescale_sums(sums, sums[2], maximum)
         self.add(relative[1:], "sums of the rows")
         one = torch.ones_like(maximum)
@@ -87,6 +87,15 @@ class Ranks:
     def add(self, tensor: Tensor, what: str) -> None:
         """Makes a tensor the sum of every rank's."""
         self._all_reduce(tensor, dist.ReduceOp.SUM, what)
+
+    def maximum(self, tensor: Tensor, what: str) -> None:
+        """Makes a tensor the largest of every rank's."""
+        self._all_reduce(tensor, dist.ReduceOp.MAX, what)
+
+    def minimum(self, tensor: Tensor, what: str) -> Tensor:
+        """The smallest of every rank's."""
+        self._all_reduce(tensor, dist.ReduceOp.MIN, what)
+        return tensor
 
     def _all_reduce(self, tensor: Tensor, op: Any, what: str) -> None:
         try:

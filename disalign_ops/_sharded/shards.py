@@ -23,6 +23,7 @@ from .._ops.reference import ELSEWHERE, IGNORED
 from .._ops.schemas import ROW
 
 if TYPE_CHECKING:
+    from .known import Known
     from .ranks import Ranks
 
 NO_DOUBLE_BACKWARD = (
@@ -219,10 +220,12 @@ class Reduction:
             return torch.ones((), dtype=torch.float64, device=valid.device)
         return reference.denominator_of(self.normalizer, valid, target_weight, self.sample_weight)
 
-    def loss(self, losses: Tensor, divisor: Tensor) -> Tensor:
-        """losses: those of `terms_of`."""
+    def loss(self, losses: Tensor, divisor: Tensor, known: Known | None) -> Tensor:
+        """losses: those of `terms_of`. known: gets them, sample_weight included."""
         if self.sample_weight is not None:
             losses = losses * self.sample_weight
+        if known is not None:
+            known.losses = losses
         return reference.reduce(losses, self.reduction, self.normalizer, divisor)
 
     def upstream(self, grad_loss: Tensor | None, divisor: Tensor, like: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ class Call:
     """What a loss is given beside the tensors that it can differentiate.
 
     vectors: without scale and bias, which are differentiable. ranks: the processes that share the
-    classes, or None.
+    classes, or None. known: where details are wanted, to be filled in.
     """
 
     backend: str
@@ -259,6 +262,7 @@ class Call:
     vectors: Vectors
     reduction: Reduction
     ranks: Ranks | None
+    known: Known | None
 
     @property
     def soft(self) -> bool:

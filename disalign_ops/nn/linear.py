@@ -143,11 +143,12 @@ class _DisAlign(Calibration):
                 for name in ("inplace_backward", "gradient"):  # chunks have their own way
                     others.pop(name, None)
                 confidence = self._confidence(self._confidence_features(x))
-                return disalign_linear_cross_entropy(
+                in_chunks: Tensor = disalign_linear_cross_entropy(
                     x, self.weight, target, confidence, self.logit_scale, self.logit_bias,
                     self.bias, cosine_scale=self._cosine_scale(), chunk_bytes=chunk_bytes,
                     **self._form(), **others,
                 )  # fmt: skip
+                return in_chunks
         logits, features = self._checked_raw(x)
         confidence = self._confidence(features)
         found: Tensor = functional.disalign_cross_entropy(

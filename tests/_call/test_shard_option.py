@@ -47,8 +47,10 @@ def refused(match: str, error: type[Exception] = ArgumentError) -> Any:
 
 def test_details_and_two_classes_a_position() -> None:
     z, t = torch.rand(4, 5), torch.zeros(4).long()
-    with refused("return_details must be False where shard is given"):
-        ops.cross_entropy(z, t, shard=ops.Shard(), return_details=True)
+    with refused("return_details must be False or True where shard is given"):
+        ops.cross_entropy(z, t, shard=ops.Shard(), return_details="entropy")
+    with refused("margin must be None where shard and return_details are given"):
+        ops.cross_entropy(z, t, shard=ops.Shard(), return_details=True, margin=0.5)
     with refused("target must be one tensor where shard is given, got a tuple"):
         ops.cross_entropy(z, (t, t, 0.5), shard=ops.Shard())
 

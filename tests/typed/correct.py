@@ -31,6 +31,9 @@ def losses(
     one = ops.loss_denominator([t, t], w, sample_weight=[c, c], group=group, ranks="sum")
     ops.cross_entropy(z, t, w, normalizer=one).backward()
     assert_type(ops.loss_denominator(t, normalizer="valid"), Tensor)
+    assert_type(ops.cross_entropy(z, t, return_details=True), ops.LossDetails)
+    assert_type(ops.linear_cross_entropy(z, w, t, return_details=True), ops.LossDetails)
+    assert_type(ops.linear_cross_entropy(z, w, t, margin=0.5), Tensor)
     for reduction in ("mean", "sum"):
         assert_type(ops.cross_entropy(z, t, reduction=reduction), Tensor)
     dnn.CrossEntropyLoss(w, reduction="sum", normalizer=2.0, margin=w)
