@@ -56,7 +56,7 @@ def semantic_segmentation_loss(
     and says how many labels other than -100 all of them have: num_items_in_batch. It does not say
     their weights, or how many are ignore_index. So a batch's mean counts by its share of these
     labels, and a step is the mean of its batches; `one_denominator` makes it that of its positions.
-    A normalizer that is a number is taken as it is.
+    If normalizer is a number, each batch's summed loss is divided by that number alone.
     """
     return _SegmentationLoss(weight, ignore_index, options)
 
