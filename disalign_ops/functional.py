@@ -75,9 +75,9 @@ def cross_entropy(
             uint8. Or class probabilities of the input's shape, as mixup and CutMix make them: rows
             need not sum to 1, and "weights" then counts sample_weight alone. (Ones that require a
             gradient go through the reference.) Or two classes a position, `(a, b, lam)`, lam a
-            number or one a position: lam CE(a) + (1 - lam) CE(b), from one read of the logits unless
-            margin, focal_gamma, or weight and label_smoothing are given. Its "weights" are
-            lam w_a + (1 - lam) w_b, and ignore_index in a or b leaves the other's term.
+            number or one a position: lam CE(a) + (1 - lam) CE(b), from one read of the logits
+            (two, if margin, focal_gamma, or weight and label_smoothing are given). Its "weights"
+            are lam w_a + (1 - lam) w_b, and ignore_index in a or b leaves the other's term.
         weight: (C,), any floating dtype: w_t multiplies the loss of class t.
         size_average, reduce: PyTorch's deprecated forms of `reduction`.
         ignore_index: positions with this target count nothing, whatever their logits hold.

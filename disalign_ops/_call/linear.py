@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._ops import dispatch
-from .._ops.reference import IGNORED
+from .._ops.shard_reference import IGNORED
 from .._sharded import chunks
 from .._sharded.sampling import Sample
 from ..errors import ArgumentError, ArgumentTypeError

@@ -101,7 +101,7 @@ MADE_SCHEMAS = tuple(
 )
 
 _SHARD = f"logits, Tensor target, {_CLASS_VECTORS}, float keep, float share"
-# Rows of which the logits are some of the classes; shards.py combines the sums, reference.py
+# Rows of which the logits are some of the classes; shards.py combines the sums, shard_reference.py
 # (shard_sums, shard_gradients) says what is computed.
 SHARD_SCHEMAS = (
     f"row_shard_forward(Tensor {_SHARD}) -> Tensor",

@@ -44,7 +44,7 @@ class Known:
         self.prediction[rows] = torch.where(larger, at + first, self.prediction[rows])
 
     def take(self, rows: slice, sums: Tensor, *, soft: bool) -> None:
-        """The sums (5, n) of all classes; see reference.shard_sums."""
+        """The sums (5, n) of all classes; see shard_reference.shard_sums."""
         maximum, rest, target_logit = sums[:3]
         if not soft:
             rest = rest + (target_logit - maximum).exp()

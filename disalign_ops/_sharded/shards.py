@@ -3,9 +3,9 @@
 
     sums of each shard -> combined -> losses, terms -> factors -> gradients of each shard
 
-A row's sums and factors are the (5, N) tensors of `reference.shard_sums` and
-`reference.shard_gradients`; everything between them is elementwise on rows. Gradients of the class
-vectors and of the logits are a shard's own; those of the confidence are to be added up.
+A row's sums and factors are the (5, N) tensors of `shard_reference.shard_sums` and
+`shard_reference.shard_gradients`; everything between them is elementwise on rows. Gradients of the
+class vectors and of the logits are a shard's own; those of the confidence are to be added up.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._ops import dispatch, reference
+from .._ops import dispatch, reference, shard_reference
 from .._ops.codes import GRADIENTS, LOGITS, SHARD_VALUES
-from .._ops.reference import ELSEWHERE, IGNORED
 from .._ops.schemas import ROW
+from .._ops.shard_reference import ELSEWHERE, IGNORED
 
 if TYPE_CHECKING:
     from .known import Known
@@ -92,7 +92,7 @@ def target_weight(weight: Tensor | None, target: Tensor, like: Tensor) -> Tensor
 
 def sums_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
             confidence: Tensor | None) -> Tensor:  # fmt: skip
-    """A shard's sums (5, N); see reference.shard_sums."""
+    """A shard's sums (5, N); see shard_reference.shard_sums."""
     arguments = vectors.arguments(target, confidence)
     if not logits.shape[1]:
         dtype = reference.accumulate_dtype(logits.dtype)
@@ -102,7 +102,7 @@ def sums_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
             nothing[0].masked_fill_(target == IGNORED, 0.0)
         return nothing
     if backend == "reference":
-        return reference.shard_sums(logits, target, *arguments)  # type: ignore[arg-type]
+        return shard_reference.shard_sums(logits, target, *arguments)  # type: ignore[arg-type]
     operator = dispatch.operators_of(ROW, backend).operator("shard_forward")
     sums: Tensor = operator(logits, target, *arguments)
     return sums
@@ -123,7 +123,7 @@ def gradients_of(
         empty = (logits, vector, vector, rows)
         return [t if w else None for t, w in zip(empty, want, strict=True)]
     if backend == "reference":
-        found = reference.shard_gradients(factors, logits, target, *arguments)  # type: ignore[arg-type]
+        found = shard_reference.shard_gradients(factors, logits, target, *arguments)  # type: ignore[arg-type]
         if in_place and want[0]:
             found = (logits.copy_(found[0]), *found[1:])
     else:

@@ -19,7 +19,7 @@ from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS
 from disalign_ops._ops.triton import operators, registration, upsample_operators
 from support import sets, triton_compile
 from support.places import TESTS, test_files
-from support.triton_compile import Launch
+from support.triton_compile import SHAPES, Launch
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -297,18 +297,6 @@ def launches(
     return found
 
 
-SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
-    ((4096, 19), (0, 0)),
-    ((4096, 100), (0, 0)),
-    ((4096, 1203), (0, 0)),
-    ((4096, 4000), (0, 0)),
-    ((64, 8142), (0, 0)),
-    ((2, 19, 1000), (0, 0)),
-    ((2, 19, 1024), (0, 0)),  # aligned
-    ((2, 150, 1000), (0, 0)),
-    ((2, 1203, 100), (0, 0)),
-    ((1, 150, 16, 16), (128, 128)),
-]
 # Registers a thread, at most, over all targets, with all options: (kernel, layout, warps) ->
 # (float32 and bfloat16, float64). 255 is all that a thread can have, 128 of 16 warps.
 REGISTERS = {

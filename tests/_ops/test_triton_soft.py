@@ -21,7 +21,7 @@ from disalign_ops._ops.triton import operators, registration, upsample_operators
 from machine_code import disassembly, triton_kernels
 from support import triton_compile
 from support.places import TESTS, test_files
-from support.triton_compile import Launch
+from support.triton_compile import SHAPES, Launch
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def test_the_operators_pass_the_tests_of_the_cpu_kernels(part: list[str]) -> Non
 
 SHARDS = """
 import itertools, torch
-from disalign_ops._ops import reference
+from disalign_ops._ops import reference, shard_reference
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
 from disalign_ops._ops.triton import operators
 torch.manual_seed(0)
@@ -78,11 +78,11 @@ for (n, classes), calibrated, weighted, masked in itertools.product(
         vector(n, calibrated), vector(classes, weighted), None, 0.9, 0.0 if masked else 0.1 / 2000,
     )
     sums = operators.shard_forward(z, y, *given)
-    torch.testing.assert_close(sums, reference.shard_sums(z, y, *given))
+    torch.testing.assert_close(sums, shard_reference.shard_sums(z, y, *given))
     factors = torch.rand(5, n, dtype=torch.float64)
     factors[0], factors[3:] = sums[0], 0
     wanted = LOGITS | (CALIBRATION if calibrated else 0)
-    expected = reference.shard_gradients(factors, z, y, *given)[: 4 if calibrated else 1]
+    expected = shard_reference.shard_gradients(factors, z, y, *given)[: 4 if calibrated else 1]
     found = operators.shard_backward(factors, z, y, *given, wanted)
     torch.testing.assert_close(tuple(found), expected)
     over = z.clone()
@@ -217,18 +217,6 @@ def launches(
     return [launch for launch in found if launch.name not in ("loss_kernel", "sum_kernel")]
 
 
-SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
-    ((4096, 19), (0, 0)),
-    ((4096, 100), (0, 0)),
-    ((4096, 1203), (0, 0)),
-    ((4096, 4000), (0, 0)),
-    ((64, 8142), (0, 0)),
-    ((2, 19, 1000), (0, 0)),
-    ((2, 19, 1024), (0, 0)),  # aligned
-    ((2, 150, 1000), (0, 0)),
-    ((2, 1203, 100), (0, 0)),
-    ((1, 150, 16, 16), (128, 128)),
-]
 # As in test_triton.py: (kernel, layout, warps) -> (float32 and bfloat16, float64).
 REGISTERS = {
     ("backward_kernel", "upsample", 4): (255, 224),

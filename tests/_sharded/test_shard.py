@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from disalign_ops._ops import reference, schemas
+from disalign_ops._ops import reference, schemas, shard_reference
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
 from support.cases import SHAPES
 from support.tolerances import ROUNDING, assert_close
@@ -63,7 +63,7 @@ class Shard:
 
     def factors(self) -> Tensor:
         """As of rows whose other shards have about as much."""
-        sums = reference.shard_sums(*self.exact().arguments)
+        sums = shard_reference.shard_sums(*self.exact().arguments)
         factors = torch.rand(sums.shape, dtype=torch.float64)
         factors[0], factors[4] = sums[0] + 0.3, sums[3]
         return factors.to(reference.accumulate_dtype(self.logits.dtype))
@@ -108,13 +108,13 @@ def compare(s: Shard) -> None:
     arithmetic = reference.accumulate_dtype(dtype)
     exact = s.exact()
     sums = forward(*s.arguments)
-    expected = reference.shard_sums(*exact.arguments)
+    expected = shard_reference.shard_sums(*exact.arguments)
     for k, what in enumerate(("maximum", "rest", "target logit", "target slope", "smooth")):
         # smooth adds 8142 terms as large as 10 one after another.
         assert_close(sums[k], expected[k], arithmetic, what, factor=2.0)
     factors = s.factors()
     found = backward(factors, *s.arguments, s.wanted)
-    gradients = reference.shard_gradients(factors.double(), *exact.arguments)
+    gradients = shard_reference.shard_gradients(factors.double(), *exact.arguments)
     wanted = NAMES if s.scale is not None else NAMES[:1]
     assert len(found) == len(wanted)
     for what, actual, value in zip(wanted, found, gradients, strict=False):

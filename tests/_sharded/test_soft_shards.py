@@ -10,7 +10,7 @@ from torch import Tensor
 
 import disalign_ops
 from disalign_ops import Shard
-from disalign_ops._ops import reference, schemas
+from disalign_ops._ops import schemas, shard_reference
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
 from disalign_ops.errors import ArgumentError
 from support import linear_cases, ranks
@@ -73,7 +73,7 @@ def test_the_operators_of_a_shard(dtype: torch.dtype, smoothing: float) -> None:
     arguments = (z, y, *vectors, row, torch.randn(c).to(dtype), None, 1 - smoothing, smoothing / 99)
     exact = tuple(t.double() if isinstance(t, Tensor) else t for t in arguments)
     sums = schemas.ROW.operator("shard_forward")(*arguments)
-    expected = reference.shard_sums(*exact)  # type: ignore[arg-type]
+    expected = shard_reference.shard_sums(*exact)  # type: ignore[arg-type]
     assert_close(sums, expected, dtype, "sums", factor=4.0)
     factors = torch.rand(5, n, dtype=torch.float64)
     factors[0] = expected[0] + 0.3
@@ -81,7 +81,7 @@ def test_the_operators_of_a_shard(dtype: torch.dtype, smoothing: float) -> None:
     found = schemas.ROW.operator("shard_backward")(
         factors.to(dtype), *arguments, LOGITS | CALIBRATION
     )
-    wanted = reference.shard_gradients(factors.to(dtype).double(), *exact)  # type: ignore[arg-type]
+    wanted = shard_reference.shard_gradients(factors.to(dtype).double(), *exact)  # type: ignore[arg-type]
     for name, a, e in zip(NAMES, found, wanted, strict=True):
         assert_close(a, e, dtype, name, factor=4.0)
 

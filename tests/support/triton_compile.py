@@ -130,3 +130,18 @@ def cuobjdump(*arguments: str) -> str:
     tool = shutil.which("cuobjdump", path=path)
     assert tool, "needs cuobjdump (package nvidia-cuda-cuobjdump)"
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# (logits, size of an upsampled loss or (0, 0)): kernels of every layout and number of warps.
+SHAPES: list[tuple[tuple[int, ...], tuple[int, int]]] = [
+    ((4096, 19), (0, 0)),
+    ((4096, 100), (0, 0)),
+    ((4096, 1203), (0, 0)),
+    ((4096, 4000), (0, 0)),
+    ((64, 8142), (0, 0)),
+    ((2, 19, 1000), (0, 0)),
+    ((2, 19, 1024), (0, 0)),  # aligned
+    ((2, 150, 1000), (0, 0)),
+    ((2, 1203, 100), (0, 0)),
+    ((1, 150, 16, 16), (128, 128)),
+]

@@ -67,6 +67,21 @@ __device__ __forceinline__ void finish_if_last(const DivisorArgs& args, const do
   write_reduced_loss<A>(args, block_sums, gridDim.x, forward_denominator(args), scratch);
 }
 
+// A block's share of the loss and the denominator, of which every thread has a part. By the whole
+// block; scratch has an entry a warp.
+template <class A>
+__device__ __forceinline__ void write_block_share(const DenseArgs& args, double loss,
+                                                  double divisor, double* scratch) {
+  loss = block_sum(loss, scratch);
+  __syncthreads();
+  divisor = block_sum(divisor, scratch);
+  if (threadIdx.x == 0) {
+    args.block_sums[2 * blockIdx.x] = loss;
+    args.block_sums[2 * blockIdx.x + 1] = divisor;
+  }
+  finish_if_last<A>(args, args.block_sums, scratch);
+}
+
 // The sums of a block's groups, in shared memory: registers are for the logits.
 class BlockSums {
  public:

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/kernels/arguments.h"
+#include "cuda/kernels/async_copy.cuh"
 #include "cuda/kernels/block_sums.cuh"
 #include "cuda/kernels/position.cuh"
 

@@ -17,6 +17,7 @@
 //   the logits.
 #pragma once
 
+#include "cuda/kernels/async_copy.cuh"
 #include "cuda/kernels/row_warp_tile.cuh"
 
 namespace disalign::cuda {

@@ -375,16 +375,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kSoftDenseBlocks<T, Calibrated
     }
     __syncthreads();  // the tile's shared memory is the next one's
   }
-  if (args.block_sums) {
-    loss = block_sum(loss, memory.scratch);
-    __syncthreads();
-    divisor = block_sum(divisor, memory.scratch);
-    if (threadIdx.x == 0) {
-      args.block_sums[2 * blockIdx.x] = loss;
-      args.block_sums[2 * blockIdx.x + 1] = divisor;
-    }
-    finish_if_last<A>(args, args.block_sums, memory.scratch);
-  }
+  if (args.block_sums) write_block_share<A>(args, loss, divisor, memory.scratch);
   if (sum_classes) write_dense_sums<T>(args, place, class_sums - threadIdx.x);
 }
 

@@ -262,6 +262,49 @@ std::optional<RowPlan> row_warp_plan(Launcher& launcher, const RowArgs& args) {
   return std::nullopt;
 }
 
+// The loss alone, of rows that leave the chip before their sums are known: backward makes the
+// gradients.
+static inline RowArgs without_gradients(RowArgs args) {
+  args.grad_logits = args.grad_scale = args.grad_bias = args.grad_confidence = nullptr;
+  args.class_gradients = false;
+  return args;
+}
+
+// Of the kernel that adds up the tiles of each row, a warp a row; allocates the tiles' sums.
+template <class A, class Launcher>
+Shape combine_shape(Launcher& launcher, RowArgs& args) {
+  args.tile_sums =
+      launcher.allocate(PositionSums<A>::kValues * args.tiles * args.outer * sizeof(A));
+  Shape shape;
+  shape.threads = kNarrowThreads;
+  shape.grid_x = std::min(divide_up(args.outer, kNarrowThreads / 32), int64_t{1} << 10);
+  shape.shared_bytes = BlockSums::entries(kNarrowThreads) * sizeof(double);
+  return shape;
+}
+
+// last: has the blocks. A shard has nothing to divide, and with a ticket the last block has done it.
+template <class Launcher>
+void finish_row_forward(Launcher& launcher, Dtype dtype, const RowArgs& args, FinishArgs last) {
+  if (args.shard_sums || args.ticket) return;
+  static_cast<DivisorArgs&>(last) = args;
+  last.forward = true;
+  last.block_sums = args.block_sums;
+  last.class_sums = args.class_sums;
+  last.confidences = args.outer;
+  finish(launcher, dtype, last);
+}
+
+template <class Launcher>
+void finish_row_backward(Launcher& launcher, Dtype dtype, const RowArgs& args, FinishArgs last) {
+  if (!args.class_gradients && !args.grad_confidence) return;
+  static_cast<LossArgs&>(last) = args;
+  last.class_sums = args.class_sums;
+  last.confidence_sums = args.confidence_sums;
+  last.confidences = args.outer;
+  last.tiles = args.tiles;
+  finish(launcher, dtype, last);
+}
+
 template <class T, bool Calibrated, class Launcher>
 void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype);
 
@@ -274,11 +317,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   RowPlan plan = by_warps ? *by_warps : row_plan<T>(args, launcher.limits(), kWideThreads<T>);
   const bool tiled = plan.tiles > 1 && !plan.shape.clustered;
   if (tiled && args.grad_logits) {
-    // The row leaves the chip before its sums are known: forward, then backward.
-    RowArgs loss = args;
-    loss.grad_logits = loss.grad_scale = loss.grad_bias = loss.grad_confidence = nullptr;
-    loss.class_gradients = false;
-    launch_row_forward<T, Calibrated>(launcher, loss, dtype);
+    launch_row_forward<T, Calibrated>(launcher, without_gradients(args), dtype);
     return launch_row_backward<T, Calibrated>(launcher, args, dtype);
   }
   if (args.outer > 0) {
@@ -289,11 +328,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     last.blocks = plan.shape.grid_x;
     Shape combine;
     if (tiled) {
-      args.tile_sums =
-          launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.outer * sizeof(A));
-      combine.threads = kNarrowThreads;
-      combine.grid_x = std::min(divide_up(args.outer, kNarrowThreads / 32), int64_t{1} << 10);
-      combine.shared_bytes = BlockSums::entries(kNarrowThreads) * sizeof(double);
+      combine = combine_shape<A>(launcher, args);
       last.blocks = combine.grid_x;
     } else if (args.class_gradients) {
       last.class_blocks = plan.shape.grid_x;
@@ -312,13 +347,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
       args.class_sums = sums.class_sums;
     }
   }
-  if (args.shard_sums || args.ticket) return;  // nothing to divide, or done
-  static_cast<DivisorArgs&>(last) = args;
-  last.forward = true;
-  last.block_sums = args.block_sums;
-  last.class_sums = args.class_sums;
-  last.confidences = args.outer;
-  finish(launcher, dtype, last);
+  finish_row_forward(launcher, dtype, args, last);
 }
 
 template <class T, bool Calibrated, class Launcher>
@@ -347,13 +376,7 @@ void launch_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
       last.class_blocks = launch_row_gradients<T, Calibrated>(launcher, args);
     }
   }
-  if (!args.class_gradients && !args.grad_confidence) return;
-  static_cast<LossArgs&>(last) = args;
-  last.class_sums = args.class_sums;
-  last.confidence_sums = args.confidence_sums;
-  last.confidences = args.outer;
-  last.tiles = args.tiles;
-  finish(launcher, dtype, last);
+  finish_row_backward(launcher, dtype, args, last);
 }
 
 template <class Launcher>

@@ -31,13 +31,7 @@ void launch_soft_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
     launcher.launch(kernel, plan.shape, args);
   }
   if (plan.tiles == 1) args.grad_confidence = nullptr;  // is done
-  if (!args.class_gradients && !args.grad_confidence) return;
-  static_cast<LossArgs&>(last) = args;
-  last.class_sums = args.class_sums;
-  last.confidence_sums = args.confidence_sums;
-  last.confidences = args.outer;
-  last.tiles = plan.tiles;
-  finish(launcher, dtype, last);
+  finish_row_backward(launcher, dtype, args, last);
 }
 
 template <class T, bool Calibrated, class Launcher>
@@ -47,11 +41,7 @@ void launch_soft_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   RowPlan plan = row_plan<T>(args, launcher.limits(), kWideThreads<T>);
   const bool tiled = plan.tiles > 1;
   if (tiled && (args.grad_logits || args.class_gradients || args.grad_confidence)) {
-    // The row leaves the chip before its sums are known: forward, then backward.
-    RowArgs loss = args;
-    loss.grad_logits = loss.grad_scale = loss.grad_bias = loss.grad_confidence = nullptr;
-    loss.class_gradients = false;
-    launch_soft_row_forward<T, Calibrated>(launcher, loss, dtype);
+    launch_soft_row_forward<T, Calibrated>(launcher, without_gradients(args), dtype);
     return launch_soft_row_backward<T, Calibrated>(launcher, args, dtype);
   }
   if (args.outer > 0) {
@@ -62,11 +52,7 @@ void launch_soft_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     last.blocks = plan.shape.grid_x;
     Shape combine;
     if (tiled) {
-      args.tile_sums =
-          launcher.allocate(PositionSums<A>::kValues * plan.tiles * args.outer * sizeof(A));
-      combine.threads = kNarrowThreads;
-      combine.grid_x = std::min(divide_up(args.outer, kNarrowThreads / 32), int64_t{1} << 10);
-      combine.shared_bytes = BlockSums::entries(kNarrowThreads) * sizeof(double);
+      combine = combine_shape<A>(launcher, args);
       last.blocks = combine.grid_x;
     } else if (args.class_gradients) {
       last.class_blocks = plan.shape.grid_x;
@@ -78,13 +64,7 @@ void launch_soft_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     launcher.launch(kernel, plan.shape, args);
     if (tiled) launcher.launch(soft_combine_kernel<A>, combine, args);
   }
-  if (args.shard_sums || args.ticket) return;  // nothing to divide, or done
-  static_cast<DivisorArgs&>(last) = args;
-  last.forward = true;
-  last.block_sums = args.block_sums;
-  last.class_sums = args.class_sums;
-  last.confidences = args.outer;
-  finish(launcher, dtype, last);
+  finish_row_forward(launcher, dtype, args, last);
 }
 
 template <class Launcher>

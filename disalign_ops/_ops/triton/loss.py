@@ -97,7 +97,7 @@ def forward_kernel(
     weights: sum_j w_j, one entry; None: there are no weights. block_sums: [programs][2: loss,
     denominator]; class_sums: [programs][2: scale, bias][classes], for which CLASSES must be all;
     None where not wanted. shard_sums: [5][positions], the only result of a shard
-    (_ops/reference.py, shard_sums), or None.
+    (_ops/shard_reference.py), or None.
     """
     SHARD: tl.constexpr = shard_sums is not None
     DU_DC: tl.constexpr = scale is not None and (SHARD or grad_confidence is not None)

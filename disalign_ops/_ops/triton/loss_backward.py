@@ -96,8 +96,8 @@ def backward_kernel(
 ):  # fmt: skip
     """What is wanted of grad_logits, class_sums [programs][2][classes] and confidence_sums
     [tiles][positions], where upstream (stride 0 or 1; None: 1) and the denominator are included.
-    shard_factors: [5][positions], of a shard in the place of all that (_ops/reference.py,
-    shard_gradients), or None.
+    shard_factors: [5][positions], of a shard in the place of all that (_ops/shard_reference.py),
+    or None.
     """
     SHARD: tl.constexpr = shard_factors is not None
     DU_DC: tl.constexpr = confidence_sums is not None

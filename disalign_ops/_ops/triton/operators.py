@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..codes import CALIBRATION, CONFIDENCE, DETAILS, LOGITS, SHARD_VALUES
-from ..reference import IGNORED, accumulate_dtype, class_indices
+from ..reference import accumulate_dtype, class_indices
+from ..shard_reference import IGNORED
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
 from .call import Backward, CalibrationSums, Forward, Given, Loss, vector, without_margin
 from .loss import forward_kernel
@@ -126,7 +127,7 @@ def _shard_numbers(share: float) -> tuple[int, float, float]:
 
 
 def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    """The sums of a shard's rows; arguments as in reference.shard_sums."""
+    """The sums of a shard's rows; arguments as in shard_reference.shard_sums."""
     *vectors, keep, share = rest
     if target.is_floating_point():
         view = LogitsView.of(logits, 0, target)
@@ -175,7 +176,7 @@ def _shard_gradients(
 
 
 def shard_backward(*arguments: Any) -> list[Tensor]:
-    """A shard's gradients; arguments as in reference.shard_gradients, then what is wanted."""
+    """A shard's gradients; arguments as in shard_reference.shard_gradients, then what is wanted."""
     *given, wanted = arguments
     whole = _new_gradient(arguments[1], wanted)
     return whole + _shard_gradients(tuple(given), wanted, whole[0] if whole else None)
