@@ -1,4 +1,4 @@
-"""What one step of transformers' Trainer does to a small Segformer, however its rows are divided."""
+"""One step of transformers' Trainer on a small Segformer, its rows divided in several ways."""
 
 from __future__ import annotations
 
