@@ -1,8 +1,8 @@
 """setuptools' build backend, which asks for what this machine lacks and its build will use.
 
-scikit-build-core was tried first. Its tag and its requirements come from pyproject.toml, whose
-conditions cannot ask whether there is a compiler: a wheel without libraries would be tagged as the
-platform's, or every compile error would end in one.
+Why not scikit-build-core: by its documentation (1.1), a wheel's tag and a build's requirements come
+from pyproject.toml, whose conditions cannot ask whether there is a compiler. A wheel without
+libraries would be tagged as the platform's, or every compile error would end in such a wheel.
 """
 
 from __future__ import annotations
