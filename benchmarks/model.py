@@ -160,13 +160,21 @@ def way(gpu: Gpu, step: str, dtype: str, classes: int) -> str:
 def class_sum_bytes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> int:
     """Of scale and of bias, written by the blocks and read by the last kernel: at most.
 
-    Kernels of warps have a block a multiprocessor, and no more than there are rows for.
+    Kernels of warps have a block a multiprocessor, and no more than there are rows for. Where their
+    sums would be more than a tenth of the logits, blocks of a cluster add them up before.
     """
     how = way(gpu, step, dtype, classes)
     blocks = -(-rows // (_WARPS if how == "warp" else 1))
     # A cluster's block has fewer: at most.
-    kept = classes if how in ("warp", "warps") else _SUMS
-    return 2 * 2 * 4 * min(gpu.multiprocessors * kept, blocks * classes)
+    if how not in ("warp", "warps"):
+        return 2 * 2 * 4 * min(gpu.multiprocessors * _SUMS, blocks * classes)
+    team, partials = 1, min(gpu.multiprocessors, blocks)
+    while gpu.capability.has_clusters and team < _CLUSTER:
+        if 10 * partials * 2 * 4 <= rows * SIZES[dtype]:
+            break
+        team *= 2
+        partials = min(gpu.multiprocessors // team, -(-blocks // team))
+    return 2 * 2 * 4 * partials * classes
 
 
 def passes(gpu: Gpu, step: str, dtype: str, rows: int, classes: int) -> list[Pass]:

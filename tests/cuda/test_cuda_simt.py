@@ -18,7 +18,7 @@ import torch
 from simt import build
 from simt.calls import DTYPES, Call, Problem, check, save
 from simt.soft_calls import soft_calls
-from support import sets
+from support import launch_plans, sets
 from support.places import TESTS, test_files
 
 if build.why_not():
@@ -297,6 +297,54 @@ def test_rows_by_clusters(kernels: ModuleType, classes: int, dtype: torch.dtype)
     kernels.set_options(shuffle=True, seed=1)
     for call in problem.gradient_calls(**HOPPER):
         check(kernels, call)
+
+
+# Multiprocessors, rows and classes -> blocks of a cluster that add up their class sums, in fp32 and in
+# bf16: of rows of a warp, then of rows of a block.
+TEAMS = {
+    (2, 60, 1200): (2, 2), (16, 120, 1203): (4, 2), (64, 60, 1280): (4, 8),
+    (2, 20, 5120): (2, 2), (32, 24, 1608): (8, 8),
+}  # fmt: skip
+
+
+class LikeKernels:
+    """The device of kernels.cpp, for the planner."""
+
+    shared_bytes, has_clusters = 227 << 10, True
+
+    def __init__(self, multiprocessors: int) -> None:
+        self.multiprocessors = multiprocessors
+
+    def blocks_per_multiprocessor(self, kernel: str, threads: int, shared_bytes: int) -> int:
+        return 2
+
+    def clusters(self, kernel: str, threads: int, shared_bytes: int, size: int) -> int:
+        return max(2, 2 * self.multiprocessors // size)
+
+
+def test_how_many_blocks_add_up_their_class_sums() -> None:
+    planner = build.module("planner")
+    for (multiprocessors, rows, classes), teams in TEAMS.items():
+        for dtype, team in zip((1, 2), teams, strict=True):
+            launch = planner.row_launches(
+                **launch_plans.STAGE_2, dtype=dtype, rows=rows, classes=classes, weighted=True,
+                device=LikeKernels(multiprocessors),
+            )[0]  # fmt: skip
+            assert (launch["grid_y"], launch["row_tiles"]) == (team, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("multiprocessors", "rows", "classes"), TEAMS, ids=str)
+def test_class_sums_of_a_clusters_blocks(
+    kernels: ModuleType, multiprocessors: int, rows: int, classes: int, dtype: torch.dtype
+) -> None:
+    problem = row(rows, classes, dtype, options=everything(classes, rows))
+    problem.target[1] = -100
+    limits = HOPPER | {"multiprocessors": multiprocessors}
+    for seed in (0, 1):
+        kernels.set_options(shuffle=seed > 0, seed=seed)
+        for call in problem.calls(**limits) + problem.gradient_calls(**limits)[:1]:
+            check(kernels, call)
 
 
 @pytest.mark.parametrize(

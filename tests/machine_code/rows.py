@@ -124,12 +124,18 @@ class Kernel:
     threads: int
     shared: int
     arguments: bytes
+    team: int  # blocks of a cluster, with rows of their own
+
+    @property
+    def wide(self) -> bool:
+        """Whether a row is that of several warps."""
+        of_warps = WarpRows.of(self.declaration)
+        return not of_warps or of_warps.wide
 
     @property
     def rows(self) -> int:
-        """That its block works on at a time."""
-        of_warps = WarpRows.of(self.declaration)
-        return self.threads // 32 if of_warps and not of_warps.wide else 1
+        """That its blocks of one blockIdx.x work on at a time."""
+        return self.team * (1 if self.wide else self.threads // 32)
 
     def vectors_of_a_warp(self, size: int) -> int:
         """Of elements of so many bytes."""
@@ -158,6 +164,7 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
     return Kernel(
         found["kernel"], found["declaration"], (found["grid_x"], found["grid_y"]),
         found["threads"], found["shared_bytes"], found["arguments"],
+        found["grid_y"] // found["row_tiles"],
     )  # fmt: skip
 
 
@@ -259,7 +266,7 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
 
 def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: str, dtype: str,
            classes: int) -> Counter[str]:  # fmt: skip
-    """Instructions of the blocks of a row: the sum over its tiles, the mean over alignments."""
+    """Instructions of the blocks of one blockIdx.x: the sum over them, the mean over alignments."""
     warps, tiles = kernel.threads // 32, kernel.grid[1]
     size = DTYPES[dtype][1]
     alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
@@ -270,7 +277,7 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
 
     def walk(times: float, block: int, tile: int, warp: int, holder: int) -> None:
         """Adds a warp's to the total. holder: the first tile's warp with the target's class."""
-        first = kernel.vectors_of_a_warp(size) * (holder if kernel.rows == 1 else 0)
+        first = kernel.vectors_of_a_warp(size) * (holder if kernel.wide else 0)
         target = (first + 5) * (16 // size) + 1
         memory = functools.partial(target_memory, target)
         walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), deciding)
@@ -289,8 +296,9 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
             walk(1 / alignments, 0, tile, warp, holder)
             if alignments > 1:
                 walk(1 - 1 / alignments, 1, tile, warp, holder)
-    walk(1, 0, 0, middle, middle)
-    walk(-1, 0, 0, middle, 0 if middle else warps - 1)
+    for member in range(kernel.team):  # a warp with the target's class
+        walk(1, 0, member, middle, middle)
+        walk(-1, 0, member, middle, 0 if middle else warps - 1)
     return total
 
 

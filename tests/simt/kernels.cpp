@@ -7,6 +7,7 @@
 // that the kernels expect. What is of the logits' size is watched: its traffic is counted.
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -42,8 +43,9 @@ class Launcher {
   }
 
   template <class Args>
-  int clusters(void (*)(Args), const Shape&) const {
-    return limits_.has_clusters ? 2 : 0;
+  int clusters(void (*)(Args), const Shape& shape) const {
+    const int all = 2 * limits_.multiprocessors / static_cast<int>(shape.grid_y);
+    return limits_.has_clusters ? std::max(2, all) : 0;
   }
 
   template <class Args>

@@ -99,6 +99,7 @@ class Launcher {
     record["lanes"] = args.lanes;
     record["period"] = args.period;
     record["tile_vectors"] = args.tile_vectors;
+    record["row_tiles"] = args.tiles;
   }
   static void add(const DenseArgs& args, py::dict& record) {
     record["lane_bits"] = args.lane_bits;

@@ -121,7 +121,8 @@ class Launch:
 
     rows: int
     grid_x: int
-    tiles: int  # grid_y
+    tiles: int  # of a row
+    team: int  # blocks of a cluster, with rows of their own
     groups: int  # of a block, with a row each
     warp_rows: WarpRows | None
     rows_ahead: int  # of a group
@@ -133,12 +134,12 @@ class Launch:
 
     @property
     def waves(self) -> float:
-        return self.grid_x * self.tiles / (self.per_multiprocessor * self.multiprocessors)
+        return self.grid_x * self.team * self.tiles / (self.per_multiprocessor * self.multiprocessors)
 
-    def rows_of(self, block: int) -> int:
-        """Of blockIdx.x."""
-        residue, block = block % self.period, block // self.period
-        blocks = self.grid_x // self.period
+    def rows_of(self, block: int, member: int = 0) -> int:
+        """Of blockIdx.x and of a team's member."""
+        residue, block = block % self.period, block // self.period * self.team + member
+        blocks = self.grid_x // self.period * self.team
         rows = _divide_up(self.rows - residue, self.period)
         if self.warp_rows:  # neighbouring rows are those of different blocks
             return _divide_up(max(rows - block, 0), blocks)
@@ -153,9 +154,11 @@ class Launch:
         then starts where a block has ended first.
         """
         bytes_of = [
-            self.rows_of(x) * min(self.tile_vectors, self.row_vectors - y * self.tile_vectors)
+            self.rows_of(x, member)
+            * min(self.tile_vectors, self.row_vectors - y * self.tile_vectors)
             for y in range(self.tiles)
             for x in range(self.grid_x)
+            for member in range(self.team)
         ]
         total = [0] * self.multiprocessors
         resident = self.multiprocessors * self.per_multiprocessor
@@ -177,10 +180,11 @@ class Launch:
         kernel does not, it is what is outstanding at most. row_warp_kernel: the rows that are asked
         for while one is computed, of which a group may have fewer.
         """
-        blocks = min(self.per_multiprocessor, self.grid_x * self.tiles / self.multiprocessors)
+        grid = self.grid_x * self.team * self.tiles
+        blocks = min(self.per_multiprocessor, grid / self.multiprocessors)
         rows = float(self.groups)
         if self.warp_rows:
-            rows *= min(self.rows_ahead, self.rows / (self.grid_x * self.groups))
+            rows *= min(self.rows_ahead, self.rows / (self.grid_x * self.team * self.groups))
         return blocks * rows * self.row_vectors / self.tiles * VECTOR_BYTES
 
 
@@ -237,7 +241,8 @@ def _walk(launch: dict[str, Any], device: Device, dtype: str, rows: int, classes
     return Launch(
         rows=rows,
         grid_x=launch["grid_x"],
-        tiles=launch["grid_y"],
+        tiles=launch["row_tiles"],
+        team=launch["grid_y"] // launch["row_tiles"],
         groups=launch["threads"] // lanes,
         warp_rows=warp_rows,
         rows_ahead=warp_rows.rows_ahead(device.gpu) if warp_rows else 1,

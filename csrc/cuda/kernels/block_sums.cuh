@@ -97,17 +97,18 @@ class BlockSums {
     memory_[2 * group] += loss;
     memory_[2 * group + 1] += divisor;
   }
-  // The block's, in the order of the groups.
-  __device__ __forceinline__ void write(double* block_sums) const {
+  // The block's, in the order of the groups; as those of block `at`.
+  __device__ __forceinline__ void write(double* block_sums, int64_t at = blockIdx.x) const {
     __syncthreads();
     if (threadIdx.x >= 2) return;
     double sum = 0;
     for (int group = 0; group < groups_; ++group) sum += memory_[2 * group + threadIdx.x];
-    block_sums[2 * blockIdx.x + threadIdx.x] = sum;
+    block_sums[2 * at + threadIdx.x] = sum;
   }
   template <class A>
-  __device__ __forceinline__ void write_and_finish(const RowArgs& args) const {
-    write(args.block_sums);
+  __device__ __forceinline__ void write_and_finish(const RowArgs& args,
+                                                   int64_t at = blockIdx.x) const {
+    write(args.block_sums, at);
     finish_if_last<A>(args, args.block_sums, memory_);
   }
 

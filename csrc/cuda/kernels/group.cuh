@@ -10,6 +10,11 @@ namespace disalign::cuda {
 // The blocks of a cluster (sm_90 and newer): they run together, and write each other's shared
 // memory.
 struct Cluster {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  static constexpr bool kExists = true;
+#else
+  static constexpr bool kExists = false;
+#endif
   // What threads of all blocks wrote before is seen after it by all of them.
   static __device__ __forceinline__ void barrier() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

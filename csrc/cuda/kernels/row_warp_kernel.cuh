@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>, P = K * V;
   constexpr int kStages = kWarpStages<K>;
   DISALIGN_SHARED_MEMORY(memory);
-  const WarpTile<T, K, By> tile(args);
+  const Team<Sums, By> team;
+  const WarpTile<T, K, By> tile(args, team);
   const int lane = tile.lane;
   unsigned char* areas = memory + kWarpScratchBytes<A, By>;
   constexpr int kBytes = kWarpBytes<Calibrated>;
@@ -369,7 +370,8 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
     loss = warp_sum(loss), divisor = warp_sum(divisor);
     if (lane == 0) block_sums.add(tile.warp, loss, divisor);
   }
-  if (args.block_sums && tile.block_of_row == 0) block_sums.write_and_finish<A>(args);
+  if (args.block_sums && tile.block_of_row == 0)
+    block_sums.write_and_finish<A>(args, blockIdx.x * team.size() + team.member());
   if constexpr (Sums) write_warp_sums<T, K, By>(args, tile, grad_scale, grad_bias, areas);
 }
 

@@ -38,6 +38,14 @@ template <class A, int By>
 constexpr int kWarpScratchBytes = kWarpSumsBytes + (WarpGroup<A, By>::kScratchEntries +
                                                     kClusterSlopes<By>)*static_cast<int>(sizeof(A));
 
+// Blocks of a cluster that add up their class sums, a power of two; each has rows of its own.
+template <bool Sums, int By>
+struct Team {
+  static constexpr bool kExists = Cluster::kExists && Sums && By != kByCluster;
+  static __device__ __forceinline__ int size() { return kExists ? gridDim.y : 1; }
+  static __device__ __forceinline__ int member() { return kExists ? blockIdx.y : 0; }
+};
+
 template <class T, int K, int By>
 struct WarpTile : GroupRows {
   static constexpr bool Wide = By != kByWarp;
@@ -52,10 +60,11 @@ struct WarpTile : GroupRows {
   int edge;          // this lane's class at the row's edges, or -1
   int classes;
 
-  __device__ __forceinline__ explicit WarpTile(const RowArgs& args)
+  template <class Team>
+  __device__ __forceinline__ WarpTile(const RowArgs& args, Team team)
       // Neighbouring rows are those of different blocks: no block has a round more than another.
-      : GroupRows(args, static_cast<const T*>(args.logits), group(args),
-                  Wide ? blocks(args) : blocks(args) * (blockDim.x / 32), group(args)),
+      : GroupRows(args, static_cast<const T*>(args.logits), group(args, team),
+                  blocks(args) * team.size() * (Wide ? 1 : blockDim.x / 32), group(args, team)),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         block_of_row(By == kByCluster ? blockIdx.y : 0),
@@ -96,8 +105,10 @@ struct WarpTile : GroupRows {
   static __device__ __forceinline__ int stagers() { return Wide ? 32 : blockDim.x; }
 
  private:
-  static __device__ __forceinline__ int64_t group(const RowArgs& args) {
-    return block(args) + (Wide ? 0 : blocks(args) * (threadIdx.x / 32));
+  template <class Team>
+  static __device__ __forceinline__ int64_t group(const RowArgs& args, Team team) {
+    return block(args) * team.size() + team.member() +
+           (Wide ? 0 : blocks(args) * team.size() * (threadIdx.x / 32));
   }
 };
 
@@ -288,7 +299,8 @@ __device__ __forceinline__ A sum_of(const A (&values)[Count]) {
 
 // A block's class sums. Those of warps with a row each are added in their order; of a wide row a
 // class is one warp's. `memory` has kWarpBytes a warp, where neighbouring classes are brought to
-// neighbouring lanes.
+// neighbouring lanes. The blocks of a team then add up what lies there, in their order, each for some
+// of the classes.
 template <class T, int K, int By>
 __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpTile<T, K, By>& tile,
                                                 const Accumulate<T> (&scale)[K * kVector<T> + 1],
@@ -312,37 +324,58 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpT
   // The i-th 32 neighbours: element `lane % V` of so many vectors.
   const int of_lane = tile.lane % V * kPitch + tile.lane / V;
   const auto place = [=](int i) { return i / V * V * kPitch + i % V * (32 / V) + of_lane; };
-  if constexpr (By != kByWarp) {
-    __syncwarp();
-    A* first = to + tile.base_class + tile.lane;
-    const int elements = tile.staged_vectors() * V - tile.lane;
-#pragma unroll
-    for (int i = 0; i < P; ++i) {
-      if (elements <= 32 * i) continue;
-      first[32 * i] = own[place(i)];
-      first[tile.classes + 32 * i] = own[kPlane + place(i)];
+  // Elements of a plane to class j: of this block, or of all blocks of the team.
+  const Team<true, By> team;
+  const bool by_team = team.size() > 1;
+  const auto write = [&](const A* from, int j) {
+    A scales = from[0], biases = from[kPlane];
+    if (by_team) {
+      scales = biases = 0;
+#pragma unroll 4
+      for (int block = 0; block < team.size(); ++block) {
+        const A* of_block = Cluster::of_block(from, block);
+        scales += of_block[0];
+        biases += of_block[kPlane];
+      }
     }
-    if (tile.edge < 0) return;
-    to[tile.edge] = scale[P];
-    to[tile.classes + tile.edge] = bias[P];
-  } else {
+    to[j] = scales;
+    to[tile.classes + j] = biases;
+  };
+  const int warps = blockDim.x / 32;
+  if constexpr (By == kByWarp) {
     __syncthreads();
-    const int warps = blockDim.x / 32;
-    const auto add_up = [&](int at, int j) {
+    const auto add_up = [&](int at) {
       A scales = 0, biases = 0;
       for (int warp = 0; warp < warps; ++warp) {
         scales += of_warp(warp)[at];
         biases += of_warp(warp)[kPlane + at];
       }
-      to[j] = scales;
-      to[tile.classes + j] = biases;
+      of_warp(0)[at] = scales;
+      of_warp(0)[kPlane + at] = biases;
     };
-    for (int i = tile.warp; 32 * i < tile.vectors * V; i += warps) {
-      const int element = 32 * i + tile.lane;
-      if (element < tile.vectors * V) add_up(place(i), tile.first_class + element);
-    }
-    if (tile.warp == 0 && tile.edge >= 0) add_up(P * kPitch + tile.lane, tile.edge);
+    for (int i = tile.warp; 32 * i < tile.vectors * V; i += warps) add_up(place(i));
+    if (tile.warp == 0 && tile.edge >= 0) add_up(P * kPitch + tile.lane);
   }
+  if (by_team)
+    Cluster::barrier();
+  else
+    __syncwarp();  // a lane reads what it has added up, of a wide row what its warp has
+  if constexpr (By == kByWarp) {
+    for (int i = team.member() * warps + tile.warp; 32 * i < tile.vectors * V;
+         i += team.size() * warps) {
+      const int element = 32 * i + tile.lane;
+      if (element < tile.vectors * V) write(of_warp(0) + place(i), tile.first_class + element);
+    }
+  } else {
+    const int elements = tile.staged_vectors() * V - tile.lane;
+#pragma unroll
+    for (int i = 0; i < P; ++i)
+      if (elements > 32 * i && (!by_team || (i & (team.size() - 1)) == team.member()))
+        write(own + place(i), tile.base_class + tile.lane + 32 * i);
+  }
+  if (tile.edge >= 0 && tile.warp == 0 && team.member() == 0)
+    write(of_warp(0) + P * kPitch + tile.lane, tile.edge);
+  if (by_team) Cluster::barrier();  // until then its memory is read
 }
 
 // A vector of V elements.
