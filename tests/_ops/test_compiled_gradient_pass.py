@@ -13,7 +13,7 @@ import torch._functorch.config
 import torch._inductor.metrics
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import disalign_ops
 from disalign_ops._ops.codes import LOGITS, NORMALIZERS, REDUCTIONS
