@@ -42,7 +42,7 @@ from ._call.types import (
     UpsampleOptions,
 )
 from ._ops import composed, dispatch, layouts, reference
-from ._ops.codes import REDUCTIONS
+from ._ops.codes import DETAILS, REDUCTIONS
 from ._ops.problem import Inputs, Problem
 from ._ops.schemas import UPSAMPLE
 from .errors import ArgumentError
@@ -211,7 +211,7 @@ def _validate(
         ),
         Problem(
             UPSAMPLE, (*given.numbers, align_corners), REDUCTIONS[given.reduction], code,
-            in_place=in_place, details=details, gradient=given.gradient,
+            in_place=in_place, details=DETAILS * details, gradient=given.gradient,
         ),
     )  # fmt: skip
 
