@@ -299,8 +299,8 @@ def test_rows_by_clusters(kernels: ModuleType, classes: int, dtype: torch.dtype)
         check(kernels, call)
 
 
-# Multiprocessors, rows and classes -> blocks of a cluster that add up their class sums, in fp32 and in
-# bf16: of rows of a warp, then of rows of a block.
+# Multiprocessors, rows and classes -> blocks of a cluster that add up their class sums, in fp32 and
+# in bf16: of rows of a warp, then of rows of a block.
 TEAMS = {
     (2, 60, 1200): (2, 2), (16, 120, 1203): (4, 2), (64, 60, 1280): (4, 8),
     (2, 20, 5120): (2, 2), (32, 24, 1608): (8, 8),

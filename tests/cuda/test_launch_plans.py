@@ -278,8 +278,8 @@ def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:
             assert sums <= 1.02 * most, (name, step, dtype, classes)
 
 
-# Of the logits' bytes, what is written of class sums and read again, each, where there are clusters;
-# rows of 8142 classes are a cluster's on the RTX 5090, and its clusters add up no other's.
+# Of the logits' bytes, what is written of class sums, and read again, where there are clusters. Rows
+# of 8142 classes are a cluster's on the RTX 5090, and clusters add up no other's.
 MOST_OF_CLASS_SUMS = 0.1
 OF_CLUSTERS_ROWS = {("RTX 5090", (2048, 8142), "bf16"): 0.167}
 
@@ -296,8 +296,6 @@ def test_class_sums_are_few_bytes_where_there_are_clusters(plans: Plans) -> None
         assert share <= OF_CLUSTERS_ROWS.get((name, (rows, classes), dtype), MOST_OF_CLASS_SUMS), (
             name, rows, classes, dtype, step, share,
         )  # fmt: skip
-    # Blocks of a multiprocessor each, one partial each, would be more.
-    assert 2 * 4 * 132 > 2 * MOST_OF_CLASS_SUMS * 2048 * 2
     assert found["H100 SXM", (4096, 1204), "bf16", "stage 2"] < 0.07
 
 

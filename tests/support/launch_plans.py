@@ -134,7 +134,8 @@ class Launch:
 
     @property
     def waves(self) -> float:
-        return self.grid_x * self.team * self.tiles / (self.per_multiprocessor * self.multiprocessors)
+        grid = self.grid_x * self.team * self.tiles
+        return grid / (self.per_multiprocessor * self.multiprocessors)
 
     def rows_of(self, block: int, member: int = 0) -> int:
         """Of blockIdx.x and of a team's member."""
