@@ -278,8 +278,8 @@ def test_the_model_counts_these_launches_and_reads(plans: Plans) -> None:
             assert sums <= 1.02 * most, (name, step, dtype, classes)
 
 
-# Of the logits' bytes, what is written of class sums, and read again, where there are clusters. Rows
-# of 8142 classes are a cluster's on the RTX 5090, and clusters add up no other's.
+# Of the logits' bytes, what is written of class sums, and read again, where there are clusters. But
+# rows of 8142 classes are a cluster's on the RTX 5090, and clusters add up no other's.
 MOST_OF_CLASS_SUMS = 0.1
 OF_CLUSTERS_ROWS = {("RTX 5090", (2048, 8142), "bf16"): 0.167}
 
