@@ -8,7 +8,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py $(wildcard buildtoo
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations dist test-dist kernels-hub bench bench-full gpu-check lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations dist test-dist kernels-hub bench bench-full gpu-check lint docs readme-picture format clean
 
 setup: $(VENV)/.installed $(VENV)/.built
 
@@ -124,6 +124,10 @@ gpu-check:
 # announcement of the theme's makers.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# docs/pictures: the README's first screen by Chromium (apt-get install chromium).
+readme-picture: setup
+	$(BIN)/python -m buildtools.readme_picture
 
 lint: setup
 	$(BIN)/ruff check .
