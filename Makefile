@@ -101,6 +101,7 @@ test-dist: $(if $(wildcard dist/*manylinux*.whl),,dist)
 REPOSITORY ?= OWNER/disalign-ops
 kernels-hub:
 	$(PYTHON) -m buildtools.kernels_hub build/kernels-hub --repository $(REPOSITORY)
+	$(PYTHON) -m buildtools.kernels_hub build/kernels-hub-compiled --compiled --repository $(REPOSITORY)
 
 # Object detection and instance segmentation need torchvision.
 demo-detection: $(INTEGRATIONS)/.built
