@@ -46,17 +46,12 @@ def loss(
     shard: Shard | None = None,
 ) -> Tensor:
     """The loss of logits, as `cross_entropy` gives it."""
-    if isinstance(target, tuple):
-        if shard is not None:
-            raise ArgumentError(
-                "target must be one tensor where shard is given, got a tuple: add up lam times the "
-                "loss of a and 1 - lam times that of b"
-            )
-        return mixed.loss(input, target, options, calibration, validate)
     if shard is not None:
         found = sharded.loss(input, target, options, calibration, shard)
         assert isinstance(found, Tensor)
         return found
+    if isinstance(target, tuple):
+        return mixed.loss(input, target, options, calibration, validate)
     call = validate(input, target, options, calibration)
     if call is None:
         return tracing.loss(input, target, options, calibration, loss)

@@ -75,6 +75,11 @@ def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
     return native and layout.name in in_forward.kernels_of(layout, logits).layouts
 
 
+def predicts(layout: Layout, logits: Tensor) -> bool:
+    """Whether the kernels that these logits go to give prediction and entropy."""
+    return serving_backend(logits) == "native" and in_forward.kernels_of(layout, logits).predicts
+
+
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 NO_TRANSFORMS = (
     "torch.func transforms, forward-mode differentiation, torch.export and torch.jit.trace are not "

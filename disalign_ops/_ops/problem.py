@@ -43,8 +43,9 @@ class Problem(NamedTuple):
     """The rest of it, numbers alone.
 
     numbers: ignore_index, label_smoothing, focal_gamma, and the layout's options. reduction and
-    normalizer: codes.py. details: see autograd.loss. in_place: backward writes over the logits.
-    gradient: the pass that makes the gradient of the logits, "auto", "forward" or "backward".
+    normalizer: codes.py. details: the bits of details that are wanted. in_place: backward writes
+    over the logits. gradient: the pass that makes the gradient of the logits, "auto", "forward" or
+    "backward".
     """
 
     layout: Layout
@@ -53,7 +54,7 @@ class Problem(NamedTuple):
     normalizer: int
     form: CalibrationForm = UNCHANGED
     in_place: bool = False
-    details: bool = False
+    details: int = 0
     gradient: str = "auto"
 
     @property
