@@ -89,7 +89,7 @@ dist: $(VENV)/.demo $(RELEASE)/.installed
 	PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" $(BIN)/python -m buildtools.dist dist
 
 # The wheel of `make dist` in a new environment under another torch, without a compiler.
-TORCH ?= 2.13.0
+TORCH ?= 2.14.1
 CLEAN := build/clean-$(TORCH)
 test-dist: $(if $(wildcard dist/*manylinux*.whl),,dist)
 	$(PYTHON) -m venv --clear $(CLEAN)
