@@ -43,7 +43,7 @@ from ._call.types import (
 )
 from ._ops import composed, dispatch, layouts, reference
 from ._ops.codes import DETAILS, REDUCTIONS
-from ._ops.problem import Inputs, Problem
+from ._ops.problem import Inputs, Problem, is_soft
 from ._ops.schemas import UPSAMPLE
 from .errors import ArgumentError
 
@@ -159,7 +159,7 @@ def upsample_cross_entropy(
     inputs, problem = _validate(input, target, align_corners, options, calibration, return_details)
     loss, *details = dispatch.compute(inputs, problem)
     each = problem.reduction == REDUCTIONS["none"]
-    promoting = (target, weight) if inputs.soft else ()
+    promoting = (target, weight) if is_soft(inputs) else ()
     result = output(input, loss, _positions(target) if each else None, *promoting)
     if not return_details:
         return result

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._ops import dispatch, reference
 from .._ops.codes import DETAILS, ENTROPY, PREDICTION, REDUCTIONS
-from .._ops.problem import Inputs, Problem
+from .._ops.problem import Inputs, Problem, is_soft
 from .arguments import positions_shape
 from .mixed import calibrated_at
 from .options import output
@@ -74,7 +74,7 @@ def of(
             lse = of_second if lse is None else lse
         assert lse is not None
         indices = u_t = None
-        if not inputs.soft:
+        if not is_soft(inputs):
             indices = reference.class_indices(inputs.target.reshape(-1), problem.numbers[0])
             t, valid = indices
             _, u_t, _ = calibrated_at(detached, problem, t, t, valid.to(losses.dtype))

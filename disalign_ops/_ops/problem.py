@@ -20,7 +20,7 @@ class Inputs(NamedTuple):
     logits: as the layout takes them. Class vectors (C,) and position vectors, flat: contiguous and
     of the accumulation dtype. scale and bias are a and b of u = (1 + c a) z + c b, or what the
     problem's form makes those of. denominator: the caller's, a float64 0-d tensor. target: class
-    indices, or class probabilities in the layout of the logits (`soft`).
+    indices, or class probabilities in the layout of the logits (`is_soft`).
     """
 
     logits: Tensor
@@ -34,9 +34,13 @@ class Inputs(NamedTuple):
     sample_weight: Tensor | None = None
     denominator: Tensor | None = None
 
-    @property
-    def soft(self) -> bool:
-        return self.target.is_floating_point()
+
+def is_soft(inputs: Inputs) -> bool:
+    """Whether the target is class probabilities.
+
+    No property: torch.compile of torch 2.10 does not evaluate those of named tuples.
+    """
+    return inputs.target.is_floating_point()
 
 
 class Problem(NamedTuple):
