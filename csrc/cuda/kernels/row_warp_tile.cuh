@@ -1,4 +1,4 @@
-// What row_warp_kernel.cuh is made of: how warps walk over rows and classes, what is of a row alone,
+// What row_warp_kernel.cuh and soft_row_warp_kernel.cuh are made of: how warps walk over rows and classes, what is of a row alone,
 // class vectors at the rows' edges, class sums.
 //
 // - A row is its whole 16-byte vectors, the k-th of a lane 32 k after its first, and at its edges fewer
@@ -37,6 +37,15 @@ constexpr int kClusterSlopes = By == kByCluster ? 2 * kClusterBlocks * 32 : 0;
 template <class A, int By>
 constexpr int kWarpScratchBytes = kWarpSumsBytes + (WarpGroup<A, By>::kScratchEntries +
                                                     kClusterSlopes<By>)*static_cast<int>(sizeof(A));
+
+// A vector of V elements.
+template <class T>
+__device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
+  Raw raw = {};
+#pragma unroll
+  for (int part = 0; part < kPartsOfVector<T>; ++part) pack<T>(values + part * kPart<T>, part, raw);
+  return raw;
+}
 
 template <class T, int K, int By>
 struct WarpTile : GroupRows {
@@ -79,6 +88,13 @@ struct WarpTile : GroupRows {
                                 : -1;
   }
 
+  // The same, of which the compiler knows nothing: it keeps no predicates of it.
+  __device__ __forceinline__ WarpTile made_anew() const {
+    WarpTile tile = *this;
+    asm volatile("" : "+r"(tile.left));
+    return tile;
+  }
+
   // Whether this warp writes what is of a whole row.
   __device__ __forceinline__ bool is_first() const {
     return !Wide || (warp == 0 && block_of_row == 0);
@@ -86,6 +102,21 @@ struct WarpTile : GroupRows {
   __device__ __forceinline__ bool has(int k) const { return left > 32 * k; }
   // Of this lane's first vector, from the row's first element.
   __device__ __forceinline__ int first() const { return base_class + lane * V; }
+
+  // This lane's elements of a row of the gradient, the last of which is the edge's.
+  __device__ __forceinline__ void store(T* row, const Accumulate<T> (&g)[K * V + 1]) const {
+    T* to = row + first();
+    if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (has(k)) store_vector(to + 32 * k * V, packed<T>(&g[k * V]));
+    } else {
+#pragma unroll
+      for (int p = 0; p < K * V; ++p)
+        if (has(p / V)) store_one(to + p / V * 32 * V + p % V, from_accumulate<T>(g[p]));
+    }
+    if (edge >= 0) store_one(row + edge, from_accumulate<T>(g[K * V]));
+  }
 
   // Of the class vectors in shared memory, of which each warp of a wide row has its own.
   static __device__ __forceinline__ int capacity() { return 32 * K; }
@@ -343,15 +374,6 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpT
     }
     if (tile.warp == 0 && tile.edge >= 0) add_up(P * kPitch + tile.lane, tile.edge);
   }
-}
-
-// A vector of V elements.
-template <class T>
-__device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
-  Raw raw = {};
-#pragma unroll
-  for (int part = 0; part < kPartsOfVector<T>; ++part) pack<T>(values + part * kPart<T>, part, raw);
-  return raw;
 }
 
 }  // namespace disalign::cuda
