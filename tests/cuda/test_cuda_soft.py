@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ def kernels() -> ModuleType:
     return build.module("kernels")
 
 
-@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
 def test_every_kernel_and_tier(kernels: ModuleType, seed: int | None) -> None:
     kernels.set_options(shuffle=seed is not None, seed=seed or 0)
     for call in soft_calls():
@@ -38,6 +39,44 @@ def test_rows_at_every_alignment(kernels: ModuleType, classes: int, dtype: torch
         problem = soft(9, classes, dtype=dtype, offset=offset, wide=offset > 0)
         for call in (*problem.calls(), *problem.gradient_calls(offset=offset // 2)):
             check(kernels, call)
+
+
+# Without calibration, where the probabilities lie like the logits: by a warp a row, from 513 classes to
+# what its registers hold; by several of a block; by a cluster's of two blocks, of three, of eight.
+@pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [513, 1280, 1287, 1288, 5000, 8193, 20000, 70001])
+def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+    kernels.set_options(shuffle=True, seed=classes)
+    for offset, wide, all_options in ((0, True, False), (1, False, True), (3, True, True)):
+        problem = soft(5, classes, dtype=dtype, offset=offset, alike=True, wide=wide,
+                       calibrated=False, all_options=all_options)  # fmt: skip
+        limits = {"has_clusters": True, "shared_bytes": 227 << 10}
+        forward, kept, made = problem.gradient_calls(offset=offset // 2, **limits)
+        for call in (*problem.calls(**limits), forward, kept, made):
+            check(kernels, call)
+        check(kernels, forward)
+        for name in (LOGITS, PROBABILITIES):
+            size = (problem.logits if name == LOGITS else problem.target).nbytes
+            assert kernels.traffic(name)["load_bytes"] == size
+            # Rows aligned alike are read in vectors, but for fewer than two of them.
+            assert 16 * kernels.traffic(name)["wide_loads"] >= (1 - 16 / classes) * size
+        assert kernels.traffic(GRADIENT)["store_bytes"] == problem.logits.nbytes
+
+
+@pytest.mark.parametrize("classes", [1203, 5000, 9001])
+def test_masked_classes(kernels: ModuleType, classes: int) -> None:
+    # Of probability 0 they add 0; else the loss is infinite.
+    kernels.set_options()
+    problem = soft(4, classes, calibrated=False)
+    problem.logits[problem.target == 0] = -torch.inf
+    problem.target[:, -1] = 0
+    for call in problem.gradient_calls(has_clusters=True):
+        check(kernels, call)
+    problem.target[2, classes // 2] = 0.5
+    problem.logits[2, classes // 2] = -torch.inf
+    forward = problem.calls(has_clusters=True)[0]
+    kernels.soft_row_forward(forward.fields)
+    assert forward.fields["reduced_loss"] == np.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,12 +119,14 @@ def test_both_inputs_are_read_once_and_the_gradient_is_written_once(
     assert kernels.traffic(PROBABILITIES)["load_bytes"] == target
 
 
-@pytest.mark.parametrize("shape", [(2, 40001), (1, 1500, 64)], ids=str)
+# More classes than a block keeps, and one more than a cluster does; planes' classes.
+@pytest.mark.parametrize("shape", [(2, 16389), (1, 131078), (1, 1500, 64)], ids=str)
 def test_what_does_not_fit_is_read_again_for_its_gradient(
     kernels: ModuleType, shape: tuple[int, ...]
 ) -> None:
     problem = soft(*shape, calibrated=False)
-    check(kernels, problem.gradient_calls()[0])
+    clusters = shape[1] > 1 << 17
+    check(kernels, problem.gradient_calls(has_clusters=clusters)[0])
     assert kernels.traffic(LOGITS)["load_bytes"] == 2 * problem.logits.nbytes
     assert kernels.traffic(PROBABILITIES)["load_bytes"] == 2 * problem.target.nbytes
     assert kernels.traffic(GRADIENT)["store_bytes"] == problem.logits.nbytes

@@ -53,7 +53,7 @@ struct WarpTile : GroupRows {
   static constexpr int V = kVector<T>;
 
   int warp, lane;    // warp: of the block
-  int block_of_row;  // of the cluster
+  int block_of_row;  // of the cluster, or of the blocks with a tile each
   int first_class;   // of the row's first whole vector
   int vectors;       // whole ones of the row
   int base_class;    // of this warp's first
@@ -62,12 +62,14 @@ struct WarpTile : GroupRows {
   int classes;
 
   __device__ __forceinline__ explicit WarpTile(const RowArgs& args)
+      : WarpTile(args, By == kByCluster ? blockIdx.y : 0) {}
+  __device__ __forceinline__ WarpTile(const RowArgs& args, int block)
       // Neighbouring rows are those of different blocks: no block has a round more than another.
       : GroupRows(args, static_cast<const T*>(args.logits), group(args),
                   Wide ? blocks(args) : blocks(args) * (blockDim.x / 32), group(args)),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
-        block_of_row(By == kByCluster ? blockIdx.y : 0),
+        block_of_row(block),
         first_class((V - phase) % V),
         vectors((static_cast<int>(args.classes) - first_class) / V),
         classes(static_cast<int>(args.classes)) {
@@ -103,10 +105,12 @@ struct WarpTile : GroupRows {
   // Of this lane's first vector, from the row's first element.
   __device__ __forceinline__ int first() const { return base_class + lane * V; }
 
-  // This lane's elements of a row of the gradient, the last of which is the edge's.
+  // This lane's elements of a row of the gradient, the last of which is the edge's. Aligned: its vectors
+  // lie like the logits'.
+  template <bool Aligned = false>
   __device__ __forceinline__ void store(T* row, const Accumulate<T> (&g)[K * V + 1]) const {
     T* to = row + first();
-    if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+    if (Aligned || reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
 #pragma unroll
       for (int k = 0; k < K; ++k)
         if (has(k)) store_vector(to + 32 * k * V, packed<T>(&g[k * V]));

@@ -1,16 +1,19 @@
 // Row kernels whose targets are class probabilities, of rows that a warp keeps in its registers, or,
-// Wide, the warps of a block or of a cluster's blocks (sm_90 and newer). Forward, forward with the
+// Wide, the warps of a block or of a cluster's blocks (sm_90 and newer), or a tile of which a block
+// keeps. Forward, forward with the
 // gradient of the logits, and backward are one kernel. Of logits without calibration: class sums would
 // need twice the registers, and soft_row_kernel.cuh has them.
 //
-// - Maps: row_warp_tile.cuh. A lane has the same classes of the logits and of the probabilities, whose
-//   vectors lie like the logits'. Several warps a scheduler have rows on their way while others compute.
+// - Maps: row_warp_tile.cuh. A lane has the same classes of the logits, of the probabilities and of the
+//   gradient, whose vectors lie like the logits'. Several warps a scheduler have rows on their way while others compute.
 // - Forward: the maximum of u, then the sums (soft_position.cuh), by one reduction each: of shuffles
-//   where a warp has a row. Backward has both from forward.
+//   where a warp has a row. Backward has both from forward. Of a row of tiles soft_combine_kernel adds
+//   them, and gradients are a second launch's.
 // - What is of a row alone (sample weight; loss, statistics) is read and made by one lane for 32 rows of
 //   the warp at a time, one a lane: a turn. Wide, every warp reads, the first one writes.
 // - Memory: one read of logits and probabilities, one write of the gradient, which may be the logits: a
-//   lane has read a vector before it writes it, and needs no other of the row.
+//   lane has read a vector before it writes it, and needs no other of the row. Tiles are read again for
+//   their gradients.
 #pragma once
 
 #include "cuda/kernels/row_warp_tile.cuh"
@@ -33,6 +36,15 @@ template <class A, int By>
 constexpr int kSoftWarpScratchBytes =
     kWarpSumsBytes + SoftWarpGroup<A, By>::kScratchEntries * static_cast<int>(sizeof(A));
 
+// Whether b_j is more than y_j: then weights lie in shared memory, 1 where there are none.
+static __host__ __device__ inline bool soft_weighs(const LossArgs& args) {
+  return args.weight || args.label_smoothing > 0;
+}
+// Class vectors in shared memory.
+static __host__ __device__ inline int soft_class_vectors(const LossArgs& args) {
+  return (args.prior ? 1 : 0) + (soft_weighs(args) ? 1 : 0);
+}
+
 // Vectors that every lane has: a row that a narrow group does not keep has more than 32 * kElements
 // elements, fewer than two vectors of them at its edges.
 template <class T, int By>
@@ -46,15 +58,22 @@ __device__ __forceinline__ void load_probabilities(const RowArgs& args,
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, W = kVector<Y>;  // a vector of T is one or two of Y
   const Y* row = static_cast<const Y*>(args.probabilities) + i * args.probability_outer_stride;
+  b[K * V] = tile.edge >= 0 ? to_accumulate(load_one(row + tile.edge)) : A(0);
+  const Y* first = row + tile.first();
+  if (By == kByBlock && reinterpret_cast<uintptr_t>(first) % kVectorBytes != 0) {
+#pragma unroll
+    for (int p = 0; p < K * V; ++p)
+      b[p] = tile.has(p / V) ? to_accumulate(load_one(first + p / V * 32 * V + p % V)) : A(0);
+    return;
+  }
   Raw raw[K * V / W];
 #pragma unroll
   for (int n = 0; n < K * V / W; ++n) {
     const int k = n * W / V;
     if (k >= kSoftCertain<T, By>) raw[n] = {};
     if (k < kSoftCertain<T, By> || tile.has(k))
-      raw[n] = load_vector(row + tile.first() + 32 * k * V + n * W % V);
+      raw[n] = load_vector(first + 32 * k * V + n * W % V);
   }
-  b[K * V] = tile.edge >= 0 ? to_accumulate(load_one(row + tile.edge)) : A(0);
 #pragma unroll
   for (int n = 0; n < K * V / W; ++n) {
     A y[W];
@@ -79,11 +98,13 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>;
   constexpr int K = kSoftWarpVectors<T, By>, P = K * V;
   DISALIGN_SHARED_MEMORY(memory);
-  const WarpTile<T, K, By> tile(args);
+  const WarpTile<T, K, By> tile(args, Wide ? blockIdx.y : 0);
+  const bool tiled = By == kByBlock && args.tiles > 1;
   const int lane = tile.lane;
   A* class_memory = reinterpret_cast<A*>(memory + kSoftWarpScratchBytes<A, By>) +
-                    (Wide ? tile.warp * ClassVectors<T>::count(args) * 32 * P : 0);
-  const ClassVectors<T> classes(args, tile, class_memory, args.weight != nullptr);
+                    (Wide ? tile.warp * soft_class_vectors(args) * 32 * P : 0);
+  const bool weighs = soft_weighs(args);
+  const ClassVectors<T> classes(args, tile, class_memory, weighs);
   // Those of one vector, after so many others: a pointer is made where it is used, as registers are few.
   const auto load_class = [&](int before, int part, A(&out)[Q]) {
     classes.load(class_memory + before * 32 * P, lane + 32 * (part / N), part % N, out);
@@ -92,7 +113,6 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
   BlockSums block_sums(reinterpret_cast<double*>(memory), Wide ? 1 : blockDim.x / 32);
   SoftWarpGroup<A, By> group(By == kByCluster ? args.tiles : 32,
                              reinterpret_cast<A*>(memory + kWarpSumsBytes));
-  const SoftOptions<A> options(args);
   const bool writes_logits = args.grad_logits && !is_made<A>(args);
   if (args.backward && !writes_logits) return;
   const A scale = args.backward      ? shared_scale(args, inverse_denominator<A>(args))
@@ -140,27 +160,22 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
 #pragma unroll
       for (int part = 0; part < K * N; ++part) {
         A o[Q];
-        load_class(args.weight ? 1 : 0, part, o);
+        load_class(weighs ? 1 : 0, part, o);
 #pragma unroll
         for (int q = 0; q < Q; ++q) e[part * Q + q] += o[q];
       }
       if (has_edge) e[P] += static_cast<const A*>(args.prior)[tile.edge];
     }
-    if (options.share != A(0)) {
-#pragma unroll
-      for (int p = 0; p < P; ++p)
-        if (tile.has(p / V)) b[p] = options.of(b[p]);
-      if (has_edge) b[P] = options.of(b[P]);
-    }
-    if (args.weight) {
+    if (weighs) {
+      const SoftOptions<A> options(args);
 #pragma unroll
       for (int part = 0; part < K * N; ++part) {
-        A w[Q];
+        A w[Q];  // 0 of what is not the row's own
         load_class(0, part, w);
 #pragma unroll
-        for (int q = 0; q < Q; ++q) b[part * Q + q] *= w[q];
+        for (int q = 0; q < Q; ++q) b[part * Q + q] = w[q] * options.of(b[part * Q + q]);
       }
-      if (has_edge) b[P] *= static_cast<const A*>(args.weight)[tile.edge];
+      if (has_edge) b[P] = vector_entry<A>(args.weight, tile.edge, A(1)) * options.of(b[P]);
     }
 
     SoftFactors<A> row;
@@ -184,6 +199,12 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
       }
       group.sum(values);
       sums.rest = values[0], sums.smooth = values[1], sums.weight = values[2];
+      if (tiled) {
+        if (threadIdx.x == 0)
+          sums.write(static_cast<A*>(args.tile_sums) + tile.block_of_row * args.outer + i,
+                     args.tiles * args.outer);
+        continue;
+      }
       row = soft_factors(sums, __shfl_sync(kFullWarp, own_weight, at_turn), true);
       row.softmax *= scale, row.smooth *= scale;
       if (lane == at_turn) own_sums = sums;
@@ -191,7 +212,7 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
     if (writes_logits) {
 #pragma unroll
       for (int p = 0; p <= P; ++p) e[p] = row.softmax * e[p] - row.smooth * b[p];
-      tile.made_anew().store(static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride, e);
+      tile.made_anew().template store<By != kByBlock>(static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride, e);
     }
 
     if (args.backward || !tile.is_first() || (at_turn < 31 && round + 1 < tile.rounds)) continue;
@@ -204,7 +225,8 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
     loss = warp_sum(loss), divisor = warp_sum(divisor);
     if (lane == 0) block_sums.add(tile.warp, loss, divisor);
   }
-  if (args.block_sums && tile.block_of_row == 0) block_sums.write_and_finish<A>(args);
+  if (args.block_sums && !tiled && tile.block_of_row == 0)
+    block_sums.write_and_finish<A>(args);
 }
 
 }  // namespace disalign::cuda

@@ -7,49 +7,23 @@
 
 namespace disalign::cuda {
 
-// Whether the vectors of every row of the probabilities lie like those of the logits.
+// Whether the vectors of every row of another tensor, of elements of so many bytes, lie like those of the
+// logits.
 template <class T>
-bool probabilities_lie_alike(const RowArgs& args) {
-  const int64_t size = args.probabilities_of_a ? sizeof(Accumulate<T>) : sizeof(T);
-  const auto element = [](const void* p, int64_t of) { return reinterpret_cast<uintptr_t>(p) / of; };
-  if (reinterpret_cast<uintptr_t>(args.probabilities) % size != 0) return false;
-  const auto differs = [=](int64_t a, int64_t b) { return (a - b) * size % kVectorBytes != 0; };
-  return !differs(element(args.probabilities, size), element(args.logits, sizeof(T))) &&
-         (args.outer == 1 || !differs(args.probability_outer_stride, args.outer_stride));
+bool lies_like_logits(const RowArgs& args, const void* other, int64_t stride, int64_t size) {
+  const auto address = reinterpret_cast<uintptr_t>(other);
+  const auto distance = static_cast<int64_t>(address / size) -
+                        static_cast<int64_t>(reinterpret_cast<uintptr_t>(args.logits) / sizeof(T));
+  const int64_t steps = args.outer > 1 ? stride - args.outer_stride : 0;
+  return address % size == 0 && distance * size % kVectorBytes == 0 &&
+         steps * size % kVectorBytes == 0;
 }
-
-// The rows by soft_row_warp_kernel: by a warp each, by several of a block, at most so many, or by those
-// of a cluster of so many blocks. None for float64, calibrated logits, rows that a narrow group keeps,
-// and where a row needs more warps or more shared memory than there are.
 template <class T>
-std::optional<RowPlan> soft_row_warp_plan(const RowArgs& args, const Limits& limits, RowPlan plan,
-                                          int blocks, int most_warps) {
-  using A = Accumulate<T>;
-  if (sizeof(T) == 8 || args.scale || !plan.wide || !probabilities_lie_alike<T>(args))
-    return std::nullopt;
-  const int64_t vectors = args.classes / kVector<T>;
-  plan.wide = vectors > 32 * kSoftWarpVectors<T, kByWarp>;
-  plan.warp_vectors = plan.wide ? kSoftWarpVectors<T, kByBlock> : kSoftWarpVectors<T, kByWarp>;
-  const int64_t class_bytes = ClassVectors<T>::count(args) * 32 * plan.warp_vectors * kVector<T> *
-                              static_cast<int64_t>(sizeof(A));
-  plan.shape = Shape{};
-  int64_t warps = kSoftWarpThreads<kByWarp> / 32;
-  if (plan.wide) {
-    plan.shape.clustered = blocks > 1;
-    plan.shape.grid_y = blocks;
-    warps = divide_up(vectors, 32 * plan.warp_vectors * blocks);
-    plan.shape.shared_bytes = (blocks > 1 ? kSoftWarpScratchBytes<A, kByCluster>
-                                          : kSoftWarpScratchBytes<A, kByBlock>)+warps * class_bytes;
-  } else {
-    plan.shape.shared_bytes = kSoftWarpScratchBytes<A, kByWarp> + class_bytes;
-  }
-  if (warps > most_warps || static_cast<int64_t>(plan.shape.shared_bytes) > static_cast<int64_t>(limits.shared_bytes))
-    return std::nullopt;
-  plan.lanes = plan.wide ? 0 : 32;
-  plan.tiles = blocks;
-  plan.tile_vectors = static_cast<int>(divide_up(plan.vectors, blocks));
-  plan.shape.threads = static_cast<int>(32 * warps);
-  return plan;
+bool all_lie_like_logits(const RowArgs& args) {
+  const int64_t size = args.probabilities_of_a ? sizeof(Accumulate<T>) : sizeof(T);
+  return lies_like_logits<T>(args, args.probabilities, args.probability_outer_stride, size) &&
+         (!args.grad_logits ||
+          lies_like_logits<T>(args, args.grad_logits, args.grad_outer_stride, sizeof(T)));
 }
 
 template <class T>
@@ -62,27 +36,73 @@ RowKernel soft_row_warp_kernel_of(const RowPlan& plan) {
                                 : soft_row_warp_kernel<T, kByWarp>;
 }
 
-// By as few blocks as can, two of which a multiprocessor has: one's rows are on their way while the
-// other computes. Else by blocks with a multiprocessor each.
+// Rows by soft_row_warp_kernel: a warp each, or so many blocks a row.
+template <class T, int By>
+RowPlan soft_warps_of_rows(const RowArgs& args, RowPlan plan, int64_t blocks) {
+  using A = Accumulate<T>;
+  constexpr int K = kSoftWarpVectors<T, By>;
+  const int64_t warps = By == kByWarp ? kSoftWarpThreads<By> / 32
+                                      : divide_up(args.classes / kVector<T>, 32 * K * blocks);
+  plan.warp_vectors = K;
+  plan.wide = By != kByWarp;
+  plan.lanes = plan.wide ? 0 : 32;
+  plan.tiles = static_cast<int>(blocks);
+  plan.tile_vectors = static_cast<int>(divide_up(plan.vectors, blocks));
+  plan.shape = Shape{};
+  plan.shape.clustered = By == kByCluster;
+  plan.shape.grid_y = blocks;
+  plan.shape.threads = static_cast<int>(32 * warps);
+  plan.shape.shared_bytes =
+      kSoftWarpScratchBytes<A, By> + (plan.wide ? warps : 1) * soft_class_vectors(args) * 32 * K *
+                                         kVector<T> * static_cast<int64_t>(sizeof(A));
+  return plan;
+}
+
+// By a warp; by as few blocks as can, two of which a multiprocessor has, so that one's rows are on their
+// way while the other computes; by blocks with a multiprocessor each; by tiles, as many as fill the
+// device. None for float64, calibrated logits, and rows that a narrow group keeps.
 template <class T, class Launcher>
 std::optional<RowPlan> soft_row_warp_plan(Launcher& launcher, const RowArgs& args) {
   const Limits limits = launcher.limits();
   const RowPlan rows = row_plan<T>(args, limits, kWideThreads<T>);
-  for (const int most_warps : {kSoftMostWarps / 2, kSoftMostWarps}) {
-    for (int blocks = 1; blocks <= (limits.has_clusters ? kClusterBlocks : 1); ++blocks) {
-      const auto plan = soft_row_warp_plan<T>(args, limits, rows, blocks, most_warps);
-      if (plan && (blocks == 1 ||
-                   launcher.clusters(soft_row_warp_kernel_of<T>(*plan), plan->shape) > 0))
+  if (sizeof(T) == 8 || args.scale || !rows.wide) return std::nullopt;
+  const auto fits = [&](const RowPlan& plan, int64_t most_warps) {
+    return plan.shape.threads <= 32 * most_warps && plan.shape.shared_bytes <= limits.shared_bytes;
+  };
+  constexpr int K = kSoftWarpVectors<T, kByBlock>;
+  constexpr int64_t kMost = kSoftMostWarps;
+  const int64_t vectors = args.classes / kVector<T>;
+  const bool alike = all_lie_like_logits<T>(args);
+  if (alike && vectors <= 32 * kSoftWarpVectors<T, kByWarp>)
+    return soft_warps_of_rows<T, kByWarp>(args, rows, 1);
+  for (const int64_t most_warps : {kMost / 2, kMost}) {
+    RowPlan plan = soft_warps_of_rows<T, kByBlock>(args, rows, 1);
+    if (fits(plan, most_warps)) return plan;
+    for (int blocks = 2; alike && limits.has_clusters && blocks <= kClusterBlocks; ++blocks) {
+      plan = soft_warps_of_rows<T, kByCluster>(args, rows, blocks);
+      if (fits(plan, most_warps) &&
+          launcher.clusters(soft_row_warp_kernel_of<T>(plan), plan.shape) > 0)
         return plan;
     }
   }
-  return std::nullopt;
+  int64_t tiles = std::min(divide_up(2 * limits.multiprocessors, std::max<int64_t>(args.outer, 1)),
+                           divide_up(vectors, 32 * K));
+  tiles = std::max(tiles, divide_up(vectors, 32 * K * kMost / 2));
+  for (;; tiles *= 2) {
+    const int64_t warps = divide_up(vectors, 32 * K * tiles);
+    const RowPlan plan =
+        soft_warps_of_rows<T, kByBlock>(args, rows, divide_up(vectors, 32 * K * warps));
+    if (fits(plan, kMost) || warps == 1) return plan;
+  }
 }
 
 template <class T, bool Calibrated>
 RowKernel soft_row_kernel_of(const RowPlan& plan) {
   if (plan.warp_vectors) return soft_row_warp_kernel_of<T>(plan);
-  return plan.wide ? soft_row_kernel<T, Calibrated, true> : soft_row_kernel<T, Calibrated, false>;
+  if constexpr (Calibrated || sizeof(T) == 8) {
+    if (plan.wide) return soft_row_kernel<T, Calibrated, true>;
+  }
+  return soft_row_kernel<T, Calibrated, false>;
 }
 
 template <class T, bool Calibrated, class Launcher>
