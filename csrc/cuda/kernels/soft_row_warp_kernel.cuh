@@ -31,10 +31,14 @@ constexpr int kSoftMostWarps = kSoftWarpThreads<kByBlock> / 32;
 template <class A, int By>
 using SoftWarpGroup = std::conditional_t<By == kByCluster, ClusterGroup<A, kSoftMostWarps, 3>,
                                          Group<A, By != kByWarp, kSoftMostWarps>>;
+// What a lane keeps of its row of a turn, in shared memory: of each warp with rows of its own.
+constexpr int kSoftTurnEntries = 4 * 32;
 // Bytes of shared memory before the class vectors.
 template <class A, int By>
 constexpr int kSoftWarpScratchBytes =
-    kWarpSumsBytes + SoftWarpGroup<A, By>::kScratchEntries * static_cast<int>(sizeof(A));
+    kWarpSumsBytes + (SoftWarpGroup<A, By>::kScratchEntries +
+                      kSoftTurnEntries * (By == kByWarp ? kSoftWarpThreads<By> / 32 : 1)) *
+                         static_cast<int>(sizeof(A));
 
 // Whether b_j is more than y_j: then weights lie in shared memory, 1 where there are none.
 static __host__ __device__ inline bool soft_weighs(const LossArgs& args) {
@@ -119,8 +123,11 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
                   : args.grad_logits ? inverse_of<A>(forward_denominator(args))
                                      : A(1);
 
-  A own_weight = 0;         // of the samples: of this lane's row of the turn
-  PositionSums<A> own_sums;  // of that row
+  A own_weight = 0;  // of the samples: of this lane's row of the turn
+  // Its sums; a lane reads what it has written.
+  A* own_sums = reinterpret_cast<A*>(memory + kWarpSumsBytes) +
+                SoftWarpGroup<A, By>::kScratchEntries +
+                (Wide ? 0 : tile.warp * kSoftTurnEntries) + lane;
 #pragma unroll 1
   for (int round = 0; round < tile.rounds; ++round) {
     const int at_turn = round % 32;
@@ -207,7 +214,10 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
       }
       row = soft_factors(sums, __shfl_sync(kFullWarp, own_weight, at_turn), true);
       row.softmax *= scale, row.smooth *= scale;
-      if (lane == at_turn) own_sums = sums;
+      if (lane == at_turn && tile.is_first()) {
+        own_sums[0] = sums.maximum, own_sums[32] = sums.rest;
+        own_sums[64] = sums.smooth, own_sums[96] = sums.weight;
+      }
     }
     if (writes_logits) {
 #pragma unroll
@@ -218,7 +228,10 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
     if (args.backward || !tile.is_first() || (at_turn < 31 && round + 1 < tile.rounds)) continue;
     double loss = 0, divisor = 0;
     if (lane <= at_turn) {
-      loss = write_soft_position(args, tile.row_at(round - at_turn + lane), own_sums, own_weight);
+      PositionSums<A> sums;
+      sums.maximum = own_sums[0], sums.rest = own_sums[32];
+      sums.smooth = own_sums[64], sums.weight = own_sums[96];
+      loss = write_soft_position(args, tile.row_at(round - at_turn + lane), sums, own_weight);
       divisor = divisor_share(args, A(1), own_weight);
     }
     if (!args.block_sums) continue;
