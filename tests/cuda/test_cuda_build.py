@@ -200,14 +200,16 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         assert not floats, f"{kernel.symbol} adds in no order"
         assert not atomics or kernel.name in (
             "row_forward_kernel", "row_warp_kernel", "dense_kernel", "soft_row_kernel",
-            "soft_dense_kernel",
+            "soft_dense_kernel", "soft_row_warp_kernel",
         )  # fmt: skip
-        if kernel.name == "row_warp_kernel" and kernel.flags[-1] == 2:
+        if kernel.name in ("row_warp_kernel", "soft_row_warp_kernel") and kernel.flags[-1] == 2:
             clusters = "UCGABAR_WAIT" in code[kernel.symbol]
             assert clusters == (int(architecture) >= 90), kernel.symbol
             if not clusters:
                 continue  # not launched there
-        if kernel.name in ("row_forward_kernel", "row_backward_kernel", "soft_row_kernel"):
+        if kernel.name in (
+            "row_forward_kernel", "row_backward_kernel", "soft_row_kernel", "soft_row_warp_kernel",
+        ):  # fmt: skip
             # How often, at C = 1203 and others: test_cuda_simt.py counts.
             assert "LDG.E.128" in found, kernel.symbol
         if kernel.name == "row_warp_kernel" or (
@@ -218,6 +220,6 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         of_planes = kernel.name in ("dense_kernel", "soft_dense_kernel")
         by_element = of_planes and not kernel.flags[1]
         if of_planes or kernel.name in (
-            "row_backward_kernel", "row_warp_kernel", "soft_row_kernel",
+            "row_backward_kernel", "row_warp_kernel", "soft_row_kernel", "soft_row_warp_kernel",
         ):  # fmt: skip
             assert ("STG.E.128" in found) == (not by_element), kernel.symbol

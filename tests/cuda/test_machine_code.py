@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import model, model_planes
+from benchmarks.gpus import GPUS
 from machine_code import disassembly, planes, rows, upsample
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
@@ -196,6 +197,39 @@ def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
         case: (n.vector, budgets[case]) for case, n in found.items() if n.vector > budgets[case]
     }
     assert not over
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), SOFT_ROWS)
+def test_rows_of_class_probabilities_keep_their_budgets(architecture: str, dtype: str) -> None:
+    cases = [(classes, step) for classes in rows.SOFT_CLASSES for step in rows.SOFT]
+    found = {case: rows.count(architecture, dtype, *case) for case in cases}
+    size = rows.DTYPES[dtype][1]
+    for step, ratio in {"soft forward": 1, "soft gradient": 1, "soft float": 4 / size}.items():
+        # Logits and probabilities are read once, and the gradient written once; what a warp with fewer
+        # vectors leaves out is issued all the same.
+        n, opcodes = rows.launch(architecture, dtype, 8192, step), found[8192, step].opcodes
+        most = n.threads // 32 * n.vectors_of_a_warp(size) * n.grid[1] / (8192 * size / 16)
+        assert 0.999 < opcodes["LDG.E.128"] / (1 + ratio) <= most + 0.001
+        written = opcodes.get("STG.E.128", 0)
+        assert 0.999 < written <= most + 0.001 if step != "soft forward" else written == 0
+    budgets = dict(zip(cases, sum(SOFT_ROWS[architecture, dtype], ()), strict=True))
+    assert not {c: (n.vector, budgets[c]) for c, n in found.items() if n.vector > budgets[c]}
+
+
+@pytest.mark.parametrize(("name", "classes"), [("H100 SXM", 131_072), ("A100 SXM 80 GB", 16_384)])
+@pytest.mark.parametrize("dtype", rows.DTYPES)
+def test_memory_bounds_rows_of_class_probabilities(name: str, classes: int, dtype: str) -> None:
+    """By the model's constants: both inputs are read and the gradient is written in more time than the
+    instructions take, but for the overhead of short rows in bfloat16."""
+    gpu = GPUS[name]
+    bandwidth = model.SHARE_OF_BANDWIDTH * gpu.gigabytes_per_second * 1e9
+    issue = model.SHARE_OF_ISSUE * gpu.instructions_per_second
+    for c in rows.SOFT_CLASSES:
+        if c > classes:
+            continue
+        counted = rows.count(gpu.architecture, dtype, c, "soft gradient").vector
+        share = counted / issue * bandwidth / (3 * rows.BYTES)
+        assert share <= (1.05 if dtype == "bfloat16" and c < 1203 else 1), (c, share)
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), PLANES)

@@ -42,7 +42,7 @@ constexpr int kSoftWarpScratchBytes =
 
 // Whether b_j is more than y_j: then weights lie in shared memory, 1 where there are none.
 static __host__ __device__ inline bool soft_weighs(const LossArgs& args) {
-  return args.weight || args.label_smoothing > 0;
+  return args.weight || args.share != 0;
 }
 // Class vectors in shared memory.
 static __host__ __device__ inline int soft_class_vectors(const LossArgs& args) {
