@@ -34,6 +34,8 @@ REGISTERS = {
     ("row_forward_kernel calibrated", True): 224,
     ("row_warp_kernel plain", False): 168,  # 3 blocks of 128 threads
     ("row_warp_kernel all registers", False): 255,  # 2 blocks, or one of 256 threads
+    ("soft_row_warp_kernel", False): 168,  # 3 blocks of 128 threads
+    ("soft_row_warp_kernel wide", False): 128,  # 2 blocks of 256 threads, or one of 512
     ("divisor_kernel", False): 40,
     ("divisor_kernel", True): 40,
     ("row_backward_kernel plain", False): 96,
@@ -69,7 +71,6 @@ REGISTERS = {
     ("upsample_backward_kernel", True): 255,
     ("soft_row_kernel plain", False): 96,  # 5 blocks of 128 threads
     ("soft_row_kernel plain", True): 152,
-    ("soft_row_kernel plain wide", False): 64,  # 2 blocks of 512 threads
     ("soft_row_kernel plain wide", True): 128,
     ("soft_row_kernel calibrated", False): 168,
     ("soft_row_kernel calibrated", True): 216,
@@ -95,6 +96,8 @@ ROW_FORWARD_WIDE = 128  # calibrated: more would leave no room for a block of 51
 
 def _budget(kernel: Kernel) -> tuple[str, bool]:
     """The kernel's entry of REGISTERS."""
+    if kernel.name == "soft_row_warp_kernel":
+        return kernel.name + (" wide" if kernel.flags[0] else ""), False
     kinds = {(): "", (False,): " plain", (True,): " calibrated"}
     if "calibrate" in kernel.name:
         kinds = {(False,): " forward", (True,): " backward"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import numpy as np
@@ -35,14 +36,16 @@ def test_every_kernel_and_tier(kernels: ModuleType, seed: int | None) -> None:
 @pytest.mark.parametrize("classes", [1, 2, 8, 9, 33, 512, 513, 1203, 8142, 8192, 8193])
 def test_rows_at_every_alignment(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
     kernels.set_options()
-    for offset in (0, 1, 3):
-        problem = soft(9, classes, dtype=dtype, offset=offset, wide=offset > 0)
+    for offset, calibrated in itertools.product((0, 1, 3), (False, True)):
+        problem = soft(9, classes, dtype=dtype, offset=offset, wide=offset > 0,
+                       calibrated=calibrated)  # fmt: skip
         for call in (*problem.calls(), *problem.gradient_calls(offset=offset // 2)):
             check(kernels, call)
 
 
-# Without calibration, where the probabilities lie like the logits: by a warp a row, from 513 classes to
-# what its registers hold; by several of a block; by a cluster's of two blocks, of three, of eight.
+# Without calibration, where the probabilities lie like the logits: by a warp a row, from 513
+# classes to what its registers hold; by several of a block; by a cluster's of two, three and eight
+# blocks.
 @pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
 @pytest.mark.parametrize("classes", [513, 1280, 1287, 1288, 5000, 8193, 20000, 70001])
 def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
@@ -51,7 +54,7 @@ def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) ->
         problem = soft(5, classes, dtype=dtype, offset=offset, alike=True, wide=wide,
                        calibrated=False, all_options=all_options)  # fmt: skip
         limits = {"has_clusters": True, "shared_bytes": 227 << 10}
-        forward, kept, made = problem.gradient_calls(offset=offset // 2, **limits)
+        forward, kept, made = problem.gradient_calls(offset=offset, **limits)
         for call in (*problem.calls(**limits), forward, kept, made):
             check(kernels, call)
         check(kernels, forward)

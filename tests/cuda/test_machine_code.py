@@ -205,8 +205,8 @@ def test_rows_of_class_probabilities_keep_their_budgets(architecture: str, dtype
     found = {case: rows.count(architecture, dtype, *case) for case in cases}
     size = rows.DTYPES[dtype][1]
     for step, ratio in {"soft forward": 1, "soft gradient": 1, "soft float": 4 / size}.items():
-        # Logits and probabilities are read once, and the gradient written once; what a warp with fewer
-        # vectors leaves out is issued all the same.
+        # Logits and probabilities are read once, and the gradient written once; what a warp with
+        # fewer vectors leaves out is issued all the same.
         n, opcodes = rows.launch(architecture, dtype, 8192, step), found[8192, step].opcodes
         most = n.threads // 32 * n.vectors_of_a_warp(size) * n.grid[1] / (8192 * size / 16)
         assert 0.999 < opcodes["LDG.E.128"] / (1 + ratio) <= most + 0.001
@@ -219,8 +219,8 @@ def test_rows_of_class_probabilities_keep_their_budgets(architecture: str, dtype
 @pytest.mark.parametrize(("name", "classes"), [("H100 SXM", 131_072), ("A100 SXM 80 GB", 16_384)])
 @pytest.mark.parametrize("dtype", rows.DTYPES)
 def test_memory_bounds_rows_of_class_probabilities(name: str, classes: int, dtype: str) -> None:
-    """By the model's constants: both inputs are read and the gradient is written in more time than the
-    instructions take, but for the overhead of short rows in bfloat16."""
+    """By the model's constants: both inputs are read and the gradient is written in more time than
+    the instructions take, but for the overhead of short rows in bfloat16."""
     gpu = GPUS[name]
     bandwidth = model.SHARE_OF_BANDWIDTH * gpu.gigabytes_per_second * 1e9
     issue = model.SHARE_OF_ISSUE * gpu.instructions_per_second

@@ -26,7 +26,8 @@ SIZES = {"fp32": 4, "bf16": 2}
 _CODES = {"fp32": 1, "bf16": 2}  # Dtype of csrc/cuda/kernels/launch.h
 _SOURCE = TESTS / "simt" / "row_kernels.cu"
 _STAGED = 20  # kWarpStaged of csrc/cuda/kernels/row_warp_kernel.cuh
-_SOFT_ELEMENTS = (40, 32)  # of a lane, of one warp and of several: kSoftWarpVectors of csrc/cuda/kernels/soft_row_warp_kernel.cuh
+# Of a lane, of one warp and of several: kSoftWarpVectors of soft_row_warp_kernel.cuh there.
+_SOFT_ELEMENTS = (40, 32)
 
 
 def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:

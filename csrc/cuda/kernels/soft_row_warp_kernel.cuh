@@ -1,11 +1,11 @@
 // Row kernels whose targets are class probabilities, of rows that a warp keeps in its registers, or,
-// Wide, the warps of a block or of a cluster's blocks (sm_90 and newer), or a tile of which a block
-// keeps. Forward, forward with the
-// gradient of the logits, and backward are one kernel. Of logits without calibration: class sums would
-// need twice the registers, and soft_row_kernel.cuh has them.
+// Wide, the warps of a block or of a cluster's blocks (sm_90 and newer), or of which a block keeps a
+// tile. Forward, forward with the gradient of the logits, and backward are one kernel. Of logits
+// without calibration: class sums would need twice the registers, and soft_row_kernel.cuh has them.
 //
 // - Maps: row_warp_tile.cuh. A lane has the same classes of the logits, of the probabilities and of the
-//   gradient, whose vectors lie like the logits'. Several warps a scheduler have rows on their way while others compute.
+//   gradient. Several warps a scheduler have rows on their way while others compute. By blocks alone:
+//   vectors of the probabilities and of the gradient that do not lie like those of the logits.
 // - Forward: the maximum of u, then the sums (soft_position.cuh), by one reduction each: of shuffles
 //   where a warp has a row. Backward has both from forward. Of a row of tiles soft_combine_kernel adds
 //   them, and gradients are a second launch's.
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
   A own_weight = 0;  // of the samples: of this lane's row of the turn
   // Its sums; a lane reads what it has written.
   A* own_sums = reinterpret_cast<A*>(memory + kWarpSumsBytes) +
-                SoftWarpGroup<A, By>::kScratchEntries +
-                (Wide ? 0 : tile.warp * kSoftTurnEntries) + lane;
+                SoftWarpGroup<A, By>::kScratchEntries + (Wide ? 0 : tile.warp * kSoftTurnEntries) +
+                lane;
 #pragma unroll 1
   for (int round = 0; round < tile.rounds; ++round) {
     const int at_turn = round % 32;
@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         if (k >= kSoftCertain<T, By>) raw[k] = nothing;
-        if (k < kSoftCertain<T, By> || tile.has(k)) raw[k] = load_vector(row + tile.first() + 32 * k * V);
+        if (k < kSoftCertain<T, By> || tile.has(k))
+          raw[k] = load_vector(row + tile.first() + 32 * k * V);
       }
       e[P] = has_edge ? to_accumulate(load_one(row + tile.edge)) : negative_infinity<A>();
       if (sizeof(T) == 2 && !args.probabilities_of_a)
@@ -222,7 +223,8 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
     if (writes_logits) {
 #pragma unroll
       for (int p = 0; p <= P; ++p) e[p] = row.softmax * e[p] - row.smooth * b[p];
-      tile.made_anew().template store<By != kByBlock>(static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride, e);
+      tile.made_anew().template store<By != kByBlock>(
+          static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride, e);
     }
 
     if (args.backward || !tile.is_first() || (at_turn < 31 && round + 1 < tile.rounds)) continue;
@@ -238,8 +240,7 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
     loss = warp_sum(loss), divisor = warp_sum(divisor);
     if (lane == 0) block_sums.add(tile.warp, loss, divisor);
   }
-  if (args.block_sums && !tiled && tile.block_of_row == 0)
-    block_sums.write_and_finish<A>(args);
+  if (args.block_sums && !tiled && tile.block_of_row == 0) block_sums.write_and_finish<A>(args);
 }
 
 }  // namespace disalign::cuda
