@@ -8,7 +8,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py $(wildcard buildtoo
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 DEVICE ?= cpu
 
-.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations dist test-dist kernels-hub bench bench-full gpu-check lint docs format clean
+.PHONY: setup demo demo-dense demo-detection test-fast test test-slow test-triton test-integrations dist test-dist kernels-hub bench bench-full gpu-check lint docs readme-picture format clean
 
 setup: $(VENV)/.installed $(VENV)/.built
 
@@ -89,7 +89,7 @@ dist: $(VENV)/.demo $(RELEASE)/.installed
 	PATH="$(CURDIR)/$(RELEASE)/bin:$$PATH" $(BIN)/python -m buildtools.dist dist
 
 # The wheel of `make dist` in a new environment under another torch, without a compiler.
-TORCH ?= 2.13.0
+TORCH ?= 2.14.1
 CLEAN := build/clean-$(TORCH)
 test-dist: $(if $(wildcard dist/*manylinux*.whl),,dist)
 	$(PYTHON) -m venv --clear $(CLEAN)
@@ -101,6 +101,7 @@ test-dist: $(if $(wildcard dist/*manylinux*.whl),,dist)
 REPOSITORY ?= OWNER/disalign-ops
 kernels-hub:
 	$(PYTHON) -m buildtools.kernels_hub build/kernels-hub --repository $(REPOSITORY)
+	$(PYTHON) -m buildtools.kernels_hub build/kernels-hub-compiled --compiled --repository $(REPOSITORY)
 
 # Object detection and instance segmentation need torchvision.
 demo-detection: $(INTEGRATIONS)/.built
@@ -124,6 +125,10 @@ gpu-check:
 # announcement of the theme's makers.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# docs/pictures: the README's first screen by Chromium (apt-get install chromium).
+readme-picture: setup
+	$(BIN)/python -m buildtools.readme_picture
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,18 +1,18 @@
 """The layout that the Hugging Face kernels hub builds from, out of this tree.
 
-    python -m buildtools.kernels_hub FOLDER [--repository OWNER/NAME]
+    python -m buildtools.kernels_hub FOLDER [--compiled] [--repository OWNER/NAME]
 
 FOLDER gets build.toml, flake.nix, CARD.md, tests and torch-ext/disalign_ops, the package with three
 differences:
   - its folder `_ops` is `_operators`, because kernel-builder writes a module `_ops`;
   - its operators are in the namespace of that module, one of its own for each build;
-  - it has no compiled libraries, and no command line.
+  - it has no compiled libraries of its own, and no command line.
 
-This is the variant "torch-noarch": Triton's kernels on CUDA, ROCm and XPU, PyTorch's operations on
-CPUs; it needs no compiler. The compiled variants are not made: kernel-builder compiles each source
-once with one set of flags, where the CPU kernels are compiled for each instruction set, and its
-library has to define the schemas, which the package does in Python. kernel-builder itself needs Nix
-and was not run; the tests import two builds beside the package, as the `kernels` package does.
+Without --compiled it is the variant "torch-noarch": Triton's kernels on CUDA, ROCm and XPU,
+PyTorch's operations on CPUs; it needs no compiler. With it, the sources of the compiled kernels for
+CPUs and CUDA on torch's stable ABI: kernels_hub_compiled.py. kernel-builder needs Nix and was not
+run: the tests import builds beside the package, as the `kernels` package does, and compile the CPU
+variant by CMake from what its build.toml lists.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import argparse
 import re
 import shutil
 from pathlib import Path
+
+from buildtools import kernels_hub_compiled
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "disalign_ops"
@@ -94,6 +96,7 @@ from __future__ import annotations
 from .._ops import add_op_namespace_prefix
 
 NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
+LINKED = False
 '''
 
 TESTS = """\
@@ -145,16 +148,20 @@ def write_package(folder: Path) -> None:
         (folder / "lib" / reason).write_text("not compiled: this is the kernels hub's build\n")
 
 
-def write(folder: Path, repository: str, version: int) -> None:
+def write(folder: Path, repository: str, version: int, compiled: bool = False) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    write_package(folder / "torch-ext" / PACKAGE)
+    package = folder / "torch-ext" / PACKAGE
+    write_package(package)
     values = {
         "name": NAME,
         "version": version,
         "repository": repository,
         "functions": ", ".join(f"`{name}`" for name in FUNCTIONS),
     }
-    (folder / "build.toml").write_text(BUILD.format(**values))
+    if compiled:
+        kernels_hub_compiled.write(folder, package, **values)
+    else:
+        (folder / "build.toml").write_text(BUILD.format(**values))
     (folder / "flake.nix").write_text(FLAKE)
     (folder / "CARD.md").write_text(CARD.format(**values))
     shutil.copy(ROOT / "LICENSE", folder)
@@ -170,8 +177,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repository", default=f"OWNER/{NAME}", help="where it is published")
     parser.add_argument("--version", type=int, default=1, help="of the hub: one number")
+    parser.add_argument("--compiled", action="store_true", help="for CPUs and CUDA, with sources")
     options = parser.parse_args()
-    write(options.folder, options.repository, options.version)
+    write(options.folder, options.repository, options.version, options.compiled)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ._call.types import (
     LinearOptions,
     Normalizer,
     ReductionName,
+    Target,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ CHUNK_BYTES = 64 << 20
 
 @overload
 def linear_cross_entropy(
-    features: Tensor, linear_weight: Tensor, target: Tensor,
+    features: Tensor, linear_weight: Tensor, target: Target,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
     return_details: Literal[False] = False, **options: Unpack[LinearOptions],
@@ -38,7 +39,7 @@ def linear_cross_entropy(
 
 @overload
 def linear_cross_entropy(
-    features: Tensor, linear_weight: Tensor, target: Tensor,
+    features: Tensor, linear_weight: Tensor, target: Target,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
     return_details: Literal[True], **options: Unpack[LinearOptions],
@@ -48,7 +49,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     features: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Target,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -75,7 +76,8 @@ def linear_cross_entropy(
             the head are cast as F.linear's are.
         linear_weight, linear_bias: (C, D) and (C,), of the dtype of features.
         target: class indices (N,), for (D,) (). Or class probabilities (N, C), with `shard` of this
-            process's classes, that require no gradient; not with sample_rate.
+            process's classes, that require no gradient, or two classes a row, `(a, b, lam)`; both
+            not with sample_rate.
         cosine_scale: a number or a tensor of one entry, which may require a gradient: the logits
             are cosine_scale times the cosine of features and weight. Then there is no linear_bias.
         sample_rate: in (0, 1]: of the classes only this share, at least those of the batch's
@@ -100,8 +102,7 @@ def linear_cross_entropy(
     torch.jit.trace it makes the logits.
 
     Returns and raises what `cross_entropy` does, with return_details (True) a `LossDetails` without
-    entropy: each chunk of the logits is looked at once more; not with sample_rate. It takes no
-    (a, b, lam): add up lam times the loss of a and 1 - lam times that of b.
+    entropy: each chunk of the logits is looked at once more; not with sample_rate or (a, b, lam).
     """
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
@@ -115,7 +116,7 @@ def linear_cross_entropy(
 
 @overload
 def disalign_linear_cross_entropy(
-    features: Tensor, linear_weight: Tensor, target: Tensor, confidence: Tensor, scale: Tensor,
+    features: Tensor, linear_weight: Tensor, target: Target, confidence: Tensor, scale: Tensor,
     bias: Tensor,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
@@ -125,7 +126,7 @@ def disalign_linear_cross_entropy(
 
 @overload
 def disalign_linear_cross_entropy(
-    features: Tensor, linear_weight: Tensor, target: Tensor, confidence: Tensor, scale: Tensor,
+    features: Tensor, linear_weight: Tensor, target: Target, confidence: Tensor, scale: Tensor,
     bias: Tensor,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
@@ -136,7 +137,7 @@ def disalign_linear_cross_entropy(
 def disalign_linear_cross_entropy(
     features: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Target,
     confidence: Tensor,
     scale: Tensor,
     bias: Tensor,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ._call import entry, tracing
+from ._call import entry, mixed, tracing
 from ._call.arguments import (
     check_bool,
     check_image,
@@ -32,10 +32,18 @@ from ._call.options import (
     validate_options,
 )
 from ._call.shard import refuse_shard
-from ._call.types import Background, Form, GradientPass, Normalizer, ReductionName, UpsampleOptions
+from ._call.types import (
+    Background,
+    Form,
+    GradientPass,
+    Normalizer,
+    ReductionName,
+    Target,
+    UpsampleOptions,
+)
 from ._ops import composed, dispatch, layouts, reference
-from ._ops.codes import REDUCTIONS
-from ._ops.problem import Inputs, Problem
+from ._ops.codes import DETAILS, REDUCTIONS
+from ._ops.problem import Inputs, Problem, is_soft
 from ._ops.schemas import UPSAMPLE
 from .errors import ArgumentError
 
@@ -56,7 +64,7 @@ class UpsampleDetails(NamedTuple):
 
 @overload
 def upsample_cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = 255,
+    input: Tensor, target: Target, weight: Tensor | None = None, ignore_index: int = 255,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
     return_details: Literal[False] = False, **options: Unpack[UpsampleOptions],
 ) -> Tensor: ...  # fmt: skip
@@ -64,7 +72,7 @@ def upsample_cross_entropy(
 
 @overload
 def upsample_cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = 255,
+    input: Tensor, target: Target, weight: Tensor | None = None, ignore_index: int = 255,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
     return_details: Literal[True], **options: Unpack[UpsampleOptions],
 ) -> UpsampleDetails: ...  # fmt: skip
@@ -72,7 +80,7 @@ def upsample_cross_entropy(
 
 @overload
 def upsample_cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = 255,
+    input: Tensor, target: Target, weight: Tensor | None = None, ignore_index: int = 255,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
     return_details: bool, **options: Unpack[UpsampleOptions],
 ) -> Tensor | UpsampleDetails: ...  # fmt: skip
@@ -80,7 +88,7 @@ def upsample_cross_entropy(
 
 def upsample_cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = None,
     ignore_index: int = 255,
     reduction: ReductionName = "mean",
@@ -113,7 +121,8 @@ def upsample_cross_entropy(
         input: logits (N, C, h, w) of any strides; float32, float64, bfloat16 or float16.
         target: class indices (N, H, W), uint8, int16, int32 or int64, of any size: H and W need
             not be multiples of h and w, and may be smaller. Or class probabilities (N, C, H, W),
-            for which there are no details.
+            or two classes a position, `(a, b, lam)`, at the cost of two losses; both without
+            details.
         confidence, scale, bias: DisAlign's calibration, all three or none: confidence (N, 1, h, w)
             or (N, h, w) before the sigmoid, at the resolution of the input; scale, bias, form and
             background as in `disalign_cross_entropy`.
@@ -143,12 +152,14 @@ def upsample_cross_entropy(
         focal_gamma, inplace_backward, gradient,
     )  # fmt: skip
     calibration = _calibration(confidence, scale, bias, form, background)
+    if isinstance(target, tuple):
+        return _two_losses(input, target, align_corners, options, calibration, return_details)
     if composed.is_tracing():
         return _recorded_loss(input, target, align_corners, options, calibration, return_details)
     inputs, problem = _validate(input, target, align_corners, options, calibration, return_details)
     loss, *details = dispatch.compute(inputs, problem)
     each = problem.reduction == REDUCTIONS["none"]
-    promoting = (target, weight) if inputs.soft else ()
+    promoting = (target, weight) if is_soft(inputs) else ()
     result = output(input, loss, _positions(target) if each else None, *promoting)
     if not return_details:
         return result
@@ -200,9 +211,36 @@ def _validate(
         ),
         Problem(
             UPSAMPLE, (*given.numbers, align_corners), REDUCTIONS[given.reduction], code,
-            in_place=in_place, details=details, gradient=given.gradient,
+            in_place=in_place, details=DETAILS * details, gradient=given.gradient,
         ),
     )  # fmt: skip
+
+
+def _two_losses(
+    input: Tensor,
+    target: tuple[Tensor, Tensor, Tensor | float],
+    align_corners: bool,
+    options: Options,
+    calibration: Calibration | None,
+    details: bool,
+) -> Tensor:
+    """For (a, b, lam): each term is a loss of its own."""
+    if details or composed.is_tracing():
+        raise ArgumentError(
+            "target must be one tensor where return_details is True, or torch.jit.trace records, "
+            "got a tuple"
+        )
+    classes = check_image(input)
+    shape = _target_shape(input, target[0])
+
+    def losses(indices: Tensor, each: Options) -> Tensor:
+        inputs, problem = _validate(
+            input, indices.reshape(shape), align_corners, each, calibration, False
+        )
+        return dispatch.compute(inputs, problem)[0]
+
+    found = mixed.two_losses(input, classes, shape, target, options, losses)
+    return output(input, found, shape if options.reduction == "none" else None)
 
 
 def _recorded_loss(

@@ -71,7 +71,7 @@ def test_every_field(dtype: torch.dtype, planes: bool, calibrated: bool, backend
             "position_loss": plain(p, calibrated, reduction="none").detach().reshape(-1),
             "log_sum_exp": torch.where(valid, u.logsumexp(1), 0.0),
             "probability": torch.where(valid, log_p.gather(1, t)[:, 0].exp(), 0.0),
-            "entropy": -(log_p.exp() * log_p).sum(1),
+            "entropy": torch.where(valid, -(log_p.exp() * log_p).sum(1), 0.0),
         }
         for name, value in expected.items():
             given = getattr(details, name)
@@ -82,6 +82,88 @@ def test_every_field(dtype: torch.dtype, planes: bool, calibrated: bool, backend
         assert details.correct is not None
         assert torch.equal(details.correct.reshape(-1), (u.argmax(1) == target) & valid)
         assert_close(details.loss.detach(), plain(p, calibrated).detach(), dtype, "loss")
+
+
+def hard_logits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Ties of the largest logit, masked classes and rows, infinite logits, and logits so near to
+    each other that their exponentials are equal.
+    """
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(11)).to(dtype)
+    classes = z.movedim(1, -1).reshape(-1, shape[1])
+    classes[0, ::3] = classes[0].max()
+    classes[1, : shape[1] // 2] = float("-inf")
+    classes[2] = float("-inf")
+    classes[3, 5] = float("inf")
+    classes[4] = 0.1
+    classes[4, -1] = torch.nextafter(torch.tensor(0.1), torch.tensor(1.0))  # above 0.1 in float32
+    classes[5] = 7.0
+    classes[6, 0] = 100.0
+    return classes.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 255, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(23, 5 * 16 + 7), (23, 6), (2, 6, 5, 7), (1, 67, 3, 41)], ids=str
+)
+def test_the_most_probable_class(
+    shape: tuple[int, ...], dtype: torch.dtype, ignore_index: int
+) -> None:
+    """The very class that argmax has, the first of several."""
+    z = hard_logits(shape, dtype)
+    expected = z.float().argmax(1) if dtype is not torch.float64 else z.argmax(1)
+    positions = (shape[0], *shape[2:])
+    indices = torch.randint(0, shape[1], positions, generator=torch.Generator().manual_seed(2))
+    indices.view(-1)[:3] = indices.view(-1)[-9:] = ignore_index
+    probabilities = torch.rand(shape)
+    for target, margin, prior, smoothing in (
+        (indices, None, None, 0.0), (indices, 0.5, None, 0.0), (indices, None, 0.25, 0.1),
+        (probabilities, None, None, 0.1),
+    ):  # fmt: skip
+        given = -100 if target is probabilities else ignore_index
+        details = disalign_ops.cross_entropy(
+            z, target, ignore_index=given, label_smoothing=smoothing, margin=margin,
+            prior=None if prior is None else torch.full((shape[1],), prior), return_details=True,
+        )  # fmt: skip
+        assert torch.equal(details.prediction, expected)
+
+
+@pytest.mark.parametrize("margin", [None, 0.7, 30.0, 60.0, 200.0, -30.0])
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("shape", [(23, 87), (2, 6, 5, 7)], ids=str)
+def test_the_entropy(shape: tuple[int, ...], calibrated: bool, margin: float | None) -> None:
+    p: Any = dense(shape) if len(shape) > 2 else rows(*shape)
+    with torch.no_grad():
+        p.logits.movedim(1, -1)[0, ..., ::2] = float("-inf")
+        p.logits.movedim(1, -1)[1] *= 40  # all but one of a softmax are next to 0
+        p.target[0] = 1
+    p.options = {"margin": margin}
+    details = found(p, calibrated, "entropy")
+    with disalign_ops.set_backend("reference"):
+        expected = found(p, calibrated, "entropy")
+    assert_close(details.entropy, expected.entropy, torch.float64, "entropy")
+    assert torch.equal(details.prediction, expected.prediction)
+
+
+def test_the_logits_are_read_once() -> None:
+    """Nothing looks at them again: no operator but the loss, and two entries of each position."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if any(isinstance(a, Tensor) and a.data_ptr() == z.data_ptr() for a in args):
+                seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    z, t = torch.randn(64, 100), torch.randint(0, 100, (64,))
+    with Record():
+        disalign_ops.cross_entropy(z, t, return_details="entropy")
+    readers = {name for name in seen if "detach" not in name and "view" not in name}
+    assert readers == {"disalign_ops.row_forward.default", "aten.gather.default"}
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -205,7 +287,7 @@ def test_over_processes() -> None:
 
 def test_a_sample_of_the_classes_has_none() -> None:
     x, w = torch.randn(4, 3), torch.randn(5, 3)
-    with pytest.raises(ArgumentError, match=r"^return_details must be False where sample_rate"):
+    with pytest.raises(ArgumentError, match=r"^return_details must be False where target is"):
         disalign_ops.linear_cross_entropy(x, w, TARGET, sample_rate=0.5, return_details=True)
 
 

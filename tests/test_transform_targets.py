@@ -116,5 +116,6 @@ def _transforms_of_torchvision() -> None:
             check(name, images.flatten(1)[:, :C].contiguous(), target)
 
 
+@pytest.mark.skipif(not with_torchvision.FOUND, reason="no torchvision: make setup")
 def test_the_transforms_of_torchvision() -> None:
     with_torchvision.run(_transforms_of_torchvision)

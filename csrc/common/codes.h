@@ -12,14 +12,16 @@ enum ReductionCode : int64_t { kReduceNone = 0, kReduceMean = 1, kReduceSum = 2 
 // What 'mean' divides by.
 enum NormalizerCode : int64_t { kByWeights = 0, kByValid = 1, kByCount = 2, kByGiven = 3 };
 
-// Bits: gradients, and details: the positions' losses beside a reduced one, and of an upsampled loss
-// more.
+// Bits: gradients; details: the positions' losses beside a reduced one, and of an upsampled loss
+// more; the most probable class, and the entropy, of rows and planes on the CPU.
 enum WantedCode : int64_t {
   kWantLogits = 1,
   kWantScale = 2,
   kWantBias = 4,
   kWantConfidence = 8,
-  kWantDetails = 16
+  kWantDetails = 16,
+  kWantPrediction = 32,
+  kWantEntropy = 64
 };
 
 }  // namespace disalign

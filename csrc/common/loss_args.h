@@ -69,6 +69,10 @@ struct LossArgs {
   void* row_total = nullptr;  // sum_j b_j; with class probabilities alone
   void* loss = nullptr;       // forward: the position's loss times its sample weight, of A; or null
   void* reduced_loss = nullptr;  // forward: their sum or mean, one A; or null
+  // forward, or null: a position's most probable class, and the entropy of its softmax, of A; both
+  // without the margin.
+  int64_t* prediction = nullptr;
+  void* entropy = nullptr;
 
   // backward: dL/dloss of A, one a position (stride 1) or one for all (stride 0). null: 1.
   const void* upstream = nullptr;

@@ -18,6 +18,10 @@
 #include <utility>
 #include <vector>
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace disalign {
 
 using torch::headeronly::ScalarType;

@@ -104,14 +104,16 @@ inline void set_inputs(const Inputs& in, int64_t confidences, LossArgs& args) {
 
 // Gradients, and details, that are wanted: the bits of a WantedCode.
 struct Wanted {
-  bool logits, scale, bias, confidence, details;
+  bool logits, scale, bias, confidence, details, prediction, entropy;
 
   explicit Wanted(int64_t bits)
       : logits(bits & kWantLogits),
         scale(bits & kWantScale),
         bias(bits & kWantBias),
         confidence(bits & kWantConfidence),
-        details(bits & kWantDetails) {}
+        details(bits & kWantDetails),
+        prediction(bits & kWantPrediction),
+        entropy(bits & kWantEntropy) {}
 
   bool classes() const { return scale || bias; }
   bool calibration() const { return classes() || confidence; }

@@ -62,12 +62,12 @@ struct LossOperator {
     if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
       if (wanted.details && !each) args.loss = add(new_vector(logits, positions));
       if constexpr (Layout::kPredicts) {
-        if (wanted.details) {
-          args.probability = add(new_vector(logits, positions));
-          args.prediction = static_cast<int64_t*>(
-              add(new_tensor(&positions, 1, aoti_torch_dtype_int64(), place)));
-        }
+        if (wanted.details) args.probability = add(new_vector(logits, positions));
       }
+      if (wanted.prediction || (Layout::kPredicts && wanted.details))
+        args.prediction =
+            static_cast<int64_t*>(add(new_tensor(&positions, 1, aoti_torch_dtype_int64(), place)));
+      if (wanted.entropy) args.entropy = add(new_vector(logits, positions));
     }
     device.template forward<Operator>(logits, args);
     return results;

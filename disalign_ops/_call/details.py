@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._ops import dispatch, reference
-from .._ops.codes import REDUCTIONS
-from .._ops.problem import Inputs, Problem
+from .._ops.codes import DETAILS, ENTROPY, PREDICTION, REDUCTIONS
+from .._ops.problem import Inputs, Problem, is_soft
 from .arguments import positions_shape
 from .mixed import calibrated_at
 from .options import output
@@ -27,10 +27,11 @@ class LossDetails(NamedTuple):
         probabilities as target.
     prediction: the most probable class, int64.
     correct: whether that is the target, False where ignored. None with class probabilities.
-    entropy: -sum_j p_j log p_j; None unless return_details="entropy".
+    entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
+        return_details="entropy".
 
-    The first three come from the loss's own read of the logits where its kernels are the library's;
-    prediction and entropy take a second one.
+    All come from the loss's own read of the logits on the CPU. On a GPU prediction and entropy take
+    a second one, as everything but the loss does where no kernel of the library serves.
     """
 
     loss: Tensor
@@ -49,29 +50,36 @@ def of(
     """The loss of a validated call, with its details."""
     shape = positions_shape(input)
     each = problem.reduction == REDUCTIONS["none"]
-    loss, *known = dispatch.compute(inputs, problem._replace(details=True))
+    bits = DETAILS
+    if dispatch.predicts(problem.layout, inputs.logits):
+        bits |= PREDICTION | ENTROPY * entropy_wanted
+    loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
     result = output(input, loss, shape if each else None, *promoting)
     detached = _detached(inputs)
     with torch.no_grad():
         if known:
-            losses = loss.detach() if each else known[0]
-            lse = known[-1][0] + known[-1][1].log()
+            losses = loss.detach() if each else known.pop(0)
+            statistics = known.pop()
+            lse = statistics[0] + statistics[1].log()
+            margin = inputs.margin
         else:
             none = problem._replace(reduction=REDUCTIONS["none"], in_place=False, gradient="auto")
             losses = dispatch.compute(detached, none)[0]
             lse = None
-        second = _second_read(detached, problem, entropy=entropy_wanted, lse=lse is None)
-        prediction, entropy, plain_lse = second
-        indices = u_t = margin = None
-        if not inputs.soft:
+            margin = None
+        prediction, entropy = (*known, None, None)[:2]
+        if prediction is None:
+            second = _second_read(detached, problem, entropy=entropy_wanted, lse=lse is None)
+            prediction, entropy, of_second = second
+            lse = of_second if lse is None else lse
+        assert lse is not None
+        indices = u_t = None
+        if not is_soft(inputs):
             indices = reference.class_indices(inputs.target.reshape(-1), problem.numbers[0])
             t, valid = indices
             _, u_t, _ = calibrated_at(detached, problem, t, t, valid.to(losses.dtype))
-            if lse is not None:  # of sums with the margin, u_t without it
-                margin = inputs.margin
-                u_t = u_t if margin is None else u_t - margin[torch.where(valid, t, 0)]
-        lse = plain_lse if lse is None else lse
-        assert lse is not None
+            if margin is not None:  # of sums with the margin, u_t without it
+                u_t = u_t - margin[torch.where(valid, t, 0)]
         return assemble(result, shape, losses, lse, u_t, prediction, indices, margin, entropy)
 
 
@@ -94,6 +102,7 @@ def assemble(
             lse = _without_margin(lse, u_t, m)
         probability = torch.where(valid, (u_t - lse).exp(), 0.0)
         lse = torch.where(valid, lse, 0.0)
+        entropy = None if entropy is None else torch.where(valid, entropy, 0.0)
         correct = (prediction == t) & valid
     parts = (losses, lse, probability, prediction, correct, entropy)
     return LossDetails(loss, *(None if p is None else p.reshape(shape) for p in parts))  # type: ignore[arg-type]

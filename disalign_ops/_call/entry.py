@@ -10,7 +10,7 @@ from torch import Tensor
 from .._ops import composed, dispatch, layouts, reference
 from .._ops.calibration_form import UNCHANGED, CalibrationForm
 from .._ops.codes import NORMALIZERS, REDUCTIONS
-from .._ops.problem import Inputs, Problem
+from .._ops.problem import Inputs, Problem, is_soft
 from .._ops.schemas import ROW
 from ..errors import ArgumentError
 from . import details, mixed, sharded, tracing
@@ -46,23 +46,18 @@ def loss(
     shard: Shard | None = None,
 ) -> Tensor:
     """The loss of logits, as `cross_entropy` gives it."""
-    if isinstance(target, tuple):
-        if shard is not None:
-            raise ArgumentError(
-                "target must be one tensor where shard is given, got a tuple: add up lam times the "
-                "loss of a and 1 - lam times that of b"
-            )
-        return mixed.loss(input, target, options, calibration, validate)
     if shard is not None:
         found = sharded.loss(input, target, options, calibration, shard)
         assert isinstance(found, Tensor)
         return found
+    if isinstance(target, tuple):
+        return mixed.loss(input, target, options, calibration, validate)
     call = validate(input, target, options, calibration)
     if call is None:
         return tracing.loss(input, target, options, calibration, loss)
     found = dispatch.compute(*call)[0]
     # Class probabilities and their weight may have the wider dtype.
-    promoting = (target, options.weight) if call[0].soft else ()
+    promoting = (target, options.weight) if is_soft(call[0]) else ()
     if call[1].reduction == _NONE:
         return output(input, found, positions_shape(input), *promoting)
     if found.dtype is input.dtype and not promoting:
@@ -98,7 +93,7 @@ def loss_with_details(
         return known
     call = validate(input, target, options, calibration)
     assert call is not None
-    promoting = (target, options.weight) if call[0].soft else ()
+    promoting = (target, options.weight) if is_soft(call[0]) else ()
     return details.of(input, *call, return_details == "entropy", *promoting)
 
 

@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from .._ops import dispatch
 from .._ops.shard_reference import IGNORED
 from .._sharded import chunks
+from .._sharded.pair import Pair
 from .._sharded.sampling import Sample
 from ..errors import ArgumentError, ArgumentTypeError
-from . import entry, sharded
+from . import entry, mixed_parts, sharded
 from .arguments import check_bool, check_dtype, check_integer, check_number, check_tensor
 from .details import LossDetails
 from .options import Calibration, Options
 from .shard import Shard, check_shard, local_calibration, local_classes, local_options, local_rows
+from .types import Target
 
 
 class Head(NamedTuple):
@@ -43,7 +45,7 @@ class Head(NamedTuple):
 
 def loss(
     head: Head,
-    target: Tensor,
+    target: Target,
     options: Options,
     calibration: Calibration | None,
     shard: Shard | None,
@@ -52,15 +54,17 @@ def loss(
     """The loss of a head's logits; with a shard, over all ranks' classes."""
     check_bool("return_details", return_details)
     if shard is not None:
-        check_shard(shard, target, calibration)
+        check_shard(shard, calibration)
         head, target = head.local(shard), sharded.local_target(target, shard)
         options, calibration = local_options(options, shard), local_calibration(calibration, shard)
     like, head = validate_head(head, empty_shard=shard is not None)
-    sharded.check_rows(like, len(head.weight), target)
-    if head.sample_rate is not None and target.is_floating_point():
+    if not isinstance(target, tuple):
+        sharded.check_rows(like, len(head.weight), target)
+    of_all_classes = isinstance(target, tuple) or target.is_floating_point()
+    if head.sample_rate is not None and of_all_classes:
         raise ArgumentError(
-            "sample_rate must be None where target holds class probabilities, which give every "
-            f"class a share, got {head.sample_rate}"
+            "sample_rate must be None where target is (a, b, lam) or holds class probabilities, "
+            f"got {head.sample_rate}"
         )
     if dispatch.needs_logits():
         if head.sample_rate is not None or shard is not None:
@@ -69,14 +73,38 @@ def loss(
         if return_details:
             return entry.loss_with_details(logits, target, options, calibration, None, True)
         return entry.loss(logits, target, options, calibration)
-    features, weight, bias, cosine_scale, sample_rate, generator, chunk_bytes = head
-    if return_details and sample_rate is not None:
+    if return_details and (isinstance(target, tuple) or head.sample_rate is not None):
         raise ArgumentError(
-            "return_details must be False where sample_rate is given, since other classes have no "
-            "logits, got True"
+            "return_details must be False where target is (a, b, lam), or where sample_rate is "
+            "given, since other classes have no logits, got True"
         )
+
+    def one(
+        target: Tensor, options: Options, shard: Shard | None, pair: Pair | None = None
+    ) -> tuple[chunks.Call, Tensor]:
+        return _in_chunks(head, like, target, options, calibration, shard, return_details, pair)
+
+    if isinstance(target, tuple):
+        return mixed_parts.loss(
+            like, len(head.weight), target, options, shard, lambda *given: one(*given)[1]
+        )
+    call, found = one(target, options, shard)
+    return sharded.finish(like, call, found, target, options.weight)
+
+
+def _in_chunks(
+    head: Head,
+    like: Tensor,
+    target: Tensor,
+    options: Options,
+    calibration: Calibration | None,
+    shard: Shard | None,
+    return_details: bool,
+    pair: Pair | None,
+) -> tuple[chunks.Call, Tensor]:
+    features, weight, bias, cosine_scale, sample_rate, generator, chunk_bytes = head
     call, a, b, c = sharded.validate(
-        like, len(weight), target, options, calibration, shard, return_details
+        like, len(weight), target, options, calibration, shard, return_details, pair
     )
     if sample_rate is not None:
         first = 0 if call.ranks is None else call.ranks.first
@@ -96,8 +124,7 @@ def loss(
     chunked = chunks.Call(
         **vars(call), plan=plan, cosine=cosine_scale is not None, chunk_bytes=chunk_bytes
     )
-    found = chunks.loss(chunked, features, weight, bias, c, a, b)
-    return sharded.finish(like, call, found, target, options.weight)
+    return chunked, chunks.loss(chunked, features, weight, bias, c, a, b)
 
 
 def validate_head(head: Head, *, empty_shard: bool) -> tuple[Tensor, Head]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._ops import autograd, composed, dispatch, reference
+from .._ops.entries import add_entries
 from .._ops.problem import Inputs, Problem
 from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import (
@@ -36,6 +37,10 @@ from .options import (
     validate_options,
 )
 
+_TWO_READS = (
+    "where target is (a, b, lam) with a margin, focal_gamma, or weight and label_smoothing, or of "
+    "upsampled logits"
+)
 Validate = Callable[[Tensor, Tensor, Options, Calibration | None], tuple[Inputs, Problem] | None]
 
 
@@ -47,6 +52,37 @@ class Term(NamedTuple):
     target: Tensor
     share: Tensor
     valid: Tensor
+
+    @staticmethod
+    def of(target: Tensor, share: Tensor, ignore_index: int) -> Term:
+        """share: w included, where ignored any."""
+        t, valid = reference.class_indices(target, ignore_index)
+        return Term(t, torch.where(valid, share, 0.0), valid)
+
+
+class Split(NamedTuple):
+    """Of every position, flat: class t, W and v (sample_weight) as one weight, o, and k v."""
+
+    target: Tensor
+    weight: Tensor
+    other: Tensor
+    share: Tensor
+
+    @staticmethod
+    def of(a: Term, b: Term, v: Tensor | None, smoothing: float) -> Split:
+        # A class that is ignored has no weight; the other takes its place, whatever its own is.
+        larger = ~a.valid | (b.valid & (b.share > a.share))
+        t, o = torch.where(larger, b.target, a.target), torch.where(larger, a.target, b.target)
+        k = torch.where(larger, a.share, b.share)
+        k = torch.where(t == o, 0.0, k) * (1 - smoothing)
+        weight = a.share + b.share
+        if v is not None:
+            k, weight = k * v, weight * v
+        return Split(t, weight, o, k)
+
+    def options(self, options: Options, positions: torch.Size) -> Options:
+        """Those of the loss of class t."""
+        return options._replace(weight=None, sample_weight=self.weight.reshape(positions))
 
 
 def loss(
@@ -61,22 +97,43 @@ def loss(
         )
     classes = check_input(input)
     positions = positions_shape(input)
-    first, second, share = _check(input, target, positions)
+    first, second, lam = check(input, target, positions)
     given = validate_options(input, classes, options)
-    dtype = reference.accumulate_dtype(input.dtype)
-    v = row_vector("sample_weight", options.sample_weight, input, positions, dtype)
-    lam = share.to(dtype)
-    a, b = (_term(t, s, classes, given) for t, s in ((first, lam), (second, 1 - lam)))
-    both = given.weight is not None and given.label_smoothing > 0
-    if given.margin is None and not given.focal_gamma and not both:
+    v = row_vector("sample_weight", options.sample_weight, input, positions, lam.dtype)
+    a, b = (term(t, s, classes, given) for t, s in ((first, lam), (second, 1 - lam)))
+    if one_read_serves(given):
         found = _one_read(input, a, b, v, options, given, calibration, validate)
     else:
-        found = _two_reads(input, (a, b), lam, v, options, given, calibration, validate)
+
+        def losses(indices: Tensor, each: Options) -> Tensor:
+            call = validate(input, indices.reshape(positions), each, calibration)
+            assert call is not None
+            return dispatch.compute(*call)[0]
+
+        found = two_reads((a, b), lam, v, positions, options, given, losses)
     return output(input, found, positions if given.reduction == "none" else None)
 
 
-def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-    """a and b of the positions' shape, and lam, flat or 0-d."""
+def two_losses(
+    like: Tensor, classes: int, positions: torch.Size, target: Any, options: Options,
+    losses: Callable[[Tensor, Options], Tensor],
+) -> Tensor:  # fmt: skip
+    """The reduced loss as `two_reads` makes it, of arguments to be checked."""
+    first, second, lam = check(like, target, positions)
+    given = validate_options(like, classes, options)
+    v = row_vector("sample_weight", options.sample_weight, like, positions, lam.dtype)
+    a, b = (term(t, s, classes, given) for t, s in ((first, lam), (second, 1 - lam)))
+    return two_reads((a, b), lam, v, positions, options, given, losses)
+
+
+def one_read_serves(given: Validated) -> bool:
+    """Whether the terms differ in nothing but u_t, and their weight."""
+    both = given.weight is not None and given.label_smoothing > 0
+    return given.margin is None and not given.focal_gamma and not both
+
+
+def check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """a and b of the positions' shape, and lam, flat or 0-d, of the accumulation dtype."""
     if len(target) != 3:
         raise ArgumentError(
             f"target must have three parts, (a, b, lam), where it is a tuple, got {len(target)}"
@@ -85,12 +142,13 @@ def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, T
     for name, indices in (("target[0]", first), ("target[1]", second)):
         check_class_indices(check_tensor(name, indices))
         check_target(input, indices, positions)
+    dtype = reference.accumulate_dtype(input.dtype)
     compiling = torch.compiler.is_compiling()
     elsewhere = isinstance(share, Tensor) and share.is_cpu and not input.is_cpu
     if not isinstance(share, Tensor) or (elsewhere and not share.dim() and not compiling):
         number = check_number("target[2]", share, 0.0, 1.0)
         # A copy of a number, as torch.tensor makes it, would wait for the GPU.
-        return first, second, torch.full((), number, dtype=torch.float64, device=input.device)
+        return first, second, torch.full((), number, dtype=dtype, device=input.device)
     if not check_tensor("target[2]", share).is_floating_point():
         # `loss_denominator` takes three tensors of indices as three targets.
         raise ArgumentTypeError(
@@ -108,34 +166,25 @@ def _check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, T
         inside = (share >= 0) & (share <= 1)
         if not bool(inside.all()):
             raise ArgumentError("target[2] must be from 0 to 1, got an entry that is not")
-    share = share.to(input.device)
+    share = share.to(input.device, dtype)
     return first, second, share.reshape(-1) if share.dim() else share
 
 
-def _term(target: Tensor, share: Tensor, classes: int, given: Validated) -> Term:
+def term(target: Tensor, share: Tensor, classes: int, given: Validated) -> Term:
+    """share: lam, of any shape that broadcasts to the positions."""
     dispatch.check_classes(target, classes, given.ignore_index, asserted=False)
     t, valid = reference.class_indices(target.reshape(-1), given.ignore_index)
     w = share if given.weight is None else share * given.weight[torch.where(valid, t, 0)]
-    return Term(t, torch.where(valid, w, 0.0), valid)
+    return Term.of(t, w, given.ignore_index)
 
 
 def _one_read(
     input: Tensor, a: Term, b: Term, v: Tensor | None, options: Options, given: Validated,
     calibration: Calibration | None, validate: Validate,
 ) -> Tensor:  # fmt: skip
-    # A class that is ignored has no weight; the other one takes its place, whatever its own is.
-    larger = ~a.valid | (b.valid & (b.share > a.share))
-    t, o = torch.where(larger, b.target, a.target), torch.where(larger, a.target, b.target)
-    k = torch.where(larger, a.share, b.share)
-    k = torch.where(t == o, 0.0, k) * (1 - given.label_smoothing)
-    weight = a.share + b.share
-    if v is not None:
-        k, weight = k * v, weight * v
+    t, weight, o, k = split = Split.of(a, b, v, given.label_smoothing)
     positions = positions_shape(input)
-    call = validate(
-        input, t.reshape(positions),
-        options._replace(weight=None, sample_weight=weight.reshape(positions)), calibration,
-    )  # fmt: skip
+    call = validate(input, t.reshape(positions), split.options(options, positions), calibration)
     assert call is not None
     inputs, problem = call
     logits, u_t, u_o = calibrated_at(inputs, problem, t, o, k)
@@ -151,37 +200,30 @@ def _one_read(
     return found + reference.reduce(rest, given.reduction, "count", divisor)
 
 
-def _two_reads(
-    input: Tensor, terms: tuple[Term, Term], lam: Tensor, v: Tensor | None, options: Options,
-    given: Validated, calibration: Calibration | None, validate: Validate,
+def two_reads(
+    terms: tuple[Term, Term], lam: Tensor, v: Tensor | None, positions: torch.Size,
+    options: Options, given: Validated, losses: Callable[[Tensor, Options], Tensor],
 ) -> Tensor:  # fmt: skip
-    """Where the terms differ in more than u_t: each is a loss of its own."""
+    """Each term as a loss of its own. losses(indices, options): of every position, flat."""
     if given.in_place:
         raise ArgumentError(
-            "inplace_backward must be False where target is (a, b, lam) with a margin, "
-            "focal_gamma, or weight and label_smoothing, got True: the logits are read twice"
+            f"inplace_backward must be False {_TWO_READS}, got True: the logits are read twice"
         )
     if given.gradient == "forward":
-        refuse_in_forward(
-            "where target is (a, b, lam) with a margin, focal_gamma, or weight and label_smoothing"
-        )
-    positions = positions_shape(input)
-    losses: Any = 0
+        refuse_in_forward(_TWO_READS)
+    total: Any = 0
     for term, share in zip(terms, (lam, 1 - lam), strict=True):
         weight = share.expand(term.target.shape) if v is None else share * v
-        call = validate(
-            input, term.target.reshape(positions),
-            options._replace(reduction="none", sample_weight=weight.reshape(positions),
-                             normalizer="count", gradient="auto"),
-            calibration,
+        each = options._replace(
+            reduction="none", sample_weight=weight.reshape(positions), normalizer="count",
+            gradient="auto",
         )  # fmt: skip
-        assert call is not None
-        part = dispatch.compute(*call)[0]
-        losses = losses + torch.where(weight == 0, 0.0, part)  # a masked class of no share: 0 * inf
+        part = losses(term.target, each)
+        total = total + torch.where(weight == 0, 0.0, part)  # a masked class of no share: 0 * inf
     a, b = terms
     valid, shares = a.valid | b.valid, a.share + b.share
     divisor = reference.denominator_of(given.normalizer, valid, shares, v)
-    return reference.reduce(losses, given.reduction, given.normalizer, divisor)
+    return reference.reduce(total, given.reduction, given.normalizer, divisor)
 
 
 def calibrated_at(
@@ -238,11 +280,5 @@ class _Entries(torch.autograd.Function):
         if torch.is_grad_enabled() or type(grad) is not Tensor or autograd.is_batched(grad):
             return grad.scatter_add(1, index, of_entries.to(grad.dtype)), None, None
         # Both entries are one where their gradients are 0: either may be written.
-        values = grad.gather(1, index).to(of_entries.dtype) + of_entries
-        _as_bits(grad).scatter_(1, index, _as_bits(values.to(grad.dtype)))
+        add_entries(grad, index, of_entries)
         return grad, None, None
-
-
-def _as_bits(tensor: Tensor) -> Tensor:
-    """Half precision as int16: scatter_ on the CPU would take it through a copy in float32."""
-    return tensor.view(torch.int16) if tensor.element_size() == 2 else tensor

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .._sharded.ranks import Ranks
 from ..errors import ArgumentError, ArgumentTypeError
@@ -67,7 +66,6 @@ class Shard:
     | inplace_backward where input is a DTensor | it does not notice a write to its local part |
     | `upsample_cross_entropy` | its kernels need all classes of a position |
     | return_details="entropy", or with a margin | one rank alone knows the logit of a class |
-    | a target (a, b, lam) | add up lam times the loss of a and 1 - lam times that of b |
     | `loss` of the layers in `disalign_ops.nn` | nothing sums the gradient of their x over ranks |
     | create_graph, is_grads_batched | the exchange has no second derivative (RuntimeError) |
     | torch.func, forward mode, torch.export, torch.jit.trace | no exchange in them (RuntimeError) |
@@ -104,7 +102,7 @@ class Shard:
         return Shard(_sharded_over("dtensor", dtensor, None), offset)
 
 
-def check_shard(shard: Shard, target: Tensor, calibration: Calibration | None) -> None:
+def check_shard(shard: Shard, calibration: Calibration | None) -> None:
     """Refuses what is no Shard, and what a loss with one does not support."""
     if not isinstance(shard, Shard):
         is_group = dist.is_available() and isinstance(shard, dist.ProcessGroup)

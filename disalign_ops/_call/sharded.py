@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,10 @@ from .._ops import dispatch, layouts, reference
 from .._ops.schemas import ROW
 from .._sharded import parallel
 from .._sharded.known import Known
+from .._sharded.pair import Pair
 from .._sharded.shards import Call, Reduction, Vectors
 from ..errors import ArgumentError
-from . import details
+from . import details, mixed_parts
 from .arguments import (
     check_dtype,
     check_target,
@@ -39,18 +42,19 @@ from .shard import (
     local_rows,
     ranks_of,
 )
+from .types import Target
 
 
 def loss(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     options: Options,
     calibration: Calibration | None,
     shard: Shard,
     return_details: bool = False,
 ) -> Tensor | LossDetails:
     """The loss over all ranks' classes of logits (N, C_rank) or (C_rank,)."""
-    check_shard(shard, target, calibration)
+    check_shard(shard, calibration)
     if is_dtensor(input) and options.inplace_backward is True:
         raise ArgumentError("inplace_backward must be False where input is a DTensor, got True")
     dim = input.dim() - 1 if isinstance(input, Tensor) else 0
@@ -66,25 +70,38 @@ def loss(
         )
     check_dtype("input", input)
     classes, like = input.shape[-1], logits_like(input, input.shape[-1])
-    check_rows(like, classes, target)
+    if not isinstance(target, tuple):
+        check_rows(like, classes, target)
     rows = input.unsqueeze(0) if input.dim() == 1 else input
     copied = rows.stride(1) != 1 and classes > 1
     flat = rows.contiguous() if copied else rows
     in_place = options.inplace_backward is True and layouts.check_in_place(input, flat, copied)
     if dispatch.needs_logits():
         raise RuntimeError(dispatch.NO_TRANSFORMS)
-    call, a, b, c = validate(like, classes, target, options, calibration, shard, return_details)
-    found = parallel.loss(call, flat, c, a, b, in_place=in_place)
+
+    def one(
+        target: Tensor, options: Options, shard: Shard | None, pair: Pair | None = None
+    ) -> tuple[Call, Tensor]:
+        call, a, b, c = validate(
+            like, classes, target, options, calibration, shard, return_details, pair
+        )
+        return call, parallel.loss(call, flat, c, a, b, in_place=in_place)
+
+    if isinstance(target, tuple):
+        return mixed_parts.loss(
+            like, classes, target, options, shard, lambda *given: one(*given)[1]
+        )
+    call, found = one(target, options, shard)
     return finish(like, call, found, target, options.weight)
 
 
-def local_target(target: Tensor, shard: Shard) -> Tensor:
+def local_target(target: Any, shard: Shard) -> Any:
     """The local part of a DTensor: of class probabilities this rank's classes."""
+    if isinstance(target, tuple):
+        return mixed_parts.local_targets(target)
     if isinstance(target, Tensor) and target.is_floating_point():
-        local: Tensor = local_classes("target", target, shard, target.dim() - 1)
-        return local
-    rows: Tensor = local_rows("target", target)
-    return rows
+        return local_classes("target", target, shard, target.dim() - 1)
+    return local_rows("target", target)
 
 
 def logits_like(rows: Tensor, classes: int) -> Tensor:
@@ -97,11 +114,6 @@ def logits_like(rows: Tensor, classes: int) -> Tensor:
 
 def check_rows(like: Tensor, classes: int, target: Tensor) -> None:
     """Class indices (N,), or class probabilities (N, C), of a rank's classes."""
-    if isinstance(target, tuple):
-        raise ArgumentError(
-            "target must be one tensor where logits are made in parts, got a tuple: add up lam "
-            "times the loss of a and 1 - lam times that of b"
-        )
     if not check_tensor("target", target).is_floating_point():
         check_target(like, target, positions_shape(like))
         return
@@ -123,6 +135,7 @@ def validate(
     calibration: Calibration | None,
     shard: Shard | None,
     return_details: bool,
+    pair: Pair | None = None,
 ) -> tuple[Call, Tensor | None, Tensor | None, Tensor | None]:
     """A call with a target that `check_rows` has passed, and scale, bias (C,) and confidence (N,)
     in u = (1 + c scale) z + c bias. The exchange between processes, if there is one, comes last: a
@@ -169,6 +182,7 @@ def validate(
         reduction=Reduction(sample_weight, given.reduction, given.normalizer),
         ranks=ranks,
         known=Known(positions_shape(like).numel(), like) if return_details else None,
+        pair=pair,
     )
     return call, a, b, c
 

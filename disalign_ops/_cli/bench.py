@@ -118,9 +118,10 @@ def report(
 ) -> str:
     """The text that is printed of a measured case."""
     case = found.case
+    threads = f"{about['threads']} thread" + "s" * (about["threads"] != 1)
     lines = [
         case.title,
-        f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}; "
+        f"{about['device']}, {threads}, torch {about['versions']['torch']}; "
         f"disalign_ops {about['disalign_ops']['version']} by its {about['backend']} backend",
         "",
     ]

@@ -36,7 +36,7 @@ from .namespace import NAMESPACE
 from .problem import Inputs, Problem, reference_loss
 from .schemas import LAYOUTS, UPSAMPLE, Layout, library
 
-_NONE = REDUCTIONS["none"]
+_NONE, _GRADIENT_BITS = REDUCTIONS["none"], sum(GRADIENTS)
 _functorch, _modes = torch._C._functorch, torch._C._len_torch_dispatch_stack
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _is_compiling = torch.compiler.is_compiling
@@ -59,12 +59,12 @@ _FIRST_GRADIENT = 3  # of forward: loss, statistics and denominator are before i
 
 
 def _details(results: list[Tensor], wanted: int, problem: Problem) -> list[Tensor]:
-    """The positions' losses, where the result is not that; then what the layout has: statistics, or
-    of an upsampled loss the target's softmax and prediction.
+    """The positions' losses, where the result is not that; then, of an upsampled loss, the target's
+    softmax and prediction, of others prediction and entropy, each if wanted, and the statistics.
     """
     if not wanted & DETAILS:
         return []
-    found = results[_FIRST_GRADIENT + (wanted & ~DETAILS).bit_count() :]
+    found = results[_FIRST_GRADIENT + (wanted & _GRADIENT_BITS).bit_count() :]
     return found if problem.layout.name == UPSAMPLE.name else [*found, results[1]]
 
 
@@ -339,8 +339,7 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
             )
     compiling = _is_compiling()
     wanted = in_forward.wanted(inputs, problem, need, compiling) if need else 0
-    if problem.details:
-        wanted |= DETAILS
+    wanted |= problem.details
     if compiling:
         results = _forward(_all_classes(inputs, problem), problem, wanted)
         return (results[0], *(t.detach() for t in _details(results, wanted, problem)))

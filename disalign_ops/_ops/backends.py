@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import ArgumentError
-from .namespace import NAMESPACE
+from .namespace import LINKED, NAMESPACE
 
 _operators: Any = getattr(torch.ops, NAMESPACE)
 
@@ -76,12 +76,13 @@ def load_native() -> None:
 def _load(library: Path, note: str, probe: str) -> str | None:
     """Loads a library and calls an operator of it; or says why that cannot be."""
     try:
-        if not library.exists():
-            raise FileNotFoundError(_why_missing(library, note))
-        torch.ops.load_library(str(library))
+        if not LINKED:
+            if not library.exists():
+                raise FileNotFoundError(_why_missing(library, note))
+            torch.ops.load_library(str(library))
         getattr(_operators, probe)()
     except (OSError, RuntimeError) as error:
-        return str(error).splitlines()[0]
+        return f"{library.name} is not in this build" if LINKED else str(error).splitlines()[0]
     return None
 
 

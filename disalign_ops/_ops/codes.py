@@ -7,8 +7,9 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # What 'mean' divides by; "given": the caller's number.
 NORMALIZERS = {"weights": 0, "valid": 1, "count": 2, "given": 3}
 
-# Bits of what an operator is to make: gradients of these, in this order, and details.
-LOGITS, SCALE, BIAS, CONFIDENCE, DETAILS = 1, 2, 4, 8, 16
+# Bits of what an operator is to make: gradients of these, in this order; details; the most probable
+# class; the entropy.
+LOGITS, SCALE, BIAS, CONFIDENCE, DETAILS, PREDICTION, ENTROPY = 1, 2, 4, 8, 16, 32, 64
 GRADIENTS = (LOGITS, SCALE, BIAS, CONFIDENCE)
 CALIBRATION = SCALE | BIAS | CONFIDENCE
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import reference
 from .codes import NORMALIZERS, REDUCTIONS
-from .problem import Inputs, Problem
+from .problem import Inputs, Problem, is_soft
 from .schemas import ROW
 
 torch_cross_entropy = F.cross_entropy  # before `replace_cross_entropy` puts ours there
@@ -125,7 +125,7 @@ def cross_entropy(inputs: Inputs, problem: Problem) -> Tensor:
     scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
     ignore_index, label_smoothing, focal_gamma = problem.numbers
     reduction, normalizer = problem.reduction_name, problem.normalizer_of(inputs)
-    if inputs.soft:
+    if is_soft(inputs):
         return _soft_cross_entropy(inputs, problem, scale, bias)
     t = target.reshape((logits.shape[0], *logits.shape[2:]))
     t, valid = reference.class_indices(t, ignore_index)

@@ -10,14 +10,14 @@ from torch.autograd import forward_ad
 
 from . import autograd, backends, composed, in_forward, reference
 from .codes import REDUCTIONS
-from .problem import Inputs, Problem, reference_loss
+from .problem import Inputs, Problem, is_soft, reference_loss
 from .schemas import DENSE, UPSAMPLE, Layout
 
 
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     """The loss in the accumulation dtype ('none': flat), and the details, if there are any."""
     backend = serving_backend(inputs.logits)
-    if inputs.soft and inputs.target.requires_grad and torch.is_grad_enabled():
+    if is_soft(inputs) and inputs.target.requires_grad and torch.is_grad_enabled():
         backend = "reference"  # no kernel gives class probabilities a gradient
     if backend == "native":
         return autograd.loss(inputs, problem)
@@ -25,7 +25,7 @@ def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
         mean = composed.plain_mean(inputs, problem)
         if mean is not None:
             return (mean,)
-    if not inputs.soft:
+    if not is_soft(inputs):
         check_classes(inputs.target, inputs.logits.shape[1], problem.numbers[0])
     if backend == "triton":
         layout = operators_of(problem.layout, backend)
@@ -47,7 +47,7 @@ def _upsampled(
         inputs.logits, (height, width), align_corners,
         scale=scale, bias=bias, confidence=inputs.confidence, prior=inputs.prior,
     ).flatten(2)  # fmt: skip
-    target = inputs.target.flatten(2) if inputs.soft else inputs.target
+    target = inputs.target.flatten(2) if is_soft(inputs) else inputs.target
     planes = Inputs(
         u, target, inputs.weight, margin=inputs.margin, sample_weight=inputs.sample_weight,
         denominator=inputs.denominator,
@@ -73,6 +73,11 @@ def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
     """Whether the kernels that these logits go to can make their gradient in forward."""
     native = serving_backend(logits) == "native"
     return native and layout.name in in_forward.kernels_of(layout, logits).layouts
+
+
+def predicts(layout: Layout, logits: Tensor) -> bool:
+    """Whether the kernels that these logits go to give prediction and entropy."""
+    return serving_backend(logits) == "native" and in_forward.kernels_of(layout, logits).predicts
 
 
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing

@@ -21,19 +21,26 @@ class Kernels(NamedTuple):
     them make it. upsampled_calibration: whether they make that of an upsampled calibration; on a
     GPU it costs backward the low-resolution logits once more, and forward every output position.
     finished_by_operator: whether backward leaves the upstream gradient to `backward_made`, so that
-    the host does not wait for it.
+    the host does not wait for it. predicts: whether those of rows and planes give prediction and
+    entropy.
     """
 
     layouts: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     upsampled_calibration: bool = False
     finished_by_operator: bool = False
+    predicts: bool = False
 
 
 # Not float16, which flushes to zero where it is made before GradScaler's factor, nor bfloat16 where
 # backward would round it a second time. (Tests that run other kernels on the CPU change this.)
 NATIVE = {
-    "cpu": Kernels(tuple(layout.name for layout in LAYOUTS), (torch.float32, torch.float64), True),
+    "cpu": Kernels(
+        tuple(layout.name for layout in LAYOUTS),
+        (torch.float32, torch.float64),
+        True,
+        predicts=True,
+    ),
     "cuda": Kernels(
         tuple(layout.name for layout in MADE_LAYOUTS),
         (torch.float32, torch.float64, torch.bfloat16),

@@ -7,3 +7,4 @@ one process: buildtools/kernels_hub.py writes another file in this place.
 from __future__ import annotations
 
 NAMESPACE = "disalign_ops"
+LINKED = False  # whether importing this module has loaded the compiled operators

@@ -20,7 +20,7 @@ class Inputs(NamedTuple):
     logits: as the layout takes them. Class vectors (C,) and position vectors, flat: contiguous and
     of the accumulation dtype. scale and bias are a and b of u = (1 + c a) z + c b, or what the
     problem's form makes those of. denominator: the caller's, a float64 0-d tensor. target: class
-    indices, or class probabilities in the layout of the logits (`soft`).
+    indices, or class probabilities in the layout of the logits (`is_soft`).
     """
 
     logits: Tensor
@@ -34,17 +34,22 @@ class Inputs(NamedTuple):
     sample_weight: Tensor | None = None
     denominator: Tensor | None = None
 
-    @property
-    def soft(self) -> bool:
-        return self.target.is_floating_point()
+
+def is_soft(inputs: Inputs) -> bool:
+    """Whether the target is class probabilities.
+
+    No property: torch.compile of torch 2.10 does not evaluate those of named tuples.
+    """
+    return inputs.target.is_floating_point()
 
 
 class Problem(NamedTuple):
     """The rest of it, numbers alone.
 
     numbers: ignore_index, label_smoothing, focal_gamma, and the layout's options. reduction and
-    normalizer: codes.py. details: see autograd.loss. in_place: backward writes over the logits.
-    gradient: the pass that makes the gradient of the logits, "auto", "forward" or "backward".
+    normalizer: codes.py. details: the bits of details that are wanted. in_place: backward writes
+    over the logits. gradient: the pass that makes the gradient of the logits, "auto", "forward" or
+    "backward".
     """
 
     layout: Layout
@@ -53,7 +58,7 @@ class Problem(NamedTuple):
     normalizer: int
     form: CalibrationForm = UNCHANGED
     in_place: bool = False
-    details: bool = False
+    details: int = 0
     gradient: str = "auto"
 
     @property

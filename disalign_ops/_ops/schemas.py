@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .codes import DETAILS, GRADIENTS, LOGITS, REDUCTIONS, SHARD_VALUES
+from .codes import (
+    DETAILS,
+    ENTROPY,
+    GRADIENTS,
+    LOGITS,
+    PREDICTION,
+    REDUCTIONS,
+    SHARD_VALUES,
+)
 from .namespace import NAMESPACE
 
 
@@ -73,7 +81,7 @@ def schemas(layout: Layout) -> tuple[str, ...]:
     and of the logits' shape (upsample: at the size of the loss).
     forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; with
     details the positions' loss (where `loss` is not that), and of an upsampled loss the target's
-    softmax and prediction.
+    softmax and prediction; of rows and planes on the CPU prediction and entropy, each if wanted.
     backward: gradients. backward_: that of the logits is written over them, and is no result.
     """
     name = layout.name
@@ -160,12 +168,15 @@ def _forward_fake(
         logits.new_empty((), dtype=torch.float64),
         *_gradient_fakes(logits, wanted),
     ]
-    if wanted & DETAILS:
-        results += [] if each else [logits.new_empty((positions,), dtype=dtype)]
-    if wanted & DETAILS and predicts:
-        probability = logits.new_empty((positions,), dtype=dtype)
-        prediction = logits.new_empty((positions,), dtype=torch.int64)
-        results += [probability, prediction]
+    upsampled = predicts and wanted & DETAILS
+    if wanted & DETAILS and not each:
+        results.append(logits.new_empty((positions,), dtype=dtype))
+    if upsampled:
+        results.append(logits.new_empty((positions,), dtype=dtype))
+    if upsampled or wanted & PREDICTION:
+        results.append(logits.new_empty((positions,), dtype=torch.int64))
+    if wanted & ENTROPY:
+        results.append(logits.new_empty((positions,), dtype=dtype))
     return results
 
 

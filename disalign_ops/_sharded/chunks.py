@@ -237,6 +237,9 @@ class _Chunks:
             sums = shards.sums_of(self.call.backend, logits, target, vectors, confidence)
             if self.call.known is not None:
                 self.call.known.look(rows, logits, vectors, confidence, self.first + part.start)
+            if self.call.pair is not None:
+                other = self.call.local_other(rows, part)
+                self.call.pair.look(rows, logits, other, vectors, confidence)
             weight = self.call.weight_sum(vectors, part.stop - part.start, sums)
             if total is None or weight_sum is None:
                 total, weight_sum = sums, weight
@@ -247,9 +250,12 @@ class _Chunks:
         return total, logits if len(self.parts) <= 1 else None
 
     def gradients(
-        self, rows: slice, factors: Tensor, logits: Tensor | None, out: _Gradients
-    ) -> None:
-        """Adds these rows' share to `out`. logits: as from `sums`, overwritten."""
+        self, rows: slice, factors: Tensor, logits: Tensor | None, out: _Gradients,
+        upstream: Tensor,
+    ) -> None:  # fmt: skip
+        """Adds these rows' share to `out`. logits: as from `sums`, overwritten. upstream: of the
+        rows' losses with their sample_weight.
+        """
         features = self.features[rows]
         want = (out.of_logits, out.need[4], out.need[5], out.need[3])
         sum_features = None if out.features is None else out.features[rows]
@@ -259,9 +265,10 @@ class _Chunks:
         for part in self.parts:
             chunk = self._logits(rows, part) if logits is None else logits
             target, vectors, confidence = self._shard(rows, part)
-            grad, scale, bias, of_confidence = shards.gradients_of(
-                self.call.backend, factors, chunk, target, vectors, confidence, want, in_place=True
-            )
+            grad, scale, bias, of_confidence = shards.gradients_with_pair(
+                self.call, factors, chunk, target, vectors, confidence, want, rows, part, upstream,
+                in_place=True,
+            )  # fmt: skip
             for to, found, at in (
                 (out.scale, scale, part), (out.calibration_bias, bias, part),
                 (out.confidence, of_confidence, rows),
@@ -284,6 +291,7 @@ class _Chunks:
         valid = call.valid
         divisor = call.reduction.divisor(w_t, valid)
         upstream = call.reduction.upstream(None, divisor, like).expand(rows)
+        of_reduced = call.reduction.of_reduced(None, divisor, like).expand(rows)
         terms, losses, target_du_dc = (
             like.new_empty(shape) for shape in ((4, rows), (rows,), (rows,))
         )
@@ -295,9 +303,11 @@ class _Chunks:
             target_du_dc[part] = sums[3]
             if call.known is not None:
                 call.known.take(part, sums, soft=call.soft)
+            if call.pair is not None:
+                call.pair.finish(part, sums[2])
             if made is not None:
                 factors = shards.factors_of(terms[:, part], sums[3], upstream[part])
-                self.gradients(part, factors, logits, made)
+                self.gradients(part, factors, logits, made, of_reduced[part])
         return Finished(losses, terms, target_du_dc, divisor)
 
 
@@ -327,7 +337,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.made = None if made is None else made.finish(chunks.head, call.chunk_bytes)
         if any(need):
             ctx.save_for_backward(*tensors, done.terms, done.target_du_dc, done.divisor)
-        reduced: Tensor = call.reduction.loss(done.losses, done.divisor, call.known)
+        reduced: Tensor = call.reduction.loss(done.losses, done.divisor, call.known, call.pair)
         return reduced
 
     @staticmethod
@@ -337,7 +347,7 @@ class _LinearLoss(torch.autograd.Function):
         *tensors, terms, target_du_dc, divisor = ctx.saved_tensors
         batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched
         if torch.is_grad_enabled() or (batched and ctx.made is None):
-            return (*_through_logits(call, tensors, need, grad_loss), None)
+            return (*_through_logits(call, tensors, need, grad_loss, divisor), None)
         if batched:
             return (*(None if t is None else t * grad_loss for t in ctx.made), None)
         made, ctx.made = ctx.made, None  # given away: a second backward makes them anew
@@ -348,9 +358,10 @@ class _LinearLoss(torch.autograd.Function):
         chunks = _Chunks(call, tuple(tensors))
         out = _Gradients(tuple(tensors), need, call)
         upstream = call.reduction.upstream(grad_loss, divisor, terms).expand(target_du_dc.shape)
+        of_reduced = call.reduction.of_reduced(grad_loss, divisor, terms).expand(len(tensors[0]))
         for part in call.plan.row_parts(len(tensors[0])):
             factors = shards.factors_of(terms[:, part], target_du_dc[part], upstream[part])
-            chunks.gradients(part, factors, None, out)
+            chunks.gradients(part, factors, None, out, of_reduced[part])
         if call.ranks is not None:
             for replicated in (out.features, out.confidence):
                 if replicated is not None:
@@ -359,7 +370,7 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _through_logits(
-    call: Call, tensors: list[Any], need: tuple[bool, ...], grad_loss: Tensor
+    call: Call, tensors: list[Any], need: tuple[bool, ...], grad_loss: Tensor, divisor: Tensor
 ) -> list[Tensor | None]:
     """The same gradients through the reference and the whole logits: to be differentiated again, or
     for a batch of upstream gradients.
@@ -370,14 +381,21 @@ def _through_logits(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         w = F.normalize(weight, dim=1, eps=smallest_norm(weight.dtype)) if call.cosine else weight
+        logits = F.linear(features, w, bias)
         loss = reference.cross_entropy(
-            F.linear(features, w, bias), call.target, weight=call.vectors.weight, scale=scale,
+            logits, call.target, weight=call.vectors.weight, scale=scale,
             bias=calibration_bias, confidence=confidence, prior=call.vectors.prior,
             margin=call.vectors.margin, sample_weight=call.reduction.sample_weight,
             ignore_index=call.ignore_index, label_smoothing=call.label_smoothing,
             focal_gamma=call.focal_gamma, reduction=call.reduction.reduction,
             normalizer=call.reduction.normalizer,
         )  # fmt: skip
+        if call.pair is not None:
+            vectors = replace(call.vectors, scale=scale, bias=calibration_bias)
+            t = reference.class_indices(call.target, call.ignore_index)[0]
+            rest = call.pair.of_logits(logits, t, vectors, confidence)
+            # "count": where nothing is left the rest adds 0, not a second NaN.
+            loss = loss + reference.reduce(rest, call.reduction.reduction, "count", divisor)
     inputs = [t for t, n in zip(tensors, need, strict=True) if n]
     found = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=again))
     return [next(found) if n else None for n in need]

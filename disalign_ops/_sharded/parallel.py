@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from .._ops import reference
 from . import shards
 from .shards import Call
 
@@ -40,6 +41,11 @@ def finish(call: Call, sums: Tensor, classes: int, *, du_dc: bool) -> Finished:
     if call.known is not None:
         call.known.take(slice(None), global_sums.sums, soft=call.soft)
         call.known.exchange(call.ranks)
+    if call.pair is not None:
+        other = call.local_other(slice(None), slice(0, classes))
+        other_valid = reference.class_indices(call.pair.other, call.ignore_index)[1]
+        call.pair.exchange(call.ranks, other, other_valid)
+        call.pair.finish(slice(None), global_sums.sums[2])
     divisor = call.reduction.divisor(global_sums.target_weight, valid)
     return Finished(losses, terms, global_sums.sums[3], divisor)
 
@@ -56,13 +62,16 @@ class _ParallelLoss(torch.autograd.Function):
         sums = shards.sums_of(call.backend, logits, local, vectors, confidence)
         if call.known is not None:
             call.known.look(slice(None), logits, vectors, confidence, call.ranks.first)
+        if call.pair is not None:
+            other = call.local_other(slice(None), slice(0, classes))
+            call.pair.look(slice(None), logits, other, vectors, confidence)
         done = finish(call, sums, classes, du_dc=scale is not None)
         ctx.call, ctx.in_place = call, in_place
         if any(ctx.needs_input_grad[:4]):
             ctx.save_for_backward(
                 logits, confidence, scale, bias, local, done.terms, done.target_du_dc, done.divisor
             )
-        loss: Tensor = call.reduction.loss(done.losses, done.divisor, call.known)
+        loss: Tensor = call.reduction.loss(done.losses, done.divisor, call.known, call.pair)
         return loss
 
     @staticmethod
@@ -78,9 +87,11 @@ class _ParallelLoss(torch.autograd.Function):
         vectors = replace(call.vectors, scale=scale, bias=bias)
         want = (of_logits, of_scale, of_bias, of_confidence)
         over = logits.data if ctx.in_place else logits
-        grads = shards.gradients_of(
-            call.backend, factors, over, local, vectors, confidence, want, in_place=ctx.in_place
-        )
+        grads = shards.gradients_with_pair(
+            call, factors, over, local, vectors, confidence, want, slice(None),
+            slice(0, logits.shape[1]), call.reduction.of_reduced(grad_loss, divisor, terms),
+            in_place=ctx.in_place,
+        )  # fmt: skip
         if ctx.in_place and of_logits:
             torch.autograd.graph.increment_version(logits)
         if grads[3] is not None:

@@ -69,7 +69,7 @@ class Ranks:
         self.add(message, "sums of the rows")
         *values, numbers = message.split([*(len(maximum) for _ in values), 3])
         weight_sum, everyone, owners = numbers
-        _check_owners(owners, valid)
+        check_owners(owners, valid)
         for k, value in zip(sent, values, strict=False):
             relative[k] = value
         target_weight = values[-1] if weighted else valid.to(sums.dtype)
@@ -109,7 +109,7 @@ class Ranks:
             ) from error
 
 
-def _check_owners(owners: Tensor, valid: Tensor) -> None:
+def check_owners(owners: Tensor, valid: Tensor) -> None:
     """Every target that counts must be exactly one rank's class."""
     message = (
         "target must be global class ids, each the class of exactly one rank (shards follow each "

@@ -24,6 +24,7 @@ from .._ops.shard_reference import ELSEWHERE, IGNORED
 
 if TYPE_CHECKING:
     from .known import Known
+    from .pair import Pair
     from .ranks import Ranks
 
 NO_DOUBLE_BACKWARD = (
@@ -220,21 +221,34 @@ class Reduction:
             return torch.ones((), dtype=torch.float64, device=valid.device)
         return reference.denominator_of(self.normalizer, valid, target_weight, self.sample_weight)
 
-    def loss(self, losses: Tensor, divisor: Tensor, known: Known | None) -> Tensor:
+    def loss(
+        self, losses: Tensor, divisor: Tensor, known: Known | None, pair: Pair | None
+    ) -> Tensor:
         """losses: those of `terms_of`. known: gets them, sample_weight included."""
         if self.sample_weight is not None:
             losses = losses * self.sample_weight
+        if pair is not None:
+            losses = losses + pair.rest
         if known is not None:
             known.losses = losses
         return reference.reduce(losses, self.reduction, self.normalizer, divisor)
 
     def upstream(self, grad_loss: Tensor | None, divisor: Tensor, like: Tensor) -> Tensor:
-        """Of each row's loss, (N,) or 0-d. grad_loss: of the reduced loss; None: 1."""
+        """Of each row's loss before its sample_weight, (N,) or 0-d.
+
+        grad_loss: of the reduced loss; None: 1.
+        """
+        upstream = self.of_reduced(grad_loss, divisor, like)
+        return upstream if self.sample_weight is None else upstream * self.sample_weight
+
+    @staticmethod
+    def of_reduced(grad_loss: Tensor | None, divisor: Tensor, like: Tensor) -> Tensor:
+        """The same of each row's loss with its sample_weight."""
         inverse = torch.where(divisor == 0, 0.0, 1.0 / torch.where(divisor == 0, 1.0, divisor))
         upstream = inverse.to(like.dtype)
         if grad_loss is not None:
             upstream = upstream * grad_loss.to(like.dtype)
-        return upstream if self.sample_weight is None else upstream * self.sample_weight
+        return upstream
 
 
 def factors_of(terms: Tensor, target_du_dc: Tensor, upstream: Tensor) -> Tensor:
@@ -251,7 +265,8 @@ class Call:
     """What a loss is given beside the tensors that it can differentiate.
 
     vectors: without scale and bias, which are differentiable. ranks: the processes that share the
-    classes, or None. known: where details are wanted, to be filled in.
+    classes, or None. known: where details are wanted, to be filled in. pair: of two classes a
+    position, the second one's part.
     """
 
     backend: str
@@ -263,6 +278,7 @@ class Call:
     reduction: Reduction
     ranks: Ranks | None
     known: Known | None
+    pair: Pair | None
 
     @property
     def soft(self) -> bool:
@@ -280,8 +296,16 @@ class Call:
         """Of some of this process's classes, as the operators take it."""
         if self.soft:
             return self.target[rows, part]
+        return self._of_part(self.target[rows], part)
+
+    def local_other(self, rows: slice, part: slice) -> Tensor:
+        """The same of the second class."""
+        assert self.pair is not None
+        return self._of_part(self.pair.other[rows], part)
+
+    def _of_part(self, target: Tensor, part: slice) -> Tensor:
         first = (self.ranks.first if self.ranks else 0) + part.start
-        return local_target(self.target[rows], first, part.stop - part.start, self.ignore_index)
+        return local_target(target, first, part.stop - part.start, self.ignore_index)
 
     def target_weight(self, classes: int, like: Tensor) -> Tensor:
         """w_t of every row whose target is among this process's classes, else 0; of class
@@ -305,3 +329,24 @@ class Call:
         return terms_of(
             sums, target_weight, weight_sum, classes, valid, self.label_smoothing, self.focal_gamma
         )
+
+
+def gradients_with_pair(
+    call: Call, factors: Tensor, logits: Tensor, target: Tensor, vectors: Vectors,
+    confidence: Tensor | None, want: tuple[bool, bool, bool, bool], rows: slice, part: slice,
+    upstream: Tensor, *, in_place: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """`gradients_of`, with what a second class a position adds.
+
+    rows, part: whose logits these are. upstream: of the rows' losses with their sample_weight.
+    """
+    of_pair = None
+    if call.pair is not None and logits.shape[1]:
+        targets = target, call.local_other(rows, part)
+        of_pair = call.pair.gradients(rows, logits, targets, vectors, confidence, upstream)
+    found = gradients_of(
+        call.backend, factors, logits, target, vectors, confidence, want, in_place=in_place
+    )
+    if of_pair is not None:
+        of_pair.add(*found)
+    return found

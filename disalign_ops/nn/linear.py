@@ -109,7 +109,7 @@ class _DisAlign(Calibration):
 
         Where the raw logits would take more than chunk_bytes, they are not built either:
         `disalign_linear_cross_entropy` makes them in chunks. (While torch.compile or torch.jit
-        traces, for (a, b, lam), and for class probabilities that require a gradient, they are.)
+        traces, and for class probabilities that require a gradient, they are.)
 
         Args:
             x, target: features (N, in_features) or (in_features,); target as in `cross_entropy`.
@@ -131,8 +131,8 @@ class _DisAlign(Calibration):
         self._check_gathered(x)
         chunk_bytes = check_integer("chunk_bytes", chunk_bytes)
         if not (
-            recorded or torch.compiler.is_compiling() or isinstance(target, tuple)
-            or target.requires_grad
+            recorded or torch.compiler.is_compiling()
+            or (isinstance(target, Tensor) and target.requires_grad)
         ):  # fmt: skip
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

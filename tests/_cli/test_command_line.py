@@ -137,6 +137,7 @@ def test_bench_measures_a_shape(
 ) -> None:
     lines = output(capsys, "bench", *options, *QUICK).splitlines()
     assert lines[0].startswith(title)
+    assert ", 1 thread, " in lines[1]
     rows = [
         line.split("  ") for line in lines if line.startswith(("  disalign_ops ", "  torch eager "))
     ]

@@ -109,7 +109,7 @@ def test_every_other_instruction_set_passes_the_tests_of_the_kernels(
 ) -> None:
     if not supported(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}; its code cannot run here")
-    names = ["row", "calibrate", "in_place", "dense", "upsample"]
+    names = ["row", "calibrate", "in_place", "dense", "upsample", "details"]
     tests = test_files(*names)
     run = python(
         "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *sets.arguments(part), *tests,

@@ -90,7 +90,7 @@ def test_a_head_and_a_step_of_stage_2() -> None:
 
 
 def test_the_command_line_measures_a_shape(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "disalign_ops", "bench", "--shape", "32x67",
+    command = [sys.executable, "-I", "-m", "disalign_ops", "bench", "--shape", "32x67",
                "--rounds", "2", "--threads", "1", "--peer", "torch eager"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 
 from benchmarks import figures
+from buildtools import readme_picture
 from support.places import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -13,8 +15,8 @@ ROWS = figures.recorded()
 TABLE = {
     "DisAlign loss, all gradients, 4096 x 1204": "lvis-full",
     "DisAlign loss, frozen logits (stage 2), 2048 x 8142": "inat-stage2",
-    "weighted cross_entropy, 4096 x 1204": "lvis-plain",
-    "weighted cross_entropy, 2 x 150 x 256 x 256": "ade-dense-plain",
+    "weighted cross-entropy, 4096 x 1204": "lvis-plain",
+    "weighted cross-entropy, 2 x 150 x 256 x 256": "ade-dense-plain",
     "DisAlign loss, upsampled from 4 x 150 x 128 x 128 to 512 x 512": "ade-upsample-large",
     "frozen linear head with DisAlign loss (stage 2), 4096 x 512 to 8142 classes": (
         "inat-head-stage2"
@@ -88,3 +90,13 @@ def test_links_and_pictures_are_there() -> None:
     targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", README)
     assert len(targets) > 15
     assert [target for target in targets if not (ROOT / target).is_file()] == []
+
+
+def test_the_pictures_of_its_first_screen_are_small_and_have_their_command() -> None:
+    listed = (ROOT / "docs" / "figures.md").read_text().splitlines()
+    for name, size in readme_picture.SCREENS.items():
+        path = ROOT / "docs" / "pictures" / f"readme_{name}.png"
+        assert path.stat().st_size < 200_000
+        assert struct.unpack(">II", path.read_bytes()[16:24]) == size
+        (row,) = (line for line in listed if f"pictures/{path.name}" in line)
+        assert "`make readme-picture`" in row

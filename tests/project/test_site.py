@@ -24,10 +24,11 @@ from urllib.parse import quote, unquote
 
 import pytest
 
+from buildtools import readme_picture
 from support.places import ROOT, TESTS
 
 pytestmark = pytest.mark.xdist_group("site")  # built once
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+BROWSER = readme_picture.browser()
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
 WIDTHS = {"desktop": 1280, "phone": 390}
 
@@ -170,6 +171,23 @@ def test_a_browser_shows_each_page_whole(
         assert page["elsewhere"] == [], f"{page['name']}: from another server"
     assert sum(page["formulas"] for page in found) >= 8
     assert sum(page["pictures"] for page in found) >= 7
+
+
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_a_browser_shows_the_readme_whole(
+    site: Path, server: Server, tmp_path: Path, width: int
+) -> None:
+    """In GitHub's sizes. The table at its beginning need not be scrolled, on a phone either."""
+    shutil.copytree(ROOT / "docs" / "figures", site / "docs" / "figures", dirs_exist_ok=True)
+    text = (ROOT / "README.md").read_text()
+    (site / "docs" / "readme.html").write_text(readme_picture.page(text, "../"))
+    (page,) = ask(server, tmp_path, width=width, pages=["docs/readme.html"])
+    shutil.rmtree(site / "docs")
+    assert page["wider"] <= 0
+    assert page["cut"] == page["missing"] == page["elsewhere"] == []
+    assert page["pictures"] >= 1
+    assert page["scrolled"][0] <= 0, f"the first table is {page['scrolled'][0]} pixels too wide"
 
 
 @needs_browser

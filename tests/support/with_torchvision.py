@@ -13,6 +13,7 @@ the process kills itself after N steps of the optimizers.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import signal
@@ -28,6 +29,7 @@ from . import ranks
 from .places import ROOT, TESTS
 
 FOLDER = Path(sys.prefix, "torchvision")
+FOUND = FOLDER.is_dir() or importlib.util.find_spec("torchvision") is not None
 
 
 def use() -> None:

@@ -14,6 +14,8 @@
 // - The target's entry is patched in scratch between exponentiate and emit, as in row_kernel.cpp.
 #include "cpu/kernels/dense_kernel.h"
 
+#include <utility>
+
 #include "cpu/kernels/dense_passes.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
@@ -29,7 +31,7 @@ bool prepare(const LossArgs& args, Tile<T>& tile) {
   for (int64_t p = 0; p < tile.size; ++p) {
     const bool is_valid = at.target[p] >= 0;
     tile.valid[p] = is_valid ? A(1) : A(0);
-    at.c[p] = is_valid && args.confidence
+    at.c[p] = (is_valid || (args.prediction && p < tile.count)) && args.confidence
                   ? static_cast<A>(sigmoid(read_or<A>(args.confidence, tile.first + p, 0)))
                   : A(0);
   }
@@ -143,6 +145,47 @@ void recall_targets(const LossArgs& args, const Tile<T>& tile) {
   }
 }
 
+// The most probable class of every position, ignored or not. Leaves in the tile what load_tile does.
+template <class T, bool Calibrated>
+void predict_tile(const LossArgs& args, const Tile<T>& tile) {
+  using A = Accumulate<T>;
+  load<T, Calibrated, true, false>(args, tile);
+  most_probable(tile, args.prediction + tile.first);
+  if (tile.all_valid) return;
+  for (int64_t p = 0; p < tile.size; ++p)
+    if (tile.valid[p] == A(0)) tile.positions.c[p] = A(0);
+  load<T, Calibrated, false, false>(args, tile);
+}
+
+// The entropy of every position, whose exponentials are in the tile; 0 where ignored.
+template <class T>
+void write_entropy(const LossArgs& args, const Tile<T>& tile) {
+  using A = Accumulate<T>;
+  const Positions<A>& at = tile.positions;
+  const auto* const margin = static_cast<const A*>(args.margin);
+  A* const held = at.loss;  // which finish makes later
+  const auto swap_targets = [&] {
+    for (int64_t p = 0; p < tile.count; ++p)
+      if (at.target[p] >= 0) std::swap(held[p], tile.e[at.target[p] * tile.size + p]);
+  };
+  std::memset(held, 0, tile.size * sizeof(A));
+  if (margin) swap_targets();
+  double *sum, *times_log;
+  entropy_sums(tile, &sum, &times_log);
+  if (margin) swap_targets();
+  A* const to = static_cast<A*>(args.entropy) + tile.first;
+  for (int64_t p = 0; p < tile.count; ++p) {
+    const int64_t t = at.target[p];
+    const EntropySums sums{sum[p], times_log[p]};
+    const double entropy =
+        t < 0 ? 0.0
+        : !margin
+            ? entropy_of(sums)
+            : entropy_of(sums, static_cast<double>(at.target_logit[p]) + margin[t] - at.maximum[p]);
+    to[p] = static_cast<A>(entropy);
+  }
+}
+
 template <class T, bool Calibrated, Spread S>
 void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& chunk) {
   if constexpr (S == Spread::kOwn) {
@@ -156,13 +199,17 @@ void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& c
     recall_targets(args, tile);
     load_tile<T, Calibrated, true>(args, tile);
   } else {
-    load_tile<T, Calibrated, false>(args, tile);
+    if (args.prediction && !backward)
+      predict_tile<T, Calibrated>(args, tile);
+    else
+      load_tile<T, Calibrated, false>(args, tile);
     read_targets(args, backward, tile);
     if (slope)
       exponentiate_all<T, Calibrated, S>(args, tile);
     else
       exponentiate_all<T, false, S>(args, tile);
   }
+  if (args.entropy && !backward) write_entropy(args, tile);
   finish(args, backward, tile, chunk);
   if constexpr (Calibrated) {
     if (args.class_gradients && !args.grad_logits)
@@ -189,7 +236,15 @@ void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& c
 template <class T>
 void ignore_tile(const LossArgs& args, bool backward, const Tile<T>& tile) {
   using A = Accumulate<T>;
-  if (!backward) Positions<A>::write_ignored(args, tile.first, tile.count);
+  if (!backward) {
+    Positions<A>::write_ignored(args, tile.first, tile.count);
+    if (args.prediction && args.confidence)
+      predict_tile<T, true>(args, tile);
+    else if (args.prediction)
+      predict_tile<T, false>(args, tile);
+    if (args.entropy)
+      std::memset(static_cast<A*>(args.entropy) + tile.first, 0, tile.count * sizeof(A));
+  }
   if (args.grad_confidence)
     std::memset(static_cast<A*>(args.grad_confidence) + tile.first, 0, tile.count * sizeof(A));
   if (!args.grad_logits) return;

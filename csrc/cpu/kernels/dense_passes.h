@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "cpu/kernels/dense_kernel.h"
+#include "cpu/kernels/details.h"
 #include "cpu/kernels/positions.h"
 
 namespace disalign::DISALIGN_CAPABILITY {
@@ -171,6 +172,42 @@ DISALIGN_NOINLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, i
         store(softmax_slope + p, load(softmax_slope + p) + x * d);
         if constexpr (S != Spread::kNone) store(smooth_slope + p, load(smooth_slope + p) + d * w);
       }
+    }
+  }
+}
+
+// The first class whose u, in e, is the maximum, of every position; 0 if none is.
+template <class T>
+DISALIGN_NOINLINE void most_probable(const Tile<T>& tile, int64_t* __restrict__ to) {
+  using A = Accumulate<T>;
+  using V = Vec<A>;
+  const A* __restrict__ maximum = tile.positions.maximum;
+  A* __restrict__ found = tile.sum[0];  // exact: planes of 2^24 classes would be too many
+  std::memset(found, 0, tile.size * sizeof(A));
+  for (int64_t j = tile.classes - 1; j >= 0; --j) {
+    const A* __restrict__ e = tile.e + j * tile.size;
+    const V number = splat<A>(static_cast<A>(j));
+    for (int64_t p = 0; p < tile.count; p += Lanes<A>::N)
+      store(found + p, load(e + p) == load(maximum + p) ? number : load(found + p));
+  }
+  for (int64_t p = 0; p < tile.count; ++p) to[p] = static_cast<int64_t>(found[p]);
+}
+
+// EntropySums of the exponentials in e, of every position; in the scratch of the tile's sums.
+template <class T>
+DISALIGN_NOINLINE void entropy_sums(const Tile<T>& tile, double** sum, double** log) {
+  using A = Accumulate<T>;
+  static_assert(kSums * sizeof(A) >= 2 * sizeof(double));  // they lie one after the other
+  *sum = reinterpret_cast<double*>(tile.sum[0]);
+  *log = *sum + tile.size;
+  std::memset(*sum, 0, 2 * tile.size * sizeof(double));
+  double* const __restrict__ to = *sum;
+  for (int64_t j = 0; j < tile.classes; ++j) {
+    const A* __restrict__ e = tile.e + j * tile.size;
+    for (int64_t p = 0; p < tile.count; p += Lanes<double>::N) {
+      const Vec<double> x = load_wide(e + p);
+      store(to + p, load(to + p) + x);
+      store(to + tile.size + p, load(to + tile.size + p) + times_log(x));
     }
   }
 }

@@ -41,6 +41,14 @@ DISALIGN_INLINE void for_segments(int64_t classes, int64_t size, Segment segment
     segment(begin, begin + size < classes ? begin + size : classes);
 }
 
+// Lanes<double>::N entries as doubles.
+DISALIGN_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+DISALIGN_INLINE Vec<double> load_wide(const float* p) {
+  Lanes<float>::HalfV half;
+  std::memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, Vec<double>);
+}
+
 template <class A>
 DISALIGN_INLINE double read_or(const void* p, int64_t i, double otherwise) {
   return p ? static_cast<double>(static_cast<const A*>(p)[i]) : otherwise;

@@ -11,13 +11,6 @@ namespace disalign::DISALIGN_CAPABILITY {
 // Sums of row_passes.h. kTotal: with class probabilities; backward takes it from forward.
 enum Sum { kExponential, kSmooth, kSoftmaxSlope, kSmoothSlope, kTotal, kSums };
 
-// Lanes<double>::N entries as doubles.
-DISALIGN_INLINE Vec<double> load_wide(const double* p) { return load(p); }
-DISALIGN_INLINE Vec<double> load_wide(const float* p) {
-  Lanes<float>::HalfV half;
-  std::memcpy(&half, p, sizeof(half));
-  return __builtin_convertvector(half, Vec<double>);
-}
 DISALIGN_INLINE void store_wide(double* p, Vec<double> v) { store(p, v); }
 DISALIGN_INLINE void store_wide(float* p, Vec<double> v) {
   const auto half = __builtin_convertvector(v, Lanes<float>::HalfV);

@@ -14,7 +14,10 @@
 //   the arithmetic dtype, before anything is rounded to the storage dtype.
 #include "cpu/kernels/row_kernel.h"
 
+#include <utility>
+
 #include "common/loss_math.h"
+#include "cpu/kernels/details.h"
 #include "cpu/kernels/row_gradients.h"
 #include "cpu/kernels/row_passes.h"
 
@@ -159,7 +162,7 @@ struct Passes {
 
   bool calibrated, stored, masked;  // of Kind::kCalibrated; u is stored; masked classes may be met
   Pass maximise, guess;             // where u is stored; where it is not
-  A (*target_logit)(const ClassVectors<A>&, const Rows<T, R>&, int);
+  A (*class_logit)(const ClassVectors<A>&, const Rows<T, R>&, int, int64_t);
   Exponentiate exponentiate, exponentiate_slope;
   Emit emit_logits, emit_classes, emit_both;  // the last two: where calibrated
 };
@@ -171,7 +174,7 @@ constexpr Passes<T, R> passes_of() {
   passes.calibrated = kCalibrated;
   passes.stored = Stored;
   passes.masked = Masked;
-  passes.target_logit = target_logit<T, R, K, Masked>;
+  passes.class_logit = class_logit<T, R, K, Masked>;
   if constexpr (Stored) {
     passes.maximise = maximise<T, R, K>;
     // exp(u - shift) of what is stored, however it was made.
@@ -189,6 +192,42 @@ constexpr Passes<T, R> passes_of() {
   return passes;
 }
 
+// The most probable class and the entropy of a block's rows, whose exponentials are in scratch.
+template <class T, int R>
+DISALIGN_NOINLINE void write_details(const LossArgs& args, const Rows<T, R>& rows,
+                                     const Sums<Accumulate<T>, R>& sums, const Passes<T, R>& passes,
+                                     const ClassVectors<Accumulate<T>>& classes) {
+  using A = Accumulate<T>;
+  for (int r = 0; r < R; ++r) {
+    A* e = rows.e[r];
+    const int64_t i = rows.index[r], t = rows.target[r];
+    if (args.prediction && !passes.stored) {  // else it was found before the margin was taken off
+      const A maximum = sums.maximum[r];
+      const auto is = [&](int64_t j) { return passes.class_logit(classes, rows, r, j) == maximum; };
+      // Logits that are equal have equal exponentials, but not the other way round.
+      const A of_maximum = exp_bounded(splat<A>(maximum) - splat<A>(sums.shift[r]))[0];
+      int64_t found = first_class(e, rows.classes, of_maximum, is);
+      if (found < 0) {  // an infinite logit, whose exponential is NaN, or no class at all
+        for (found = rows.classes - 1; found > 0 && !is(found); --found) {
+        }
+      }
+      args.prediction[i] = found;
+    }
+    if (args.entropy) {
+      const bool without = classes.margin && t >= 0;  // a margin in e_t
+      const A held = without ? std::exchange(e[t], A(0)) : A(0);
+      const EntropySums of_row = entropy_sums(e, rows.classes);
+      double entropy = entropy_of(of_row);
+      if (without) {
+        e[t] = held;
+        entropy = entropy_of(
+            of_row, static_cast<double>(sums.target_logit[r]) + classes.margin[t] - sums.shift[r]);
+      }
+      static_cast<A*>(args.entropy)[i] = static_cast<A>(entropy);
+    }
+  }
+}
+
 // Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
 // if a masked class was met and the passes are not for these.
 template <class T, int R>
@@ -199,20 +238,24 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
   Sums<A, R> sums;
   if (passes.stored) {
     passes.maximise(classes, rows, sums);
+    if (args.prediction && !backward) {
+      for (int r = 0; r < R; ++r)
+        args.prediction[rows.index[r]] = most_probable(rows.e[r], rows.classes, sums.shift[r]);
+    }
     if (classes.margin) apply_margin(classes, rows, sums);
   }
   for (int r = 0; r < R; ++r) {
-    sums.target_logit[r] = passes.stored && rows.target[r] >= 0
-                               ? rows.e[r][rows.target[r]]
-                               : passes.target_logit(classes, rows, r);
+    const int64_t t = rows.target[r];
+    sums.target_logit[r] = t < 0           ? A(0)  // it is elsewhere
+                           : passes.stored ? rows.e[r][t]
+                                           : passes.class_logit(classes, rows, r, t);
     if (passes.calibrated)
       sums.target_slope[r] = args.shard_factors ? factor<T>(args, kFactorSlope, rows.index[r])
                                                 : target_slope(classes, rows, r);
     if (backward) sums.shift[r] = static_cast<const A*>(args.row_shift)[rows.index[r]];
     // Kept out of a shard's sum, the target does not round off what else is in it. (With smoothing
     // no loss is so small, and w u would be infinite.)
-    if (args.shard_sums && !(args.label_smoothing > 0) && rows.target[r] >= 0)
-      rows.e[r][rows.target[r]] = -kInfinity<A>;
+    if (args.shard_sums && !(args.label_smoothing > 0) && t >= 0) rows.e[r][t] = -kInfinity<A>;
   }
   const bool guessed = !passes.stored && !backward;
   if (guessed && args.probabilities) {
@@ -236,6 +279,8 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
     write_shard_sums(args, rows, sums);
     return true;
   }
+  if (!backward && (args.prediction || args.entropy))
+    write_details(args, rows, sums, passes, classes);
   Emission<T, R> out;
   finish_rows(args, backward, rows, sums, out, chunk);
   const auto emit = !args.class_gradients ? passes.emit_logits
@@ -285,9 +330,23 @@ void run_rows(const LossArgs& args, bool backward, const int64_t* index, Chunk& 
   run(passes_for<T, R, Kind::kCalibrated, false, true>(args));
 }
 
+// The most probable class of an ignored row, of which nothing else is known.
+template <class T>
+DISALIGN_NOINLINE void predict_row(const LossArgs& args, int64_t i, const Chunk& chunk) {
+  using A = Accumulate<T>;
+  LossArgs without_target = args;  // ignore_index is no class
+  without_target.target = nullptr;
+  const Rows<T, 1> rows = gather<T, 1>(without_target, &i, chunk);
+  Sums<A, 1> sums;
+  const auto pass =
+      args.confidence ? maximise<T, 1, Kind::kCalibrated> : maximise<T, 1, Kind::kShifted>;
+  pass(ClassVectors<A>(args), rows, sums);
+  args.prediction[i] = most_probable(rows.e[0], rows.classes, sums.shift[0]);
+}
+
 // An ignored row: loss and gradients 0 without looking at its logits, NaN or not.
 template <class T>
-void skip_row(const LossArgs& args, bool backward, int64_t i) {
+void skip_row(const LossArgs& args, bool backward, int64_t i, const Chunk& chunk) {
   using A = Accumulate<T>;
   if (args.shard_sums) {
     write_shard_sums<T>(args, i, {});
@@ -295,6 +354,8 @@ void skip_row(const LossArgs& args, bool backward, int64_t i) {
     if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
     static_cast<A*>(args.row_shift)[i] = A(0);
     static_cast<A*>(args.row_sum)[i] = A(1);
+    if (args.prediction) predict_row<T>(args, i, chunk);
+    if (args.entropy) static_cast<A*>(args.entropy)[i] = A(0);
   }
   if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
   if (args.grad_logits) {
@@ -313,7 +374,7 @@ void run_chunk(const LossArgs& args, bool backward, Chunk& chunk) {
   int count = 0, blocks = 0;
   for (int64_t i = chunk.begin; i < chunk.end; ++i) {
     if (args.target && read_index(args.target, args.target_type, i) == args.ignore_index) {
-      skip_row<T>(args, backward, i);
+      skip_row<T>(args, backward, i, chunk);
       continue;
     }
     block[count++] = i;

@@ -103,15 +103,13 @@ struct Affine {
   }
 };
 
-// u_t without its margin, rounded as the passes round it; 0 where the target is elsewhere.
+// u_j without its margin, rounded as the passes round it.
 template <class T, int R, Kind K, bool Masked>
-Accumulate<T> target_logit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,
-                           int r) {
+Accumulate<T> class_logit(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows, int r,
+                          int64_t j) {
   using A = Accumulate<T>;
-  const int64_t t = rows.target[r];
-  if (t < 0) return 0;
-  const auto vectors = Affine<Vec<A>>::template load<false, K, Masked>(classes, t, 1);
-  return vectors.template of<K, Masked>(splat<A>(to_accumulate(rows.z[r][t])), rows.c[r])[0];
+  const auto vectors = Affine<Vec<A>>::template load<false, K, Masked>(classes, j, 1);
+  return vectors.template of<K, Masked>(splat<A>(to_accumulate(rows.z[r][j])), rows.c[r])[0];
 }
 
 // d_t, rounded as exponentiate rounds it; 0 where it is not finite, as there.

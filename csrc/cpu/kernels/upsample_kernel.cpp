@@ -15,6 +15,7 @@
 //   but vectors of one entry a position.
 #include "cpu/kernels/upsample_kernel.h"
 
+#include "cpu/kernels/details.h"
 #include "cpu/kernels/row_passes.h"
 #include "cpu/kernels/upsample_rows.h"
 #include "cpu/kernels/upsample_strip.h"
@@ -128,20 +129,6 @@ void scatter(const UpsampleArgs& args, const Strip<T>& strip, int at, Accumulate
     store(left + j, load(left + j) + to_left);
     store(right + j, load(right + j) + to_right);  // may be left: not before its store
   });
-}
-
-// The first class with the largest u.
-template <class A>
-int64_t most_probable(const A* u, int64_t classes, A maximum) {
-  for (int64_t begin = 0; begin < classes; begin += 16) {
-    const int64_t end = begin + 16 < classes ? begin + 16 : classes;
-    int equal = 0;
-    for (int64_t j = begin; j < end; ++j) equal += u[j] == maximum;
-    if (equal == 0) continue;
-    for (int64_t j = begin; j < end; ++j)
-      if (u[j] == maximum) return j;
-  }
-  return 0;  // nothing but NaN
 }
 
 template <class T>

@@ -24,9 +24,7 @@ struct UpsampleArgs : LossArgs {
   int64_t grad_y_stride = 0, grad_x_stride = 0;
   bool gradients = false;  // whether any is wanted
 
-  // A position each, or null: softmax of the target, most probable class.
-  void* probability = nullptr;
-  int64_t* prediction = nullptr;
+  void* probability = nullptr;  // of A, one a position: softmax of the target; or null
 
   int64_t padded() const { return padded_classes(classes); }
   int64_t row_values() const { return x.in * padded(); }  // of a low-resolution row, classes inmost

@@ -154,8 +154,9 @@ struct CpuOperator {
   using Layout = OfLayout;
   using Args = LossArgs;
   using Device = Cpu;
-  static constexpr int64_t kWantedOfForward =
-      kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
+  static constexpr int64_t kWantedOfForward = kWantLogits | kWantScale | kWantBias |
+                                              kWantConfidence | kWantDetails | kWantPrediction |
+                                              kWantEntropy;
 
   static Partition run_forward(const Tensor& logits, const LossArgs& args) {
     return run(logits, args, &LossKernels::forward);

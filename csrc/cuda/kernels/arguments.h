@@ -66,8 +66,7 @@ struct UpsampleArgs : LossArgs {
   bool align_corners = false;
   int64_t y_stride = 0, x_stride = 0;  // of the logits
   int64_t grad_y_stride = 0, grad_x_stride = 0;
-  void* probability = nullptr;    // of A, one an output position: softmax of the target; or null
-  int64_t* prediction = nullptr;  // the most probable class; or null
+  void* probability = nullptr;  // of A, one an output position: softmax of the target; or null
   // Tiles, see upsample_tile.cuh.
   int32_t bands = 1, warps_of_band = 1;
   int32_t tile_width = 0;                    // output columns
