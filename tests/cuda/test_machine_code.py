@@ -199,6 +199,40 @@ def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
     assert not over
 
 
+# The same of class probabilities: for each of rows.SOFT_CLASSES those of rows.SOFT; `python -m
+# machine_code.rows soft` prints this.
+SOFT_ROWS = {
+    ("80", "float32"): (
+        (81, 100, 115, 100, 295, 321, 62),
+        (67, 84, 97, 84, 328, 361, 51),
+        (70, 84, 95, 84, 203, 220, 53),
+        (70, 84, 94, 84, 198, 214, 52),
+        (69, 69, 79, 69, 125, 125, 52),
+    ),
+    ("80", "bfloat16"): (
+        (183, 227, 255, 219, 622, 653, 150),
+        (152, 191, 217, 186, 704, 753, 127),
+        (145, 177, 199, 172, 443, 463, 115),
+        (144, 176, 197, 171, 432, 449, 114),
+        (142, 142, 162, 136, 264, 264, 114),
+    ),
+    ("90", "float32"): (
+        (92, 112, 128, 112, 311, 338, 66),
+        (76, 93, 107, 93, 341, 376, 55),
+        (71, 85, 96, 85, 206, 224, 54),
+        (70, 85, 95, 85, 201, 218, 53),
+        (87, 99, 110, 99, 125, 125, 52),
+    ),
+    ("90", "bfloat16"): (
+        (206, 251, 280, 243, 645, 677, 158),
+        (171, 211, 238, 206, 719, 769, 135),
+        (146, 179, 200, 174, 440, 460, 116),
+        (145, 178, 199, 172, 429, 446, 115),
+        (187, 218, 239, 213, 265, 265, 123),
+    ),
+}
+
+
 @pytest.mark.parametrize(("architecture", "dtype"), SOFT_ROWS)
 def test_rows_of_class_probabilities_keep_their_budgets(architecture: str, dtype: str) -> None:
     cases = [(classes, step) for classes in rows.SOFT_CLASSES for step in rows.SOFT]
