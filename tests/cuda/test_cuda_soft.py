@@ -1,7 +1,11 @@
-"""The CUDA kernels of class probabilities, executed on the CPU: results and memory traffic."""
+"""The CUDA kernels of class probabilities, executed on the CPU: results and memory traffic.
+
+What the rows launch on GPUs that are not here.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from types import ModuleType
 
@@ -9,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpus import GPUS
 from simt import build
 from simt.calls import DTYPES, check
 from simt.soft_calls import soft, soft_calls
+from support import launch_plans
 
 if build.why_not():
     pytest.skip(str(build.why_not()), allow_module_level=True)
@@ -143,3 +149,34 @@ def test_upsampled_probabilities_are_read_once_in_either_direction(
     for call in problem.calls():
         check(kernels, call)
         assert kernels.traffic(PROBABILITIES)["load_bytes"] == problem.target.nbytes
+
+
+class Registers(dict[str, int]):
+    """At most what soft_row_warp_kernel's launch bounds leave: a row a warp's (its last argument is
+    0), or several warps'."""
+
+    def __missing__(self, symbol: str) -> int:
+        return 168 if "Li0E" in symbol else 128
+
+
+@pytest.mark.parametrize("dtype", launch_plans.SIZES)
+@pytest.mark.parametrize("name", GPUS)
+def test_rows_fill_the_device(name: str, dtype: str) -> None:
+    gpu = GPUS[name]
+    launches = functools.partial(build.module("planner").row_launches, probabilities=1)
+    needed = 2 * gpu.gigabytes_per_second * 1e9 * 800e-9 / gpu.multiprocessors
+    for rows, classes in (
+        (4096, 1203), (16384, 8142), (2048, 8142), (65536, 1000), (512, 100000), (8192, 128256)
+    ):  # fmt: skip
+        plan = launch_plans.plan(launches, gpu, Registers(), "plain", dtype, rows, classes)
+        # The denominator, and one read by a kernel that ends the loss; or tiles, their sums and a
+        # second read.
+        once = classes <= 16384 or gpu.capability.has_clusters
+        assert len(plan.walks) == (1 if once else 2)
+        assert len(plan.launches) == (2 if once else 4)
+        for walk in plan.walks:
+            assert walk.waves <= 1
+            assert walk.balance <= 1.12, (rows, classes)
+            # Of both inputs. B200 needs more of bfloat16 than 12 to 16 warps' registers hold.
+            least = 0.5 if (name, dtype) == ("B200", "bf16") else 1
+            assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)
