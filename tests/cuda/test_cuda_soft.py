@@ -1,15 +1,23 @@
-"""The CUDA kernels of class probabilities, executed on the CPU: results and memory traffic."""
+"""The CUDA kernels of class probabilities, executed on the CPU: results and memory traffic.
+
+What the rows launch on GPUs that are not here.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpus import GPUS
 from simt import build
 from simt.calls import DTYPES, check
 from simt.soft_calls import soft, soft_calls
+from support import launch_plans
 
 if build.why_not():
     pytest.skip(str(build.why_not()), allow_module_level=True)
@@ -22,7 +30,7 @@ def kernels() -> ModuleType:
     return build.module("kernels")
 
 
-@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
 def test_every_kernel_and_tier(kernels: ModuleType, seed: int | None) -> None:
     kernels.set_options(shuffle=seed is not None, seed=seed or 0)
     for call in soft_calls():
@@ -34,10 +42,50 @@ def test_every_kernel_and_tier(kernels: ModuleType, seed: int | None) -> None:
 @pytest.mark.parametrize("classes", [1, 2, 8, 9, 33, 512, 513, 1203, 8142, 8192, 8193])
 def test_rows_at_every_alignment(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
     kernels.set_options()
-    for offset in (0, 1, 3):
-        problem = soft(9, classes, dtype=dtype, offset=offset, wide=offset > 0)
+    for offset, calibrated in itertools.product((0, 1, 3), (False, True)):
+        problem = soft(9, classes, dtype=dtype, offset=offset, wide=offset > 0,
+                       calibrated=calibrated)  # fmt: skip
         for call in (*problem.calls(), *problem.gradient_calls(offset=offset // 2)):
             check(kernels, call)
+
+
+# Without calibration, where the probabilities lie like the logits: by a warp a row, from 513
+# classes to what its registers hold; by several of a block; by a cluster's of two, three and eight
+# blocks.
+@pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [513, 1280, 1287, 1288, 5000, 8193, 20000, 70001])
+def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+    kernels.set_options(shuffle=True, seed=classes)
+    for offset, wide, all_options in ((0, True, False), (1, False, True), (3, True, True)):
+        problem = soft(5, classes, dtype=dtype, offset=offset, alike=True, wide=wide,
+                       calibrated=False, all_options=all_options)  # fmt: skip
+        limits = {"has_clusters": True, "shared_bytes": 227 << 10}
+        forward, kept, made = problem.gradient_calls(offset=offset, **limits)
+        for call in (*problem.calls(**limits), forward, kept, made):
+            check(kernels, call)
+        check(kernels, forward)
+        for name in (LOGITS, PROBABILITIES):
+            size = (problem.logits if name == LOGITS else problem.target).nbytes
+            assert kernels.traffic(name)["load_bytes"] == size
+            # Rows aligned alike are read in vectors, but for fewer than two of them.
+            assert 16 * kernels.traffic(name)["wide_loads"] >= (1 - 16 / classes) * size
+        assert kernels.traffic(GRADIENT)["store_bytes"] == problem.logits.nbytes
+
+
+@pytest.mark.parametrize("classes", [1203, 5000, 9001])
+def test_masked_classes(kernels: ModuleType, classes: int) -> None:
+    # Of probability 0 they add 0; else the loss is infinite.
+    kernels.set_options()
+    problem = soft(4, classes, calibrated=False)
+    problem.logits[problem.target == 0] = -torch.inf
+    problem.target[:, -1] = 0
+    for call in problem.gradient_calls(has_clusters=True):
+        check(kernels, call)
+    problem.target[2, classes // 2] = 0.5
+    problem.logits[2, classes // 2] = -torch.inf
+    forward = problem.calls(has_clusters=True)[0]
+    kernels.soft_row_forward(forward.fields)
+    assert forward.fields["reduced_loss"] == np.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,12 +128,14 @@ def test_both_inputs_are_read_once_and_the_gradient_is_written_once(
     assert kernels.traffic(PROBABILITIES)["load_bytes"] == target
 
 
-@pytest.mark.parametrize("shape", [(2, 40001), (1, 1500, 64)], ids=str)
+# More classes than a block keeps, and one more than a cluster does; planes' classes.
+@pytest.mark.parametrize("shape", [(2, 16389), (1, 131078), (1, 1500, 64)], ids=str)
 def test_what_does_not_fit_is_read_again_for_its_gradient(
     kernels: ModuleType, shape: tuple[int, ...]
 ) -> None:
     problem = soft(*shape, calibrated=False)
-    check(kernels, problem.gradient_calls()[0])
+    clusters = shape[1] > 1 << 17
+    check(kernels, problem.gradient_calls(has_clusters=clusters)[0])
     assert kernels.traffic(LOGITS)["load_bytes"] == 2 * problem.logits.nbytes
     assert kernels.traffic(PROBABILITIES)["load_bytes"] == 2 * problem.target.nbytes
     assert kernels.traffic(GRADIENT)["store_bytes"] == problem.logits.nbytes
@@ -99,3 +149,34 @@ def test_upsampled_probabilities_are_read_once_in_either_direction(
     for call in problem.calls():
         check(kernels, call)
         assert kernels.traffic(PROBABILITIES)["load_bytes"] == problem.target.nbytes
+
+
+class Registers(dict[str, int]):
+    """At most what soft_row_warp_kernel's launch bounds leave: a row a warp's (its last argument is
+    0), or several warps'."""
+
+    def __missing__(self, symbol: str) -> int:
+        return 168 if "Li0E" in symbol else 128
+
+
+@pytest.mark.parametrize("dtype", launch_plans.SIZES)
+@pytest.mark.parametrize("name", GPUS)
+def test_rows_fill_the_device(name: str, dtype: str) -> None:
+    gpu = GPUS[name]
+    launches = functools.partial(build.module("planner").row_launches, probabilities=1)
+    needed = 2 * gpu.gigabytes_per_second * 1e9 * 800e-9 / gpu.multiprocessors
+    for rows, classes in (
+        (4096, 1203), (16384, 8142), (2048, 8142), (65536, 1000), (512, 100000), (8192, 128256)
+    ):  # fmt: skip
+        plan = launch_plans.plan(launches, gpu, Registers(), "plain", dtype, rows, classes)
+        # The denominator, and one read by a kernel that ends the loss; or tiles, their sums and a
+        # second read.
+        once = classes <= 16384 or gpu.capability.has_clusters
+        assert len(plan.walks) == (1 if once else 2)
+        assert len(plan.launches) == (2 if once else 4)
+        for walk in plan.walks:
+            assert walk.waves <= 1
+            assert walk.balance <= 1.12, (rows, classes)
+            # Of both inputs. B200 needs more of bfloat16 than 12 to 16 warps' registers hold.
+            least = 0.5 if (name, dtype) == ("B200", "bf16") else 1
+            assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)

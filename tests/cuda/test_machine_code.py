@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import model, model_planes
+from benchmarks.gpus import GPUS
 from machine_code import disassembly, planes, rows, upsample
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
@@ -196,6 +197,73 @@ def test_row_kernels_keep_their_budgets(architecture: str, dtype: str) -> None:
         case: (n.vector, budgets[case]) for case, n in found.items() if n.vector > budgets[case]
     }
     assert not over
+
+
+# The same of class probabilities: for each of rows.SOFT_CLASSES those of rows.SOFT; `python -m
+# machine_code.rows soft` prints this.
+SOFT_ROWS = {
+    ("80", "float32"): (
+        (81, 100, 115, 100, 295, 321, 62),
+        (67, 84, 97, 84, 328, 361, 51),
+        (70, 84, 95, 84, 203, 220, 53),
+        (70, 84, 94, 84, 198, 214, 52),
+        (69, 69, 79, 69, 125, 125, 52),
+    ),
+    ("80", "bfloat16"): (
+        (183, 227, 255, 219, 622, 653, 150),
+        (152, 191, 217, 186, 704, 753, 127),
+        (145, 177, 199, 172, 443, 463, 115),
+        (144, 176, 197, 171, 432, 449, 114),
+        (142, 142, 162, 136, 264, 264, 114),
+    ),
+    ("90", "float32"): (
+        (92, 112, 128, 112, 311, 338, 66),
+        (76, 93, 107, 93, 341, 376, 55),
+        (71, 85, 96, 85, 206, 224, 54),
+        (70, 85, 95, 85, 201, 218, 53),
+        (87, 99, 110, 99, 125, 125, 52),
+    ),
+    ("90", "bfloat16"): (
+        (206, 251, 280, 243, 645, 677, 158),
+        (171, 211, 238, 206, 719, 769, 135),
+        (146, 179, 200, 174, 440, 460, 116),
+        (145, 178, 199, 172, 429, 446, 115),
+        (187, 218, 239, 213, 265, 265, 123),
+    ),
+}
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), SOFT_ROWS)
+def test_rows_of_class_probabilities_keep_their_budgets(architecture: str, dtype: str) -> None:
+    cases = [(classes, step) for classes in rows.SOFT_CLASSES for step in rows.SOFT]
+    found = {case: rows.count(architecture, dtype, *case) for case in cases}
+    size = rows.DTYPES[dtype][1]
+    for step, ratio in {"soft forward": 1, "soft gradient": 1, "soft float": 4 / size}.items():
+        # Logits and probabilities are read once, and the gradient written once; what a warp with
+        # fewer vectors leaves out is issued all the same.
+        n, opcodes = rows.launch(architecture, dtype, 8192, step), found[8192, step].opcodes
+        most = n.threads // 32 * n.vectors_of_a_warp(size) * n.grid[1] / (8192 * size / 16)
+        assert 0.999 < opcodes["LDG.E.128"] / (1 + ratio) <= most + 0.001
+        written = opcodes.get("STG.E.128", 0)
+        assert 0.999 < written <= most + 0.001 if step != "soft forward" else written == 0
+    budgets = dict(zip(cases, sum(SOFT_ROWS[architecture, dtype], ()), strict=True))
+    assert not {c: (n.vector, budgets[c]) for c, n in found.items() if n.vector > budgets[c]}
+
+
+@pytest.mark.parametrize(("name", "classes"), [("H100 SXM", 131_072), ("A100 SXM 80 GB", 16_384)])
+@pytest.mark.parametrize("dtype", rows.DTYPES)
+def test_memory_bounds_rows_of_class_probabilities(name: str, classes: int, dtype: str) -> None:
+    """By the model's constants: both inputs are read and the gradient is written in more time than
+    the instructions take, but for the overhead of short rows in bfloat16."""
+    gpu = GPUS[name]
+    bandwidth = model.SHARE_OF_BANDWIDTH * gpu.gigabytes_per_second * 1e9
+    issue = model.SHARE_OF_ISSUE * gpu.instructions_per_second
+    for c in rows.SOFT_CLASSES:
+        if c > classes:
+            continue
+        counted = rows.count(gpu.architecture, dtype, c, "soft gradient").vector
+        share = counted / issue * bandwidth / (3 * rows.BYTES)
+        assert share <= (1.05 if dtype == "bfloat16" and c < 1203 else 1), (c, share)
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), PLANES)

@@ -53,7 +53,7 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
     "MOV": (ops.move, "i"),
 }
 PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
-WITH_BITS = ("LOP3", "MOV")  # they know what operations.Bits are
+WITH_BITS = ("LOP3", "MOV", "PRMT")  # they know what operations.Bits are
 # What they write is not followed.
 DATA = {
     "FMNMX", "FMNMX3", "HMNMX2", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC",

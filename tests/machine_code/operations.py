@@ -279,15 +279,21 @@ def add_minimum(modifiers: list[str], a: Value, b: Value, c: Value,
 
 
 def permute(modifiers: list[str], a: Value, selector: Value, b: Value) -> tuple[Value, ...]:
-    if None in (a, selector, b) or modifiers:
+    """PRMT: bytes of a and b, of which some may not be known."""
+    if type(selector) is not int or modifiers:
         return (None,)
-    bytes_ = (a | b << 32).to_bytes(8, "little")
-    chosen = []
-    for i in range(4):
-        nibble = selector >> (4 * i) & 15
-        byte = bytes_[nibble & 7]
-        chosen.append((0xFF if byte >> 7 else 0) if nibble & 8 else byte)
-    return (int.from_bytes(bytes(chosen), "little"),)
+    known, value = 0, 0
+    for place in range(4):
+        nibble = selector >> (4 * place) & 15
+        source, shift = (a, b)[nibble >> 2 & 1], 8 * (nibble & 3)
+        bits = source.known if isinstance(source, Bits) else 0 if source is None else M32
+        sign = nibble & 8
+        if bits >> shift & (0x80 if sign else 0xFF) != (0x80 if sign else 0xFF):
+            continue
+        byte = (source.value if isinstance(source, Bits) else source) >> shift & 0xFF
+        known |= 0xFF << 8 * place
+        value |= (0xFF if sign and byte >> 7 else 0 if sign else byte) << 8 * place
+    return (value if known == M32 else Bits(known, value) if known else None,)
 
 
 def float_arithmetic(wide: bool, name: str, modifiers: list[str],

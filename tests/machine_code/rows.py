@@ -3,6 +3,7 @@
     PYTHONPATH=tests:. python -m machine_code.rows                            # the table
     PYTHONPATH=tests:. python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
     PYTHONPATH=tests:. python -m machine_code.rows budgets    # BUDGETS of test_machine_code.py
+    PYTHONPATH=tests:. python -m machine_code.rows soft       # SOFT_ROWS of it
     PYTHONPATH=tests:. python -m machine_code.rows model      # INSTRUCTIONS of benchmarks/model.py
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
@@ -57,7 +58,20 @@ SUMS = {
     "stage2 backward": STEPS["stage2"] | {"forward": False},
     "all backward": STEPS["all"] | {"forward": False},
 }
-
+# With class probabilities as targets: of the logits' type without weights, with weights, and of the
+# arithmetic; of calibrated logits.
+SOFT = {
+    "soft forward": STEPS["forward"] | {"probabilities": 1, "weighted": False},
+    "soft gradient": STEPS["gradient"] | {"probabilities": 1, "weighted": False},
+    "soft weighted": STEPS["gradient"] | {"probabilities": 1},
+    "soft float": STEPS["gradient"] | {"probabilities": 2, "weighted": False},
+    "soft stage2": STEPS["stage2"] | {"probabilities": 1, "weighted": False},
+    "soft all": STEPS["all"] | {"probabilities": 1, "weighted": False},
+    "soft backward": STEPS["backward"] | {"probabilities": 1, "weighted": False},
+}
+SOFT_CLASSES = (*CLASSES, 32000)
+SOFT_DEVICES = ("80", "90")
+ALL = STEPS | SUMS | SOFT
 
 # Architecture -> the GPU that the launches are made for, and where its constant bank has the sizes
 # of the block and of the grid.
@@ -157,7 +171,7 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
     """The step's first launch that walks over the rows. registers: of a thread."""
     device = launch_plans.Device(WITH_MODEL[architecture][0], defaultdict(lambda: registers))
     launches = planner().row_launches(
-        **(STEPS | SUMS)[step], dtype=DTYPES[dtype][0], rows=ROWS, classes=classes, weighted=True,
+        **({"weighted": True} | ALL[step]), dtype=DTYPES[dtype][0], rows=ROWS, classes=classes,
         device=device,
     )  # fmt: skip
     found = next(launch for launch in launches if launch["fills"])
@@ -168,26 +182,34 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
     )  # fmt: skip
 
 
+# What is compiled together: numbers of classes, steps.
+UNITS = {
+    "rows": (CLASSES, STEPS), "long": (LONG, STEPS | SUMS), "soft": (SOFT_CLASSES, SOFT),
+}  # fmt: skip
+
+
+def _unit(classes: int, step: str) -> str:
+    return "soft" if step in SOFT else "long" if classes in LONG else "rows"
+
+
 @functools.cache
-def _declarations(dtype: str, long: bool) -> tuple[str, ...]:
-    """The kernels of this dtype that any step launches, for CLASSES or for LONG."""
-    steps = STEPS | SUMS if long else STEPS
+def _declarations(dtype: str, unit: str) -> tuple[str, ...]:
+    """The kernels of this dtype that any step launches."""
+    sizes, steps = UNITS[unit]
     return tuple(sorted({
-        launch(a, dtype, c, step).declaration
-        for a in WITH_MODEL for c in (LONG if long else CLASSES) for step in steps
+        launch(a, dtype, c, step).declaration for a in WITH_MODEL for c in sizes for step in steps
     }))  # fmt: skip
 
 
 @functools.cache
 def _compiled(
-    architecture: str, dtype: str, long: bool = False
+    architecture: str, dtype: str, unit: str = "rows"
 ) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
     """Kernels and their registers, by symbol."""
-    source = Path(folder().name, f"{dtype}_{architecture}_{long}.cu")
-    headers = ("row_kernel.cuh", "row_backward_kernel.cuh", "row_warp_kernel.cuh")
+    source = Path(folder().name, f"{dtype}_{architecture}_{unit}.cu")
     source.write_text("".join(
-        [f'#include "cuda/kernels/{h}"\n' for h in headers]
-        + [f"template __global__ {d};\n" for d in _declarations(dtype, long)]
+        ['#include "cuda/launch/row_launch.h"\n#include "cuda/launch/soft_row_launch.h"\n']
+        + [f"template __global__ {d};\n" for d in _declarations(dtype, unit)]
     ))  # fmt: skip
     cubin = source.with_suffix(".cubin")
     report = compiler_report.compile(source, architecture, cubin)
@@ -199,7 +221,7 @@ def compile_all() -> None:
     folder()  # once: two threads would make two, one of which goes
     with ThreadPoolExecutor(2) as pool:
         for dtype in DTYPES:
-            _declarations(dtype, False)
+            _declarations(dtype, "rows")
         list(pool.map(lambda key: _compiled(*key), [(a, d) for a in DEVICES for d in DTYPES]))
 
 
@@ -245,7 +267,7 @@ def target_memory(target: int, address: int, size: int) -> int | None:
 
 @functools.cache
 def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
-    codes, registers = _compiled(architecture, dtype, classes in LONG)
+    codes, registers = _compiled(architecture, dtype, _unit(classes, step))
     symbol = launch(architecture, dtype, classes, step).symbol
     kernel = launch(architecture, dtype, classes, step, registers[symbol])
     code = codes[kernel.symbol]
@@ -327,6 +349,12 @@ def budgets() -> str:
                  lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
 
 
+def soft_budgets() -> str:
+    """SOFT_ROWS of test_machine_code.py."""
+    return table("SOFT_ROWS", SOFT_DEVICES, SOFT_CLASSES, SOFT,
+                 lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
+
+
 # The way that rows are worked on in benchmarks/model.py, its code -> architecture, classes and step
 # that are counted.
 MODEL = {
@@ -370,8 +398,9 @@ def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] in (["budgets"], ["model"]):
-        print(budgets() if sys.argv[1] == "budgets" else model())
+    tables = {"budgets": budgets, "soft": soft_budgets, "model": model}
+    if len(sys.argv) == 2:
+        print(tables[sys.argv[1]]())
     elif len(sys.argv) > 1:
         main_of(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:

@@ -2,6 +2,7 @@
 // csrc/cuda over one that answers for the device from Python and records.
 //
 //   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device)
+//   row_launches(..., probabilities=1, ...)  # as targets: 1, of the logits' type; 2, of the arithmetic
 //   dense_launches(forward=True, dtype=1, images=2, classes=150, positions=262144, ...)
 //   upsample_launches(forward=True, dtype=1, images=2, classes=150, low=(64, 64), size=(512, 512), ...)
 //
@@ -27,6 +28,7 @@
 //
 #include "cuda/launch/dense_launch.h"
 #include "cuda/launch/row_launch.h"
+#include "cuda/launch/soft_row_launch.h"
 #include "cuda/launch/upsample_launch.h"
 
 namespace {
@@ -156,13 +158,22 @@ void set(Launcher& launcher, const Step& step, Args& args) {
 
 py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool weighted,
                       bool calibrated, bool class_gradients, bool grad_logits,
-                      const py::object& device) {
+                      const py::object& device, int probabilities) {
   Launcher launcher(device);
   RowArgs args;
   args.outer = rows, args.classes = classes;
   args.outer_stride = args.grad_outer_stride = classes;
   set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
-  if (forward)
+  if (probabilities) {
+    args.probabilities = launcher.allocate(0);
+    args.probability_outer_stride = classes;
+    args.probabilities_of_a = probabilities == 2 || dtype == static_cast<int>(Dtype::kFloat32);
+    args.row_total = launcher.allocate(0);
+    if (forward)
+      launch_soft_row_forward(launcher, static_cast<Dtype>(dtype), args);
+    else
+      launch_soft_row_backward(launcher, static_cast<Dtype>(dtype), args);
+  } else if (forward)
     launch_row_forward(launcher, static_cast<Dtype>(dtype), args);
   else
     launch_row_backward(launcher, static_cast<Dtype>(dtype), args);
@@ -210,7 +221,8 @@ py::list upsample_launches(bool forward, int dtype, int64_t images, int64_t clas
 PYBIND11_MODULE(planner, module) {
   module.def("row_launches", row_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("rows"), py::arg("classes"), py::arg("weighted"), py::arg("calibrated"),
-             py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"));
+             py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"),
+             py::arg("probabilities") = 0);
   module.def("dense_launches", dense_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("images"), py::arg("classes"), py::arg("positions"), py::arg("weighted"),
              py::arg("calibrated"), py::arg("class_gradients"), py::arg("grad_logits"),

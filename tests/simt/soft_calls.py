@@ -33,18 +33,21 @@ def soft(
     dtype: torch.dtype = torch.float32,
     wide: bool = False,
     offset: int = 0,
+    alike: bool = False,
     all_options: bool = False,
     size: tuple[int, int] | None = None,
     **more: Any,
 ) -> Problem:
     """wide: probabilities of the arithmetic for logits of half precision. offset: elements between
-    an aligned address and the logits; the probabilities are aligned.
+    an aligned address and the logits; the probabilities are aligned, or alike.
     """
     spatial = size or shape[2:]
     logits = torch.empty(offset + torch.Size(shape).numel(), dtype=dtype)[offset:].view(shape)
     y = probabilities(shape[0], shape[1], *spatial)
     if dtype == torch.float64 or not wide:
         y = y.to(dtype)
+    if alike:
+        y = torch.empty(offset + y.numel(), dtype=y.dtype)[offset:].view(y.shape).copy_(y)
     if all_options:
         more["options"] = everything(shape[1], y[:, 0].numel())
     return Problem(logits.copy_(torch.randn(shape) * 3), y, size=size, **more)
@@ -66,7 +69,15 @@ def soft_calls() -> list[Call]:
         (soft(3, 1203, calibrated=False), {}),
         (soft(3, 301, dtype=double, all_options=True), {}),
         (soft(3, 9001, all_options=True), small),
-        (soft(2, 9000, calibrated=False), small),
+        (soft(2, 20000, calibrated=False), small),
+        # Without calibration: by a warp, by several of a block, by those of a cluster.
+        (soft(9, 1203, calibrated=False, all_options=True), {}),
+        (soft(37, 515, dtype=half, calibrated=False, all_options=True), {"offset": 1}),
+        (soft(9, 1003, dtype=float16, wide=True, offset=1, alike=True, calibrated=False), {}),
+        (soft(3, 2000, dtype=half, wide=True, calibrated=False, all_options=True), {}),
+        (soft(3, 3001, calibrated=False), {"offset": 1}),
+        (soft(5, 9001, calibrated=False, all_options=True), {"has_clusters": True}),
+        (soft(3, 9003, dtype=half, calibrated=False), {"has_clusters": True}),
         # Planes of whole vectors, and of others; a tile that is read again.
         (soft(2, 5, 70), {}),
         (soft(1, 150, 40, dtype=half, wide=True, all_options=True), {}),

@@ -37,7 +37,7 @@ class Kernel:
 
     @property
     def flags(self) -> tuple[int, ...]:
-        """Of row_warp_kernel the last is Keeper of row_warp_tile.cuh."""
+        """Of row_warp_kernel and soft_row_warp_kernel the last is Keeper of row_warp_tile.cuh."""
         keeper = re.findall(r"row_warp_kernel.*Li(\d)EEEv", self.symbol)
         return tuple(int(f) for f in re.findall(r"Lb([01])E", self.symbol) + keeper)
 
@@ -116,11 +116,8 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_CLUSTER_CALIBRATED, _FP16): 60,
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
-    ("100", "soft_row_kernel", (False, True), _BF16): 12,
-    ("100", "soft_row_kernel", (False, True), _FP16): 12,
-    ("120", "soft_row_kernel", (False, True), "f"): 48,
-    ("120", "soft_row_kernel", (True, True), _BF16): 32,
-    ("120", "soft_row_kernel", (True, True), _FP16): 32,
+    ("120", "soft_row_warp_kernel", (2,), _BF16): 12,
+    ("120", "soft_row_warp_kernel", (2,), _FP16): 12,
     # Of planes, what stays the same for a tile.
     ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
     ("100", "dense_kernel", _WITH_OPTIONS, _BF16): 16,

@@ -26,6 +26,8 @@ SIZES = {"fp32": 4, "bf16": 2}
 _CODES = {"fp32": 1, "bf16": 2}  # Dtype of csrc/cuda/kernels/launch.h
 _SOURCE = TESTS / "simt" / "row_kernels.cu"
 _STAGED = 20  # kWarpStaged of csrc/cuda/kernels/row_warp_kernel.cuh
+# Of a lane, of one warp and of several: kSoftWarpVectors of soft_row_warp_kernel.cuh there.
+_SOFT_ELEMENTS = (40, 32)
 
 
 def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
@@ -47,22 +49,28 @@ def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_byt
 
 @dataclass(frozen=True)
 class WarpRows:
-    """A row_warp_kernel."""
+    """A row_warp_kernel or soft_row_warp_kernel."""
 
     vectors: int  # of a lane
     wide: bool  # a row is that of several warps
+    stages: int  # rows that it keeps in shared memory
 
     @staticmethod
     def of(declaration: str) -> WarpRows | None:
         """None: another kernel."""
+        found = re.search(r"soft_row_warp_kernel<(\w+), (\d)>", declaration)
+        if found:
+            wide = found[2] != "0"
+            return WarpRows(_SOFT_ELEMENTS[wide] // (4 if found[1] == "float" else 8), wide, 0)
         found = re.search(r"row_warp_kernel<.*?, (\d+),.*, (\d)>", declaration)
-        return WarpRows(int(found[1]), found[2] != "0") if found else None
+        return WarpRows(int(found[1]), found[2] != "0", _STAGED // int(found[1])) if found else None
 
     def rows_ahead(self, gpu: Gpu) -> int:
         """That are asked for while a row is computed. Before compute capability 8.0 there are no
-        asynchronous copies: a row is waited for before the next is asked for.
+        asynchronous copies: a row is waited for before the next is asked for. So it is of rows in
+        registers.
         """
-        return _STAGED // self.vectors - 1 if int(gpu.architecture) >= 80 else 1
+        return self.stages - 1 if self.stages and int(gpu.architecture) >= 80 else 1
 
 
 def _divide_up(a: int, b: int) -> int:

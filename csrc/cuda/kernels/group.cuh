@@ -146,10 +146,10 @@ class Group {
 
 // The same of the blocks of a cluster, each of at most so many warps: one barrier a reduction, of the
 // cluster.
-template <class A, int kMostWarps>
+template <class A, int kMostWarps, int kMostValues = 2>
 class ClusterGroup {
  public:
-  static constexpr int kValues = 2;                             // that one reduction sums, at most
+  static constexpr int kValues = kMostValues;                   // that one reduction sums, at most
   static constexpr int kEntries = kClusterBlocks * kMostWarps;  // of a value
   // Two areas in turn: who writes one again has met all others since they read it.
   static constexpr int kScratchEntries = 2 * kValues * kEntries;

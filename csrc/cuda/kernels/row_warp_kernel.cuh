@@ -130,23 +130,10 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
     const auto grad_row = [&] {
       return static_cast<T*>(args.grad_logits) + tile.row_at(round) * args.grad_outer_stride;
     };
-    const auto write = [&](T* grad, const A(&g)[P + 1]) {
-      T* to = grad + tile.first();
-      if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-          if (tile.has(k)) store_vector(to + 32 * k * V, packed<T>(&g[k * V]));
-      } else {
-#pragma unroll
-        for (int p = 0; p < P; ++p)
-          if (tile.has(p / V)) store_one(to + p / V * 32 * V + p % V, from_accumulate<T>(g[p]));
-      }
-      if (tile.edge >= 0) store_one(grad + tile.edge, from_accumulate<T>(g[P]));
-    };
     wait_for_copies<kStages - 1>();
 
     if (!is_valid(target)) {
-      if (writes_logits) write(grad_row(), {});
+      if (writes_logits) tile.store(grad_row(), {});
     } else {
       const A c = Calibrated ? of_row(RowTurn::kC) : A(0);
       const TargetPlace<T, K> place(tile, target);
@@ -258,7 +245,7 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
             }
             g[P] *= edge.scale() * c + A(1);
           }
-          write(grad_row(), g);
+          tile.store(grad_row(), g);
         }
         if (Calibrated && slopes) {
           const A z_t = of_row(RowTurn::kTargetZ);

@@ -1,4 +1,4 @@
-// What row_warp_kernel.cuh is made of: how warps walk over rows and classes, what is of a row alone,
+// What row_warp_kernel.cuh and soft_row_warp_kernel.cuh are made of: how warps walk over rows and classes, what is of a row alone,
 // class vectors at the rows' edges, class sums.
 //
 // - A row is its whole 16-byte vectors, the k-th of a lane 32 k after its first, and at its edges fewer
@@ -46,13 +46,22 @@ struct Team {
   static __device__ __forceinline__ int member() { return kExists ? blockIdx.y : 0; }
 };
 
+// A vector of V elements.
+template <class T>
+__device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
+  Raw raw = {};
+#pragma unroll
+  for (int part = 0; part < kPartsOfVector<T>; ++part) pack<T>(values + part * kPart<T>, part, raw);
+  return raw;
+}
+
 template <class T, int K, int By>
 struct WarpTile : GroupRows {
   static constexpr bool Wide = By != kByWarp;
   static constexpr int V = kVector<T>;
 
   int warp, lane;    // warp: of the block
-  int block_of_row;  // of the cluster
+  int block_of_row;  // of the cluster, or of the blocks with a tile each
   int first_class;   // of the row's first whole vector
   int vectors;       // whole ones of the row
   int base_class;    // of this warp's first
@@ -62,12 +71,16 @@ struct WarpTile : GroupRows {
 
   template <class Team>
   __device__ __forceinline__ WarpTile(const RowArgs& args, Team team)
+      : WarpTile(args, team, By == kByCluster ? blockIdx.y : 0) {}
+  // block: its part of a row.
+  template <class Team>
+  __device__ __forceinline__ WarpTile(const RowArgs& args, Team team, int block)
       // Neighbouring rows are those of different blocks: no block has a round more than another.
       : GroupRows(args, static_cast<const T*>(args.logits), group(args, team),
                   blocks(args) * team.size() * (Wide ? 1 : blockDim.x / 32), group(args, team)),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
-        block_of_row(By == kByCluster ? blockIdx.y : 0),
+        block_of_row(block),
         first_class((V - phase) % V),
         vectors((static_cast<int>(args.classes) - first_class) / V),
         classes(static_cast<int>(args.classes)) {
@@ -88,6 +101,13 @@ struct WarpTile : GroupRows {
                                 : -1;
   }
 
+  // The same, of which the compiler knows nothing: it keeps no predicates of it.
+  __device__ __forceinline__ WarpTile made_anew() const {
+    WarpTile tile = *this;
+    asm volatile("" : "+r"(tile.left));
+    return tile;
+  }
+
   // Whether this warp writes what is of a whole row.
   __device__ __forceinline__ bool is_first() const {
     return !Wide || (warp == 0 && block_of_row == 0);
@@ -95,6 +115,23 @@ struct WarpTile : GroupRows {
   __device__ __forceinline__ bool has(int k) const { return left > 32 * k; }
   // Of this lane's first vector, from the row's first element.
   __device__ __forceinline__ int first() const { return base_class + lane * V; }
+
+  // This lane's elements of a row of the gradient, the last of which is the edge's. Aligned: its vectors
+  // lie like the logits'.
+  template <bool Aligned = false>
+  __device__ __forceinline__ void store(T* row, const Accumulate<T> (&g)[K * V + 1]) const {
+    T* to = row + first();
+    if (Aligned || reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (has(k)) store_vector(to + 32 * k * V, packed<T>(&g[k * V]));
+    } else {
+#pragma unroll
+      for (int p = 0; p < K * V; ++p)
+        if (has(p / V)) store_one(to + p / V * 32 * V + p % V, from_accumulate<T>(g[p]));
+    }
+    if (edge >= 0) store_one(row + edge, from_accumulate<T>(g[K * V]));
+  }
 
   // Of the class vectors in shared memory, of which each warp of a wide row has its own.
   static __device__ __forceinline__ int capacity() { return 32 * K; }
@@ -376,15 +413,6 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpT
   if (tile.edge >= 0 && tile.warp == 0 && team.member() == 0)
     write(of_warp(0) + P * kPitch + tile.lane, tile.edge);
   if (by_team) Cluster::barrier();  // until then its memory is read
-}
-
-// A vector of V elements.
-template <class T>
-__device__ __forceinline__ Raw packed(const Accumulate<T>* values) {
-  Raw raw = {};
-#pragma unroll
-  for (int part = 0; part < kPartsOfVector<T>; ++part) pack<T>(values + part * kPart<T>, part, raw);
-  return raw;
 }
 
 }  // namespace disalign::cuda

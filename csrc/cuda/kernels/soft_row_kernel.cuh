@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
 #pragma unroll
       for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
     }
-    if (classes.weight) {
+    if (args.weight) {
 #pragma unroll
       for (int part = 0; part < kParts<T>; ++part) {
         A w[Q];

@@ -170,7 +170,7 @@ void fill_grid(Launcher& launcher, void (*kernel)(Args), const RowArgs& args, Ro
     const int64_t resident = resident_blocks(launcher, kernel, plan);
     const int64_t blocks = row_blocks(args, plan, resident);
     plan.shape.grid_x = blocks;
-    if (plan.tiles == 1 || plan.shape.clustered) return;
+    if (plan.tiles == 1 || plan.shape.clustered || plan.warp_vectors) return;
     const int64_t filling = std::min(divide_up(blocks * plan.tiles, resident) * resident / blocks,
                                      divide_up(plan.vectors, 32 * kKept<T>));
     if (10 * filling <= 11 * plan.tiles) return;

@@ -2,13 +2,107 @@
 #pragma once
 
 #include "cuda/kernels/soft_row_kernel.cuh"
+#include "cuda/kernels/soft_row_warp_kernel.cuh"
 #include "cuda/launch/row_launch.h"
 
 namespace disalign::cuda {
 
+// Whether the vectors of every row of another tensor, of elements of so many bytes, lie like those of the
+// logits.
+template <class T>
+bool lies_like_logits(const RowArgs& args, const void* other, int64_t stride, int64_t size) {
+  const auto address = reinterpret_cast<uintptr_t>(other);
+  const auto distance = static_cast<int64_t>(address / size) -
+                        static_cast<int64_t>(reinterpret_cast<uintptr_t>(args.logits) / sizeof(T));
+  const int64_t steps = args.outer > 1 ? stride - args.outer_stride : 0;
+  return address % size == 0 && distance * size % kVectorBytes == 0 &&
+         steps * size % kVectorBytes == 0;
+}
+template <class T>
+bool all_lie_like_logits(const RowArgs& args) {
+  const int64_t size = args.probabilities_of_a ? sizeof(Accumulate<T>) : sizeof(T);
+  return lies_like_logits<T>(args, args.probabilities, args.probability_outer_stride, size) &&
+         (!args.grad_logits ||
+          lies_like_logits<T>(args, args.grad_logits, args.grad_outer_stride, sizeof(T)));
+}
+
+template <class T>
+RowKernel soft_row_warp_kernel_of(const RowPlan& plan) {
+  if constexpr (sizeof(T) == 8)
+    return nullptr;  // soft_row_warp_plan
+  else
+    return plan.shape.clustered ? soft_row_warp_kernel<T, kByCluster>
+           : plan.wide          ? soft_row_warp_kernel<T, kByBlock>
+                                : soft_row_warp_kernel<T, kByWarp>;
+}
+
+// Rows by soft_row_warp_kernel: a warp each, or so many blocks a row.
+template <class T, int By>
+RowPlan soft_warps_of_rows(const RowArgs& args, RowPlan plan, int64_t blocks) {
+  using A = Accumulate<T>;
+  constexpr int K = kSoftWarpVectors<T, By>;
+  const int64_t warps = By == kByWarp ? kSoftWarpThreads<By> / 32
+                                      : divide_up(args.classes / kVector<T>, 32 * K * blocks);
+  plan.warp_vectors = K;
+  plan.wide = By != kByWarp;
+  plan.lanes = plan.wide ? 0 : 32;
+  plan.tiles = static_cast<int>(blocks);
+  plan.tile_vectors = static_cast<int>(divide_up(plan.vectors, blocks));
+  plan.shape = Shape{};
+  plan.shape.clustered = By == kByCluster;
+  plan.shape.grid_y = blocks;
+  plan.shape.threads = static_cast<int>(32 * warps);
+  plan.shape.shared_bytes =
+      kSoftWarpScratchBytes<A, By> + (plan.wide ? warps : 1) * soft_class_vectors(args) * 32 * K *
+                                         kVector<T> * static_cast<int64_t>(sizeof(A));
+  return plan;
+}
+
+// By a warp; by as few blocks as can, two of which a multiprocessor has, so that one's rows are on their
+// way while the other computes; by blocks with a multiprocessor each; by tiles, as many as fill the
+// device. None for float64, calibrated logits, and rows that a narrow group keeps.
+template <class T, class Launcher>
+std::optional<RowPlan> soft_row_warp_plan(Launcher& launcher, const RowArgs& args) {
+  const Limits limits = launcher.limits();
+  const RowPlan rows = row_plan<T>(args, limits, kWideThreads<T>);
+  if (sizeof(T) == 8 || args.scale || !rows.wide) return std::nullopt;
+  const auto fits = [&](const RowPlan& plan, int64_t most_warps) {
+    return plan.shape.threads <= 32 * most_warps && plan.shape.shared_bytes <= limits.shared_bytes;
+  };
+  constexpr int K = kSoftWarpVectors<T, kByBlock>;
+  constexpr int64_t kMost = kSoftMostWarps;
+  const int64_t vectors = args.classes / kVector<T>;
+  const bool alike = all_lie_like_logits<T>(args);
+  if (alike && vectors <= 32 * kSoftWarpVectors<T, kByWarp>)
+    return soft_warps_of_rows<T, kByWarp>(args, rows, 1);
+  for (const int64_t most_warps : {kMost / 2, kMost}) {
+    RowPlan plan = soft_warps_of_rows<T, kByBlock>(args, rows, 1);
+    if (fits(plan, most_warps)) return plan;
+    for (int blocks = 2; alike && limits.has_clusters && blocks <= kClusterBlocks; ++blocks) {
+      plan = soft_warps_of_rows<T, kByCluster>(args, rows, blocks);
+      if (fits(plan, most_warps) &&
+          launcher.clusters(soft_row_warp_kernel_of<T>(plan), plan.shape) > 0)
+        return plan;
+    }
+  }
+  int64_t tiles = std::min(divide_up(2 * limits.multiprocessors, std::max<int64_t>(args.outer, 1)),
+                           divide_up(vectors, 32 * K));
+  tiles = std::max(tiles, divide_up(vectors, 32 * K * kMost / 2));
+  for (;; tiles *= 2) {
+    const int64_t warps = divide_up(vectors, 32 * K * tiles);
+    const RowPlan plan =
+        soft_warps_of_rows<T, kByBlock>(args, rows, divide_up(vectors, 32 * K * warps));
+    if (fits(plan, kMost) || warps == 1) return plan;
+  }
+}
+
 template <class T, bool Calibrated>
 RowKernel soft_row_kernel_of(const RowPlan& plan) {
-  return plan.wide ? soft_row_kernel<T, Calibrated, true> : soft_row_kernel<T, Calibrated, false>;
+  if (plan.warp_vectors) return soft_row_warp_kernel_of<T>(plan);
+  if constexpr (Calibrated || sizeof(T) == 8) {
+    if (plan.wide) return soft_row_kernel<T, Calibrated, true>;
+  }
+  return soft_row_kernel<T, Calibrated, false>;
 }
 
 template <class T, bool Calibrated, class Launcher>
@@ -16,7 +110,8 @@ void launch_soft_row_backward(Launcher& launcher, RowArgs args, Dtype dtype) {
   FinishArgs last;
   RowPlan plan;
   if (args.outer > 0) {
-    plan = row_plan<T>(args, launcher.limits(), kBackwardThreads);
+    const auto by_warps = soft_row_warp_plan<T>(launcher, args);
+    plan = by_warps ? *by_warps : row_plan<T>(args, launcher.limits(), kBackwardThreads);
     const RowKernel kernel = soft_row_kernel_of<T, Calibrated>(plan);
     fill_grid<T>(launcher, kernel, args, plan);
     apply(plan, args);
@@ -38,8 +133,9 @@ template <class T, bool Calibrated, class Launcher>
 void launch_soft_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
   using A = Accumulate<T>;
   FinishArgs last;
-  RowPlan plan = row_plan<T>(args, launcher.limits(), kWideThreads<T>);
-  const bool tiled = plan.tiles > 1;
+  const auto by_warps = soft_row_warp_plan<T>(launcher, args);
+  RowPlan plan = by_warps ? *by_warps : row_plan<T>(args, launcher.limits(), kWideThreads<T>);
+  const bool tiled = plan.tiles > 1 && !plan.shape.clustered;
   if (tiled && (args.grad_logits || args.class_gradients || args.grad_confidence)) {
     launch_soft_row_forward<T, Calibrated>(launcher, without_gradients(args), dtype);
     return launch_soft_row_backward<T, Calibrated>(launcher, args, dtype);
