@@ -93,7 +93,7 @@ def hard_logits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     classes[0, ::3] = classes[0].max()
     classes[1, : shape[1] // 2] = float("-inf")
     classes[2] = float("-inf")
-    classes[3, 5] = float("inf")
+    classes[3, 5] = classes[3, -1] = float("inf")
     classes[4] = 0.1
     classes[4, -1] = torch.nextafter(torch.tensor(0.1), torch.tensor(1.0))  # above 0.1 in float32
     classes[5] = 7.0
@@ -126,6 +126,29 @@ def test_the_most_probable_class(
             prior=None if prior is None else torch.full((shape[1],), prior), return_details=True,
         )  # fmt: skip
         assert torch.equal(details.prediction, expected)
+
+
+@pytest.mark.parametrize("ignored", ["some", "all"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_an_ignored_position_holds_stays_there(calibrated: bool, ignored: str) -> None:
+    """Its prediction is looked at; its logits, of NaN and infinity here, reach nothing else."""
+    p: Any = dense((2, 6, 5, 7))
+    p.target[:, 1:4] = -100
+    if ignored == "all":
+        p.target[1] = -100
+    with torch.no_grad():
+        p.logits.movedim(1, -1)[p.target == -100] = float("nan")
+        p.logits[:, 4, 3] = float("inf")
+        p.confidence.view(p.target.shape)[p.target == -100] = float("inf")
+    p.options = {"label_smoothing": 0.1}
+    details = found(p, calibrated, "entropy")
+    learned = p.learned if calibrated else [p.logits]
+    gradients = torch.autograd.grad(details.loss, learned)
+    expected = plain(p, calibrated)
+    assert_close(details.loss.detach(), expected.detach(), torch.float64, "loss")
+    for a, e in zip(gradients, torch.autograd.grad(expected, learned), strict=True):
+        assert_close(a, e, torch.float64, "gradient")
+    assert torch.equal(details.prediction[:, 3], torch.full((2, 7), 4))
 
 
 @pytest.mark.parametrize("margin", [None, 0.7, 30.0, 60.0, 200.0, -30.0])

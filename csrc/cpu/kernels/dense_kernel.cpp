@@ -145,16 +145,22 @@ void recall_targets(const LossArgs& args, const Tile<T>& tile) {
   }
 }
 
-// The most probable class of every position, ignored or not. Leaves in the tile what load_tile does.
+// The most probable class of every position, ignored or not.
 template <class T, bool Calibrated>
 void predict_tile(const LossArgs& args, const Tile<T>& tile) {
-  using A = Accumulate<T>;
   load<T, Calibrated, true, false>(args, tile);
   most_probable(tile, args.prediction + tile.first);
+}
+
+// What load_tile leaves of a tile that predict_tile has loaded, without the logits again.
+template <class T, bool Calibrated>
+void forget_ignored(const Tile<T>& tile) {
+  using A = Accumulate<T>;
   if (tile.all_valid) return;
   for (int64_t p = 0; p < tile.size; ++p)
     if (tile.valid[p] == A(0)) tile.positions.c[p] = A(0);
-  load<T, Calibrated, false, false>(args, tile);
+  clear_ignored(tile, tile.e);
+  if constexpr (Calibrated) clear_ignored(tile, tile.logits);
 }
 
 // The entropy of every position, whose exponentials are in the tile; 0 where ignored.
@@ -199,10 +205,12 @@ void run_tile(const LossArgs& args, bool backward, const Tile<T>& tile, Chunk& c
     recall_targets(args, tile);
     load_tile<T, Calibrated, true>(args, tile);
   } else {
-    if (args.prediction && !backward)
+    if (args.prediction && !backward) {
       predict_tile<T, Calibrated>(args, tile);
-    else
+      forget_ignored<T, Calibrated>(tile);
+    } else {
       load_tile<T, Calibrated, false>(args, tile);
+    }
     read_targets(args, backward, tile);
     if (slope)
       exponentiate_all<T, Calibrated, S>(args, tile);

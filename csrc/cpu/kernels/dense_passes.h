@@ -193,6 +193,18 @@ DISALIGN_NOINLINE void most_probable(const Tile<T>& tile, int64_t* __restrict__ 
   for (int64_t p = 0; p < tile.count; ++p) to[p] = static_cast<int64_t>(found[p]);
 }
 
+// Makes a plane of every class 0 where a position is ignored, whatever it holds.
+template <class T>
+DISALIGN_NOINLINE void clear_ignored(const Tile<T>& tile, Accumulate<T>* plane) {
+  using A = Accumulate<T>;
+  const A* __restrict__ valid = tile.valid;
+  for (int64_t j = 0; j < tile.classes; ++j) {
+    A* __restrict__ x = plane + j * tile.size;
+    for (int64_t p = 0; p < tile.count; p += Lanes<A>::N)
+      store(x + p, load(valid + p) != Vec<A>{} ? load(x + p) : Vec<A>{});
+  }
+}
+
 // EntropySums of the exponentials in e, of every position; in the scratch of the tile's sums.
 template <class T>
 DISALIGN_NOINLINE void entropy_sums(const Tile<T>& tile, double** sum, double** log) {

@@ -208,8 +208,9 @@ DISALIGN_NOINLINE void write_details(const LossArgs& args, const Rows<T, R>& row
       const A of_maximum = exp_bounded(splat<A>(maximum) - splat<A>(sums.shift[r]))[0];
       int64_t found = first_class(e, rows.classes, of_maximum, is);
       if (found < 0) {  // an infinite logit, whose exponential is NaN, or no class at all
-        for (found = rows.classes - 1; found > 0 && !is(found); --found) {
+        for (found = 0; found < rows.classes && !is(found); ++found) {
         }
+        if (found == rows.classes) found = 0;
       }
       args.prediction[i] = found;
     }
