@@ -225,12 +225,14 @@ def _two_losses(
     details: bool,
 ) -> Tensor:
     """For (a, b, lam): each term is a loss of its own."""
+    check_bool("return_details", details)
     if details or composed.is_tracing():
         raise ArgumentError(
             "target must be one tensor where return_details is True, or torch.jit.trace records, "
             "got a tuple"
         )
     classes = check_image(input)
+    mixed.check_parts(target)
     shape = _target_shape(input, target[0])
 
     def losses(indices: Tensor, each: Options) -> Tensor:

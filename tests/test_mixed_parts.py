@@ -13,7 +13,7 @@ from torch import Tensor
 
 import disalign_ops
 from disalign_ops import Shard
-from disalign_ops.errors import ArgumentError
+from disalign_ops.errors import ArgumentError, ArgumentTypeError
 from support import linear_cases, ranks
 from support.comparison import memory_held
 from support.linear_cases import Problem
@@ -316,6 +316,10 @@ def test_what_is_refused() -> None:
     z, masks = torch.randn(1, 5, 2, 2), torch.zeros(1, 4, 4).long()
     with pytest.raises(ArgumentError, match=r"^target must be one tensor where return_details"):
         disalign_ops.upsample_cross_entropy(z, (masks, masks, 0.5), return_details=True)  # type: ignore[call-overload]
+    with pytest.raises(ArgumentError, match=r"^target must have three parts, .*, got 0"):
+        disalign_ops.upsample_cross_entropy(z, ())  # type: ignore[call-overload]
+    with pytest.raises(ArgumentTypeError, match=r"^return_details must be a bool"):
+        disalign_ops.upsample_cross_entropy(z, (masks, masks, 0.5), return_details="entropy")  # type: ignore[call-overload]
     with pytest.raises(ArgumentError, match=r"^gradient must be .* or of upsampled logits"):
         disalign_ops.upsample_cross_entropy(z, (masks, masks, 0.5), gradient="forward")
     with pytest.raises(ArgumentError, match=r"^target must have shape"):

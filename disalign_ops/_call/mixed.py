@@ -132,12 +132,17 @@ def one_read_serves(given: Validated) -> bool:
     return given.margin is None and not given.focal_gamma and not both
 
 
-def check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-    """a and b of the positions' shape, and lam, flat or 0-d, of the accumulation dtype."""
+def check_parts(target: tuple[Any, ...]) -> None:
+    """That there are three."""
     if len(target) != 3:
         raise ArgumentError(
             f"target must have three parts, (a, b, lam), where it is a tuple, got {len(target)}"
         )
+
+
+def check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """a and b of the positions' shape, and lam, flat or 0-d, of the accumulation dtype."""
+    check_parts(target)
     first, second, share = target
     for name, indices in (("target[0]", first), ("target[1]", second)):
         check_class_indices(check_tensor(name, indices))
