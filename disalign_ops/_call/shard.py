@@ -43,6 +43,7 @@ class Shard:
     | linear_weight, linear_bias | its classes: (C_rank, D), (C_rank,) |
     | weight, prior, margin, scale, bias | its classes: (C_rank,); one number is every class's |
     | target | global class ids of all rows, the same on every rank |
+    | target (a, b, lam) | a and b as class ids, and lam of all rows, the same on every rank |
     | target of class probabilities | its classes: (N, C_rank) or (C_rank,) |
     | confidence, sample_weight, features | all rows, the same on every rank |
     | other options | the same on every rank; each tensor passed on all ranks or on none |
