@@ -317,7 +317,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"^target must be one tensor where return_details"):
         disalign_ops.upsample_cross_entropy(z, (masks, masks, 0.5), return_details=True)  # type: ignore[call-overload]
     with pytest.raises(ArgumentError, match=r"^target must have three parts, .*, got 0"):
-        disalign_ops.upsample_cross_entropy(z, ())  # type: ignore[call-overload]
+        disalign_ops.upsample_cross_entropy(z, ())  # type: ignore[arg-type]
     with pytest.raises(ArgumentTypeError, match=r"^return_details must be a bool"):
         disalign_ops.upsample_cross_entropy(z, (masks, masks, 0.5), return_details="entropy")  # type: ignore[call-overload]
     with pytest.raises(ArgumentError, match=r"^gradient must be .* or of upsampled logits"):
