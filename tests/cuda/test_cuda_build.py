@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,15 @@ import pytest
 from simt import build
 from support import compiler_report
 from support.compiler_report import Kernel
-from support.places import TESTS
 
-# A minute for two on two cores; launch_plans.py has the row kernels of the others.
-MAIN = ("80", "90")
 ARCHITECTURES = [
-    pytest.param(a, marks=() if a in MAIN else pytest.mark.slow)
+    pytest.param(a, marks=() if a in compiler_report.MAIN else pytest.mark.slow)
     for a in compiler_report.ARCHITECTURES
 ]
 
-# Registers a thread, at most, over both of MAIN. Kernels are compiled for as few registers as
-# they need without spilling; a budget keeps a change from halving the threads that run at once.
+# Registers a thread, at most, over both of compiler_report.MAIN. Kernels are compiled for as few
+# registers as they need without spilling; a budget keeps a change from halving the threads that run
+# at once.
 # (kernel, storage is float64): the other storage types share their arithmetic.
 REGISTERS = {
     ("row_forward_kernel plain", False): 128,  # as with 103 or more: 4 blocks a multiprocessor
@@ -115,35 +112,17 @@ def _budget(kernel: Kernel) -> tuple[str, bool]:
     return kernel.name + kind, kernel.type == "d"
 
 
-@pytest.fixture(scope="module")
-def compiled(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, list[Kernel]]]:
-    """For the architectures of all tests that run."""
+@pytest.fixture
+def compiled(architecture: str) -> tuple[Path, list[Kernel]]:
     home = build.cuda_home()
     if home is None or not (home / "bin" / "nvcc").exists():
         pytest.skip("needs nvcc")
-    architectures = {
-        item.callspec.params["architecture"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.module is request.module
-    }
-    folder = tmp_path_factory.mktemp("cubin")
-
-    def compile(architecture: str) -> tuple[Path, list[Kernel]]:
-        cubin = folder / f"kernels_{architecture}.cubin"
-        source = TESTS / "simt" / "every_kernel.cu"
-        return cubin, compiler_report.compile(source, architecture, cubin)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(architectures, pool.map(compile, architectures), strict=True))
+    return compiler_report.every_kernel(architecture)
 
 
-@pytest.mark.parametrize("architecture", MAIN)
-def test_kernels_keep_their_budgets(
-    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
-) -> None:
-    kernels = compiled[architecture][1]
+@pytest.mark.parametrize("architecture", compiler_report.MAIN)
+def test_kernels_keep_their_budgets(compiled: tuple[Path, list[Kernel]], architecture: str) -> None:
+    kernels = compiled[1]
     assert {_budget(k) for k in kernels} == set(REGISTERS)
     over = []
     for kernel in kernels:
@@ -157,9 +136,9 @@ def test_kernels_keep_their_budgets(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_spill_what_is_known(
-    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
+    compiled: tuple[Path, list[Kernel]], architecture: str
 ) -> None:
-    kernels = compiled[architecture][1]
+    kernels = compiled[1]
     compiler_report.assert_known_spills(architecture, kernels)
     assert not [kernel for kernel in kernels if kernel.static_shared]
 
@@ -182,9 +161,9 @@ def _machine_code(cubin: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
-    compiled: dict[str, tuple[Path, list[Kernel]]], architecture: str
+    compiled: tuple[Path, list[Kernel]], architecture: str
 ) -> None:
-    cubin, kernels = compiled[architecture]
+    cubin, kernels = compiled
     code = _machine_code(cubin)
     assert set(code) == {k.symbol for k in kernels}
     for kernel in kernels:

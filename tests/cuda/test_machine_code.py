@@ -91,7 +91,7 @@ def test_a_planted_kernel_issues_what_it_must(architecture: str, tmp_path: Path)
         [str(home / "bin" / "nvcc"), "-O3", f"-arch=sm_{architecture}", "-cubin", str(source), "-o",
          str(cubin)], check=True,
     )  # fmt: skip
-    kernel = disassembly.kernels(cubin)["planted"]
+    kernel = disassembly.Kernels(cubin)["planted"]
 
     def issued(rounds: int, parts: int, large: bool) -> Counter[str]:
         arguments = b"".join(n.to_bytes(8, "little") for n in (1 << 32, rounds, parts))
@@ -123,52 +123,52 @@ def test_a_planted_kernel_issues_what_it_must(architecture: str, tmp_path: Path)
 # each of rows.CLASSES those of rows.STEPS. `python -m machine_code.rows budgets` prints this.
 BUDGETS = {
     ("80", "float32"): (
-        (68, 91, 142, 169, 82),
-        (57, 77, 120, 143, 70),
+        (67, 90, 145, 172, 82),
+        (56, 77, 123, 146, 70),
         (40, 55, 96, 117, 55),
         (40, 54, 95, 116, 54),
     ),
     ("80", "bfloat16"): (
-        (142, 194, 293, 358, 175),
-        (118, 165, 246, 305, 150),
+        (140, 192, 300, 365, 175),
+        (117, 163, 252, 311, 150),
         (73, 103, 198, 252, 102),
         (72, 102, 197, 250, 101),
     ),
     ("90", "float32"): (
-        (75, 100, 153, 181, 88),
-        (62, 84, 129, 153, 74),
+        (74, 99, 156, 184, 88),
+        (61, 83, 132, 156, 74),
         (42, 58, 97, 119, 57),
-        (42, 57, 97, 119, 57),
+        (42, 57, 96, 118, 57),
     ),
     ("90", "bfloat16"): (
-        (156, 210, 317, 386, 186),
-        (130, 179, 267, 330, 160),
-        (74, 105, 203, 260, 104),
-        (73, 104, 201, 258, 103),
+        (154, 208, 325, 394, 187),
+        (128, 178, 275, 337, 160),
+        (74, 105, 207, 264, 104),
+        (73, 104, 206, 262, 103),
     ),
     ("100", "float32"): (
-        (81, 106, 159, 187, 92),
-        (67, 88, 134, 158, 77),
-        (42, 58, 98, 120, 57),
-        (42, 58, 98, 119, 56),
+        (80, 105, 164, 193, 92),
+        (66, 88, 140, 164, 77),
+        (42, 58, 99, 120, 57),
+        (42, 57, 98, 120, 56),
     ),
     ("100", "bfloat16"): (
-        (163, 219, 320, 382, 191),
-        (136, 184, 270, 322, 161),
-        (73, 103, 201, 249, 102),
-        (72, 102, 200, 248, 101),
+        (161, 217, 333, 394, 191),
+        (135, 182, 282, 334, 161),
+        (73, 103, 206, 253, 102),
+        (72, 102, 205, 252, 101),
     ),
     ("120", "float32"): (
-        (72, 96, 163, 191, 84),
-        (60, 80, 136, 160, 70),
-        (40, 55, 117, 142, 54),
+        (71, 95, 169, 198, 84),
+        (59, 80, 141, 165, 70),
+        (40, 55, 117, 141, 54),
         (40, 55, 116, 141, 54),
     ),
     ("120", "bfloat16"): (
-        (145, 198, 328, 391, 173),
-        (121, 167, 275, 328, 146),
+        (143, 196, 343, 406, 173),
+        (120, 165, 283, 336, 146),
         (73, 103, 240, 294, 102),
-        (72, 103, 239, 293, 101),
+        (72, 103, 238, 292, 101),
     ),
 }
 
@@ -291,14 +291,17 @@ def test_the_model_of_planes_takes_these_counts() -> None:
         assert counts == pytest.approx(found, rel=0.01, abs=0.5), key
 
 
-def test_the_model_takes_these_counts() -> None:
-    found = {
-        key: tuple(rows.count(a, d, classes, step).vector for d in rows.DTYPES)
-        for key, (a, classes, step) in rows.MODEL.items()
-    }
-    assert set(model.INSTRUCTIONS) == set(found)
-    for key, counts in found.items():
-        assert model.INSTRUCTIONS[key] == pytest.approx(counts, rel=0.01, abs=0.5), key
+@pytest.mark.parametrize("architecture", ["80", "90", pytest.param("89", marks=pytest.mark.slow)])
+def test_the_model_takes_these_counts(architecture: str) -> None:
+    assert set(model.INSTRUCTIONS) == set(rows.MODEL)
+    for key, (a, classes, step) in rows.MODEL.items():
+        if a == architecture:
+            found = tuple(rows.count(a, d, classes, step).vector for d in rows.DTYPES)
+            assert model.INSTRUCTIONS[key] == pytest.approx(found, rel=0.01, abs=0.5), key
+
+
+def test_every_count_of_the_model_is_compared() -> None:
+    assert {a for a, _, _ in rows.MODEL.values()} == {"80", "89", "90"}
 
 
 # Instructions for 32 output positions and classes, of logits at an eighth of the height and width:

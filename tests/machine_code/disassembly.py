@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,31 @@ def nvdisasm() -> str | None:
     return shutil.which("nvdisasm", path=f"{tools}{os.pathsep}{os.environ['PATH']}")
 
 
-def kernels(cubin: Path) -> dict[str, Kernel]:
-    """The kernels of a cubin by symbol."""
-    tool = nvdisasm()
-    assert tool is not None
-    run = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
-    sections = _sections(cubin.read_bytes())
-    parts = re.split(r"^\t\.section\t\.text\.([^,]+),.*$", run.stdout, flags=re.MULTILINE)
-    found = {}
-    for symbol, code in zip(parts[1::2], parts[2::2], strict=True):
-        lines = code.splitlines()
+class Kernels(Mapping[str, Kernel]):
+    """The kernels of a cubin by symbol, decoded when they are asked for."""
+
+    def __init__(self, cubin: Path) -> None:
+        tool = nvdisasm()
+        assert tool is not None
+        run = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+        self._sections = _sections(cubin.read_bytes())
+        parts = re.split(r"^\t\.section\t\.text\.([^,]+),.*$", run.stdout, flags=re.MULTILINE)
+        self._code = dict(zip(parts[1::2], parts[2::2], strict=True))
+        self._decoded: dict[str, Kernel] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._code)
+
+    def __len__(self) -> int:
+        return len(self._code)
+
+    def __getitem__(self, symbol: str) -> Kernel:
+        if symbol not in self._decoded:
+            self._decoded[symbol] = self._decode(symbol)
+        return self._decoded[symbol]
+
+    def _decode(self, symbol: str) -> Kernel:
+        lines = self._code[symbol].splitlines()
         labels: dict[str, int] = {}
         pending: list[str] = []
         for line in lines:
@@ -156,11 +172,10 @@ def kernels(cubin: Path) -> dict[str, Kernel]:
                 labels |= dict.fromkeys(pending, int(line.split("*")[1], 16))
                 pending = []
         decoded = [_instruction(line, labels) for line in lines]
-        found[symbol] = Kernel(
-            symbol,
-            {i.address: i for i in decoded if i},
-            {bank: sections[f".nv.constant{bank}.{symbol}"]
-             for bank in range(1, 16) if f".nv.constant{bank}.{symbol}" in sections},
-            len(sections[f".nv.constant0.{symbol}"]),
-        )  # fmt: skip
-    return found
+        constants = {
+            bank: self._sections[name]
+            for bank in range(1, 16)
+            if (name := f".nv.constant{bank}.{symbol}") in self._sections
+        }
+        size = len(self._sections[f".nv.constant0.{symbol}"])
+        return Kernel(symbol, {i.address: i for i in decoded if i}, constants, size)

@@ -16,13 +16,12 @@ import math
 import struct
 import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks import model_planes
-from support import compiler_report, launch_plans
+from support import launch_plans
 
-from . import disassembly
+from . import disassembly, library
 from .rows import (
     BYTES,
     DTYPES,
@@ -31,7 +30,6 @@ from .rows import (
     ORDINARY,
     OUTER,
     decide,
-    folder,
     planner,
     table,
     target_memory,
@@ -84,27 +82,9 @@ def launch(architecture: str, dtype: str, classes: int, step: str,
 
 
 @functools.cache
-def _compiled(
-    architecture: str, dtype: str
-) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
-    """Kernels and their registers, by symbol."""
-    declarations = sorted({
-        launch(a, dtype, c, step)["declaration"] for a in DEVICES for c in SHAPES for step in STEPS
-    })  # fmt: skip
-    source = Path(folder().name, f"planes_{dtype}_{architecture}.cu")
-    source.write_text("".join(
-        ['#include "cuda/kernels/dense_kernel.cuh"\n']
-        + [f"template __global__ {d};\n" for d in declarations]
-    ))  # fmt: skip
-    cubin = source.with_suffix(".cubin")
-    report = compiler_report.compile(source, architecture, cubin)
-    return disassembly.kernels(cubin), {kernel.symbol: kernel.registers for kernel in report}
-
-
-@functools.cache
 def count(architecture: str, dtype: str, classes: int, step: str) -> dict[str, float]:
     """Opcode -> how often it is issued for 512 bytes of logits, by all warps."""
-    codes, registers = _compiled(architecture, dtype)
+    codes, registers = library.kernels(architecture)
     symbol = launch(architecture, dtype, classes, step)["kernel"]
     found = launch(architecture, dtype, classes, step, registers[symbol])
     few, many = (_block(found, n, codes[symbol], architecture) for n in (1, 3))

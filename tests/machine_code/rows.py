@@ -8,9 +8,9 @@
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
 logits, which are one 16-byte load of a warp. finish_kernel is not among them. What row_launch.h
-launches comes from simt/planner.cpp; the kernels are compiled for an architecture and disassembled,
-and some warps of some blocks walk through them (warp.py): the first and the last of a block, whose
-vectors may be ragged, the one that has the target's class, and one for all others.
+launches comes from simt/planner.cpp; the library's kernels are disassembled (library.py), and some
+warps of some blocks walk through them (warp.py): the first and the last of a block, whose vectors
+may be ragged, the one that has the target's class, and one for all others.
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ import math
 import re
 import struct
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from benchmarks.gpus import GPUS
 from simt import build
-from support import compiler_report, launch_plans
+from support import launch_plans
 from support.launch_plans import WarpRows
 
-from . import disassembly
+from . import disassembly, library
 from .warp import Launch, Unknown, Warp
 
 ROWS = 4096
@@ -158,11 +155,6 @@ class Kernel:
 
 
 @functools.cache
-def folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()
-
-
-@functools.cache
 def planner() -> ModuleType:
     return build.module("planner")
 
@@ -180,49 +172,6 @@ def launch(architecture: str, dtype: str, classes: int, step: str, registers: in
         found["threads"], found["shared_bytes"], found["arguments"],
         found["grid_y"] // found["row_tiles"],
     )  # fmt: skip
-
-
-# What is compiled together: numbers of classes, steps.
-UNITS = {
-    "rows": (CLASSES, STEPS), "long": (LONG, STEPS | SUMS), "soft": (SOFT_CLASSES, SOFT),
-}  # fmt: skip
-
-
-def _unit(classes: int, step: str) -> str:
-    return "soft" if step in SOFT else "long" if classes in LONG else "rows"
-
-
-@functools.cache
-def _declarations(dtype: str, unit: str) -> tuple[str, ...]:
-    """The kernels of this dtype that any step launches."""
-    sizes, steps = UNITS[unit]
-    return tuple(sorted({
-        launch(a, dtype, c, step).declaration for a in WITH_MODEL for c in sizes for step in steps
-    }))  # fmt: skip
-
-
-@functools.cache
-def _compiled(
-    architecture: str, dtype: str, unit: str = "rows"
-) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
-    """Kernels and their registers, by symbol."""
-    source = Path(folder().name, f"{dtype}_{architecture}_{unit}.cu")
-    source.write_text("".join(
-        ['#include "cuda/launch/row_launch.h"\n#include "cuda/launch/soft_row_launch.h"\n']
-        + [f"template __global__ {d};\n" for d in _declarations(dtype, unit)]
-    ))  # fmt: skip
-    cubin = source.with_suffix(".cubin")
-    report = compiler_report.compile(source, architecture, cubin)
-    return disassembly.kernels(cubin), {kernel.symbol: kernel.registers for kernel in report}
-
-
-def compile_all() -> None:
-    """In parallel, what one after the other would take a minute."""
-    folder()  # once: two threads would make two, one of which goes
-    with ThreadPoolExecutor(2) as pool:
-        for dtype in DTYPES:
-            _declarations(dtype, "rows")
-        list(pool.map(lambda key: _compiled(*key), [(a, d) for a in DEVICES for d in DTYPES]))
 
 
 # ---- Counts ----
@@ -267,7 +216,7 @@ def target_memory(target: int, address: int, size: int) -> int | None:
 
 @functools.cache
 def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
-    codes, registers = _compiled(architecture, dtype, _unit(classes, step))
+    codes, registers = library.kernels(architecture)
     symbol = launch(architecture, dtype, classes, step).symbol
     kernel = launch(architecture, dtype, classes, step, registers[symbol])
     code = codes[kernel.symbol]
@@ -344,7 +293,6 @@ def table(name: str, architectures: Iterable[str], rows: Iterable[Any], steps: I
 
 def budgets() -> str:
     """BUDGETS of test_machine_code.py: the counts and MARGIN."""
-    compile_all()
     return table("BUDGETS", DEVICES, CLASSES, STEPS,
                  lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
 
@@ -380,7 +328,6 @@ def model() -> str:
 
 
 def main() -> None:
-    compile_all()
     print("architecture  dtype     classes  step      setup    row  for 512 bytes")
     for key in KEYS:
         found = count(*key)

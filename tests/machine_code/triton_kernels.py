@@ -124,7 +124,7 @@ def compile_launch(found: triton_compile.Launch) -> Compiled:
     (source, _), _ = triton_compile.specialised(found, ARCHITECTURE)
     cubin = Path(_folder().name, "kernel.cubin")
     cubin.write_bytes(triton_compile.translate(found, ARCHITECTURE).asm["cubin"])
-    (code,) = disassembly.kernels(cubin).values()
+    (code,) = disassembly.Kernels(cubin).values()
     parameters = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
     return Compiled(code, parameters)
 

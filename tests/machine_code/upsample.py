@@ -18,14 +18,12 @@ import re
 import struct
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from support import compiler_report, launch_plans
+from support import launch_plans
 
-from . import disassembly
+from . import disassembly, library
 from .rows import (
     DEVICES,
     DTYPES,
@@ -34,7 +32,6 @@ from .rows import (
     ORDINARY,
     OUTER,
     decide,
-    folder,
     planner,
     table,
     target_memory,
@@ -153,36 +150,9 @@ def launched(architecture: str, dtype: str, shape: str, step: str, registers: in
 
 
 @functools.cache
-def _compiled(
-    architecture: str, dtype: str
-) -> tuple[dict[str, disassembly.Kernel], dict[str, int]]:
-    declarations = sorted({
-        kernel.declaration
-        for shape in SHAPES for step in STEPS
-        for kernel in launched(architecture, dtype, shape, step)
-    })  # fmt: skip
-    source = Path(folder().name, f"upsample_{dtype}_{architecture}.cu")
-    headers = ("upsample_kernel.cuh", "upsample_backward_kernel.cuh")
-    source.write_text("".join(
-        [f'#include "cuda/kernels/{h}"\n' for h in headers]
-        + [f"template __global__ {d};\n" for d in declarations]
-    ))  # fmt: skip
-    cubin = source.with_suffix(".cubin")
-    report = compiler_report.compile(source, architecture, cubin)
-    return disassembly.kernels(cubin), {kernel.symbol: kernel.registers for kernel in report}
-
-
-def compile_all() -> None:
-    folder()
-    planner()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda key: _compiled(*key), [(a, d) for a in DEVICES for d in DTYPES]))
-
-
-@functools.cache
 def count(architecture: str, dtype: str, shape: str, step: str) -> dict[str, Counter[str]]:
     """Of each kernel by name, of each opcode: instructions for 32 positions and classes."""
-    codes, registers = _compiled(architecture, dtype)
+    codes, registers = library.kernels(architecture)
     found = {}
     for k, first in enumerate(launched(architecture, dtype, shape, step)):
         most = registers[first.symbol]
@@ -234,13 +204,11 @@ KEYS = [(a, d, shape, step) for a in DEVICES for d in DTYPES for shape in SHAPES
 
 def budgets() -> str:
     """UPSAMPLE of test_machine_code.py: the counts and MARGIN."""
-    compile_all()
     return table("UPSAMPLE", DEVICES, SHAPES, STEPS,
                  lambda *key: math.ceil(10 * MARGIN * total(*key)) / 10)  # fmt: skip
 
 
 def main() -> None:
-    compile_all()
     for key in KEYS:
         parts = count(*key)
         names = ", ".join(f"{name} {c.total():.2f}" for name, c in parts.items())

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from simt import build
 
-from .places import ROOT
+from .places import ROOT, TESTS
 
 # Of the library: CMakeLists.txt.
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+# Those of `make test`; the others are slow.
+MAIN = ("80", "90")
+
+_EVERY = TESTS / "simt" / "every_kernel.cu"
+_KEPT = ROOT / "build" / "reports"
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,41 @@ class Kernel:
         return vectors * (4 if self.type == "f" else 8)
 
 
-def compile(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
-    """Compiles as the library is compiled, for one architecture."""
+def compile(source: Path, architecture: str) -> tuple[Path, list[Kernel]]:
+    """The machine code of a file that is compiled as the library is, for one architecture, and what
+    nvcc says of its kernels. The same sources are compiled once: build/reports keeps the results.
+    """
+    digest = _digest(source.read_bytes())
+    name = f"{source.stem}_{architecture}_"
+    cubin, report = (_KEPT / f"{name}{digest}.{kind}" for kind in ("cubin", "json"))
+    _KEPT.mkdir(parents=True, exist_ok=True)
+    with Path(_KEPT, f"{name}lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of tests want the same
+        if not report.exists():
+            for old in _KEPT.glob(f"{name}*.*"):
+                old.unlink()
+            kernels = _run_nvcc(source, architecture, cubin)
+            report.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
+    return cubin, [Kernel(**kernel) for kernel in json.loads(report.read_text())]
+
+
+def every_kernel(architecture: str) -> tuple[Path, list[Kernel]]:
+    """The same of all kernels of csrc/cuda."""
+    with ThreadPoolExecutor(2) as pool:  # who wants one of MAIN will want the other too
+        wanted = MAIN if architecture in MAIN else (architecture,)
+        found = dict(zip(wanted, pool.map(lambda a: compile(_EVERY, a), wanted), strict=True))
+    return found[architecture]
+
+
+@functools.cache
+def _digest(source: bytes) -> str:
+    folders = (ROOT / "csrc" / "common", ROOT / "csrc" / "cuda", TESTS / "simt")
+    headers = [path for folder in folders for path in sorted(folder.rglob("*.*h"))]
+    content = [source, str(build.cuda_home()).encode(), *(path.read_bytes() for path in headers)]
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+
+
+def _run_nvcc(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
     home = build.cuda_home()
     assert home is not None
     run = subprocess.run(

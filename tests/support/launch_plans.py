@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import heapq
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpus import REGISTERS, SCHEDULERS, Gpu
 
-from . import compiler_report
-from .compiler_report import Kernel
-from .places import ROOT, TESTS
-
 VECTOR_BYTES = 16
 SIZES = {"fp32": 4, "bf16": 2}
 _CODES = {"fp32": 1, "bf16": 2}  # Dtype of csrc/cuda/kernels/launch.h
-_SOURCE = TESTS / "simt" / "row_kernels.cu"
 _STAGED = 20  # kWarpStaged of csrc/cuda/kernels/row_warp_kernel.cuh
 # Of a lane, of one warp and of several: kSoftWarpVectors of soft_row_warp_kernel.cuh there.
 _SOFT_ELEMENTS = (40, 32)
@@ -79,27 +68,6 @@ def _divide_up(a: int, b: int) -> int:
 
 def _round_up(a: int, b: int) -> int:
     return _divide_up(a, b) * b
-
-
-def reports(architectures: list[str]) -> dict[str, list[Kernel]]:
-    """Architecture -> the row kernels of float32 and bfloat16. Compiles the same sources once."""
-    folders = (ROOT / "csrc" / "common", ROOT / "csrc" / "cuda")
-    sources = [_SOURCE, *(path for folder in folders for path in sorted(folder.rglob("*.*h")))]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda a: _report(a, digest), architectures)
-        return dict(zip(architectures, found, strict=True))
-
-
-def _report(architecture: str, digest: str) -> list[Kernel]:
-    known = ROOT / "build" / "reports" / f"{architecture}_{digest}.json"
-    if not known.exists():
-        kernels = compiler_report.compile(_SOURCE, architecture, Path(os.devnull))
-        known.parent.mkdir(parents=True, exist_ok=True)
-        mine = known.with_suffix(f".{os.getpid()}")
-        mine.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
-        mine.replace(known)
-    return [Kernel(**kernel) for kernel in json.loads(known.read_text())]
 
 
 class Device:
