@@ -438,3 +438,27 @@ def test_all_gradients_of_masked_classes(
             found.append(torch.autograd.grad(loss, learned, torch.ones_like(loss)))
     for what, a, e in zip(NAMES, *found, strict=True):
         assert_close(a, e, torch.float32, what)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_an_ignored_row_holds_goes_no_further(frozen: bool, reduction: str) -> None:
+    """NaN there reaches no gradient, of the classes' sums neither."""
+    p = rows(9, 18)
+    p.options["reduction"] = reduction
+    ignored = torch.zeros(p.target.shape, dtype=torch.bool)
+    ignored.view(-1)[1::3] = True
+    p.target[ignored] = -100
+    results = []
+    for held in (0.0, float("nan")):
+        z = p.logits.detach().clone()
+        z.movedim(1, -1)[ignored] = held
+        learned = [t.detach().clone().requires_grad_() for t in (p.confidence, p.scale, p.bias)]
+        loss = disalign_ops.disalign_cross_entropy(
+            z.requires_grad_(not frozen), p.target, *learned, **p.options
+        )
+        inputs = learned if frozen else [z, *learned]
+        results.append([loss, *torch.autograd.grad(loss, inputs, torch.ones_like(loss))])
+    for clean, found in zip(*results, strict=True):
+        assert torch.isfinite(found).all()
+        assert_close(found.detach(), clean.detach(), torch.float64, "with NaN")

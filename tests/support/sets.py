@@ -85,7 +85,8 @@ PARTS = [
 def arguments(part: str, only: str = "") -> list[str]:
     """pytest's options for a part; only: the expression that chooses among all."""
     if part == "few":
-        return ["--once", "-k", "every_combination_of_options or every_integer_type"]
+        few = "every_combination_of_options or every_integer_type or goes_no_further"
+        return ["--once", "-k", few]
     return [*(["--once"] if part == "once" else []), "-k", only]
 
 

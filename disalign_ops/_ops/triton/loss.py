@@ -182,8 +182,8 @@ def forward_kernel(
             columns = tl.arange(0, CLASSES)[None, :]
             q = tl.where(columns == t[:, None], q_target[:, None], q) * (v * c)[:, None]
             q = tl.where(valid[:, None] & (columns < classes), q, 0.0)
-            # A masked class adds 0, not 0 * -inf.
-            grad_scale += q * tl.where(z == -float("inf"), 0.0, z)
+            # A masked class adds 0, not 0 * -inf, and so does what an ignored position holds.
+            grad_scale += q * tl.where(valid[:, None] & (z != -float("inf")), z, 0.0)
             grad_bias += q
 
     if block_sums is not None:

@@ -168,8 +168,8 @@ def backward_kernel(
                 factors, du_dc_sums, False, DU_DC, PLANES, POSITIONS, CLASSES, False, ACC,
             )  # fmt: skip
             q_c = q * c[:, None]
-            # A masked class adds 0, not 0 * -inf.
-            grad_scale += q_c * tl.where(z == -float("inf"), 0.0, z)
+            # A masked class adds 0, not 0 * -inf, and so does what an ignored position holds.
+            grad_scale += q_c * tl.where(valid[:, None] & (z != -float("inf")), z, 0.0)
             grad_bias += q_c
         else:
             read = classes_read(classes, valid, POSITIONS)
