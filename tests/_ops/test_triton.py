@@ -306,7 +306,7 @@ REGISTERS = {
     ("backward_kernel", "rows", 1): (168, 160),
     ("backward_kernel", "rows", 2): (255, 192),
     ("backward_kernel", "rows", 4): (216, 192),
-    ("backward_kernel", "rows", 8): (208, 248),
+    ("backward_kernel", "rows", 8): (224, 250),
     ("backward_kernel", "rows", 16): (128, 0),
     ("backward_kernel", "upsample", 4): (255, 216),
     ("calibrate_backward_kernel", "planes", 1): (176, 144),
