@@ -241,8 +241,7 @@ def _two_losses(
         )
         return dispatch.compute(inputs, problem)[0]
 
-    found = mixed.two_losses(input, classes, shape, target, options, losses)
-    return output(input, found, shape if options.reduction == "none" else None)
+    return mixed.loss_of(input, classes, shape, target, options, losses)
 
 
 def _recorded_loss(

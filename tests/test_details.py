@@ -168,25 +168,33 @@ def test_the_entropy(shape: tuple[int, ...], calibrated: bool, margin: float | N
     assert torch.equal(details.prediction, expected.prediction)
 
 
-def test_the_logits_are_read_once() -> None:
-    """Nothing looks at them again: no operator but the loss, and two entries of each position."""
+@pytest.mark.parametrize(
+    ("shape", "operator"), [((64, 100), "row"), ((2, 100, 4, 5), "dense")], ids=["rows", "planes"]
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_logits_are_read_once(shape: tuple[int, ...], operator: str, soft: bool) -> None:
+    """Nothing looks at them again: no operator but the loss, and an entry of each position."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen = []
+    seen = set()
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if any(isinstance(a, Tensor) and a.data_ptr() == z.data_ptr() for a in args):
-                seen.append(str(func))
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            of_logits = [isinstance(t, Tensor) and t.data_ptr() == at for t in (*args, result)]
+            if any(of_logits[:-1]) and not of_logits[-1]:  # no view
+                seen.add(str(func))
+            return result
 
-    z, t = torch.randn(64, 100), torch.randint(0, 100, (64,))
+    z = torch.randn(shape)
+    at = z.data_ptr()
+    t = torch.rand(shape) if soft else torch.randint(0, 100, (shape[0], *shape[2:]))
     with Record():
         disalign_ops.cross_entropy(z, t, return_details="entropy")
-    readers = {name for name in seen if "detach" not in name and "view" not in name}
-    assert readers == {"disalign_ops.row_forward.default", "aten.gather.default"}
+    forward = f"disalign_ops.{operator}_forward.default"
+    assert seen == ({forward} if soft else {forward, "aten.gather.default"})
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

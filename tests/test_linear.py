@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import disalign_ops
 from disalign_ops import nn as dnn
-from disalign_ops._sharded import chunks as linear_chunks
+from disalign_ops._sharded import chunk_plan, chunks
 from support.linear_cases import CALIBRATION, LINEAR, C, D, N, Problem
 from support.tolerances import assert_close, assert_no_worse
 
@@ -20,7 +20,7 @@ PLANS = [(1, C), (1, 1), (5, 4), (N, 3), (8, C), (N, C)]
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, classes: int) -> None:
-    monkeypatch.setattr(linear_chunks, "plan", lambda *_: linear_chunks.Plan(rows, classes))
+    monkeypatch.setattr(chunk_plan, "plan", lambda *_: chunk_plan.Plan(rows, classes))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -350,16 +350,16 @@ def test_a_layers_loss_is_made_in_chunks_where_its_logits_are_large(
     target = torch.randint(0, C, (N,))
     learned = [x, *layer.parameters()]
     called = []
-    chunked = linear_chunks.loss
-    monkeypatch.setattr(linear_chunks, "loss", lambda *a: called.append(1) or chunked(*a))
+    chunked = chunks.loss
+    monkeypatch.setattr(chunks, "loss", lambda *a: called.append(1) or chunked(*a))
     losses = [
         layer.loss(x, target, chunk_bytes=n, label_smoothing=0.1, inplace_backward=True)
         for n in (N * C * 8, N * C * 8 - 1)
     ]
     assert len(called) == 1
     assert_close(losses[1], losses[0], torch.float64, "loss")
-    chunks, whole = (torch.autograd.grad(loss, learned) for loss in reversed(losses))
-    for grad, exact in zip(chunks, whole, strict=True):
+    in_parts, whole = (torch.autograd.grad(loss, learned) for loss in reversed(losses))
+    for grad, exact in zip(in_parts, whole, strict=True):
         assert_close(grad, exact, torch.float64, "gradient", 4.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # half the bytes
         layer.float().loss(x.float(), target, chunk_bytes=N * C * 2)

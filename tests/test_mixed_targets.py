@@ -308,5 +308,8 @@ def test_a_share_of_indices() -> None:
 def test_a_target_out_of_bounds(which: int) -> None:
     pair = torch.zeros(2, 4).long()
     pair[which, 2] = 5
-    with pytest.raises(IndexError, match="Target 5 is out of bounds"):
+    with pytest.raises(IndexError, match=rf"^Target 5 is out of bounds: target\[{which}\]\[2\],"):
         disalign_ops.cross_entropy(torch.randn(4, 5), (pair[0], pair[1], 0.5))
+    planes = pair.view(2, 1, 2, 2)
+    with pytest.raises(IndexError, match=rf"target\[{which}\]\[0, 1, 0\],"):
+        disalign_ops.cross_entropy(torch.randn(1, 5, 2, 2), (planes[0], planes[1], 0.5))

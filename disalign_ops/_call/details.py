@@ -61,25 +61,23 @@ def of(
             losses = loss.detach() if each else known.pop(0)
             statistics = known.pop()
             lse = statistics[0] + statistics[1].log()
-            margin = inputs.margin
         else:
             none = problem._replace(reduction=REDUCTIONS["none"], in_place=False, gradient="auto")
             losses = dispatch.compute(detached, none)[0]
             lse = None
-            margin = None
-        prediction, entropy = (*known, None, None)[:2]
+        prediction, entropy, of_second = (*known, None, None, None)[:3]
         if prediction is None:
             second = _second_read(detached, problem, entropy=entropy_wanted, lse=lse is None)
             prediction, entropy, of_second = second
-            lse = of_second if lse is None else lse
-        assert lse is not None
-        indices = u_t = None
+        indices = u_t = margin = None
         if not is_soft(inputs):
             indices = reference.class_indices(inputs.target.reshape(-1), problem.numbers[0])
             t, valid = indices
             _, u_t, _ = calibrated_at(detached, problem, t, t, valid.to(losses.dtype))
-            if margin is not None:  # of sums with the margin, u_t without it
-                u_t = u_t - margin[torch.where(valid, t, 0)]
+            if lse is not None:  # of sums with the margin
+                margin = margin_of(inputs.margin, indices)
+        lse = of_second if lse is None else lse
+        assert lse is not None
         return assemble(result, shape, losses, lse, u_t, prediction, indices, margin, entropy)
 
 
@@ -90,22 +88,27 @@ def assemble(
     entropy: Tensor | None = None,
 ) -> LossDetails:  # fmt: skip
     """Details from flat vectors. indices: class indices and which of them count, None with class
-    probabilities. lse, u_t: with the margin (C,), where one is given.
+    probabilities. u_t: without the margin. margin: that of each position's target, where lse is of
+    sums with it.
     """
     probability = correct = None
     if indices is not None:
         t, valid = indices
         assert u_t is not None
         if margin is not None:
-            m = margin[torch.where(valid, t, 0)]
-            u_t = u_t + m
-            lse = _without_margin(lse, u_t, m)
+            lse = _without_margin(lse, u_t, margin)
         probability = torch.where(valid, (u_t - lse).exp(), 0.0)
         lse = torch.where(valid, lse, 0.0)
         entropy = None if entropy is None else torch.where(valid, entropy, 0.0)
         correct = (prediction == t) & valid
     parts = (losses, lse, probability, prediction, correct, entropy)
     return LossDetails(loss, *(None if p is None else p.reshape(shape) for p in parts))  # type: ignore[arg-type]
+
+
+def margin_of(margin: Tensor | None, indices: tuple[Tensor, Tensor]) -> Tensor | None:
+    """Of each position's target. margin: (C,) or None."""
+    t, valid = indices
+    return None if margin is None else margin[torch.where(valid, t, 0)]
 
 
 def _detached(inputs: Inputs) -> Inputs:

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from .._ops import dispatch
 from .._ops.shard_reference import IGNORED
-from .._sharded import chunks
+from .._sharded import chunk_plan, chunks
 from .._sharded.pair import Pair
 from .._sharded.sampling import Sample
 from ..errors import ArgumentError, ArgumentTypeError
-from . import entry, mixed_parts, sharded
+from . import entry, sharded
 from .arguments import check_bool, check_dtype, check_integer, check_number, check_tensor
 from .details import LossDetails
 from .options import Calibration, Options
@@ -80,16 +80,11 @@ def loss(
         )
 
     def one(
-        target: Tensor, options: Options, shard: Shard | None, pair: Pair | None = None
+        target: Tensor, options: Options, shard: Shard | None, pair: Pair | None
     ) -> tuple[chunks.Call, Tensor]:
         return _in_chunks(head, like, target, options, calibration, shard, return_details, pair)
 
-    if isinstance(target, tuple):
-        return mixed_parts.loss(
-            like, len(head.weight), target, options, shard, lambda *given: one(*given)[1]
-        )
-    call, found = one(target, options, shard)
-    return sharded.finish(like, call, found, target, options.weight)
+    return sharded.of_parts(like, len(head.weight), target, options, calibration, shard, one)
 
 
 def _in_chunks(
@@ -120,7 +115,7 @@ def _in_chunks(
             vectors=call.vectors.each(sample.of),
             ranks=None if call.ranks is None else replace(call.ranks, first=0),
         )
-    plan = chunks.plan(len(features), len(weight), like, chunk_bytes, call.backend)
+    plan = chunk_plan.plan(len(features), len(weight), like, chunk_bytes, call.backend)
     chunked = chunks.Call(
         **vars(call), plan=plan, cosine=cosine_scale is not None, chunk_bytes=chunk_bytes
     )

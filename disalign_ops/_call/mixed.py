@@ -41,6 +41,9 @@ _TWO_READS = (
     "where target is (a, b, lam) with a margin, focal_gamma, or weight and label_smoothing, or of "
     "upsampled logits"
 )
+Losses = Callable[[Tensor, Options], Tensor]
+# Of a and b, their shares lam and 1 - lam, and the number of classes.
+Terms = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int, "Validated"], "list[Term]"]
 Validate = Callable[[Tensor, Tensor, Options, Calibration | None], tuple[Inputs, Problem] | None]
 
 
@@ -54,9 +57,9 @@ class Term(NamedTuple):
     valid: Tensor
 
     @staticmethod
-    def of(target: Tensor, share: Tensor, ignore_index: int) -> Term:
-        """share: w included, where ignored any."""
-        t, valid = reference.class_indices(target, ignore_index)
+    def of(indices: tuple[Tensor, Tensor], share: Tensor) -> Term:
+        """indices: of reference.class_indices. share: w included, where ignored any."""
+        t, valid = indices
         return Term(t, torch.where(valid, share, 0.0), valid)
 
 
@@ -97,39 +100,39 @@ def loss(
         )
     classes = check_input(input)
     positions = positions_shape(input)
-    first, second, lam = check(input, target, positions)
-    given = validate_options(input, classes, options)
-    v = row_vector("sample_weight", options.sample_weight, input, positions, lam.dtype)
-    a, b = (term(t, s, classes, given) for t, s in ((first, lam), (second, 1 - lam)))
-    if one_read_serves(given):
-        found = _one_read(input, a, b, v, options, given, calibration, validate)
-    else:
 
-        def losses(indices: Tensor, each: Options) -> Tensor:
-            call = validate(input, indices.reshape(positions), each, calibration)
-            assert call is not None
-            return dispatch.compute(*call)[0]
+    def one_read(split: Split, given: Validated) -> Tensor:
+        return _one_read(input, split, options, given, calibration, validate)
 
-        found = two_reads((a, b), lam, v, positions, options, given, losses)
-    return output(input, found, positions if given.reduction == "none" else None)
+    def losses(indices: Tensor, each: Options) -> Tensor:
+        call = validate(input, indices.reshape(positions), each, calibration)
+        assert call is not None
+        return dispatch.compute(*call)[0]
+
+    return loss_of(input, classes, positions, target, options, losses, one_read)
 
 
-def two_losses(
+def loss_of(
     like: Tensor, classes: int, positions: torch.Size, target: Any, options: Options,
-    losses: Callable[[Tensor, Options], Tensor],
+    losses: Losses, one_read: Callable[[Split, Validated], Tensor] | None = None,
+    terms: Terms | None = None,
 ) -> Tensor:  # fmt: skip
-    """The reduced loss as `two_reads` makes it, of arguments to be checked."""
+    """The loss of arguments that are to be checked.
+
+    losses(indices, options): of every position, flat, of one term. one_read: the reduced loss,
+    where the terms differ in nothing but u_t and their weight. terms: where class weights are
+    looked up, if not in the weight of all classes.
+    """
     first, second, lam = check(like, target, positions)
     given = validate_options(like, classes, options)
     v = row_vector("sample_weight", options.sample_weight, like, positions, lam.dtype)
-    a, b = (term(t, s, classes, given) for t, s in ((first, lam), (second, 1 - lam)))
-    return two_reads((a, b), lam, v, positions, options, given, losses)
-
-
-def one_read_serves(given: Validated) -> bool:
-    """Whether the terms differ in nothing but u_t, and their weight."""
+    a, b = (terms or _terms)((first, second), (lam, 1 - lam), classes, given)
     both = given.weight is not None and given.label_smoothing > 0
-    return given.margin is None and not given.focal_gamma and not both
+    if one_read is None or given.margin is not None or given.focal_gamma or both:
+        found = _two_reads((a, b), lam, v, positions, options, given, losses)
+    else:
+        found = one_read(Split.of(a, b, v, given.label_smoothing), given)
+    return output(like, found, positions if given.reduction == "none" else None)
 
 
 def check_parts(target: tuple[Any, ...]) -> None:
@@ -175,19 +178,26 @@ def check(input: Tensor, target: Any, positions: torch.Size) -> tuple[Tensor, Te
     return first, second, share.reshape(-1) if share.dim() else share
 
 
-def term(target: Tensor, share: Tensor, classes: int, given: Validated) -> Term:
-    """share: lam, of any shape that broadcasts to the positions."""
-    dispatch.check_classes(target, classes, given.ignore_index, asserted=False)
-    t, valid = reference.class_indices(target.reshape(-1), given.ignore_index)
-    w = share if given.weight is None else share * given.weight[torch.where(valid, t, 0)]
-    return Term.of(t, w, given.ignore_index)
+def _terms(
+    targets: tuple[Tensor, Tensor], shares: tuple[Tensor, Tensor], classes: int, given: Validated
+) -> list[Term]:
+    found = []
+    for k, (target, share) in enumerate(zip(targets, shares, strict=True)):
+        dispatch.check_classes(
+            target, classes, given.ignore_index, asserted=False, name=f"target[{k}]"
+        )
+        indices = reference.class_indices(target.reshape(-1), given.ignore_index)
+        if given.weight is not None:
+            share = share * given.weight[torch.where(indices[1], indices[0], 0)]
+        found.append(Term.of(indices, share))
+    return found
 
 
 def _one_read(
-    input: Tensor, a: Term, b: Term, v: Tensor | None, options: Options, given: Validated,
+    input: Tensor, split: Split, options: Options, given: Validated,
     calibration: Calibration | None, validate: Validate,
 ) -> Tensor:  # fmt: skip
-    t, weight, o, k = split = Split.of(a, b, v, given.label_smoothing)
+    t, weight, o, k = split
     positions = positions_shape(input)
     call = validate(input, t.reshape(positions), split.options(options, positions), calibration)
     assert call is not None
@@ -205,11 +215,11 @@ def _one_read(
     return found + reference.reduce(rest, given.reduction, "count", divisor)
 
 
-def two_reads(
+def _two_reads(
     terms: tuple[Term, Term], lam: Tensor, v: Tensor | None, positions: torch.Size,
-    options: Options, given: Validated, losses: Callable[[Tensor, Options], Tensor],
+    options: Options, given: Validated, losses: Losses,
 ) -> Tensor:  # fmt: skip
-    """Each term as a loss of its own. losses(indices, options): of every position, flat."""
+    """Each term as a loss of its own."""
     if given.in_place:
         raise ArgumentError(
             f"inplace_backward must be False {_TWO_READS}, got True: the logits are read twice"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,18 +81,31 @@ def loss(
         raise RuntimeError(dispatch.NO_TRANSFORMS)
 
     def one(
-        target: Tensor, options: Options, shard: Shard | None, pair: Pair | None = None
+        target: Tensor, options: Options, shard: Shard | None, pair: Pair | None
     ) -> tuple[Call, Tensor]:
         call, a, b, c = validate(
             like, classes, target, options, calibration, shard, return_details, pair
         )
         return call, parallel.loss(call, flat, c, a, b, in_place=in_place)
 
+    return of_parts(like, classes, target, options, calibration, shard, one)
+
+
+def of_parts(
+    like: Tensor,
+    classes: int,
+    target: Target,
+    options: Options,
+    calibration: Calibration | None,
+    shard: Shard | None,
+    one: Callable[[Tensor, Options, Shard | None, Pair | None], tuple[Call, Tensor]],
+) -> Tensor | LossDetails:
+    """The loss of a target in any of its forms. one: the call and loss of one tensor."""
     if isinstance(target, tuple):
         return mixed_parts.loss(
-            like, classes, target, options, shard, lambda *given: one(*given)[1]
+            like, classes, target, options, calibration, shard, lambda *given: one(*given)[1]
         )
-    call, found = one(target, options, shard)
+    call, found = one(target, options, shard, None)
     return finish(like, call, found, target, options.weight)
 
 
@@ -201,10 +215,13 @@ def finish(
     known = call.known
     if known is None:
         return result
-    indices = None
+    indices = margin = None
+    u_t = known.target_logit
     if not call.soft:
         indices = reference.class_indices(call.target, call.ignore_index)
+        margin = details.margin_of(call.vectors.margin, indices)
+        u_t = u_t if margin is None else u_t + margin
     return details.assemble(
-        result, shape, known.losses.detach(), known.log_sum_exp, known.target_logit,
-        known.prediction, indices, call.vectors.margin,
+        result, shape, known.losses.detach(), known.log_sum_exp, u_t, known.prediction, indices,
+        margin,
     )  # fmt: skip

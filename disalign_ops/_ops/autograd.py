@@ -367,12 +367,15 @@ def _raise_for_target(error: RuntimeError, target: Tensor) -> None:
 
 def name_position(message: str, shape: torch.Size) -> str:
     """An error's flat `target[i]` as indices into a target of `shape`: `target[n, y, x]`."""
+    return re.sub(r"(?<=target\[)\d+", lambda i: indices(int(i[0]), shape), message, count=1)
 
-    def indices(match: re.Match[str]) -> str:
-        found = torch.unravel_index(torch.tensor(int(match[1]), device="cpu"), shape)
-        return "target[" + ", ".join(str(int(i)) for i in found) + "]"
 
-    return re.sub(r"target\[(\d+)\]", indices, message, count=1) if len(shape) > 1 else message
+def indices(position: int, shape: torch.Size) -> str:
+    """A flat position as indices into a tensor of that shape."""
+    if len(shape) <= 1:
+        return str(position)
+    found = torch.unravel_index(torch.tensor(position, device="cpu"), shape)
+    return ", ".join(str(int(i)) for i in found)
 
 
 def save_calibrate(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -119,7 +119,7 @@ def operators_of(layout: Layout, backend: str) -> Layout:
 
 
 def check_classes(
-    target: Tensor, classes: int, ignore_index: int, *, asserted: bool = True
+    target: Tensor, classes: int, ignore_index: int, *, asserted: bool = True, name: str = "target"
 ) -> None:
     """IndexError for a target that is no class, on the CPU. Other devices assert: in the kernel if
     it is `asserted` there, or else here.
@@ -136,8 +136,8 @@ def check_classes(
         return
     if bool(bad.any()):
         at = int(bad.nonzero()[0, 0])
-        message = (
-            f"Target {int(flat[at])} is out of bounds: target[{at}], the logits have {classes} "
-            f"classes and ignore_index is {ignore_index}"
+        raise IndexError(
+            f"Target {int(flat[at])} is out of bounds: "
+            f"{name}[{autograd.indices(at, target.shape)}], the logits have {classes} classes and "
+            f"ignore_index is {ignore_index}"
         )
-        raise IndexError(autograd.name_position(message, target.shape))

@@ -1,4 +1,4 @@
-"""Which gradients forward makes, by device and kernels."""
+"""What forward makes besides the loss, by device and kernels: gradients and details."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NATIVE = {
     "cpu": Kernels(
         tuple(layout.name for layout in LAYOUTS),
         (torch.float32, torch.float64),
-        True,
+        upsampled_calibration=True,
         predicts=True,
     ),
     "cuda": Kernels(

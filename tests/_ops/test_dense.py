@@ -8,7 +8,7 @@ from torch import Tensor
 
 import disalign_ops
 from disalign_ops._ops import layouts
-from support.comparison import NAMES, compare, memory_allocated, run, upstream_of
+from support.comparison import NAMES, compare, compare_held, memory_allocated, run, upstream_of
 from support.dense_cases import CONTENTS, EXTRAS, SHAPES, Dense, combinations, dense
 from support.tolerances import assert_close, assert_no_worse
 
@@ -249,22 +249,4 @@ def test_nothing_of_the_logits_size_but_their_gradient(calibrated: bool) -> None
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_an_ignored_position_holds_goes_no_further(frozen: bool, reduction: str) -> None:
-    """NaN there reaches no gradient, of the classes' sums neither."""
-    p = dense((3, 18, 2, 5))
-    p.options["reduction"] = reduction
-    ignored = torch.zeros(p.target.shape, dtype=torch.bool)
-    ignored.view(-1)[1::3] = True
-    p.target[ignored] = -100
-    results = []
-    for held in (0.0, float("nan")):
-        z = p.logits.detach().clone()
-        z.movedim(1, -1)[ignored] = held
-        learned = [t.detach().clone().requires_grad_() for t in (p.confidence, p.scale, p.bias)]
-        loss = disalign_ops.disalign_cross_entropy(
-            z.requires_grad_(not frozen), p.target, *learned, **p.options
-        )
-        inputs = learned if frozen else [z, *learned]
-        results.append([loss, *torch.autograd.grad(loss, inputs, torch.ones_like(loss))])
-    for clean, found in zip(*results, strict=True):
-        assert torch.isfinite(found).all()
-        assert_close(found.detach(), clean.detach(), torch.float64, "with NaN")
+    compare_held(dense((3, 18, 2, 5)), frozen, reduction)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import disalign_ops
 from support.cases import CONTENTS, SHAPES, Rows, rows
+from support.comparison import compare_held
 from support.tolerances import assert_close, assert_no_worse
 
 NAMES = ("input", "confidence", "scale", "bias")
@@ -443,22 +444,4 @@ def test_all_gradients_of_masked_classes(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_an_ignored_row_holds_goes_no_further(frozen: bool, reduction: str) -> None:
-    """NaN there reaches no gradient, of the classes' sums neither."""
-    p = rows(9, 18)
-    p.options["reduction"] = reduction
-    ignored = torch.zeros(p.target.shape, dtype=torch.bool)
-    ignored.view(-1)[1::3] = True
-    p.target[ignored] = -100
-    results = []
-    for held in (0.0, float("nan")):
-        z = p.logits.detach().clone()
-        z.movedim(1, -1)[ignored] = held
-        learned = [t.detach().clone().requires_grad_() for t in (p.confidence, p.scale, p.bias)]
-        loss = disalign_ops.disalign_cross_entropy(
-            z.requires_grad_(not frozen), p.target, *learned, **p.options
-        )
-        inputs = learned if frozen else [z, *learned]
-        results.append([loss, *torch.autograd.grad(loss, inputs, torch.ones_like(loss))])
-    for clean, found in zip(*results, strict=True):
-        assert torch.isfinite(found).all()
-        assert_close(found.detach(), clean.detach(), torch.float64, "with NaN")
+    compare_held(rows(9, 18), frozen, reduction)

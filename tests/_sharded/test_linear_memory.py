@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import disalign_ops
-from disalign_ops._sharded import chunks
+from disalign_ops._sharded import chunk_plan
 from support.comparison import memory_allocated, memory_held
 from support.linear_cases import CALIBRATION, LINEAR, Problem
 
@@ -94,7 +94,7 @@ def test_the_plan_keeps_to_the_memory_and_to_large_matmuls(
     sizes = (1, 7, 300, 4096, 10**6), (1, 10, 1203, 8142, 60_000, 10**6, 10**8), (1 << 16, 64 << 20)
     wholes = set()
     for rows, classes, chunk_bytes in itertools.product(*sizes):
-        plan = chunks.plan(rows, classes, like, chunk_bytes, "native")
+        plan = chunk_plan.plan(rows, classes, like, chunk_bytes, "native")
         assert 1 <= plan.rows <= rows
         assert 1 <= plan.classes <= classes
         bytes_of_a_class = plan.rows * dtype.itemsize

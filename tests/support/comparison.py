@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import disalign_ops
+from support.cases import Rows
 from support.dense_cases import Dense
 from support.tolerances import assert_close
 
@@ -36,6 +37,26 @@ def compare(
         expected = run(loss, exact, calibrated, upstream)
     for what, a, e in zip(("loss", *NAMES), actual, expected, strict=False):
         assert_close(a, e, dtype, what, factor)
+
+
+def compare_held(p: Rows | Dense, frozen: bool, reduction: str) -> None:
+    """NaN in the logits of ignored positions reaches no gradient, of the classes' sums neither."""
+    ignored = torch.zeros(p.target.shape, dtype=torch.bool)
+    ignored.view(-1)[1::3] = True
+    p.target[ignored] = -100
+    results = []
+    for held in (0.0, float("nan")):
+        z = p.logits.detach().clone()
+        z.movedim(1, -1)[ignored] = held
+        learned = [t.detach().clone().requires_grad_() for t in p.learned[1:]]
+        loss = disalign_ops.disalign_cross_entropy(
+            z.requires_grad_(not frozen), p.target, *learned, reduction=reduction
+        )
+        inputs = learned if frozen else [z, *learned]
+        results.append([loss, *torch.autograd.grad(loss, inputs, torch.ones_like(loss))])
+    for clean, found in zip(*results, strict=True):
+        assert torch.isfinite(found).all()
+        assert_close(found.detach(), clean.detach(), torch.float64, "with NaN")
 
 
 def upstream_of(d: Dense, reduction: str) -> Tensor:

@@ -171,14 +171,14 @@ void write_entropy(const LossArgs& args, const Tile<T>& tile) {
   const auto* const margin = static_cast<const A*>(args.margin);
   A* const held = at.loss;  // which finish makes later
   const auto swap_targets = [&] {
-    for (int64_t p = 0; p < tile.count; ++p)
+    for (int64_t p = 0; p < tile.count && margin; ++p)
       if (at.target[p] >= 0) std::swap(held[p], tile.e[at.target[p] * tile.size + p]);
   };
   std::memset(held, 0, tile.size * sizeof(A));
-  if (margin) swap_targets();
+  swap_targets();  // e_t has the margin: 0 while the others are added
   double *sum, *times_log;
   entropy_sums(tile, &sum, &times_log);
-  if (margin) swap_targets();
+  swap_targets();
   A* const to = static_cast<A*>(args.entropy) + tile.first;
   for (int64_t p = 0; p < tile.count; ++p) {
     const int64_t t = at.target[p];

@@ -14,10 +14,8 @@
 //   the arithmetic dtype, before anything is rounded to the storage dtype.
 #include "cpu/kernels/row_kernel.h"
 
-#include <utility>
-
 #include "common/loss_math.h"
-#include "cpu/kernels/details.h"
+#include "cpu/kernels/row_details.h"
 #include "cpu/kernels/row_gradients.h"
 #include "cpu/kernels/row_passes.h"
 
@@ -162,7 +160,7 @@ struct Passes {
 
   bool calibrated, stored, masked;  // of Kind::kCalibrated; u is stored; masked classes may be met
   Pass maximise, guess;             // where u is stored; where it is not
-  A (*class_logit)(const ClassVectors<A>&, const Rows<T, R>&, int, int64_t);
+  ClassLogit<T, R> class_logit;
   Exponentiate exponentiate, exponentiate_slope;
   Emit emit_logits, emit_classes, emit_both;  // the last two: where calibrated
 };
@@ -190,43 +188,6 @@ constexpr Passes<T, R> passes_of() {
     passes.emit_both = emit<T, R, true, S, Masked, true, true>;
   }
   return passes;
-}
-
-// The most probable class and the entropy of a block's rows, whose exponentials are in scratch.
-template <class T, int R>
-DISALIGN_NOINLINE void write_details(const LossArgs& args, const Rows<T, R>& rows,
-                                     const Sums<Accumulate<T>, R>& sums, const Passes<T, R>& passes,
-                                     const ClassVectors<Accumulate<T>>& classes) {
-  using A = Accumulate<T>;
-  for (int r = 0; r < R; ++r) {
-    A* e = rows.e[r];
-    const int64_t i = rows.index[r], t = rows.target[r];
-    if (args.prediction && !passes.stored) {  // else it was found before the margin was taken off
-      const A maximum = sums.maximum[r];
-      const auto is = [&](int64_t j) { return passes.class_logit(classes, rows, r, j) == maximum; };
-      // Logits that are equal have equal exponentials, but not the other way round.
-      const A of_maximum = exp_bounded(splat<A>(maximum) - splat<A>(sums.shift[r]))[0];
-      int64_t found = first_class(e, rows.classes, of_maximum, is);
-      if (found < 0) {  // an infinite logit, whose exponential is NaN, or no class at all
-        for (found = 0; found < rows.classes && !is(found); ++found) {
-        }
-        if (found == rows.classes) found = 0;
-      }
-      args.prediction[i] = found;
-    }
-    if (args.entropy) {
-      const bool without = classes.margin && t >= 0;  // a margin in e_t
-      const A held = without ? std::exchange(e[t], A(0)) : A(0);
-      const EntropySums of_row = entropy_sums(e, rows.classes);
-      double entropy = entropy_of(of_row);
-      if (without) {
-        e[t] = held;
-        entropy = entropy_of(
-            of_row, static_cast<double>(sums.target_logit[r]) + classes.margin[t] - sums.shift[r]);
-      }
-      static_cast<A*>(args.entropy)[i] = static_cast<A>(entropy);
-    }
-  }
 }
 
 // Everything of a block: the passes, the rows' scalars, the gradients. False, with nothing written,
@@ -281,7 +242,7 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
     return true;
   }
   if (!backward && (args.prediction || args.entropy))
-    write_details(args, rows, sums, passes, classes);
+    write_details(args, rows, sums, passes.stored ? nullptr : passes.class_logit, classes);
   Emission<T, R> out;
   finish_rows(args, backward, rows, sums, out, chunk);
   const auto emit = !args.class_gradients ? passes.emit_logits

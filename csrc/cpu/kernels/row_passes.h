@@ -112,6 +112,10 @@ Accumulate<T> class_logit(const ClassVectors<Accumulate<T>>& classes, const Rows
   return vectors.template of<K, Masked>(splat<A>(to_accumulate(rows.z[r][j])), rows.c[r])[0];
 }
 
+template <class T, int R>
+using ClassLogit = Accumulate<T> (*)(const ClassVectors<Accumulate<T>>&, const Rows<T, R>&, int,
+                                     int64_t);
+
 // d_t, rounded as exponentiate rounds it; 0 where it is not finite, as there.
 template <class T, int R>
 Accumulate<T> target_slope(const ClassVectors<Accumulate<T>>& classes, const Rows<T, R>& rows,

@@ -18,7 +18,7 @@
 #pragma once
 
 #include "cuda/kernels/async_copy.cuh"
-#include "cuda/kernels/row_warp_tile.cuh"
+#include "cuda/kernels/row_warp_sums.cuh"
 
 namespace disalign::cuda {
 

@@ -1,0 +1,50 @@
+// What is asked of rows beside their losses (details.h).
+#pragma once
+
+#include <utility>
+
+#include "cpu/kernels/details.h"
+#include "cpu/kernels/row_passes.h"
+
+namespace disalign::DISALIGN_CAPABILITY {
+
+// The most probable class and the entropy of a block's rows, whose exponentials are in scratch.
+// class_logit: null where the class is known.
+template <class T, int R>
+DISALIGN_NOINLINE void write_details(const LossArgs& args, const Rows<T, R>& rows,
+                                     const Sums<Accumulate<T>, R>& sums,
+                                     ClassLogit<T, R> class_logit,
+                                     const ClassVectors<Accumulate<T>>& classes) {
+  using A = Accumulate<T>;
+  for (int r = 0; r < R; ++r) {
+    A* e = rows.e[r];
+    const int64_t i = rows.index[r], t = rows.target[r];
+    if (args.prediction && class_logit) {  // else it was found before the margin was taken off
+      const A maximum = sums.maximum[r];
+      const auto is = [&](int64_t j) { return class_logit(classes, rows, r, j) == maximum; };
+      // Logits that are equal have equal exponentials, but not the other way round.
+      const A of_maximum = exp_bounded(splat<A>(maximum) - splat<A>(sums.shift[r]))[0];
+      int64_t found = first_class(e, rows.classes, of_maximum, is);
+      if (found < 0) {  // an infinite logit, whose exponential is NaN, or no class at all
+        for (found = 0; found < rows.classes && !is(found); ++found) {
+        }
+        if (found == rows.classes) found = 0;
+      }
+      args.prediction[i] = found;
+    }
+    if (args.entropy) {
+      const bool without = classes.margin && t >= 0;  // a margin in e_t
+      const A held = without ? std::exchange(e[t], A(0)) : A(0);
+      const EntropySums of_row = entropy_sums(e, rows.classes);
+      double entropy = entropy_of(of_row);
+      if (without) {
+        e[t] = held;
+        entropy = entropy_of(
+            of_row, static_cast<double>(sums.target_logit[r]) + classes.margin[t] - sums.shift[r]);
+      }
+      static_cast<A*>(args.entropy)[i] = static_cast<A>(entropy);
+    }
+  }
+}
+
+}  // namespace disalign::DISALIGN_CAPABILITY
