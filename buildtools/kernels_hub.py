@@ -29,12 +29,9 @@ PACKAGE = "disalign_ops"
 NAME = "disalign-ops"
 FUNCTIONS = ("cross_entropy", "disalign_cross_entropy", "calibrate", "upsample_cross_entropy")
 
-BUILD = """\
-[general]
-name = "{name}"
-version = {version}
-edition = 5
-license = "Apache-2.0"
+BUILD = (
+    kernels_hub_compiled.GENERAL
+    + """\
 backends = ["cpu", "cuda", "rocm", "xpu"]
 
 [general.hub]
@@ -43,6 +40,7 @@ repo-id = "{repository}"
 [torch-noarch]
 pyext = ["py", "txt"]
 """
+)
 
 FLAKE = """\
 {

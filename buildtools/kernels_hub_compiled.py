@@ -26,12 +26,16 @@ X86_FLAGS = {
 }
 DTYPES = ("kFloat64", "kFloat32", "kBFloat16", "kFloat16")
 
-BUILD = """\
+GENERAL = """\
 [general]
 name = "{name}"
 version = {version}
 edition = 5
 license = "Apache-2.0"
+"""
+BUILD = (
+    GENERAL
+    + """\
 backends = ["cpu", "cuda"]
 
 [general.cuda]
@@ -47,6 +51,7 @@ src = ["torch-ext/torch_binding.cpp"]
 cpu = "{torch}"
 cuda = "{torch}"
 """
+)
 
 BINDING = """\
 // The module that Python imports; the operators register themselves (csrc/*/ops).

@@ -291,15 +291,7 @@ def test_upsampled_logits(calibrated: bool, reduction: str) -> None:
 
 
 def test_a_layers_loss_in_chunks_is_that_of_its_logits() -> None:
-    layer = disalign_ops.nn.DisAlignLinear(6, 29).double()
-    x = torch.randn(13, 6, dtype=torch.float64)
-    target = two(13, 29)
-    whole, chunked = (layer.loss(x, target, chunk_bytes=n) for n in (1 << 26, 1 << 9))
-    assert_close(chunked.detach(), whole.detach(), torch.float64, "loss")
-    learned = [layer.weight, layer.logit_scale]
-    gradients = (torch.autograd.grad(loss, learned) for loss in (chunked, whole))
-    for found, expected in zip(*gradients, strict=True):
-        assert_close(found, expected, torch.float64, "gradient")
+    linear_cases.compare_layer(two(13, 29))
 
 
 def test_what_is_refused() -> None:

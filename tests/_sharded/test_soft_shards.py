@@ -163,11 +163,4 @@ def test_what_is_refused() -> None:
 
 
 def test_a_layers_loss_in_chunks_is_that_of_its_logits() -> None:
-    layer = disalign_ops.nn.DisAlignLinear(6, 29).double()
-    x, y = torch.randn(13, 6, dtype=torch.float64), soft(13, 29, torch.float64)
-    whole, chunked = (layer.loss(x, y, chunk_bytes=n) for n in (1 << 26, 1 << 9))
-    assert_close(chunked.detach(), whole.detach(), torch.float64, "loss")
-    learned = [layer.weight, layer.logit_scale]
-    gradients = (torch.autograd.grad(loss, learned) for loss in (chunked, whole))
-    for a, e in zip(*gradients, strict=True):
-        assert_close(a, e, torch.float64, "gradient")
+    linear_cases.compare_layer(soft(13, 29, torch.float64))

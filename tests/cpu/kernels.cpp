@@ -78,7 +78,30 @@ static double loss_of(const std::vector<double>& u, int64_t target, const LossAr
   return valid ? on_target * (norm - u[target]) + smooth * smoothed : 0;
 }
 
-// T: the logits' dtype; A: the arithmetic.
+// Random inputs of a loss with a calibration, class weights and smoothing. T: the logits' dtype; A: the
+// arithmetic.
+template <class T, class A>
+struct Inputs {
+  std::vector<T> logits;
+  std::vector<A> weight, scale, bias, confidence;
+  std::vector<int64_t> target;
+
+  Inputs(int64_t entries, int64_t positions, int64_t confidences, LossArgs& args)
+      : logits(random<T>(entries, 4)),
+        weight(random<A>(args.classes, 0.5, 1)),
+        scale(random<A>(args.classes, 0.5)),
+        bias(random<A>(args.classes, 0.5)),
+        confidence(random<A>(confidences, 2)) {
+    for (int64_t i = 0; i < positions; ++i) target.push_back(i * 7 % args.classes);
+    target[3] = args.ignore_index;
+    args.logits = logits.data(), args.target = target.data();
+    args.weight = weight.data(), args.scale = scale.data(), args.bias = bias.data();
+    args.confidence = confidence.data();
+    args.label_smoothing = 0.1;
+    for (const A w : weight) args.weight_sum += w;
+  }
+};
+
 template <class T, class A>
 static void run(const char* dtype, const LossKernels& kernels, bool rows, double most) {
   const int64_t outer = rows ? 9 : 2, classes = rows ? 1203 : 37, inner = rows ? 1 : 23;
@@ -87,17 +110,8 @@ static void run(const char* dtype, const LossKernels& kernels, bool rows, double
   args.outer = outer, args.classes = classes, args.inner = inner;
   args.outer_stride = args.grad_outer_stride = classes * inner;
   args.class_stride = args.grad_class_stride = inner;
-  const auto logits = random<T>(positions * classes, 4);
-  const auto weight = random<A>(classes, 0.5, 1), scale = random<A>(classes, 0.5);
-  const auto bias = random<A>(classes, 0.5), confidence = random<A>(positions, 2);
-  std::vector<int64_t> target;
-  for (int64_t i = 0; i < positions; ++i) target.push_back(i * 7 % classes);
-  target[3] = args.ignore_index;
-  args.logits = logits.data(), args.target = target.data();
-  args.weight = weight.data(), args.scale = scale.data(), args.bias = bias.data();
-  args.confidence = confidence.data();
-  args.label_smoothing = 0.1;
-  for (const A w : weight) args.weight_sum += w;
+  const Inputs<T, A> inputs(positions * classes, positions, positions, args);
+  const auto& [logits, weight, scale, bias, confidence, target] = inputs;
 
   std::vector<A> shift(positions), sum(positions), loss(positions), grad_confidence(positions);
   std::vector<T> grad(positions * classes);
@@ -169,17 +183,8 @@ static void run_upsampled(const char* dtype, const UpsampleKernels& kernels, dou
   for (int64_t row = 0; row <= height; ++row)
     first_row.push_back(std::lower_bound(y.source.begin(), y.source.end(), row) - y.source.begin());
   args.first_row = first_row.data();
-  const auto logits = random<T>(images * classes * low, 4);
-  const auto weight = random<A>(classes, 0.5, 1), scale = random<A>(classes, 0.5);
-  const auto bias = random<A>(classes, 0.5), confidence = random<A>(images * low, 2);
-  std::vector<int64_t> target;
-  for (int64_t i = 0; i < images * outputs; ++i) target.push_back(i * 7 % classes);
-  target[3] = args.ignore_index;
-  args.logits = logits.data(), args.target = target.data();
-  args.weight = weight.data(), args.scale = scale.data(), args.bias = bias.data();
-  args.confidence = confidence.data();
-  args.label_smoothing = 0.1;
-  for (const A w : weight) args.weight_sum += w;
+  const Inputs<T, A> inputs(images * classes * low, images * outputs, images * low, args);
+  const auto& [logits, weight, scale, bias, confidence, target] = inputs;
 
   std::vector<A> shift(images * outputs), sum(images * outputs), loss(images * outputs);
   std::vector<A> grad_confidence(images * low);

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import disalign_ops
+from support.tolerances import assert_close
 
 N, D, C = 23, 7, 19
 LINEAR = ("features", "linear_weight", "linear_bias")
@@ -60,3 +61,15 @@ class Problem:
     def learned(self, calibrated: bool) -> list[Tensor]:
         names = (*LINEAR, *CALIBRATION) if calibrated else LINEAR
         return [self.tensors[name] for name in names]
+
+
+def compare_layer(target: Any) -> None:
+    """A layer's loss of 13 rows and 29 classes: in chunks it is that of its logits."""
+    layer = disalign_ops.nn.DisAlignLinear(6, 29).double()
+    x = torch.randn(13, 6, dtype=torch.float64)
+    whole, chunked = (layer.loss(x, target, chunk_bytes=n) for n in (1 << 26, 1 << 9))
+    assert_close(chunked.detach(), whole.detach(), torch.float64, "loss")
+    learned = [layer.weight, layer.logit_scale]
+    gradients = (torch.autograd.grad(loss, learned) for loss in (chunked, whole))
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected, torch.float64, "gradient")
