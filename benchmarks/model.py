@@ -57,7 +57,7 @@ INSTRUCTIONS = {
     ("tiles", "all backward"): (154, 302),
 }
 
-# csrc/cuda/launch/row_launch.h and the kernels' headers. Vectors of 16 bytes that a warp keeps of a
+# csrc/cuda/launch/row_plan.h and the kernels' headers. Vectors of 16 bytes that a warp keeps of a
 # row, warps of a block at most, and in bytes the shared memory of such a warp, class vectors aside,
 # and of the block besides.
 _WARP_VECTORS, _WARPS, _WARP_BYTES, _BLOCK_BYTES = 320, 8, 12544, 2560

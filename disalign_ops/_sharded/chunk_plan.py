@@ -32,7 +32,7 @@ class Plan:
 # each at its peak.
 _FEWEST_ROWS, _FEWEST_ROWS_ON_CPU, _MOST_ROWS = 256, 64, 1024
 # Bytes that go with a class of a chunk. CPU kernels: of every thread, four rows of arithmetic and
-# two sums in float64; CUDA and Triton: two float32 sums of every fourth row (row_launch.h).
+# two sums in float64; CUDA and Triton: two float32 sums of every fourth row (row_plan.h).
 _SCRATCH_OF_A_THREAD, _SCRATCH_OF_A_ROW = 4 * 8 + 2 * 8, 2
 _COPIES_OF_THE_REFERENCE = 12  # of a chunk's logits, in float32 at least
 
