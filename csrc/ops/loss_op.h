@@ -1,8 +1,9 @@
 // The loss operators, once for every layout and device: arguments, results and their order.
 //
 // An Operator is a layout on a device (cpu/ops/row.cpp, cuda/ops/row.cu): it has the Layout
-// (layouts.h), the kernels' Args, the bits of a WantedCode that its forward makes, and a Device
-// whose `forward` and `backward` run the kernels. Schemas: _ops/schemas.py.
+// (layouts.h), the kernels' Args, the bits of a WantedCode that its forward makes, of rows also those
+// that forward of a shard makes, and a Device whose `forward` and `backward` run the kernels.
+// Schemas: _ops/schemas.py.
 #pragma once
 
 #include <string>
@@ -122,8 +123,7 @@ struct LossOperator {
                                double keep, double share, int64_t wanted_bits) {
     Args args =
         shard_args(logits, target, weight, scale, bias, confidence, prior, margin, keep, share);
-    constexpr int64_t kDetails = kWantPrediction | kWantEntropy;
-    require((wanted_bits & ~(kDetails & Operator::kWantedOfForward)) == 0,
+    require((wanted_bits & ~Operator::kWantedOfShard) == 0,
             "a result is wanted that forward of a shard does not make on this device");
     const Wanted wanted(wanted_bits);
     Device device(logits);
