@@ -60,3 +60,20 @@ def test_of_some_classes(dtype: torch.dtype, name: str, wanted: int) -> None:
         entropy[3] = 0  # nothing but masked classes
         rest = torch.arange(N) != 5
         assert_close(found[rest], entropy[rest], acc, "entropy", factor=8.0)
+
+
+@pytest.mark.parametrize("wanted", [PREDICTION, PREDICTION | ENTROPY])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("step", [1, 9], ids=["row by row", "blocks"])
+def test_nan_at_the_target_is_the_prediction(step: int, dtype: torch.dtype, wanted: int) -> None:
+    """A shard's sums leave the target's exponential out."""
+    z = torch.randn(9, C).to(dtype)
+    t = torch.full((9,), 7)
+    z[1:, 7] = float("nan")
+    z[2, 3] = float("nan")  # an earlier one
+    operator = schemas.ROW.operator("shard_forward")
+    nothing = (None,) * 6
+    for k in range(0, 9, step):
+        rows = slice(k, k + step)
+        found = operator(z[rows], t[rows], *nothing, 1.0, 0.0, wanted)[1]
+        assert torch.equal(found, z[rows].argmax(1))

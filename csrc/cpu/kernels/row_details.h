@@ -39,7 +39,8 @@ DISALIGN_NOINLINE void write_details(const LossArgs& args, const Rows<T, R>& row
     const int64_t i = rows.index[r], t = rows.target[r];
     if (args.prediction) {
       int64_t nan = -1;
-      if (std::isnan(sums.exponential[r]))  // of infinite logits, too
+      // Of infinite logits, too. A shard's sums leave the target out.
+      if (std::isnan(sums.exponential[r]) || std::isnan(sums.target_logit[r]))
         nan = first_nan(rows.classes, [&](int64_t j) { return class_logit(classes, rows, r, j); });
       if (nan >= 0)
         args.prediction[i] = nan;
