@@ -148,7 +148,8 @@ def _hides_classes(margin: Tensor | None) -> bool:
     """
     if margin is None:
         return False
-    if not margin.is_cpu or torch.compiler.is_compiling() or dispatch.transformed():
+    recorded = torch._C._len_torch_dispatch_stack() > 0  # by make_fx, perhaps
+    if recorded or not margin.is_cpu or torch.compiler.is_compiling() or dispatch.transformed():
         return True
     return bool((margin < 0).any())
 
