@@ -31,6 +31,7 @@ from .codes import (
     SHARD_VALUES,
 )
 from .namespace import NAMESPACE
+from .new_gradient import new_gradient
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,14 @@ backends.load_native()
 def _gradient_fakes(logits: Tensor, wanted: int) -> list[Tensor]:
     dtype = reference.accumulate_dtype(logits.dtype)
     n, classes, *spatial = logits.shape
-    shapes = (tuple(logits.shape), (classes,), (classes,), (n * math.prod(spatial),))
-    return [
-        logits.new_empty(shape, dtype=logits.dtype if bit == LOGITS else dtype)
-        for shape, bit in zip(shapes, GRADIENTS, strict=True)
+    vectors = [
+        logits.new_empty((entries,), dtype=dtype)
+        for entries, bit in zip(
+            (classes, classes, n * math.prod(spatial)), GRADIENTS[1:], strict=True
+        )
         if wanted & bit
     ]
+    return [new_gradient(logits), *vectors] if wanted & LOGITS else vectors
 
 
 def _forward_fake(

@@ -4,6 +4,7 @@
     PYTHONPATH=tests:. python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
     PYTHONPATH=tests:. python -m machine_code.rows budgets    # BUDGETS of test_machine_code.py
     PYTHONPATH=tests:. python -m machine_code.rows soft       # SOFT_ROWS of it
+    PYTHONPATH=tests:. python -m machine_code.rows sliced     # SLICED of it
     PYTHONPATH=tests:. python -m machine_code.rows model      # INSTRUCTIONS of benchmarks/model.py
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
@@ -68,7 +69,15 @@ SOFT = {
 }
 SOFT_CLASSES = (*CLASSES, 32000)
 SOFT_DEVICES = ("80", "90")
-ALL = STEPS | SUMS | SOFT
+# Of a slice of a padded head, `padded[:, :1203]` of 1216 classes, whose gradient has its stride.
+SLICED_CLASSES, PADDING = 1203, 13
+SLICED = {
+    f"sliced {step}": STEPS[step] | {"padding": PADDING, "grad_padding": PADDING}
+    for step in ("gradient", "all", "backward")
+}
+# The same where the gradient is contiguous.
+CONTIGUOUS = {f"{step}, contiguous": SLICED[step] | {"grad_padding": 0} for step in SLICED}
+ALL = STEPS | SUMS | SOFT | SLICED | CONTIGUOUS
 
 # Architecture -> the GPU that the launches are made for, and where its constant bank has the sizes
 # of the block and of the grid.
@@ -221,7 +230,8 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     kernel = launch(architecture, dtype, classes, step, registers[symbol])
     code = codes[kernel.symbol]
     # With so many rows a block: the difference is that of the rows, the rest is set-up.
-    few, many = (_block(kernel, n, code, architecture, dtype, classes) for n in (1, 3))
+    stride = classes + ALL[step].get("padding", 0)
+    few, many = (_block(kernel, n, code, architecture, dtype, stride) for n in (1, 3))
     row = {opcode: (many[opcode] - few[opcode]) / 2 / kernel.rows for opcode in many}
     setup = {opcode: few[opcode] - kernel.rows * row[opcode] for opcode in many}
     warps = kernel.threads // 32 * kernel.grid[1] / kernel.rows
@@ -236,11 +246,11 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
 
 
 def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: str, dtype: str,
-           classes: int) -> Counter[str]:  # fmt: skip
+           stride: int) -> Counter[str]:  # fmt: skip
     """Instructions of the blocks of one blockIdx.x: the sum over them, the mean over alignments."""
     warps, tiles = kernel.threads // 32, kernel.grid[1]
     size = DTYPES[dtype][1]
-    alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
+    alignments = next(n for n in (1, 2, 4, 8) if n * stride * size % 16 == 0)
     constants = _constants(kernel, code, WITH_MODEL[architecture][1], rounds)
     total: Counter[str] = Counter()
     of_warps = OF_WARP_ROWS if WarpRows.of(kernel.declaration) else {}
@@ -297,6 +307,12 @@ def budgets() -> str:
                  lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
 
 
+def sliced_budgets() -> str:
+    """SLICED of test_machine_code.py."""
+    return table("SLICED", SOFT_DEVICES, [SLICED_CLASSES], SLICED,
+                 lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
+
+
 def soft_budgets() -> str:
     """SOFT_ROWS of test_machine_code.py."""
     return table("SOFT_ROWS", SOFT_DEVICES, SOFT_CLASSES, SOFT,
@@ -345,7 +361,9 @@ def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
 
 
 if __name__ == "__main__":
-    tables = {"budgets": budgets, "soft": soft_budgets, "model": model}
+    tables = {
+        "budgets": budgets, "soft": soft_budgets, "sliced": sliced_budgets, "model": model,
+    }  # fmt: skip
     if len(sys.argv) == 2:
         print(tables[sys.argv[1]]())
     elif len(sys.argv) > 1:

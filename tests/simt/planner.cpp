@@ -3,6 +3,7 @@
 //
 //   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device)
 //   row_launches(..., probabilities=1, ...)  # as targets: 1, of the logits' type; 2, of the arithmetic
+//   row_launches(..., padding=13, grad_padding=13, ...)  # elements between rows, and between gradients'
 //   dense_launches(forward=True, dtype=1, images=2, classes=150, positions=262144, ...)
 //   upsample_launches(forward=True, dtype=1, images=2, classes=150, low=(64, 64), size=(512, 512), ...)
 //
@@ -158,11 +159,12 @@ void set(Launcher& launcher, const Step& step, Args& args) {
 
 py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool weighted,
                       bool calibrated, bool class_gradients, bool grad_logits,
-                      const py::object& device, int probabilities) {
+                      const py::object& device, int probabilities, int64_t padding,
+                      int64_t grad_padding) {
   Launcher launcher(device);
   RowArgs args;
   args.outer = rows, args.classes = classes;
-  args.outer_stride = args.grad_outer_stride = classes;
+  args.outer_stride = classes + padding, args.grad_outer_stride = classes + grad_padding;
   set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
   if (probabilities) {
     args.probabilities = launcher.allocate(0);
@@ -222,7 +224,7 @@ PYBIND11_MODULE(planner, module) {
   module.def("row_launches", row_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("rows"), py::arg("classes"), py::arg("weighted"), py::arg("calibrated"),
              py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"),
-             py::arg("probabilities") = 0);
+             py::arg("probabilities") = 0, py::arg("padding") = 0, py::arg("grad_padding") = 0);
   module.def("dense_launches", dense_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("images"), py::arg("classes"), py::arg("positions"), py::arg("weighted"),
              py::arg("calibrated"), py::arg("class_gradients"), py::arg("grad_logits"),

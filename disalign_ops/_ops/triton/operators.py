@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..codes import CALIBRATION, CONFIDENCE, DETAILS, LOGITS, SHARD_VALUES
+from ..new_gradient import new_gradient
 from ..reference import accumulate_dtype, class_indices
 from ..shard_reference import IGNORED
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
@@ -70,7 +71,7 @@ def _gradients(
     sums = CalibrationSums.of(logits, call.wanted, n, programs, view.parts, n)
     made = (
         None, grad_logits, sums.classes, sums.confidence, *view.sizes, call.upstream_stride,
-        *(view.strides if grad_logits is logits else view.contiguous),
+        *view.strides_of(grad_logits),
     )  # fmt: skip
     known = call.grad_loss, *call.statistics, call.denominator
     grid = programs, view.parts
@@ -85,7 +86,7 @@ def _gradients(
 
 def _new_gradient(logits: Tensor, wanted: int) -> list[Tensor]:
     """That of the logits, if it is wanted."""
-    return [logits.new_empty(logits.shape)] if wanted & LOGITS else []
+    return [new_gradient(logits)] if wanted & LOGITS else []
 
 
 def _target_logits(given: Given) -> Tensor:
@@ -163,7 +164,7 @@ def _shard_gradients(
     tensors = (logits, target, *vectors, None)
     made = (
         factors, grad_logits, sums.classes, sums.confidence, *view.sizes, 0,
-        *(view.strides if grad_logits is logits else view.contiguous),
+        *view.strides_of(grad_logits),
     )  # fmt: skip
     grid, nothing = (programs, view.parts), (None,) * 5
     if target.is_floating_point():
@@ -192,7 +193,7 @@ def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -
     view = LogitsView.of(logits, CLASS_SUMS)
     view.start(
         calibrate_kernel, (view.programs(view.parts), view.parts),
-        (logits, scale, bias, confidence, out, *view.sizes, *view.contiguous),
+        (logits, scale, bias, confidence, out, *view.sizes, *view.strides_of(out)),
     )  # fmt: skip
     return out
 
@@ -213,7 +214,8 @@ def calibrate_backward(
         calibrate_backward_kernel, (programs, view.parts),
         (
             grad_output, logits, scale, bias, confidence, whole[0] if whole else None,
-            sums.classes, sums.confidence, *view.sizes, *view.contiguous,
+            sums.classes, sums.confidence, *view.sizes, *view.strides_of(grad_output),
+            *view.strides_of(whole[0] if whole else None),
         ),
     )  # fmt: skip
     return whole + sums.gradients(None, wanted)
