@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import model, model_planes
 from benchmarks.gpus import GPUS
-from machine_code import disassembly, planes, rows, upsample
+from machine_code import disassembly, library, planes, rows, upsample
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
 
@@ -48,11 +48,8 @@ PLANES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> None:
-    home = build.cuda_home()
-    if build.why_not() or home is None or not (home / "bin" / "nvcc").exists():
-        pytest.skip(build.why_not() or "needs nvcc")
-    if disassembly.nvdisasm() is None:
-        pytest.skip("needs nvdisasm (package nvidia-cuda-nvdisasm)")
+    if library.why_not():
+        pytest.skip(str(library.why_not()))
 
 
 # Each kind of work has an instruction of its own, so that it can be counted: cosines in a loop of
