@@ -15,6 +15,8 @@ SHAPES = {
     (3, 2): "fewer rows than a block, binary",
     (5, 16): "a block and a rest; exactly one AVX-512 register of floats",
     (7, 17): "one class beyond a register",
+    (5, 257): "on a GPU the least that a warp keeps",
+    (6, 365): "Places-LT: a warp's, with fewer vectors than it has room for",
     (4, 1203): "LVIS: odd, rows never 16-byte aligned",
     (9, 1204): "LVIS with background",
     (64, 1204): "enough work for two threads",

@@ -101,13 +101,11 @@ template <class T, bool Calibrated>
 std::optional<RowPlan> row_warp_plan(const RowArgs& args, const Limits& limits, RowPlan plan,
                                      int blocks) {
   using A = Accumulate<T>;
+  // A warp that keeps a row takes fewer instructions than one whose lanes keep it as a group.
+  if (!plan.wide && plan.lanes < 32) return std::nullopt;
   if (sizeof(T) == 8 || args.shard_sums || args.shard_factors) return std::nullopt;
   const int64_t vectors = args.classes / kVector<T>;
   const bool sums = Calibrated && args.class_gradients;
-  // A warp that keeps a row takes about 0.6 of the instructions of one whose lanes keep it as a group;
-  // of half a row's vectors, 20 floats a lane, it takes fewer than one with two such groups.
-  const int least_lanes = sizeof(T) == 4 && !sums ? 16 : 32;
-  if (!plan.wide && plan.lanes < least_lanes) return std::nullopt;
   // The class sums of a half precision's elements do not fit into registers.
   const bool half_of_them = sums ? sizeof(T) == 2 : vectors <= 16 * kWarpVectors;
   plan.warp_vectors = half_of_them ? kWarpVectors / 2 : kWarpVectors;
