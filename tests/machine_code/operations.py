@@ -195,7 +195,7 @@ def reverse(modifiers: list[str], a: Value) -> tuple[Value, ...]:
 
 
 def leading_one(modifiers: list[str], a: Value) -> tuple[Value, ...]:
-    """FLO of a number without a sign: the highest bit's place, or (SH) how far it is from bit 31."""
+    """FLO, of numbers without a sign: the highest bit, counted from bit 0 or (SH) from bit 31."""
     if a is None or "U32" not in modifiers:
         return (None,)
     place = a.bit_length() - 1

@@ -162,8 +162,11 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
 #pragma unroll
           for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
         }
-        e[P] = place.at_edge ? negative_infinity<A>()
-                             : calibrated(z_edge, edge.scale(), edge.bias(), c) + edge.prior();
+        e[P] = calibrated(z_edge, edge.scale(), edge.bias(), c) + edge.prior();
+        if constexpr (Calibrated)
+          place.set(e, negative_infinity<A>());  // a factor 1 + c a below 0 has made it +inf
+        else if (place.at_edge)
+          e[P] = negative_infinity<A>();
         if (classes.prior) {
 #pragma unroll
           for (int part = 0; part < K * N; ++part) {
