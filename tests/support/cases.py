@@ -122,6 +122,11 @@ def _hopeless(r: Rows) -> Rows:
     return r
 
 
+def _reversed(r: Rows) -> Rows:
+    r.scale = (r.scale.detach() - 3.0).requires_grad_()  # 1 + c scale is negative for most rows
+    return r
+
+
 CONTENTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "plain": (lambda r: r, "nothing special"),
     "strided": (_stride, "rows with a stride and an unaligned start, without a copy"),
@@ -132,5 +137,6 @@ CONTENTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "masked": (_masked, "-inf logits mask classes: 0, not 0 * inf"),
     "offset": (_offset, "a common offset of 1e4: max and log-sum are kept apart"),
     "dominating": (_dominating, "p_t next to 1: a loss far below one rounding of the logits"),
+    "reversed": (_reversed, "a calibration that turns the order of the classes round"),
     "hopeless": (_hopeless, "p_t underflows: the loss stays exact"),
 }

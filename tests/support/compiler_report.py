@@ -145,6 +145,8 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", "upsample_backward_kernel", (), "d"): 190,
     ("75", *_WIDE_STAGE_2, "f"): 16,
     ("80", *_WIDE_STAGE_2, "f"): 16,
+    ("80", *_WARP_CALIBRATED, _BF16): 8,
+    ("80", *_WARP_CALIBRATED, _FP16): 8,
     ("90", *_WARPS_CALIBRATED, _BF16): 40,
     ("90", *_WARPS_CALIBRATED, _FP16): 40,
     ("100", *_WIDE_STAGE_2, "f"): 72,
