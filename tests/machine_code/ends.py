@@ -22,6 +22,7 @@ from typing import Any
 from support import launch_plans
 
 from . import library, rows
+from .kept import kept
 from .warp import Launch, Warp
 
 # Rows, classes and the step: its loss alone, with the gradient of the logits, of stage 2, with all
@@ -68,7 +69,7 @@ def name_of(launch: dict[str, Any]) -> str:
     return found[1]
 
 
-@functools.cache
+@kept
 def counts(architecture: str, dtype: str, case: str) -> dict[str, Count]:
     """Kernel -> its count, in the order of the launches; without the kernel that walks over rows,
     unless it has nothing to do."""
