@@ -46,7 +46,7 @@ static __host__ __device__ inline bool soft_weighs(const LossArgs& args) {
 }
 // Class vectors in shared memory.
 static __host__ __device__ inline int soft_class_vectors(const LossArgs& args) {
-  return (args.prior ? 1 : 0) + (soft_weighs(args) ? 1 : 0);
+  return (args.scale ? 2 : 0) + (args.prior ? 1 : 0) + (soft_weighs(args) ? 1 : 0);
 }
 
 // Vectors that every lane has: a row that a narrow group does not keep has more than 32 * kElements
