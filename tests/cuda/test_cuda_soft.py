@@ -49,16 +49,24 @@ def test_rows_at_every_alignment(kernels: ModuleType, classes: int, dtype: torch
             check(kernels, call)
 
 
-# Without calibration, where the probabilities lie like the logits: by a warp a row, from 513
-# classes to what its registers hold; by several of a block; by a cluster's of two, three and eight
-# blocks.
+# Where the probabilities lie like the logits: by a warp a row, from 513 classes to what its registers
+# hold; by several of a block; by a cluster's of two, three and eight blocks. Calibrated rows have
+# fewer warps a block.
 @pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
-@pytest.mark.parametrize("classes", [513, 1280, 1287, 1288, 5000, 8193, 20000, 70001])
-def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("classes", "calibrated"),
+    [
+        *((n, False) for n in (513, 1280, 1287, 1288, 5000, 8193, 20000, 70001)),
+        *((n, True) for n in (513, 1280, 1287, 1288, 4096, 4104, 8193, 20000, 33001, 65536)),
+    ],
+)  # fmt: skip
+def test_rows_by_warps(
+    kernels: ModuleType, classes: int, calibrated: bool, dtype: torch.dtype
+) -> None:
     kernels.set_options(shuffle=True, seed=classes)
     for offset, wide, all_options in ((0, True, False), (1, False, True), (3, True, True)):
         problem = soft(5, classes, dtype=dtype, offset=offset, alike=True, wide=wide,
-                       calibrated=False, all_options=all_options)  # fmt: skip
+                       calibrated=calibrated, all_options=all_options)  # fmt: skip
         limits = {"has_clusters": True, "shared_bytes": 227 << 10}
         forward, kept, made = problem.gradient_calls(offset=offset, **limits)
         for call in (*problem.calls(**limits), forward, kept, made):
@@ -72,20 +80,53 @@ def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) ->
         assert kernels.traffic(GRADIENT)["store_bytes"] == problem.logits.nbytes
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("classes", [1203, 5000, 9001])
-def test_masked_classes(kernels: ModuleType, classes: int) -> None:
+def test_masked_classes(kernels: ModuleType, classes: int, calibrated: bool) -> None:
     # Of probability 0 they add 0; else the loss is infinite.
     kernels.set_options()
-    problem = soft(4, classes, calibrated=False)
-    problem.logits[problem.target == 0] = -torch.inf
-    problem.target[:, -1] = 0
-    for call in problem.gradient_calls(has_clusters=True):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = soft(4, classes, dtype=dtype, calibrated=calibrated)
+        problem.logits[problem.target == 0] = -torch.inf
+        problem.target[:, -1] = 0
+        for call in (*problem.gradient_calls(has_clusters=True), *problem.calls()):
+            check(kernels, call)
+        problem.target[2, classes // 2] = 0.5
+        problem.logits[2, classes // 2] = -torch.inf
+        forward = problem.calls(has_clusters=True)[0]
+        kernels.soft_row_forward(forward.fields)
+        assert forward.fields["reduced_loss"] == np.inf
+        for name in ("grad_scale", "grad_bias", "grad_confidence") if calibrated else ():
+            assert np.isfinite(forward.fields[name]).all(), name
+
+
+# Calibrated rows take the maximum of a few elements a lane for the row's: one logit far above these,
+# logits beyond what fused exponents are exact for, and those next to float16's lowest number, which
+# stands for what is not the row's own.
+@pytest.mark.parametrize("classes", [1003, 5000, 9001])
+@pytest.mark.parametrize(
+    ("dtype", "shift", "peak"),
+    [
+        (torch.float32, 0.0, 60.0), (torch.bfloat16, 0.0, 60.0), (torch.float32, 2.0**21, 0.0),
+        (torch.float32, -(2.0**21), 30.0), (torch.float16, -65000.0, 0.0),
+        (torch.float16, -65504.0, 128.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_logits_far_away(
+    kernels: ModuleType, dtype: torch.dtype, shift: float, peak: float, classes: int
+) -> None:
+    kernels.set_options()
+    problem = soft(3, classes, dtype=dtype)
+    step = 32 if dtype == torch.float16 else 1
+    problem.logits.copy_(shift + step * torch.randint(0, 4, problem.logits.shape))
+    problem.logits[:, -200] += peak
+    problem.vectors["scale"].zero_()  # of numbers as large as these u is rounded otherwise
+    problem.vectors["bias"].zero_()
+    for call in (*problem.gradient_calls(has_clusters=True), *problem.calls()):
+        for name in ("grad_scale", "grad_confidence"):
+            call.expected.pop(name, None)  # of large numbers that cancel
         check(kernels, call)
-    problem.target[2, classes // 2] = 0.5
-    problem.logits[2, classes // 2] = -torch.inf
-    forward = problem.calls(has_clusters=True)[0]
-    kernels.soft_row_forward(forward.fields)
-    assert forward.fields["reduced_loss"] == np.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,12 +170,16 @@ def test_both_inputs_are_read_once_and_the_gradient_is_written_once(
 
 
 # More classes than a block keeps, and one more than a cluster does; planes' classes.
-@pytest.mark.parametrize("shape", [(2, 16389), (1, 131078), (1, 1500, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "calibrated"),
+    [((2, 16389), False), ((1, 131078), False), ((1, 1500, 64), False), ((2, 8197), True),
+     ((1, 65542), True)],
+)  # fmt: skip
 def test_what_does_not_fit_is_read_again_for_its_gradient(
-    kernels: ModuleType, shape: tuple[int, ...]
+    kernels: ModuleType, shape: tuple[int, ...], calibrated: bool
 ) -> None:
-    problem = soft(*shape, calibrated=False)
-    clusters = shape[1] > 1 << 17
+    problem = soft(*shape, calibrated=calibrated)
+    clusters = shape[1] > (1 << 16 if calibrated else 1 << 17)
     check(kernels, problem.gradient_calls(has_clusters=clusters)[0])
     assert kernels.traffic(LOGITS)["load_bytes"] == 2 * problem.logits.nbytes
     assert kernels.traffic(PROBABILITIES)["load_bytes"] == 2 * problem.target.nbytes

@@ -17,7 +17,7 @@ _CODES = {"fp32": 1, "bf16": 2}  # Dtype of csrc/cuda/kernels/launch.h
 _STAGED = 20  # kWarpStaged of csrc/cuda/kernels/row_warp_kernel.cuh
 # Of a lane, of one warp and of several: kSoftWarpVectors of soft_row_warp_kernel.cuh there and
 # kSoftSumsVectors of soft_row_sums_kernel.cuh.
-_SOFT_ELEMENTS = {"warp": (40, 32), "sums": (40, 40)}
+_SOFT_ELEMENTS = {"warp": (40, 32), "sums": (40, 32)}
 
 
 def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:

@@ -19,13 +19,12 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpT
                                                 const TeamOfBlocks& team = {}) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, P = K * V, kPitch = kSumsPitch, kPlane = kPitch * (P + 1);
-  static_assert(2 * kPlane * sizeof(A) <= (Bytes == kWarpBytes<true>
-                                               ? kWarpStagedBytes + Turn<A, true>::kBytesBeforeShares
-                                               : Bytes),
-                "the first warp may still read the shares of a wide row");
-  const auto of_warp = [=](int warp) {
-    return reinterpret_cast<A*>(memory + warp * Bytes);
-  };
+  static_assert(
+      2 * kPlane * sizeof(A) <=
+          (Bytes == kWarpBytes<true> ? kWarpStagedBytes + Turn<A, true>::kBytesBeforeShares
+                                     : Bytes),
+      "the first warp may still read the shares of a wide row");
+  const auto of_warp = [=](int warp) { return reinterpret_cast<A*>(memory + warp * Bytes); };
   A* own = of_warp(tile.warp);
   __syncwarp();
 #pragma unroll

@@ -70,10 +70,10 @@ __device__ __forceinline__ SoftRatio<A> soft_ratio(const LossArgs& args, int64_t
     return {of_shard.shift, normal ? of_shard.softmax * reciprocal(of_shard.smooth) : A(0),
             normal ? of_shard.smooth : A(0)};
   }
-  return {static_cast<const A*>(args.row_shift)[i],
-          static_cast<const A*>(args.row_total)[i] *
-              reciprocal(static_cast<const A*>(args.row_sum)[i]),
-          gradient_scale(args, i, shared)};
+  return {
+      static_cast<const A*>(args.row_shift)[i],
+      static_cast<const A*>(args.row_total)[i] * reciprocal(static_cast<const A*>(args.row_sum)[i]),
+      gradient_scale(args, i, shared)};
 }
 
 // Loss and statistics of position i, or its sums, of a shard. Returns the loss times its sample weight.

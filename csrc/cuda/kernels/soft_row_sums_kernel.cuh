@@ -2,12 +2,14 @@
 // soft_row_warp_kernel.cuh is to logits without calibration, with the sums that the gradients of
 // scale, bias and confidence are made of. Forward and backward are one kernel.
 //
-// - Maps: row_warp_tile.cuh. A lane keeps 40 elements of both inputs, the exponentials, and its share
-//   of the class sums in registers from a row's one read to the gradients: 255 registers a thread.
+// - Maps: row_warp_tile.cuh. A lane keeps its elements of both inputs and its share of the class sums in
+//   registers, for 255 a thread. Several warps a scheduler have rows on their way while others compute.
 //   Blocks of a team add up their class sums (row_warp_sums.cuh).
-// - The exponentials are by the maximum. What is not the row's own is a finite number so low that its
-//   exponential is 0. So an ordinary row has no case to be told apart; one whose sums are not finite,
-//   as 0 times a logit of -inf is NaN, is done again class by class.
+// - The exponentials are by the maximum of a few elements of each lane. Where that does not serve, the
+//   row is done again by its maximum.
+// - What is not the row's own is a logit so low that its exponential is 0, and finite: a row without
+//   masked classes has no case to be told apart. Of one with them the sums are not finite, as
+//   0 * -infinity is NaN, and it is done again.
 // - q_j = factor (ratio exp(u_j - shift) - b_j): the factor is left to what q_j is added to.
 // - What is of a row alone is read and made by one lane for 32 rows of the warp at a time, a turn; its
 //   share of the confidence's gradient waits in shared memory for the turn's end.
@@ -20,26 +22,30 @@
 
 namespace disalign::cuda {
 
-// Vectors of the logits that a lane keeps, with as many elements of the probabilities.
-template <class T>
-constexpr int kSoftSumsVectors = 40 / kVector<T>;
-constexpr int kSoftSumsThreads = 256;  // of 255 registers
+// Vectors of the logits that a lane keeps, with as many elements of the probabilities. Of several warps
+// a row fewer, so that 8192 classes are eight warps'.
+template <class T, int By>
+constexpr int kSoftSumsVectors = (By == kByWarp ? 40 : 32) / kVector<T>;
+constexpr int kSoftSumsThreads = 256;
 constexpr int kSoftSumsWarps = kSoftSumsThreads / 32;
 template <class A, int By>
 using SoftSumsGroup = std::conditional_t<By == kByCluster, ClusterGroup<A, kSoftSumsWarps, 3>,
                                          Group<A, By != kByWarp, kSoftSumsWarps>>;
-// Bytes of shared memory before the turns; a turn of each warp; in place of the class vectors at the
-// end, the class sums of each warp.
+constexpr int kSoftGuessed = 8;  // elements of a lane whose maximum serves most rows
+// Bytes of shared memory before the turns; the turn of a warp; the class sums of a warp, in place of the
+// class vectors at the end.
 template <class A, int By>
 constexpr int kSoftSumsScratchBytes =
-    kWarpSumsBytes + (SoftSumsGroup<A, By>::kScratchEntries + kClusterSlopes<By>)*static_cast<int>(
-                         sizeof(A));
+    kWarpSumsBytes +
+    (SoftSumsGroup<A, By>::kScratchEntries + kClusterSlopes<By>)*static_cast<int>(sizeof(A));
 constexpr int kSoftTurnBytes = Turn<float, true>::kBytes;
-constexpr int kSoftClassSumsBytes = 2 * kSumsPitch * 41 * static_cast<int>(sizeof(float)) + 8;
-static_assert(kSoftClassSumsBytes % kVectorBytes == 0, "of vectors");
+template <class T, int By>
+constexpr int kSoftClassSumsBytes =
+    2 * kSumsPitch * (kSoftSumsVectors<T, By> * kVector<T> + 1) * static_cast<int>(sizeof(float)) +
+    8;  // so as to be aligned
 
-// Number so low, of the logits' type, that exp(u - shift) is 0 of it for every shift above -near, to
-// which fused exponents are exact enough.
+// A logit so low that exp(u - shift) is 0 for shifts of a magnitude below kNear, to which exponents by
+// one multiply-add are exact enough.
 template <class T>
 struct LowLogit {
   static constexpr float kLow = -1e30f, kNear = 1e6f;
@@ -68,9 +74,9 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
   constexpr bool Wide = By != kByWarp;
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, Q = kPart<T>, N = kPartsOfVector<T>;
-  constexpr int K = kSoftSumsVectors<T>, P = K * V;
+  constexpr int K = kSoftSumsVectors<T, By>, P = K * V;
   constexpr A kLow = LowLogit<T>::kLow;
-  constexpr A kNever = -1e37f;  // a logit so low that its exponential is 0; times 0 it is 0
+  constexpr A kMasked = -1e37f;  // u of a masked class, finite
   DISALIGN_SHARED_MEMORY(memory);
   const bool tiled = By == kByBlock && args.tiles > 1;
   const bool sum_classes = args.class_gradients && (args.backward || !tiled);
@@ -105,8 +111,16 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
   const A inverse =
       !args.backward && args.grad_logits ? inverse_of<A>(forward_denominator(args)) : A(1);
 
-  A own_weight = 0, own_c = 0;  // of this lane's row of the turn
+  A own_weight = 0, own_c = 0;                      // of this lane's row of the turn
   A grad_scale[P + 1] = {}, grad_bias[P + 1] = {};  // the last: the edge's
+  const T* from = static_cast<const T*>(args.logits) + tile.row * args.outer_stride + tile.first();
+  Raw raw[K] = {};  // of a row; what is not the row's own stays as it is
+  A z_edge = kLow;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) set_element(raw[k], v, from_accumulate<T>(kLow));
+  }
 #pragma unroll 1
   for (int round = 0; round < tile.rounds; ++round) {
     const int at_turn = round % 32;
@@ -118,27 +132,22 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
     }
     const A c = __shfl_sync(kFullWarp, own_c, at_turn);
 
-    Raw raw[K];
-    A z_edge = kLow;
-    A e[P + 1], b[P + 1];  // u, then exp(u - shift), then q_j; b_j; the last: the edge's
-    {
-      const T* row = static_cast<const T*>(args.logits) + i * args.outer_stride;
-      Raw nothing;
+    A e[P + 1], b[P + 1];  // u, then exp(u - shift), then q_j / factor; b_j
 #pragma unroll
-      for (int v = 0; v < V; ++v) set_element(nothing, v, from_accumulate<T>(kLow));
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (k >= kSoftCertain<T, By>) raw[k] = nothing;
-        if (k < kSoftCertain<T, By> || tile.has(k))
-          raw[k] = load_vector(row + tile.first() + 32 * k * V);
-      }
-      if (has_edge) z_edge = to_accumulate(load_one(row + tile.edge));
+    for (int k = 0; k < K; ++k)
+      if (k < kSoftCertain<T, By> || tile.has(k)) raw[k] = load_vector(from + 32 * k * V);
+    if (has_edge) z_edge = to_accumulate(load_one(from + (tile.edge - tile.first())));
+    from += tile.row_step * args.outer_stride;
+    const auto load = [&] {
       if (sizeof(T) == 2 && !args.probabilities_of_a)
         load_probabilities<T>(args, tile, i, b);
       else
         load_probabilities<A>(args, tile, i, b);
-    }
-    if (weighs) {
+    };
+    if (!weighs) {  // of one load before a branch the compiler copies every b
+      load();
+    } else {
+      load();
       const SoftOptions<A> options(args);
 #pragma unroll
       for (int part = 0; part < K * N; ++part) {
@@ -149,13 +158,14 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
       }
       if (has_edge) b[P] = vector_entry<A>(args.weight, tile.edge, A(1)) * options.of(b[P]);
     }
+
     SoftRatio<A> row;
     if (args.backward) row = soft_ratio(args, i, shared);
     PositionSums<A> sums;
-    A slope = 0;  // sum_j q_j d_j of this lane's
-    A values[3], rounding = 0;
-    A start = 0;          // of sum_j b_j (u_j - maximum)
-    uint64_t absent = 0;  // elements whose exponential is 0
+    A slope = 0;                // sum_j q_j d_j of this lane's
+    A values[3], infinite = 0;  // sums; -infinity where the target asks for a masked class
+    A rounding = 0;             // of what is taken off the exponents
+    uint64_t absent = 0;        // elements, a bit each, that are masked or not the row's own
 #pragma unroll 1
     for (int again = 0;; again = 1) {
 #pragma unroll
@@ -182,13 +192,17 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
       if (again) {
 #pragma unroll
         for (int p = 0; p <= P; ++p)
-          if (absent >> p & 1) e[p] = kNever;
+          if (absent >> p & 1) e[p] = kMasked;
       }
       sums.maximum = row.shift;
       if (!args.backward) {
         sums.maximum = kLowest<A>;
+        if (again) {
 #pragma unroll
-        for (int p = 0; p <= P; ++p) sums.maximum = larger(sums.maximum, e[p]);
+          for (int p = kSoftGuessed; p <= P; ++p) sums.maximum = larger(sums.maximum, e[p]);
+        }
+#pragma unroll
+        for (int p = 0; p < kSoftGuessed; ++p) sums.maximum = larger(sums.maximum, e[p]);
         sums.maximum = group.max(sums.maximum);
       }
       A product = sums.maximum * kLog2E;
@@ -197,7 +211,7 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
 #pragma unroll
         for (int p = 0; p <= P; ++p) e[p] -= sums.maximum;
       }
-      values[0] = 0, values[1] = start, values[2] = 0;
+      values[0] = 0, values[1] = infinite, values[2] = 0;
 #pragma unroll
       for (int p = 0; p <= P; ++p) {
         const A exponent = std::fma(e[p], kLog2E, -product);
@@ -207,19 +221,20 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
         values[2] += b[p];
       }
       if (!args.backward) group.sum(values);
-      if (again) break;
-      // The product is rounded, and with it all exponents by the same.
+      if (again) {
+        if (sums.maximum <= kMasked / 2) values[0] = 0;  // they are all masked
+        break;
+      }
       rounding = std::fma(-sums.maximum, kLog2E, product);
-      bool ordinary =
-          std::fabs(sums.maximum) < LowLogit<T>::kNear && std::fabs(values[1]) <= -kLowest<A>;
+      bool ordinary = std::fabs(sums.maximum) < LowLogit<T>::kNear &&
+                      std::fabs(values[1]) <= -kLowest<A> && values[0] <= kModerate<A>;
       if (args.backward) ordinary = !__any_sync(kFullWarp, !ordinary);
       if (ordinary) break;
       rounding = 0;
-      // A masked class has no d_j, and the loss is infinite if the target asks for it.
       const auto mask = [&](int p, A bias) {
         absent |= uint64_t{1} << p;
-        if (b[p] != A(0)) start = negative_infinity<A>();
-        slope = std::fma(b[p], bias, slope);
+        if (b[p] != A(0)) infinite = negative_infinity<A>();
+        slope = std::fma(b[p], bias, slope);  // it has no d_j
       };
 #pragma unroll
       for (int part = 0; part < K * N; ++part) {
@@ -246,8 +261,6 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
       sums.rest = values[0] * correction;
       sums.smooth = kLn2 * std::fma(values[2], rounding, values[1]);
       sums.weight = values[2];
-    }
-    if (!args.backward) {
       if (tiled) {
         if (threadIdx.x == 0)
           sums.write(static_cast<A*>(args.tile_sums) + tile.block_of_row * args.outer + i,
@@ -319,7 +332,8 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
               turn.slope(lane, warps, kSoftTurnBytes);
         Cluster::barrier();
         if (tile.is_first())
-          for (int block = 0; block < args.tiles; ++block) own_slope += of_blocks[block * 32 + lane];
+          for (int block = 0; block < args.tiles; ++block)
+            own_slope += of_blocks[block * 32 + lane];
       }
     } else {
       if (slopes && (!Wide || tile.warp == 0))
@@ -336,7 +350,8 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
       if (!args.backward) {
         PositionSums<A> kept;
         kept.maximum = turn.at(RowTurn::kMaximum, lane), kept.rest = turn.at(RowTurn::kRest, lane);
-        kept.smooth = turn.at(RowTurn::kSmooth, lane), kept.weight = turn.at(RowTurn::kWeight, lane);
+        kept.smooth = turn.at(RowTurn::kSmooth, lane),
+        kept.weight = turn.at(RowTurn::kWeight, lane);
         loss = write_soft_position(args, own, kept, own_weight);
         divisor = divisor_share(args, A(1), own_weight);
       }
@@ -349,8 +364,8 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
     block_sums.write_and_finish<A>(args, blockIdx.x * team.size() + team.member());
   if (sum_classes) {
     __syncthreads();  // the class vectors are read no more
-    write_warp_sums<T, K, By, kSoftClassSumsBytes>(args, tile, grad_scale, grad_bias,
-                                                   turns + warps * kSoftTurnBytes, team);
+    write_warp_sums<T, K, By, kSoftClassSumsBytes<T, By>>(args, tile, grad_scale, grad_bias,
+                                                          turns + warps * kSoftTurnBytes, team);
   }
 }
 

@@ -43,7 +43,7 @@ RowKernel soft_row_warp_kernel_of(const RowPlan& plan) {
 
 // Of the kernels' rows: vectors of a lane; warps of a block, at most.
 template <class T, bool Calibrated, int By>
-constexpr int kSoftVectors = Calibrated ? kSoftSumsVectors<T> : kSoftWarpVectors<T, By>;
+constexpr int kSoftVectors = Calibrated ? kSoftSumsVectors<T, By> : kSoftWarpVectors<T, By>;
 template <bool Calibrated, int By>
 constexpr int kSoftWarps = (Calibrated ? kSoftSumsThreads : kSoftWarpThreads<By>) / 32;
 
@@ -56,7 +56,7 @@ int64_t soft_shared_bytes(const RowArgs& args, int64_t warps) {
                               static_cast<int64_t>(sizeof(A));
   if constexpr (Calibrated)
     return kSoftSumsScratchBytes<A, By> + warps * kSoftTurnBytes +
-           std::max(class_bytes, args.class_gradients ? warps * kSoftClassSumsBytes : 0);
+           std::max(class_bytes, args.class_gradients ? warps * kSoftClassSumsBytes<T, By> : 0);
   else
     return kSoftWarpScratchBytes<A, By> + class_bytes;
 }
@@ -69,9 +69,8 @@ RowPlan soft_warps_of_rows(const RowArgs& args, const Limits& limits, RowPlan pl
   int64_t warps = divide_up(args.classes / kVector<T>, 32 * K * blocks);
   if (By == kByWarp) {  // rows of their own: as many as have memory
     warps = kSoftWarps<Calibrated, By>;
-    while (warps > 1 &&
-           soft_shared_bytes<T, Calibrated, By>(args, warps) >
-               static_cast<int64_t>(limits.shared_bytes))
+    while (warps > 1 && soft_shared_bytes<T, Calibrated, By>(args, warps) >
+                            static_cast<int64_t>(limits.shared_bytes))
       --warps;
   }
   plan.warp_vectors = K;
