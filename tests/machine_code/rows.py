@@ -95,7 +95,7 @@ ORDINARY = {
     r"ISETP\.GT\.U32\.AND P, PT, R, 0x1ffffff, PT": True,  # 1 / a float that is no subnormal
     r"FSETP\.GE\.AND P, PT, R, RZ, PT": True,  # the sigmoid of a positive number
     r"ISETP\.NE\.AND P, PT, R, RZ, PT; EXIT": False,  # this is the last block, which ends the loss
-    r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
+    r"FSETP\.GEU\.(AND|OR) P, PT, \|R\|, 1000000, !?P": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !?P": False,  # the inverse of the denominator is not 0
     r"FSETP\.LE\.AND P, PT, \|R\|, 3\.40\d*e\+38, !?P": True,  # the sums are finite: no masked class
     r"FSETP\.(LE|GTU)\.(AND|OR) P, PT, R, 4\.29\d*e\+09, !?P": True,

@@ -48,8 +48,8 @@ class Kernel:
 
     @property
     def flags(self) -> tuple[int, ...]:
-        """Of row_warp_kernel and soft_row_warp_kernel the last is Keeper of row_warp_tile.cuh."""
-        keeper = re.findall(r"row_warp_kernel.*Li(\d)EEEv", self.symbol)
+        """Of kernels of warps the last is Keeper of row_warp_tile.cuh."""
+        keeper = re.findall(r"row_(?:warp|sums)_kernel.*Li(\d)EEEv", self.symbol)
         return tuple(int(f) for f in re.findall(r"Lb([01])E", self.symbol) + keeper)
 
     @property

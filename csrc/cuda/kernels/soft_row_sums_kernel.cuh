@@ -2,9 +2,10 @@
 // soft_row_warp_kernel.cuh is to logits without calibration, with the sums that the gradients of
 // scale, bias and confidence are made of. Forward and backward are one kernel.
 //
-// - Maps: row_warp_tile.cuh. A lane keeps its elements of both inputs and its share of the class sums in
-//   registers, for 255 a thread. Several warps a scheduler have rows on their way while others compute.
-//   Blocks of a team add up their class sums (row_warp_sums.cuh).
+// - Maps: row_warp_tile.cuh. A lane keeps its elements of the logits and its share of the class sums in
+//   registers, for 255 a thread, its probabilities there or in shared memory. Several warps a scheduler
+//   have rows on their way while others compute. Blocks of a team add up their class sums
+//   (row_warp_sums.cuh).
 // - The exponentials are by the maximum of a few elements of each lane. Where that does not serve, the
 //   row is done again by its maximum.
 // - What is not the row's own is a logit so low that its exponential is 0, and finite: a row without
@@ -17,50 +18,9 @@
 //   Tiles are read again for their gradients.
 #pragma once
 
-#include "cuda/kernels/row_warp_sums.cuh"
-#include "cuda/kernels/soft_row_warp_kernel.cuh"
+#include "cuda/kernels/soft_row_sums_tile.cuh"
 
 namespace disalign::cuda {
-
-// Vectors of the logits that a lane keeps, with as many elements of the probabilities. Of several warps
-// a row fewer, so that 8192 classes are eight warps'.
-template <class T, int By>
-constexpr int kSoftSumsVectors = (By == kByWarp ? 40 : 32) / kVector<T>;
-constexpr int kSoftSumsThreads = 256;
-constexpr int kSoftSumsWarps = kSoftSumsThreads / 32;
-template <class A, int By>
-using SoftSumsGroup = std::conditional_t<By == kByCluster, ClusterGroup<A, kSoftSumsWarps, 3>,
-                                         Group<A, By != kByWarp, kSoftSumsWarps>>;
-constexpr int kSoftGuessed = 8;  // elements of a lane whose maximum serves most rows
-// Bytes of shared memory before the turns; the turn of a warp; the class sums of a warp, in place of the
-// class vectors at the end.
-template <class A, int By>
-constexpr int kSoftSumsScratchBytes =
-    kWarpSumsBytes +
-    (SoftSumsGroup<A, By>::kScratchEntries + kClusterSlopes<By>)*static_cast<int>(sizeof(A));
-constexpr int kSoftTurnBytes = Turn<float, true>::kBytes;
-template <class T, int By>
-constexpr int kSoftClassSumsBytes =
-    2 * kSumsPitch * (kSoftSumsVectors<T, By> * kVector<T> + 1) * static_cast<int>(sizeof(float)) +
-    8;  // so as to be aligned
-
-// A logit so low that exp(u - shift) is 0 for shifts of a magnitude below kNear, to which exponents by
-// one multiply-add are exact enough.
-template <class T>
-struct LowLogit {
-  static constexpr float kLow = -1e30f, kNear = 1e6f;
-};
-template <>
-struct LowLogit<__half> {
-  static constexpr float kLow = -65504, kNear = 6e4f;
-};
-
-// Blocks that add up their class sums.
-struct SoftTeam {
-  int blocks;
-  __device__ __forceinline__ int size() const { return blocks; }
-  __device__ __forceinline__ int member() const { return blocks > 1 ? blockIdx.y : 0; }
-};
 
 // By: who keeps a row; of several warps each has its part of it.
 template <class T, int By>
@@ -96,6 +56,8 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
   const auto load_class = [&](int before, int part, A(&out)[Q]) {
     classes.load(class_memory + before * 32 * P, lane + 32 * (part / N), part % N, out);
   };
+  OwnProbabilities<T, By> own_b(
+      class_memory + (soft_class_vectors(args) + (Wide ? 0 : tile.warp)) * 32 * P, lane);
   const bool has_edge = tile.edge >= 0;
   const A edge_a = has_edge ? static_cast<const A*>(args.scale)[tile.edge] : A(0);
   const A edge_b = has_edge ? static_cast<const A*>(args.bias)[tile.edge] : A(0);
@@ -132,32 +94,37 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
     }
     const A c = __shfl_sync(kFullWarp, own_c, at_turn);
 
-    A e[P + 1], b[P + 1];  // u, then exp(u - shift), then q_j / factor; b_j
+    A e[P + 1];  // u, then exp(u - shift), then q_j / factor
 #pragma unroll
     for (int k = 0; k < K; ++k)
       if (k < kSoftCertain<T, By> || tile.has(k)) raw[k] = load_vector(from + 32 * k * V);
     if (has_edge) z_edge = to_accumulate(load_one(from + (tile.edge - tile.first())));
     from += tile.row_step * args.outer_stride;
-    const auto load = [&] {
-      if (sizeof(T) == 2 && !args.probabilities_of_a)
-        load_probabilities<T>(args, tile, i, b);
-      else
-        load_probabilities<A>(args, tile, i, b);
-    };
-    if (!weighs) {  // of one load before a branch the compiler copies every b
-      load();
-    } else {
-      load();
-      const SoftOptions<A> options(args);
+    {
+      A b[P + 1];
+      const auto load = [&] {
+        if (sizeof(T) == 2 && !args.probabilities_of_a)
+          load_probabilities<T>(args, tile, i, b);
+        else
+          load_probabilities<A>(args, tile, i, b);
+      };
+      if (!weighs) {  // of one load before a branch the compiler copies every b
+        load();
+      } else {
+        load();
+        const SoftOptions<A> options(args);
 #pragma unroll
-      for (int part = 0; part < K * N; ++part) {
-        A w[Q];  // 0 of what is not the row's own
-        load_class(2, part, w);
+        for (int part = 0; part < K * N; ++part) {
+          A w[Q];  // 0 of what is not the row's own
+          load_class(2, part, w);
 #pragma unroll
-        for (int q = 0; q < Q; ++q) b[part * Q + q] = w[q] * options.of(b[part * Q + q]);
+          for (int q = 0; q < Q; ++q) b[part * Q + q] = w[q] * options.of(b[part * Q + q]);
+        }
+        if (has_edge) b[P] = vector_entry<A>(args.weight, tile.edge, A(1)) * options.of(b[P]);
       }
-      if (has_edge) b[P] = vector_entry<A>(args.weight, tile.edge, A(1)) * options.of(b[P]);
+      own_b.keep(b);
     }
+    forget_loads();
 
     SoftRatio<A> row;
     if (args.backward) row = soft_ratio(args, i, shared);
@@ -212,14 +179,21 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
         for (int p = 0; p <= P; ++p) e[p] -= sums.maximum;
       }
       values[0] = 0, values[1] = infinite, values[2] = 0;
-#pragma unroll
-      for (int p = 0; p <= P; ++p) {
+      const auto add = [&](int p, A b) {
         const A exponent = std::fma(e[p], kLog2E, -product);
         e[p] = power_of_two(exponent);
         values[0] += e[p];
-        values[1] = std::fma(b[p], exponent, values[1]);
-        values[2] += b[p];
+        values[1] = std::fma(b, exponent, values[1]);
+        values[2] += b;
+      };
+#pragma unroll
+      for (int part = 0; part < K * N; ++part) {
+        A b[Q];
+        own_b.load(part, b);
+#pragma unroll
+        for (int q = 0; q < Q; ++q) add(part * Q + q, b[q]);
       }
+      add(P, own_b.edge);
       if (!args.backward) group.sum(values);
       if (again) {
         if (sums.maximum <= kMasked / 2) values[0] = 0;  // they are all masked
@@ -231,27 +205,29 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
       if (args.backward) ordinary = !__any_sync(kFullWarp, !ordinary);
       if (ordinary) break;
       rounding = 0;
-      const auto mask = [&](int p, A bias) {
+      const auto mask = [&](int p, A b, A bias) {
         absent |= uint64_t{1} << p;
-        if (b[p] != A(0)) infinite = negative_infinity<A>();
-        slope = std::fma(b[p], bias, slope);  // it has no d_j
+        if (b != A(0)) infinite = negative_infinity<A>();
+        slope = std::fma(b, bias, slope);  // it has no d_j
       };
 #pragma unroll
       for (int part = 0; part < K * N; ++part) {
-        A z[Q], bias[Q];
+        forget_loads();  // else the loads of all parts take the class sums' registers
+        A z[Q], b[Q], bias[Q];
         unpack<T>(raw[part / N], part % N, z);
+        own_b.load(part, b);
         load_class(1, part, bias);
 #pragma unroll
         for (int q = 0; q < Q; ++q) {
           const int p = part * Q + q;
           if (z[q] == negative_infinity<A>()) {
-            mask(p, bias[q]);
+            mask(p, b[q], bias[q]);
             set_element(raw[part / N], p % V, from_accumulate<T>(0));
           }
           if (!tile.has(p / V)) absent |= uint64_t{1} << p;
         }
       }
-      if (z_edge == negative_infinity<A>()) mask(P, edge_b), z_edge = 0;
+      if (z_edge == negative_infinity<A>()) mask(P, own_b.edge, edge_b), z_edge = 0;
       if (!has_edge) absent |= uint64_t{1} << P;
     }
     const A correction = power_of_two(rounding);
@@ -276,8 +252,15 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
     }
 
     if (writes_logits || slopes) {
+      forget_loads();
 #pragma unroll
-      for (int p = 0; p <= P; ++p) e[p] = std::fma(row.ratio, e[p], -b[p]);
+      for (int part = 0; part < K * N; ++part) {
+        A b[Q];
+        own_b.load(part, b);
+#pragma unroll
+        for (int q = 0; q < Q; ++q) e[part * Q + q] = std::fma(row.ratio, e[part * Q + q], -b[q]);
+      }
+      e[P] = std::fma(row.ratio, e[P], -own_b.edge);
       if (slopes) {
         const A factor = row.factor * c;
         const auto add = [&](int p, A z, A scale, A bias) {

@@ -56,7 +56,8 @@ int64_t soft_shared_bytes(const RowArgs& args, int64_t warps) {
                               static_cast<int64_t>(sizeof(A));
   if constexpr (Calibrated)
     return kSoftSumsScratchBytes<A, By> + warps * kSoftTurnBytes +
-           std::max(class_bytes, args.class_gradients ? warps * kSoftClassSumsBytes<T, By> : 0);
+           std::max(class_bytes + warps * OwnProbabilities<T, By>::kBytes,
+                    args.class_gradients ? warps * kSoftClassSumsBytes<T, By> : 0);
   else
     return kSoftWarpScratchBytes<A, By> + class_bytes;
 }
@@ -87,8 +88,8 @@ RowPlan soft_warps_of_rows(const RowArgs& args, const Limits& limits, RowPlan pl
 }
 
 // By a warp; by as few blocks as can, two of which a multiprocessor has, so that one's rows are on their
-// way while the other computes; by blocks with a multiprocessor each; by tiles, as many as fill the
-// device. None for float64 and for rows that a narrow group keeps.
+// way while the other computes; by blocks with a multiprocessor each, which have fewer class sums; by
+// tiles, as many as fill the device. None for float64 and for rows that a narrow group keeps.
 template <class T, bool Calibrated, class Launcher>
 std::optional<RowPlan> soft_row_warp_plan(Launcher& launcher, const RowArgs& args) {
   const Limits limits = launcher.limits();
@@ -103,7 +104,12 @@ std::optional<RowPlan> soft_row_warp_plan(Launcher& launcher, const RowArgs& arg
   const bool alike = all_lie_like_logits<T>(args);
   if (alike && vectors <= 32 * kSoftVectors<T, Calibrated, kByWarp>)
     return soft_warps_of_rows<T, Calibrated, kByWarp>(args, limits, rows, 1);
-  for (const int64_t most_warps : {kMost / 2, kMost}) {
+  // Whether the class sums of rows of clusters, as many as there are multiprocessors, are more than a
+  // tenth of the logits.
+  const int64_t partials =
+      args.class_gradients ? 2 * limits.multiprocessors * int64_t{sizeof(Accumulate<T>)} : 0;
+  const bool few = 10 * partials > args.outer * static_cast<int64_t>(sizeof(T));
+  for (const int64_t most_warps : {few ? kMost : kMost / 2, kMost}) {
     RowPlan plan = soft_warps_of_rows<T, Calibrated, kByBlock>(args, limits, rows, 1);
     if (fits(plan, most_warps)) return plan;
     for (int blocks = 2; alike && limits.has_clusters && blocks <= kClusterBlocks; ++blocks) {
