@@ -197,10 +197,12 @@ def test_upsampled_probabilities_are_read_once_in_either_direction(
 
 
 class Registers(dict[str, int]):
-    """At most what soft_row_warp_kernel's launch bounds leave: a row a warp's (its last argument is
-    0), or several warps'."""
+    """At most what the launch bounds leave: of soft_row_sums_kernel all, of soft_row_warp_kernel those
+    of a row a warp's (its last argument is 0), or several warps'."""
 
     def __missing__(self, symbol: str) -> int:
+        if "sums" in symbol:
+            return 255
         return 168 if "Li0E" in symbol else 128
 
 
@@ -225,3 +227,39 @@ def test_rows_fill_the_device(name: str, dtype: str) -> None:
             # Of both inputs. B200 needs more of bfloat16 than 12 to 16 warps' registers hold.
             least = 0.5 if (name, dtype) == ("B200", "bf16") else 1
             assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)
+
+
+# Bytes of both inputs in flight, as above, at least; where less than 1: eight warps a multiprocessor
+# keep the class sums, and of bfloat16 half as many bytes.
+LEAST_CALIBRATED = {
+    ("A100 SXM 80 GB", "bf16"): 0.9,
+    ("H100 SXM", "bf16"): 0.74,
+    ("B200", "fp32"): 0.69,
+    ("B200", "bf16"): 0.34,
+}
+
+
+@pytest.mark.parametrize("step", ["all gradients", "stage 2"])
+@pytest.mark.parametrize("dtype", launch_plans.SIZES)
+@pytest.mark.parametrize("name", GPUS)
+def test_calibrated_rows_fill_the_device(name: str, dtype: str, step: str) -> None:
+    gpu = GPUS[name]
+    launches = functools.partial(build.module("planner").row_launches, probabilities=1)
+    needed = 2 * gpu.gigabytes_per_second * 1e9 * 800e-9 / gpu.multiprocessors
+    for rows, classes in (
+        (4096, 1203), (4096, 1204), (16384, 8142), (2048, 8142), (65536, 1000), (8192, 32000),
+        (512, 100000),
+    ):  # fmt: skip
+        plan = launch_plans.plan(launches, gpu, Registers(), step, dtype, rows, classes)
+        clusters = gpu.capability.has_clusters
+        once = classes <= (1 << 16 if clusters else 1203 if name == "T4" else 8192)
+        assert len(plan.walks) == (1 if once else 2)
+        for walk in plan.walks:
+            assert walk.waves <= 1
+            assert walk.balance <= 1.12, (rows, classes)
+            least = LEAST_CALIBRATED.get((name, dtype), 1)
+            assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)
+        # The class sums that blocks write are few bytes beside the logits, where there are clusters.
+        blocks = max(launch.get("class_blocks", 0) for launch in plan.launches)
+        if once and clusters:
+            assert 2 * 4 * blocks <= 0.1 * rows * launch_plans.SIZES[dtype], (rows, classes)

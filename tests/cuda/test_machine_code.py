@@ -266,6 +266,32 @@ def test_memory_bounds_rows_of_class_probabilities(name: str, classes: int, dtyp
         assert share <= (1.05 if dtype == "bfloat16" and c < 1203 else 1), (c, share)
 
 
+# Of calibrated rows: what a warp issues, of what memory allows while it reads both inputs ("stage2")
+# and writes the gradient ("all"); for each of 1000, 1203 and 8192 classes. In float32 memory bounds
+# them. bfloat16 has twice the elements in a byte, of each of which 17 instructions are arithmetic: 2 of
+# u, 5 of the exponential and the sums, 6 of the class sums and the confidence's gradient, 3 that
+# unpack, 1 of the maximum and shared memory; 8 elements take 136, and with what is of a row and of a
+# block they take more than memory allows.
+CALIBRATED_SHARES = {
+    ("H100 SXM", "float32"): (1, 1, 1),
+    ("H100 SXM", "bfloat16"): (2.2, 1.85, 1.75),
+    ("A100 SXM 80 GB", "float32"): (1, 1, 1),
+    ("A100 SXM 80 GB", "bfloat16"): (2, 1.65, 1.4),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), CALIBRATED_SHARES)
+def test_memory_and_calibrated_rows_of_class_probabilities(name: str, dtype: str) -> None:
+    gpu = GPUS[name]
+    bandwidth = model.SHARE_OF_BANDWIDTH * gpu.gigabytes_per_second * 1e9
+    issue = model.SHARE_OF_ISSUE * gpu.instructions_per_second
+    for classes, most in zip((1000, 1203, 8192), CALIBRATED_SHARES[name, dtype], strict=True):
+        for step, passes in (("soft stage2", 2), ("soft all", 3)):
+            counted = rows.count(gpu.architecture, dtype, classes, step).vector
+            share = counted / issue * bandwidth / (passes * rows.BYTES)
+            assert share <= most, (classes, step, share)
+
+
 @pytest.mark.parametrize(("architecture", "dtype"), PLANES)
 def test_the_dense_kernel_keeps_its_budgets(architecture: str, dtype: str) -> None:
     cases = [(classes, step) for classes in planes.SHAPES for step in planes.STEPS]

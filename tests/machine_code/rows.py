@@ -98,7 +98,6 @@ ORDINARY = {
     r"FSETP\.GEU\.(AND|OR) P, PT, \|R\|, 1000000, !?P": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !?P": False,  # the inverse of the denominator is not 0
     r"FSETP\.LE\.AND P, PT, \|R\|, 3\.40\d*e\+38, !?P": True,  # the sums are finite: no masked class
-    r"FSETP\.(LE|GTU)\.(AND|OR) P, PT, R, 4\.29\d*e\+09, !?P": True,
 }
 # What row_warp_kernel makes of them otherwise.
 OF_WARP_ROWS = {
