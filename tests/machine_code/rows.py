@@ -104,7 +104,7 @@ OF_WARP_ROWS = {
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
     r"FSETP\.EQ\.AND P, PT, R, R, PT": True,
     r"ISETP\.NE\.OR P, PT, R, RZ, !P": True,  # the sum of the others is moderate
-    r"FSETP\.LE\.OR P, PT, R, 4\.29\d*e\+09, P": True,
+    r"FSETP\.LE\.(OR|AND) P, PT, R, 4\.29\d*e\+09, !?P": True,
     r"FSETP\.GTU\.AND P, PT, R, 4\.29\d*e\+09, PT": False,
     r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # log1p of a positive number
 }
