@@ -49,9 +49,9 @@ def test_rows_at_every_alignment(kernels: ModuleType, classes: int, dtype: torch
             check(kernels, call)
 
 
-# Where the probabilities lie like the logits: by a warp a row, from 513 classes to what its registers
-# hold; by several of a block; by a cluster's of two, three and eight blocks. Calibrated rows have
-# fewer warps a block.
+# Where the probabilities lie like the logits: by a warp a row, from 513 classes to what its
+# registers hold; by several of a block; by a cluster's of two, three and eight blocks. Calibrated
+# rows have fewer warps a block.
 @pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("classes", "calibrated"),
@@ -100,9 +100,9 @@ def test_masked_classes(kernels: ModuleType, classes: int, calibrated: bool) -> 
             assert np.isfinite(forward.fields[name]).all(), name
 
 
-# Calibrated rows take the maximum of a few elements a lane for the row's: one logit far above these,
-# logits beyond what fused exponents are exact for, and those next to float16's lowest number, which
-# stands for what is not the row's own.
+# Calibrated rows take the maximum of a few elements a lane for the row's: one logit far above
+# these, logits beyond what fused exponents are exact for, and those next to float16's lowest
+# number, which stands for what is not the row's own.
 @pytest.mark.parametrize("classes", [1003, 5000, 9001])
 @pytest.mark.parametrize(
     ("dtype", "shift", "peak"),
@@ -197,8 +197,8 @@ def test_upsampled_probabilities_are_read_once_in_either_direction(
 
 
 class Registers(dict[str, int]):
-    """At most what the launch bounds leave: of soft_row_sums_kernel all, of soft_row_warp_kernel those
-    of a row a warp's (its last argument is 0), or several warps'."""
+    """At most what the launch bounds leave: of soft_row_sums_kernel all, of soft_row_warp_kernel
+    those of a row a warp's (its last argument is 0), or several warps'."""
 
     def __missing__(self, symbol: str) -> int:
         if "sums" in symbol:
@@ -229,8 +229,8 @@ def test_rows_fill_the_device(name: str, dtype: str) -> None:
             assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)
 
 
-# Bytes of both inputs in flight, as above, at least; where less than 1: eight warps a multiprocessor
-# keep the class sums, and of bfloat16 half as many bytes.
+# Bytes of both inputs in flight, as above, at least; where less than 1: eight warps a
+# multiprocessor keep the class sums, and of bfloat16 half as many bytes.
 LEAST_CALIBRATED = {
     ("T4", "bf16"): 0.78,
     ("A100 SXM 80 GB", "bf16"): 0.98,
@@ -261,7 +261,7 @@ def test_calibrated_rows_fill_the_device(name: str, dtype: str, step: str) -> No
             assert walk.balance <= 1.12 or (classes == 100000 and name in ("T4", "L4"))
             least = LEAST_CALIBRATED.get((name, dtype), 1)
             assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)
-        # The class sums that blocks write are few bytes beside the logits, where there are clusters.
+        # The class sums that blocks write are few bytes beside the logits.
         blocks = max(launch.get("class_blocks", 0) for launch in plan.launches)
         if once and clusters:
             assert 2 * 4 * blocks <= 0.1 * rows * launch_plans.SIZES[dtype], (rows, classes)

@@ -266,12 +266,12 @@ def test_memory_bounds_rows_of_class_probabilities(name: str, classes: int, dtyp
         assert share <= (1.05 if dtype == "bfloat16" and c < 1203 else 1), (c, share)
 
 
-# Of calibrated rows: what a warp issues, of what memory allows while it reads both inputs ("stage2")
-# and writes the gradient ("all"); for each of 1000, 1203 and 8192 classes. In float32 memory bounds
-# them. bfloat16 has twice the elements in a byte, of each of which 17 instructions are arithmetic: 2 of
-# u, 5 of the exponential and the sums, 6 of the class sums and the confidence's gradient, 3 that
-# unpack, 1 of the maximum and shared memory; 8 elements take 136, and with what is of a row and of a
-# block they take more than memory allows.
+# Of calibrated rows: what a warp issues, of what memory allows while it reads both inputs
+# ("stage2") and writes the gradient ("all"); for each of 1000, 1203 and 8192 classes. In float32
+# memory bounds them. bfloat16 has twice the elements, each of which takes about 17 instructions: 2
+# of u, 5 of the exponential and the sums, 6 of the class sums and the confidence's gradient, 3 that
+# unpack, 1 of the maximum and shared memory. 512 bytes are 8 elements of a lane, 136 instructions;
+# with what is of a row and of a block they take longer than memory.
 CALIBRATED_SHARES = {
     ("H100 SXM", "float32"): (1, 1, 1),
     ("H100 SXM", "bfloat16"): (2.2, 1.85, 1.75),
