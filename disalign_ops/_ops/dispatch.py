@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from . import autograd, backends, composed, in_forward, reference
 from .codes import REDUCTIONS
 from .problem import Inputs, Problem, is_soft, reference_loss
-from .schemas import DENSE, UPSAMPLE, Layout
+from .schemas import DENSE, ROW, UPSAMPLE, Layout
 
 
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
@@ -78,6 +78,11 @@ def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
 def predicts(layout: Layout, logits: Tensor) -> bool:
     """Whether the kernels that these logits go to give prediction and entropy."""
     return serving_backend(logits) == "native" and in_forward.kernels_of(layout, logits).predicts
+
+
+def shards_predict(logits: Tensor) -> bool:
+    """The same of some of the classes of rows."""
+    return serving_backend(logits) == "native" and in_forward.kernels_of(ROW, logits).shards_predict
 
 
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing

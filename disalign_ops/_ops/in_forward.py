@@ -22,7 +22,7 @@ class Kernels(NamedTuple):
     GPU it costs backward the low-resolution logits once more, and forward every output position.
     finished_by_operator: whether backward leaves the upstream gradient to `backward_made`, so that
     the host does not wait for it. predicts: whether those of rows and planes give prediction and
-    entropy.
+    entropy. shards_predict: whether those of a shard's rows do.
     """
 
     layouts: tuple[str, ...] = ()
@@ -30,6 +30,7 @@ class Kernels(NamedTuple):
     upsampled_calibration: bool = False
     finished_by_operator: bool = False
     predicts: bool = False
+    shards_predict: bool = False
 
 
 # Not float16, which flushes to zero where it is made before GradScaler's factor, nor bfloat16 where
@@ -40,6 +41,7 @@ NATIVE = {
         (torch.float32, torch.float64),
         upsampled_calibration=True,
         predicts=True,
+        shards_predict=True,
     ),
     "cuda": Kernels(
         tuple(layout.name for layout in MADE_LAYOUTS),

@@ -12,6 +12,7 @@ struct Row {
   using Device = Cuda;
   static constexpr int64_t kWantedOfForward =
       kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
+  static constexpr int64_t kWantedOfShard = 0;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
