@@ -51,7 +51,7 @@ def of(
     shape = positions_shape(input)
     each = problem.reduction == REDUCTIONS["none"]
     bits = DETAILS
-    if dispatch.predicts(problem.layout, inputs.logits):
+    if dispatch.predicts(problem.layout, inputs):
         bits |= PREDICTION | ENTROPY * entropy_wanted
     loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
     result = output(input, loss, shape if each else None, *promoting)

@@ -75,9 +75,12 @@ def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
     return native and layout.name in in_forward.kernels_of(layout, logits).layouts
 
 
-def predicts(layout: Layout, logits: Tensor) -> bool:
-    """Whether the kernels that these logits go to give prediction and entropy."""
-    return serving_backend(logits) == "native" and in_forward.kernels_of(layout, logits).predicts
+def predicts(layout: Layout, inputs: Inputs) -> bool:
+    """Whether the kernels that these inputs go to give prediction and entropy."""
+    if serving_backend(inputs.logits) != "native":
+        return False
+    kernels = in_forward.kernels_of(layout, inputs.logits)
+    return layout.name in (kernels.predicts_soft if is_soft(inputs) else kernels.predicts)
 
 
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .codes import CALIBRATION, LOGITS, REDUCTIONS
 from .problem import Inputs, Problem
-from .schemas import LAYOUTS, MADE_LAYOUTS, UPSAMPLE, Layout
+from .schemas import DENSE, LAYOUTS, MADE_LAYOUTS, ROW, UPSAMPLE, Layout
 
 _NONE = REDUCTIONS["none"]
 
@@ -21,15 +21,16 @@ class Kernels(NamedTuple):
     them make it. upsampled_calibration: whether they make that of an upsampled calibration; on a
     GPU it costs backward the low-resolution logits once more, and forward every output position.
     finished_by_operator: whether backward leaves the upstream gradient to `backward_made`, so that
-    the host does not wait for it. predicts: whether those of rows and planes give prediction and
-    entropy.
+    the host does not wait for it. predicts: the layouts that give prediction and entropy of class
+    indices; predicts_soft: those that give them of class probabilities.
     """
 
     layouts: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     upsampled_calibration: bool = False
     finished_by_operator: bool = False
-    predicts: bool = False
+    predicts: tuple[str, ...] = ()
+    predicts_soft: tuple[str, ...] = ()
 
 
 # Not float16, which flushes to zero where it is made before GradScaler's factor, nor bfloat16 where
@@ -39,12 +40,14 @@ NATIVE = {
         tuple(layout.name for layout in LAYOUTS),
         (torch.float32, torch.float64),
         upsampled_calibration=True,
-        predicts=True,
+        predicts=(ROW.name, DENSE.name),
+        predicts_soft=(ROW.name, DENSE.name),
     ),
     "cuda": Kernels(
         tuple(layout.name for layout in MADE_LAYOUTS),
         (torch.float32, torch.float64, torch.bfloat16),
         finished_by_operator=True,
+        predicts=(ROW.name,),
     ),
 }
 NOTHING = Kernels()

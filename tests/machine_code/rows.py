@@ -66,9 +66,11 @@ SOFT = {
     "soft all": STEPS["all"] | {"probabilities": 1, "weighted": False},
     "soft backward": STEPS["backward"] | {"probabilities": 1, "weighted": False},
 }
+# With prediction and entropy of every row.
+DETAILS = {f"{step} details": STEPS[step] | {"details": True} for step in ("forward", "gradient")}
 SOFT_CLASSES = (*CLASSES, 32000)
 SOFT_DEVICES = ("80", "90")
-ALL = STEPS | SUMS | SOFT
+ALL = STEPS | SUMS | SOFT | DETAILS
 
 # Architecture -> the GPU that the launches are made for, and where its constant bank has the sizes
 # of the block and of the grid.
@@ -97,6 +99,7 @@ ORDINARY = {
     r"ISETP\.NE\.AND P, PT, R, RZ, PT; EXIT": False,  # this is the last block, which ends the loss
     r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !?P": False,  # the inverse of the denominator is not 0
+    r"FSETP\.LEU\.OR P, PT, R, RZ, P": False,  # a softmax has a sum, and no NaN: an entropy
 }
 # What row_warp_kernel makes of them otherwise.
 OF_WARP_ROWS = {
