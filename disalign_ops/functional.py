@@ -109,7 +109,7 @@ def cross_entropy(
         shard: of `Shard`: input, weight, prior and margin are one process's classes; the loss is
             that over all processes of the group.
         return_details: also return what accuracy, OHEM and calibration curves need of each
-            position, see `LossDetails`; "entropy" adds that, not with shard. Not with (a, b, lam).
+            position, see `LossDetails`; "entropy" adds that.
 
     Numbers, here and in the other functions, may be Python's, numpy's or 0-d tensors on the CPU.
 

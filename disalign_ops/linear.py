@@ -42,7 +42,7 @@ def linear_cross_entropy(
     features: Tensor, linear_weight: Tensor, target: Target,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
-    return_details: Literal[True], **options: Unpack[LinearOptions],
+    return_details: Literal[True, "entropy"], **options: Unpack[LinearOptions],
 ) -> LossDetails: ...  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def linear_cross_entropy(
     generator: torch.Generator | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     shard: Shard | None = None,
-    return_details: bool = False,
+    return_details: bool | Literal["entropy"] = False,
 ) -> Tensor | LossDetails:
     """`cross_entropy(F.linear(features, linear_weight, linear_bias), target, ...)`, without the
     logits.
@@ -101,8 +101,7 @@ def linear_cross_entropy(
     the logits. Not traced by torch.compile: the graph breaks there. Under torch.export and
     torch.jit.trace it makes the logits.
 
-    Returns and raises what `cross_entropy` does, with return_details (True) a `LossDetails` without
-    entropy: each chunk of the logits is looked at once more; not with sample_rate or (a, b, lam).
+    Returns and raises what `cross_entropy` does. return_details: not with sample_rate.
     """
     options = Options(
         weight, ignore_index, reduction, label_smoothing, sample_weight, normalizer, prior,
@@ -130,7 +129,7 @@ def disalign_linear_cross_entropy(
     bias: Tensor,
     linear_bias: Tensor | None = None, weight: Tensor | None = None, ignore_index: int = -100,
     reduction: ReductionName = "mean", label_smoothing: float = 0.0, *,
-    return_details: Literal[True], **options: Unpack[CalibratedLinearOptions],
+    return_details: Literal[True, "entropy"], **options: Unpack[CalibratedLinearOptions],
 ) -> LossDetails: ...  # fmt: skip
 
 
@@ -159,7 +158,7 @@ def disalign_linear_cross_entropy(
     generator: torch.Generator | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     shard: Shard | None = None,
-    return_details: bool = False,
+    return_details: bool | Literal["entropy"] = False,
 ) -> Tensor | LossDetails:
     """`disalign_cross_entropy` of a linear classifier's logits, without the logits.
 

@@ -235,13 +235,15 @@ def _two_losses(
     mixed.check_parts(target)
     shape = _target_shape(input, target[0])
 
-    def losses(indices: Tensor, each: Options) -> Tensor:
+    def losses(indices: Tensor, each: Options) -> mixed.Part:
         inputs, problem = _validate(
             input, indices.reshape(shape), align_corners, each, calibration, False
         )
-        return dispatch.compute(inputs, problem)[0]
+        return mixed.Part(dispatch.compute(inputs, problem)[0])
 
-    return mixed.loss_of(input, classes, shape, target, options, losses)
+    loss = mixed.loss_of(input, classes, shape, target, options, losses)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def _recorded_loss(

@@ -85,8 +85,8 @@ def test_every_field(dtype: torch.dtype, planes: bool, calibrated: bool, backend
 
 
 def hard_logits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Ties of the largest logit, masked classes and rows, infinite logits, and logits so near to
-    each other that their exponentials are equal.
+    """Ties of the largest logit, masked classes and rows, infinite logits, NaN, which argmax takes
+    for the largest, and logits so near to each other that their exponentials are equal.
     """
     z = torch.randn(shape, generator=torch.Generator().manual_seed(11)).to(dtype)
     classes = z.movedim(1, -1).reshape(-1, shape[1])
@@ -98,6 +98,10 @@ def hard_logits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     classes[4, -1] = torch.nextafter(torch.tensor(0.1), torch.tensor(1.0))  # above 0.1 in float32
     classes[5] = 7.0
     classes[6, 0] = 100.0
+    classes[7, 3] = classes[7, -2] = float("nan")
+    classes[8, 1], classes[8, 4], classes[8, 5] = float("inf"), float("nan"), float("inf")
+    classes[9:12, 2] = float("nan")
+    classes[11, 3] = 300.0
     return classes.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
@@ -128,6 +132,18 @@ def test_the_most_probable_class(
         assert torch.equal(details.prediction, expected)
 
 
+@pytest.mark.parametrize("shape", [(23, 87), (2, 6, 5, 7)], ids=str)
+def test_nan_reaches_the_entropy(shape: tuple[int, ...]) -> None:
+    z = torch.randn(shape)
+    z[0, 3] = float("nan")
+    z[1, 2] = float("-inf")
+    t = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+    details = disalign_ops.cross_entropy(z, t, return_details="entropy")
+    assert details.entropy is not None
+    assert details.entropy[0].isnan().all()
+    assert details.entropy[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("ignored", ["some", "all"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_what_an_ignored_position_holds_stays_there(calibrated: bool, ignored: str) -> None:
@@ -148,7 +164,7 @@ def test_what_an_ignored_position_holds_stays_there(calibrated: bool, ignored: s
     assert_close(details.loss.detach(), expected.detach(), torch.float64, "loss")
     for a, e in zip(gradients, torch.autograd.grad(expected, learned), strict=True):
         assert_close(a, e, torch.float64, "gradient")
-    assert torch.equal(details.prediction[:, 3], torch.full((2, 7), 4))
+    assert torch.equal(details.prediction[:, 3], torch.zeros(2, 7, dtype=torch.int64))  # NaN
 
 
 @pytest.mark.parametrize("margin", [None, 0.7, 30.0, 60.0, 200.0, -30.0])
@@ -273,7 +289,7 @@ def test_a_linear_head(calibrated: bool, chunk_bytes: int) -> None:
         options: dict[str, Any] = {
             "margin": margin, "label_smoothing": 0.1, "reduction": reduction,
             "prior": torch.linspace(-3, 3, C, dtype=torch.float64),
-            "sample_weight": torch.rand(N, dtype=torch.float64), "return_details": True,
+            "sample_weight": torch.rand(N, dtype=torch.float64), "return_details": "entropy",
         }  # fmt: skip
         given: Any = q.loss(calibrated, chunk_bytes=chunk_bytes, **options)
         expected: Any = q.unfused(calibrated, **options)
@@ -295,21 +311,27 @@ def compare_details(found: Any, expected: LossDetails) -> None:
 def _over_ranks(rank: int, world: int) -> None:
     torch.manual_seed(0)
     for sizes in SHARDS[world]:
-        for soft in (False, True):
-            whole = Whole(torch.float64, {"weight": "class", "prior": "class"})
+        for soft, margin in ((False, {}), (True, {}), (False, {"margin": "class"})):
+            whole = Whole(torch.float64, {"weight": "class", "prior": "class", **margin})
             target = torch.rand(len(whole.target), sum(sizes)).double() if soft else whole.target
             a, b = (shard_of(t, rank, sizes) for t in (whole.scale, whole.bias))
             found = disalign_ops.disalign_cross_entropy(
                 shard_of(whole.logits, rank, sizes, 1),
                 target.split(sizes, 1)[rank] if soft else target,
                 whole.confidence, a, b, **options_of(whole, rank, sizes),
-                shard=disalign_ops.Shard(), return_details=True,
+                shard=disalign_ops.Shard(), return_details="entropy",
             )  # fmt: skip
             expected = disalign_ops.disalign_cross_entropy(
                 whole.logits, target, whole.confidence, whole.scale, whole.bias, **whole.options,
-                return_details=True,
+                return_details="entropy",
             )  # fmt: skip
             compare_details(found, expected)
+        z = hard_logits((23, sum(sizes)), torch.float32)
+        found = disalign_ops.cross_entropy(
+            shard_of(z, rank, sizes, 1), torch.arange(23) % sum(sizes), shard=disalign_ops.Shard(),
+            return_details=True,
+        )  # fmt: skip
+        assert torch.equal(found.prediction, z.argmax(1))
 
 
 def test_over_processes() -> None:
@@ -318,7 +340,7 @@ def test_over_processes() -> None:
 
 def test_a_sample_of_the_classes_has_none() -> None:
     x, w = torch.randn(4, 3), torch.randn(5, 3)
-    with pytest.raises(ArgumentError, match=r"^return_details must be False where target is"):
+    with pytest.raises(ArgumentError, match=r"^return_details must be False where sample_rate"):
         disalign_ops.linear_cross_entropy(x, w, TARGET, sample_rate=0.5, return_details=True)
 
 
@@ -326,7 +348,6 @@ TARGET = torch.zeros(4, dtype=torch.int64)
 REFUSED: dict[str, dict[str, Any]] = {
     "a word": {"return_details": "all"},
     "a number": {"return_details": 2},
-    "two classes": {"return_details": True, "target": (TARGET, TARGET, 0.5)},
 }
 
 

@@ -1,8 +1,9 @@
 // The loss operators, once for every layout and device: arguments, results and their order.
 //
 // An Operator is a layout on a device (cpu/ops/row.cpp, cuda/ops/row.cu): it has the Layout
-// (layouts.h), the kernels' Args, the bits of a WantedCode that its forward makes, and a Device
-// whose `forward` and `backward` run the kernels. Schemas: _ops/schemas.py.
+// (layouts.h), the kernels' Args, the bits of a WantedCode that its forward makes, of rows also those
+// that forward of a shard makes, and a Device whose `forward` and `backward` run the kernels.
+// Schemas: _ops/schemas.py.
 #pragma once
 
 #include <string>
@@ -64,10 +65,8 @@ struct LossOperator {
       if constexpr (Layout::kPredicts) {
         if (wanted.details) args.probability = add(new_vector(logits, positions));
       }
-      if (wanted.prediction || (Layout::kPredicts && wanted.details))
-        args.prediction =
-            static_cast<int64_t*>(add(new_tensor(&positions, 1, aoti_torch_dtype_int64(), place)));
-      if (wanted.entropy) args.entropy = add(new_vector(logits, positions));
+      const bool predicts = wanted.prediction || (Layout::kPredicts && wanted.details);
+      add_details(logits, predicts, wanted.entropy, args, results);
     }
     device.template forward<Operator>(logits, args);
     return results;
@@ -115,20 +114,26 @@ struct LossOperator {
     return results;
   }
 
-  // Rows of which the logits are some of the classes: {sums}; _sharded/shards.py combines them.
-  static Tensor shard_forward(const Tensor& logits, const Tensor& target,
-                              const OptionalTensor& weight, const OptionalTensor& scale,
-                              const OptionalTensor& bias, const OptionalTensor& confidence,
-                              const OptionalTensor& prior, const OptionalTensor& margin,
-                              double keep, double share) {
+  // Rows of which the logits are some of the classes: {sums, details}; _sharded/shards.py combines
+  // them.
+  static Results shard_forward(const Tensor& logits, const Tensor& target,
+                               const OptionalTensor& weight, const OptionalTensor& scale,
+                               const OptionalTensor& bias, const OptionalTensor& confidence,
+                               const OptionalTensor& prior, const OptionalTensor& margin,
+                               double keep, double share, int64_t wanted_bits) {
     Args args =
         shard_args(logits, target, weight, scale, bias, confidence, prior, margin, keep, share);
+    require((wanted_bits & ~Operator::kWantedOfShard) == 0,
+            "a result is wanted that forward of a shard does not make on this device");
+    const Wanted wanted(wanted_bits);
     Device device(logits);
-    const Tensor sums = new_tensor({kShardValues, args.positions()},
-                                   accumulate_dtype(logits.scalar_type()), place_of(logits));
-    args.shard_sums = sums.mutable_data_ptr();
+    Results results;
+    results.push_back(new_tensor({kShardValues, args.positions()},
+                                 accumulate_dtype(logits.scalar_type()), place_of(logits)));
+    args.shard_sums = results[0].mutable_data_ptr();
+    add_details(logits, wanted.prediction, wanted.entropy, args, results);
     device.template forward<Operator>(logits, args);
-    return sums;
+    return results;
   }
 
   // {gradients} from factors made of all shards' sums.
@@ -152,6 +157,19 @@ struct LossOperator {
 
  private:
   static int64_t statistics_of(const Args& args) { return args.probabilities ? 3 : 2; }
+
+  static void add_details(const Tensor& logits, bool prediction, bool entropy, Args& args,
+                          Results& results) {
+    const int64_t positions = args.positions();
+    if (prediction) {
+      results.push_back(new_tensor(&positions, 1, aoti_torch_dtype_int64(), place_of(logits)));
+      args.prediction = static_cast<int64_t*>(results.back().mutable_data_ptr());
+    }
+    if (entropy) {
+      results.push_back(new_vector(logits, positions));
+      args.entropy = results.back().mutable_data_ptr();
+    }
+  }
 
   static void set_statistics(void* memory, ScalarType dtype, Args& args) {
     const int64_t bytes = args.positions() * size_of(dtype);

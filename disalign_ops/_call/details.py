@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._ops import dispatch, reference
+from .._ops import dispatch, reference, second_look
 from .._ops.codes import DETAILS, ENTROPY, PREDICTION, REDUCTIONS
 from .._ops.problem import Inputs, Problem, is_soft
+from ..errors import ArgumentError
 from .arguments import positions_shape
-from .mixed import calibrated_at
 from .options import output
+from .two_classes import calibrated_at
 
+ReturnDetails = bool | Literal["entropy"]
 _LARGE_MARGIN = 40.0
-_CHUNK_ENTRIES = 1 << 22  # of logits that the second read has in the arithmetic dtype at a time
 
 
 class LossDetails(NamedTuple):
@@ -23,10 +24,10 @@ class LossDetails(NamedTuple):
 
     position_loss: its loss, sample_weight included; 0 where ignored.
     log_sum_exp: log sum_j exp(u_j) of the calibrated logits, prior included; 0 where ignored.
-    probability: softmax of the target, margin not included; 0 where ignored. None with class
-        probabilities as target.
+    probability: softmax of the target, margin not included; 0 where ignored. None where the target
+        is class probabilities or two classes a position.
     prediction: the most probable class, int64.
-    correct: whether that is the target, False where ignored. None with class probabilities.
+    correct: whether that is the target, False where ignored. None where probability is.
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
@@ -43,18 +44,48 @@ class LossDetails(NamedTuple):
     entropy: Tensor | None
 
 
+class Found(NamedTuple):
+    """Of every position, flat, in the accumulation dtype and without gradients.
+
+    losses: sample_weight included. log_sum_exp, entropy: anything where ignored. target_logit: u_t.
+    None of these has the margin. indices: class indices and which of them count. entropy is None
+    unless wanted, target_logit where there is no one target, indices with class probabilities.
+    """
+
+    losses: Tensor
+    log_sum_exp: Tensor
+    prediction: Tensor
+    entropy: Tensor | None
+    target_logit: Tensor | None
+    indices: tuple[Tensor, Tensor] | None
+
+
+def check_return_details(given: ReturnDetails) -> None:
+    if type(given) is not bool and given != "entropy":
+        raise ArgumentError(f"return_details must be False, True or 'entropy', got {given!r}")
+
+
 def of(
-    input: Tensor, inputs: Inputs, problem: Problem, entropy_wanted: bool,
+    input: Tensor, inputs: Inputs, problem: Problem, return_details: ReturnDetails,
     *promoting: Tensor | None,
 ) -> LossDetails:  # fmt: skip
     """The loss of a validated call, with its details."""
     shape = positions_shape(input)
+    loss, found = find(inputs, problem, return_details)
+    each = problem.reduction == REDUCTIONS["none"]
+    return assemble(output(input, loss, shape if each else None, *promoting), shape, found)
+
+
+def find(
+    inputs: Inputs, problem: Problem, return_details: ReturnDetails
+) -> tuple[Tensor, Found]:  # fmt: skip
+    """The loss of a validated call, in the accumulation dtype, and what is known beside it."""
+    entropy_wanted = return_details == "entropy"
     each = problem.reduction == REDUCTIONS["none"]
     bits = DETAILS
     if dispatch.predicts(problem.layout, inputs):
         bits |= PREDICTION | ENTROPY * entropy_wanted
     loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
-    result = output(input, loss, shape if each else None, *promoting)
     detached = _detached(inputs)
     with torch.no_grad():
         if known:
@@ -65,50 +96,40 @@ def of(
             none = problem._replace(reduction=REDUCTIONS["none"], in_place=False, gradient="auto")
             losses = dispatch.compute(detached, none)[0]
             lse = None
-        prediction, entropy, of_second = (*known, None, None, None)[:3]
+        prediction, entropy = (*known, None, None)[:2]
         if prediction is None:
-            second = _second_read(detached, problem, entropy=entropy_wanted, lse=lse is None)
-            prediction, entropy, of_second = second
-        indices = u_t = margin = None
+            look = second_look.look(
+                inputs.logits.detach(), *problem.form.vectors(detached.scale, detached.bias),
+                detached.confidence, inputs.prior, entropy=entropy_wanted, log_sum_exp=lse is None,
+            )  # fmt: skip
+            prediction, entropy = look.prediction, look.entropy
+        u_t = indices = None
         if not is_soft(inputs):
             indices = reference.class_indices(inputs.target.reshape(-1), problem.numbers[0])
             t, valid = indices
             _, u_t, _ = calibrated_at(detached, problem, t, t, valid.to(losses.dtype))
-            if lse is not None:  # of sums with the margin
-                margin = margin_of(inputs.margin, indices)
-        lse = of_second if lse is None else lse
+            if lse is not None and inputs.margin is not None:
+                margin = inputs.margin[torch.where(valid, t, 0)]
+                lse = _without_margin(lse, u_t, margin)
+        lse = look.log_sum_exp if lse is None else lse
         assert lse is not None
-        return assemble(result, shape, losses, lse, u_t, prediction, indices, margin, entropy)
+        return loss, Found(losses, lse, prediction, entropy, u_t, indices)
 
 
 @torch.no_grad()
-def assemble(
-    loss: Tensor, shape: torch.Size, losses: Tensor, lse: Tensor, u_t: Tensor | None,
-    prediction: Tensor, indices: tuple[Tensor, Tensor] | None, margin: Tensor | None,
-    entropy: Tensor | None = None,
-) -> LossDetails:  # fmt: skip
-    """Details from flat vectors. indices: class indices and which of them count, None with class
-    probabilities. u_t: without the margin. margin: that of each position's target, where lse is of
-    sums with it.
-    """
+def assemble(loss: Tensor, shape: torch.Size, found: Found) -> LossDetails:
+    """Details in the positions' shape."""
+    losses, lse, prediction, entropy, u_t, indices = found
     probability = correct = None
     if indices is not None:
         t, valid = indices
-        assert u_t is not None
-        if margin is not None:
-            lse = _without_margin(lse, u_t, margin)
-        probability = torch.where(valid, (u_t - lse).exp(), 0.0)
+        if u_t is not None:
+            probability = torch.where(valid, (u_t - lse).exp(), 0.0)
+            correct = (prediction == t) & valid
         lse = torch.where(valid, lse, 0.0)
         entropy = None if entropy is None else torch.where(valid, entropy, 0.0)
-        correct = (prediction == t) & valid
     parts = (losses, lse, probability, prediction, correct, entropy)
     return LossDetails(loss, *(None if p is None else p.reshape(shape) for p in parts))  # type: ignore[arg-type]
-
-
-def margin_of(margin: Tensor | None, indices: tuple[Tensor, Tensor]) -> Tensor | None:
-    """Of each position's target. margin: (C,) or None."""
-    t, valid = indices
-    return None if margin is None else margin[torch.where(valid, t, 0)]
 
 
 def _detached(inputs: Inputs) -> Inputs:
@@ -121,43 +142,3 @@ def _without_margin(lse: Tensor, u_t: Tensor, margin: Tensor) -> Tensor:
     found = lse + torch.log1p(share * torch.expm1(margin))
     # Beyond, exp(margin) may be infinite, and what the margin left of the target's is lost in it.
     return torch.where(margin < _LARGE_MARGIN, found, torch.logaddexp(lse, u_t))
-
-
-def _second_read(
-    inputs: Inputs, problem: Problem, *, entropy: bool, lse: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The most probable class, entropy and log-sum-exp of every position, flat, the last two None
-    where not wanted: a part of the logits at a time.
-    """
-    z = inputs.logits
-    scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
-    if scale is None and inputs.prior is None and not (entropy or lse):
-        return z.argmax(1).reshape(-1), None, None
-    n, classes = z.shape[:2]
-    inner = z.shape[2] if z.dim() == 3 else 1  # -1 is ambiguous in an empty batch
-    confidence = None if inputs.confidence is None else inputs.confidence.view(n, inner)
-    step = max(_CHUNK_ENTRIES // max(classes * inner, 1), 1)
-    if torch.compiler.is_compiling():
-        step = max(n, 1)
-    found = []
-    for first in range(0, n, step):
-        part = slice(first, first + step)
-        u = reference.calibrated_logits(
-            z[part], scale, bias,
-            None if confidence is None else confidence[part].reshape(-1), inputs.prior,
-        )  # fmt: skip
-        of_part = [u.argmax(1).reshape(-1)]
-        if entropy or lse:
-            log_sum = u.logsumexp(1)
-            p = (u - log_sum.unsqueeze(1)).exp()
-            # p log p is 0 at p = 0, where log p is -inf.
-            terms = torch.where(p > 0, p * (u - log_sum.unsqueeze(1)), 0.0)
-            of_part += [-terms.sum(1).reshape(-1), log_sum.reshape(-1)]
-        found.append(of_part)
-    if not found:
-        empty = z.new_empty(0, dtype=reference.accumulate_dtype(z.dtype))
-        return empty.long(), empty if entropy else None, empty if lse else None
-    whole = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    if len(whole) == 1:
-        return whole[0], None, None
-    return whole[0], whole[1] if entropy else None, whole[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .._ops.schemas import ROW
 from ..errors import ArgumentError
 from . import details, mixed, sharded, tracing
 from .arguments import check_input, check_target, is_probability, positions_shape, row_vector
-from .details import LossDetails
+from .details import LossDetails, ReturnDetails, check_return_details
 from .options import (
     Calibration,
     Options,
@@ -51,7 +51,9 @@ def loss(
         assert isinstance(found, Tensor)
         return found
     if isinstance(target, tuple):
-        return mixed.loss(input, target, options, calibration, validate)
+        of_two = mixed.loss(input, target, options, calibration, validate)
+        assert isinstance(of_two, Tensor)
+        return of_two
     call = validate(input, target, options, calibration)
     if call is None:
         return tracing.loss(input, target, options, calibration, loss)
@@ -71,30 +73,25 @@ def loss_with_details(
     options: Options,
     calibration: Calibration | None,
     shard: Shard | None,
-    return_details: bool | Literal["entropy"],
+    return_details: ReturnDetails,
 ) -> LossDetails:
     """The same with what is known of each position."""
-    if return_details not in (True, "entropy"):
+    check_return_details(return_details)
+    if composed.is_tracing():
         raise ArgumentError(
-            f"return_details must be False, True or 'entropy', got {return_details!r}"
-        )
-    if isinstance(target, tuple) or composed.is_tracing():
-        raise ArgumentError(
-            "return_details must be False where target is a tuple, or torch.jit.trace records, got "
-            f"{return_details!r}"
+            f"return_details must be False where torch.jit.trace records, got {return_details!r}"
         )
     if shard is not None:
-        if return_details == "entropy":
-            raise ArgumentError(
-                "return_details must be False or True where shard is given, got 'entropy'"
-            )
-        known = sharded.loss(input, target, options, calibration, shard, True)
-        assert isinstance(known, LossDetails)
-        return known
-    call = validate(input, target, options, calibration)
-    assert call is not None
-    promoting = (target, options.weight) if is_soft(call[0]) else ()
-    return details.of(input, *call, return_details == "entropy", *promoting)
+        known = sharded.loss(input, target, options, calibration, shard, return_details)
+    elif isinstance(target, tuple):
+        known = mixed.loss(input, target, options, calibration, validate, return_details)
+    else:
+        call = validate(input, target, options, calibration)
+        assert call is not None
+        promoting = (target, options.weight) if is_soft(call[0]) else ()
+        known = details.of(input, *call, return_details, *promoting)
+    assert isinstance(known, LossDetails)
+    return known
 
 
 def validate(

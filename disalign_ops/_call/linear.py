@@ -16,8 +16,8 @@ from .._sharded.pair import Pair
 from .._sharded.sampling import Sample
 from ..errors import ArgumentError, ArgumentTypeError
 from . import entry, sharded
-from .arguments import check_bool, check_dtype, check_integer, check_number, check_tensor
-from .details import LossDetails
+from .arguments import check_dtype, check_integer, check_number, check_tensor
+from .details import LossDetails, ReturnDetails, check_return_details
 from .options import Calibration, Options
 from .shard import Shard, check_shard, local_calibration, local_classes, local_options, local_rows
 from .types import Target
@@ -49,10 +49,10 @@ def loss(
     options: Options,
     calibration: Calibration | None,
     shard: Shard | None,
-    return_details: bool,
+    return_details: ReturnDetails,
 ) -> Tensor | LossDetails:
     """The loss of a head's logits; with a shard, over all ranks' classes."""
-    check_bool("return_details", return_details)
+    check_return_details(return_details)
     if shard is not None:
         check_shard(shard, calibration)
         head, target = head.local(shard), sharded.local_target(target, shard)
@@ -71,12 +71,14 @@ def loss(
             raise RuntimeError(dispatch.NO_TRANSFORMS)
         logits = _logits(head, like)
         if return_details:
-            return entry.loss_with_details(logits, target, options, calibration, None, True)
+            return entry.loss_with_details(
+                logits, target, options, calibration, None, return_details
+            )
         return entry.loss(logits, target, options, calibration)
-    if return_details and (isinstance(target, tuple) or head.sample_rate is not None):
+    if return_details and head.sample_rate is not None:
         raise ArgumentError(
-            "return_details must be False where target is (a, b, lam), or where sample_rate is "
-            "given, since other classes have no logits, got True"
+            "return_details must be False where sample_rate is given, since other classes have no "
+            f"logits, got {return_details!r}"
         )
 
     def one(
@@ -94,7 +96,7 @@ def _in_chunks(
     options: Options,
     calibration: Calibration | None,
     shard: Shard | None,
-    return_details: bool,
+    return_details: ReturnDetails,
     pair: Pair | None,
 ) -> tuple[chunks.Call, Tensor]:
     features, weight, bias, cosine_scale, sample_rate, generator, chunk_bytes = head

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._ops import autograd, composed, dispatch, reference
-from .._ops.entries import add_entries
+from .._ops import composed, dispatch, reference
 from .._ops.problem import Inputs, Problem
 from ..errors import ArgumentError, ArgumentTypeError
+from . import details
 from .arguments import (
     check_class_indices,
     check_input,
@@ -28,6 +28,7 @@ from .arguments import (
     positions_shape,
     row_vector,
 )
+from .details import Found, LossDetails, ReturnDetails
 from .options import (
     Calibration,
     Options,
@@ -36,15 +37,23 @@ from .options import (
     refuse_in_forward,
     validate_options,
 )
+from .two_classes import calibrated_at
 
 _TWO_READS = (
     "where target is (a, b, lam) with a margin, focal_gamma, or weight and label_smoothing, or of "
     "upsampled logits"
 )
-Losses = Callable[[Tensor, Options], Tensor]
+Losses = Callable[[Tensor, Options], "Part"]
 # Of a and b, their shares lam and 1 - lam, and the number of classes.
 Terms = Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int, "Validated"], "list[Term]"]
 Validate = Callable[[Tensor, Tensor, Options, Calibration | None], tuple[Inputs, Problem] | None]
+
+
+class Part(NamedTuple):
+    """A loss in the accumulation dtype; what is known of its positions, None unless wanted."""
+
+    loss: Tensor
+    found: Found | None = None
 
 
 class Term(NamedTuple):
@@ -90,8 +99,8 @@ class Split(NamedTuple):
 
 def loss(
     input: Tensor, target: Any, options: Options, calibration: Calibration | None,
-    validate: Validate,
-) -> Tensor:  # fmt: skip
+    validate: Validate, return_details: ReturnDetails = False,
+) -> Tensor | LossDetails:  # fmt: skip
     """The loss for target (a, b, lam)."""
     if composed.is_tracing():
         raise ArgumentError(
@@ -101,23 +110,32 @@ def loss(
     classes = check_input(input)
     positions = positions_shape(input)
 
-    def one_read(split: Split, given: Validated) -> Tensor:
-        return _one_read(input, split, options, given, calibration, validate)
+    def part(inputs: Inputs, problem: Problem) -> Part:
+        if not return_details:
+            return Part(dispatch.compute(inputs, problem)[0])
+        return Part(*details.find(inputs, problem, return_details))
 
-    def losses(indices: Tensor, each: Options) -> Tensor:
+    def validated(indices: Tensor, each: Options) -> tuple[Inputs, Problem]:
         call = validate(input, indices.reshape(positions), each, calibration)
         assert call is not None
-        return dispatch.compute(*call)[0]
+        return call
+
+    def one_read(split: Split, given: Validated) -> Part:
+        call = validated(split.target, split.options(options, positions))
+        return _one_read(split, given, *call, part)
+
+    def losses(indices: Tensor, each: Options) -> Part:
+        return part(*validated(indices, each))
 
     return loss_of(input, classes, positions, target, options, losses, one_read)
 
 
 def loss_of(
     like: Tensor, classes: int, positions: torch.Size, target: Any, options: Options,
-    losses: Losses, one_read: Callable[[Split, Validated], Tensor] | None = None,
+    losses: Losses, one_read: Callable[[Split, Validated], Part] | None = None,
     terms: Terms | None = None,
-) -> Tensor:  # fmt: skip
-    """The loss of arguments that are to be checked.
+) -> Tensor | LossDetails:  # fmt: skip
+    """The loss of arguments that are to be checked, with details where the parts have some.
 
     losses(indices, options): of every position, flat, of one term. one_read: the reduced loss,
     where the terms differ in nothing but u_t and their weight. terms: where class weights are
@@ -129,10 +147,15 @@ def loss_of(
     a, b = (terms or _terms)((first, second), (lam, 1 - lam), classes, given)
     both = given.weight is not None and given.label_smoothing > 0
     if one_read is None or given.margin is not None or given.focal_gamma or both:
-        found = _two_reads((a, b), lam, v, positions, options, given, losses)
+        loss, found = _two_reads((a, b), lam, v, positions, options, given, losses)
     else:
-        found = one_read(Split.of(a, b, v, given.label_smoothing), given)
-    return output(like, found, positions if given.reduction == "none" else None)
+        loss, found = one_read(Split.of(a, b, v, given.label_smoothing), given)
+    result = output(like, loss, positions if given.reduction == "none" else None)
+    if found is None:
+        return result
+    # Of two targets neither is the one whose probability could be told.
+    found = found._replace(target_logit=None, indices=(a.target, a.valid | b.valid))
+    return details.assemble(result, positions, found)
 
 
 def check_parts(target: tuple[Any, ...]) -> None:
@@ -194,31 +217,29 @@ def _terms(
 
 
 def _one_read(
-    input: Tensor, split: Split, options: Options, given: Validated,
-    calibration: Calibration | None, validate: Validate,
-) -> Tensor:  # fmt: skip
+    split: Split, given: Validated, inputs: Inputs, problem: Problem,
+    part: Callable[[Inputs, Problem], Part],
+) -> Part:  # fmt: skip
     t, weight, o, k = split
-    positions = positions_shape(input)
-    call = validate(input, t.reshape(positions), split.options(options, positions), calibration)
-    assert call is not None
-    inputs, problem = call
     logits, u_t, u_o = calibrated_at(inputs, problem, t, o, k)
-    found = dispatch.compute(inputs._replace(logits=logits), problem)[0]
+    loss, found = part(inputs._replace(logits=logits), problem)
     # Where class t is masked the first term is infinite by itself.
     rest = torch.where((k == 0) | (u_t == float("-inf")), 0.0, k * (u_t - u_o))
+    if found is not None:
+        found = found._replace(losses=found.losses + rest.detach())
     if given.reduction == "none":
-        return found + rest
+        return Part(loss + rest, found)
     divisor = reference.denominator(
         t, given.normalizer, sample_weight=weight, ignore_index=given.ignore_index
     )
     # "count": where nothing is left the rest adds 0, not a second NaN.
-    return found + reference.reduce(rest, given.reduction, "count", divisor)
+    return Part(loss + reference.reduce(rest, given.reduction, "count", divisor), found)
 
 
 def _two_reads(
     terms: tuple[Term, Term], lam: Tensor, v: Tensor | None, positions: torch.Size,
     options: Options, given: Validated, losses: Losses,
-) -> Tensor:  # fmt: skip
+) -> Part:  # fmt: skip
     """Each term as a loss of its own."""
     if given.in_place:
         raise ArgumentError(
@@ -227,73 +248,27 @@ def _two_reads(
     if given.gradient == "forward":
         refuse_in_forward(_TWO_READS)
     total: Any = 0
+    found: list[Found] = []
     for term, share in zip(terms, (lam, 1 - lam), strict=True):
         weight = share.expand(term.target.shape) if v is None else share * v
         each = options._replace(
             reduction="none", sample_weight=weight.reshape(positions), normalizer="count",
             gradient="auto",
         )  # fmt: skip
-        part = losses(term.target, each)
+        part, known = losses(term.target, each)
         total = total + torch.where(weight == 0, 0.0, part)  # a masked class of no share: 0 * inf
+        found += [] if known is None else [known]
     a, b = terms
     valid, shares = a.valid | b.valid, a.share + b.share
     divisor = reference.denominator_of(given.normalizer, valid, shares, v)
-    return reference.reduce(total, given.reduction, given.normalizer, divisor)
-
-
-def calibrated_at(
-    inputs: Inputs, problem: Problem, t: Tensor, o: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits, to be used in place of the inputs', and u_t and u_o, flat. 0 where k is 0."""
-    logits = inputs.logits
-    classes = torch.stack((t, o)).clamp(min=0)
-    classes = torch.where(k == 0, 0, classes)
-    positions = logits.shape[2] if logits.dim() == 3 else 1  # -1 is ambiguous in an empty batch
-    index = classes.view(2, logits.shape[0], positions).transpose(0, 1).contiguous()  # (N, 2, S)
-    if logits.dim() == 2:
-        index = index[..., 0]
-    of_graph = dispatch.serving_backend(logits) == "reference" or torch.compiler.is_compiling()
-    if of_graph or not (logits.requires_grad and torch.is_grad_enabled()):
-        z = logits.gather(1, index).to(k.dtype)
-    else:
-        logits, z = _Entries.apply(logits, index, k.dtype)  # type: ignore[no-untyped-call]
-    z = z.unsqueeze(-1) if logits.dim() == 2 else z
-    z = z.transpose(0, 1).reshape(classes.shape)
-    scale, bias = problem.form.vectors(inputs.scale, inputs.bias)
-    # A row a position, of its two classes.
-    a, b, prior = (
-        None if vector is None else _pick(vector, classes).t()
-        for vector in (scale, bias, inputs.prior)
-    )
-    u = torch.where(k == 0, 0.0, z).t()
-    u = reference.calibrated_logits(u, a, b, inputs.confidence, prior)
-    return logits, u[:, 0], u[:, 1]
-
-
-def _pick(vector: Tensor, classes: Tensor) -> Tensor:
-    """Entries of a class vector, whose gradient is summed in the same order on every run."""
-    if vector.is_cpu:
-        return vector.gather(0, classes.reshape(-1)).view(classes.shape)
-    return vector[classes]
-
-
-class _Entries(torch.autograd.Function):
-    """The logits, and two of each position's in the arithmetic dtype.
-
-    Their gradient is added to that of the logits where it lies: nothing of the logits' size is made
-    for it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor, dtype: torch.dtype) -> Any:
-        ctx.save_for_backward(index)
-        return logits.view_as(logits), logits.gather(1, index).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, of_entries: Tensor) -> Any:  # type: ignore[override]
-        (index,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or type(grad) is not Tensor or autograd.is_batched(grad):
-            return grad.scatter_add(1, index, of_entries.to(grad.dtype)), None, None
-        # Both entries are one where their gradients are 0: either may be written.
-        add_entries(grad, index, of_entries)
-        return grad, None, None
+    loss = reference.reduce(total, given.reduction, given.normalizer, divisor)
+    if not found:
+        return Part(loss)
+    # What is of the logits alone is known where a position is not ignored.
+    first, second = found
+    each_lse = torch.where(a.valid, first.log_sum_exp, second.log_sum_exp)
+    entropy = first.entropy
+    if entropy is not None and second.entropy is not None:
+        entropy = torch.where(a.valid, entropy, second.entropy)
+    known = first._replace(losses=total.detach(), log_sum_exp=each_lse, entropy=entropy)
+    return Part(loss, known)

@@ -15,18 +15,19 @@ from .._sharded.pair import Pair
 from .._sharded.ranks import Ranks
 from . import mixed
 from .arguments import positions_shape
-from .mixed import Split, Term
+from .details import LossDetails
+from .mixed import Part, Split, Term
 from .options import Calibration, Options, Validated, calibration_vectors
 from .shard import Shard, local_rows, ranks_of
 
-# The loss of class indices (N,), reduced as the options say, in the accumulation dtype.
-Loss = Callable[[Tensor, Options, "Shard | None", "Pair | None"], Tensor]
+# Of class indices (N,); the loss is reduced as the options say.
+Loss = Callable[[Tensor, Options, "Shard | None", "Pair | None"], Part]
 
 
 def loss(
     like: Tensor, classes: int, target: Any, options: Options, calibration: Calibration | None,
     shard: Shard | None, one: Loss,
-) -> Tensor:  # fmt: skip
+) -> Tensor | LossDetails:  # fmt: skip
     """The loss of rows whose classes are in parts. like, classes: see sharded.logits_like."""
     positions = positions_shape(like)
 
@@ -41,12 +42,12 @@ def loss(
         shard = replace(shard, offset=ranks.first)
         return _terms(targets, shares, given, ranks)
 
-    def one_read(split: Split, given: Validated) -> Tensor:
+    def one_read(split: Split, given: Validated) -> Part:
         pair = Pair(split.other, split.share)
         each = split.options(options, positions)
         return one(split.target.reshape(positions), each, shard, pair)
 
-    def losses(indices: Tensor, each: Options) -> Tensor:
+    def losses(indices: Tensor, each: Options) -> Part:
         return one(indices.reshape(positions), each, shard, None)
 
     return mixed.loss_of(

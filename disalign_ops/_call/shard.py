@@ -66,7 +66,6 @@ class Shard:
     | background | it would name a column of every rank, and the column is one rank's (below) |
     | inplace_backward where input is a DTensor | it does not notice a write to its local part |
     | `upsample_cross_entropy` | its kernels need all classes of a position |
-    | return_details="entropy", or with a margin | one rank alone knows the logit of a class |
     | `loss` of the layers in `disalign_ops.nn` | nothing sums the gradient of their x over ranks |
     | create_graph, is_grads_batched | the exchange has no second derivative (RuntimeError) |
     | torch.func, forward mode, torch.export, torch.jit.trace | no exchange in them (RuntimeError) |

@@ -24,7 +24,8 @@ from .arguments import (
     positions_shape,
     row_vector,
 )
-from .details import LossDetails
+from .details import Found, LossDetails, ReturnDetails
+from .mixed import Part
 from .options import (
     Calibration,
     Options,
@@ -52,7 +53,7 @@ def loss(
     options: Options,
     calibration: Calibration | None,
     shard: Shard,
-    return_details: bool = False,
+    return_details: ReturnDetails = False,
 ) -> Tensor | LossDetails:
     """The loss over all ranks' classes of logits (N, C_rank) or (C_rank,)."""
     check_shard(shard, calibration)
@@ -102,11 +103,33 @@ def of_parts(
 ) -> Tensor | LossDetails:
     """The loss of a target in any of its forms. one: the call and loss of one tensor."""
     if isinstance(target, tuple):
-        return mixed_parts.loss(
-            like, classes, target, options, calibration, shard, lambda *given: one(*given)[1]
-        )
-    call, found = one(target, options, shard, None)
-    return finish(like, call, found, target, options.weight)
+
+        def part(*given: Any) -> Part:
+            call, loss = one(*given)
+            return Part(loss, found(call))
+
+        return mixed_parts.loss(like, classes, target, options, calibration, shard, part)
+    call, loss = one(target, options, shard, None)
+    shape = positions_shape(like)
+    promoting = (target, options.weight) if call.soft else ()
+    each = call.reduction.reduction == "none"
+    result = output(like, loss, shape if each else None, *promoting)
+    known = found(call)
+    return result if known is None else details.assemble(result, shape, known)
+
+
+def found(call: Call) -> Found | None:
+    """What is known of a call's rows, where that is wanted."""
+    known = call.known
+    if known is None:
+        return None
+    indices = None
+    if not call.soft:
+        indices = reference.class_indices(call.target, call.ignore_index)
+    return Found(
+        known.losses.detach(), known.log_sum_exp, known.prediction, known.entropy,
+        None if call.soft else known.target_logit, indices,
+    )  # fmt: skip
 
 
 def local_target(target: Any, shard: Shard) -> Any:
@@ -148,7 +171,7 @@ def validate(
     options: Options,
     calibration: Calibration | None,
     shard: Shard | None,
-    return_details: bool,
+    return_details: ReturnDetails,
     pair: Pair | None = None,
 ) -> tuple[Call, Tensor | None, Tensor | None, Tensor | None]:
     """A call with a target that `check_rows` has passed, and scale, bias (C,) and confidence (N,)
@@ -167,17 +190,15 @@ def validate(
         "sample_weight", options.sample_weight, like, positions_shape(like),
         reference.accumulate_dtype(like.dtype),
     )  # fmt: skip
-    if return_details and shard is not None and given.margin is not None:
-        raise ArgumentError(
-            "margin must be None where shard and return_details are given, since one rank alone "
-            f"knows the target's, got a {type(options.margin).__name__}"
-        )
     ranks = None if shard is None else ranks_of(shard, classes, like.device)
     everyone = classes
     if soft and ranks is not None and smoothing:
         everyone = int(ranks.sizes(classes, like.device).sum())
     if shard is None and not soft:
         dispatch.check_classes(target, classes, ignore_index, asserted=False)
+    known = None
+    if return_details:
+        known = Known(positions_shape(like).numel(), like, return_details == "entropy")
     call = Call(
         backend=backend,
         target=target if soft else target.reshape(-1),
@@ -195,33 +216,7 @@ def validate(
         ),
         reduction=Reduction(sample_weight, given.reduction, given.normalizer),
         ranks=ranks,
-        known=Known(positions_shape(like).numel(), like) if return_details else None,
+        known=known,
         pair=pair,
     )
     return call, a, b, c
-
-
-def finish(
-    like: Tensor, call: Call, loss: Tensor, target: Tensor, weight: Tensor | None
-) -> Tensor | LossDetails:
-    """The loss in the dtype and shape that F.cross_entropy has, with details where they are wanted.
-
-    target, weight: as given.
-    """
-    shape = positions_shape(like)
-    promoting = (target, weight) if call.soft else ()
-    each = call.reduction.reduction == "none"
-    result = output(like, loss, shape if each else None, *promoting)
-    known = call.known
-    if known is None:
-        return result
-    indices = margin = None
-    u_t = known.target_logit
-    if not call.soft:
-        indices = reference.class_indices(call.target, call.ignore_index)
-        margin = details.margin_of(call.vectors.margin, indices)
-        u_t = u_t if margin is None else u_t + margin
-    return details.assemble(
-        result, shape, known.losses.detach(), known.log_sum_exp, u_t, known.prediction, indices,
-        margin,
-    )  # fmt: skip

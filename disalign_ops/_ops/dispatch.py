@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from . import autograd, backends, composed, in_forward, reference
 from .codes import REDUCTIONS
 from .problem import Inputs, Problem, is_soft, reference_loss
-from .schemas import DENSE, UPSAMPLE, Layout
+from .schemas import DENSE, ROW, UPSAMPLE, Layout
 
 
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
@@ -81,6 +81,11 @@ def predicts(layout: Layout, inputs: Inputs) -> bool:
         return False
     kernels = in_forward.kernels_of(layout, inputs.logits)
     return layout.name in (kernels.predicts_soft if is_soft(inputs) else kernels.predicts)
+
+
+def shards_predict(logits: Tensor) -> bool:
+    """The same of some of the classes of rows."""
+    return serving_backend(logits) == "native" and in_forward.kernels_of(ROW, logits).shards_predict
 
 
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing

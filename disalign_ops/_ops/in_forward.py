@@ -22,7 +22,8 @@ class Kernels(NamedTuple):
     GPU it costs backward the low-resolution logits once more, and forward every output position.
     finished_by_operator: whether backward leaves the upstream gradient to `backward_made`, so that
     the host does not wait for it. predicts: the layouts that give prediction and entropy of class
-    indices; predicts_soft: those that give them of class probabilities.
+    indices; predicts_soft: those that give them of class probabilities. shards_predict: whether
+    those of a shard's rows give them.
     """
 
     layouts: tuple[str, ...] = ()
@@ -31,6 +32,7 @@ class Kernels(NamedTuple):
     finished_by_operator: bool = False
     predicts: tuple[str, ...] = ()
     predicts_soft: tuple[str, ...] = ()
+    shards_predict: bool = False
 
 
 # Not float16, which flushes to zero where it is made before GradScaler's factor, nor bfloat16 where
@@ -42,6 +44,7 @@ NATIVE = {
         upsampled_calibration=True,
         predicts=(ROW.name, DENSE.name),
         predicts_soft=(ROW.name, DENSE.name),
+        shards_predict=True,
     ),
     "cuda": Kernels(
         tuple(layout.name for layout in MADE_LAYOUTS),

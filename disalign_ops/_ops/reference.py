@@ -308,3 +308,12 @@ def details(u: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tenso
     t = torch.where(valid, target, 0)[:, None]
     probability = torch.softmax(rows, 1).gather(1, t)[:, 0]
     return torch.where(valid, probability, 0.0), rows.argmax(1)
+
+
+def entropy(u: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """-sum_j p_j log p_j of u (N, C) or (N, C, S), whose log-sum-exp (N,) or (N, S) is at hand; 0
+    where all classes are masked.
+    """
+    log_p = u - log_sum_exp.unsqueeze(1)
+    # p log p is 0 at p = 0, where log p is -inf; of masked classes alone it is NaN.
+    return -torch.where(u == float("-inf"), 0.0, log_p.exp() * log_p).sum(1)

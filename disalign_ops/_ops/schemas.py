@@ -110,9 +110,10 @@ MADE_SCHEMAS = tuple(
 
 _SHARD = f"logits, Tensor target, {_CLASS_VECTORS}, float keep, float share"
 # Rows of which the logits are some of the classes; shards.py combines the sums, shard_reference.py
-# (shard_sums, shard_gradients) says what is computed.
+# (shard_sums, shard_gradients) says what is computed. On the CPU forward also gives, each if wanted
+# and without the margin, the most probable of these classes and the entropy of their softmax.
 SHARD_SCHEMAS = (
-    f"row_shard_forward(Tensor {_SHARD}) -> Tensor",
+    f"row_shard_forward(Tensor {_SHARD}, int wanted) -> Tensor[]",
     f"row_shard_backward(Tensor factors, Tensor {_SHARD}, int wanted) -> Tensor[]",
     f"row_shard_backward_(Tensor factors, Tensor(a!) {_SHARD}, int wanted) -> Tensor[]",
 )
@@ -173,11 +174,15 @@ def _forward_fake(
         results.append(logits.new_empty((positions,), dtype=dtype))
     if upsampled:
         results.append(logits.new_empty((positions,), dtype=dtype))
-    if upsampled or wanted & PREDICTION:
-        results.append(logits.new_empty((positions,), dtype=torch.int64))
-    if wanted & ENTROPY:
-        results.append(logits.new_empty((positions,), dtype=dtype))
-    return results
+    return results + _details_fakes(logits, positions, PREDICTION if upsampled else wanted)
+
+
+def _details_fakes(logits: Tensor, positions: int, wanted: int) -> list[Tensor]:
+    dtypes = (
+        (PREDICTION, torch.int64),
+        (ENTROPY, reference.accumulate_dtype(logits.dtype)),
+    )
+    return [logits.new_empty((positions,), dtype=dtype) for bit, dtype in dtypes if wanted & bit]
 
 
 def _backward_fake(upstream: Tensor, logits: Tensor, *rest: Any) -> list[Tensor]:
@@ -209,9 +214,10 @@ def _calibrate_fake(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _shard_forward_fake(logits: Tensor, *args: Any) -> Tensor:
+def _shard_forward_fake(logits: Tensor, *args: Any) -> list[Tensor]:
     dtype = reference.accumulate_dtype(logits.dtype)
-    return logits.new_empty((SHARD_VALUES, logits.shape[0]), dtype=dtype)
+    sums = logits.new_empty((SHARD_VALUES, logits.shape[0]), dtype=dtype)
+    return [sums, *_details_fakes(logits, logits.shape[0], args[-1])]
 
 
 def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:

@@ -160,7 +160,6 @@ class _Chunks:
         self.vectors = replace(call.vectors, scale=scale, bias=calibration_bias)
         self.classes = weight.shape[0]
         self.parts = call.plan.class_parts(self.classes)
-        self.first = call.ranks.first if call.ranks else 0
         entries = min(call.plan.rows, len(features)) * min(call.plan.classes, self.classes)
         self._buffer = features.new_empty((entries,))
 
@@ -181,12 +180,7 @@ class _Chunks:
         for part in self.parts or [slice(0, 0)]:
             logits = self._logits(rows, part)
             target, vectors, confidence = self._shard(rows, part)
-            sums = shards.sums_of(self.call.backend, logits, target, vectors, confidence)
-            if self.call.known is not None:
-                self.call.known.look(rows, logits, vectors, confidence, self.first + part.start)
-            if self.call.pair is not None:
-                other = self.call.local_other(rows, part)
-                self.call.pair.look(rows, logits, other, vectors, confidence)
+            sums = self.call.sums(logits, target, vectors, confidence, rows, part)
             weight = self.call.weight_sum(vectors, part.stop - part.start, sums)
             if total is None or weight_sum is None:
                 total, weight_sum = sums, weight

@@ -39,8 +39,7 @@ def finish(call: Call, sums: Tensor, classes: int, *, du_dc: bool) -> Finished:
         )  # fmt: skip
     losses, terms = call.terms_of(*global_sums, valid)
     if call.known is not None:
-        call.known.take(slice(None), global_sums.sums, soft=call.soft)
-        call.known.exchange(call.ranks)
+        call.known.take(slice(None), global_sums.sums, soft=call.soft, ranks=call.ranks)
     if call.pair is not None:
         other = call.local_other(slice(None), slice(0, classes))
         other_valid = reference.class_indices(call.pair.other, call.ignore_index)[1]
@@ -59,12 +58,8 @@ class _ParallelLoss(torch.autograd.Function):
         vectors = replace(call.vectors, scale=scale, bias=bias)
         classes = logits.shape[1]
         local = call.local_target(slice(None), slice(0, classes))
-        sums = shards.sums_of(call.backend, logits, local, vectors, confidence)
-        if call.known is not None:
-            call.known.look(slice(None), logits, vectors, confidence, call.ranks.first)
-        if call.pair is not None:
-            other = call.local_other(slice(None), slice(0, classes))
-            call.pair.look(slice(None), logits, other, vectors, confidence)
+        whole = slice(None), slice(0, classes)
+        sums = call.sums(logits, local, vectors, confidence, *whole)
         done = finish(call, sums, classes, du_dc=scale is not None)
         ctx.call, ctx.in_place = call, in_place
         if any(ctx.needs_input_grad[:4]):

@@ -2,8 +2,8 @@
 
 A row costs two all-reduces in forward: its maximum, then up to five values relative to it, in the
 arithmetic of the logits; in backward one value for the confidence, and those of the features where
-they are wanted. Two classes a row cost one more of one value, and one of their weights. Nothing has
-the number of classes.
+they are wanted. Two classes a row cost one more of one value, and one of their weights; details
+three more of four values, and one of the entropy. Nothing has the number of classes.
 """
 
 from __future__ import annotations

@@ -91,9 +91,9 @@ def target_weight(weight: Tensor | None, target: Tensor, like: Tensor) -> Tensor
     return torch.where(here, weight[target.clamp(min=0)], 0.0)
 
 
-def sums_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
-            confidence: Tensor | None) -> Tensor:  # fmt: skip
-    """A shard's sums (5, N); see shard_reference.shard_sums."""
+def results_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
+               confidence: Tensor | None, wanted: int) -> list[Tensor]:  # fmt: skip
+    """A shard's sums (5, N), see shard_reference.shard_sums, and what else is wanted."""
     arguments = vectors.arguments(target, confidence)
     if not logits.shape[1]:
         dtype = reference.accumulate_dtype(logits.dtype)
@@ -101,12 +101,12 @@ def sums_of(backend: str, logits: Tensor, target: Tensor, vectors: Vectors,
         nothing[0].fill_(torch.finfo(dtype).min)
         if not target.is_floating_point():
             nothing[0].masked_fill_(target == IGNORED, 0.0)
-        return nothing
+        return [nothing]
     if backend == "reference":
-        return shard_reference.shard_sums(logits, target, *arguments)  # type: ignore[arg-type]
+        return [shard_reference.shard_sums(logits, target, *arguments)]  # type: ignore[arg-type]
     operator = dispatch.operators_of(ROW, backend).operator("shard_forward")
-    sums: Tensor = operator(logits, target, *arguments)
-    return sums
+    results: list[Tensor] = operator(logits, target, *arguments, wanted)
+    return results
 
 
 def gradients_of(
@@ -303,9 +303,30 @@ class Call:
         assert self.pair is not None
         return self._of_part(self.pair.other[rows], part)
 
+    def sums(
+        self, logits: Tensor, target: Tensor, vectors: Vectors, confidence: Tensor | None,
+        rows: slice, part: slice,
+    ) -> Tensor:  # fmt: skip
+        """A shard's sums (5, n); what else is asked of these logits is taken from them on the way.
+
+        rows, part: whose logits these are. target: of `local_target`.
+        """
+        wanted = 0 if self.known is None else self.known.wanted(logits)
+        results = results_of(self.backend, logits, target, vectors, confidence, wanted)
+        if self.known is not None:
+            first = self._first_of(part)
+            self.known.look(rows, logits, target, vectors, confidence, results, first)
+        if self.pair is not None:
+            other = self.local_other(rows, part)
+            self.pair.look(rows, logits, other, vectors, confidence)
+        return results[0]
+
+    def _first_of(self, part: slice) -> int:
+        first: int = (self.ranks.first if self.ranks else 0) + part.start
+        return first
+
     def _of_part(self, target: Tensor, part: slice) -> Tensor:
-        first = (self.ranks.first if self.ranks else 0) + part.start
-        return local_target(target, first, part.stop - part.start, self.ignore_index)
+        return local_target(target, self._first_of(part), part.stop - part.start, self.ignore_index)
 
     def target_weight(self, classes: int, like: Tensor) -> Tensor:
         """w_t of every row whose target is among this process's classes, else 0; of class

@@ -291,7 +291,7 @@ def launches(
             if z.dim() == 2:
                 shard = (z, target.long(), vector(classes), a, b, c, vector(classes),
                          vector(classes), 1 - smoothing, smoothing / classes)  # fmt: skip
-                operators.shard_forward(*shard)
+                operators.shard_forward(*shard, 0)
                 factors = vector(5 * n).view(5, n)
                 operators.shard_backward(factors, *shard, LOGITS | want)
     return found

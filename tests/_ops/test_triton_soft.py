@@ -77,7 +77,7 @@ for (n, classes), calibrated, weighted, masked in itertools.product(
         vector(classes, weighted), vector(classes, calibrated), vector(classes, calibrated),
         vector(n, calibrated), vector(classes, weighted), None, 0.9, 0.0 if masked else 0.1 / 2000,
     )
-    sums = operators.shard_forward(z, y, *given)
+    (sums,) = operators.shard_forward(z, y, *given, 0)
     torch.testing.assert_close(sums, shard_reference.shard_sums(z, y, *given))
     factors = torch.rand(5, n, dtype=torch.float64)
     factors[0], factors[3:] = sums[0], 0
@@ -212,7 +212,7 @@ def launches(
         module.backward(up, *given, *statistics, *numbers, LOGITS | want)
         if z.dim() == 2:
             shard = (z, y, *vectors, 1 - smoothing, smoothing / classes)
-            operators.shard_forward(*shard)
+            operators.shard_forward(*shard, 0)
             operators.shard_backward(vector(5 * n).view(5, n), *shard, LOGITS | want)
     return [launch for launch in found if launch.name not in ("loss_kernel", "sum_kernel")]
 

@@ -72,7 +72,7 @@ def test_the_operators_of_a_shard(dtype: torch.dtype, smoothing: float) -> None:
         z = z.clamp(min=-50)
     arguments = (z, y, *vectors, row, torch.randn(c).to(dtype), None, 1 - smoothing, smoothing / 99)
     exact = tuple(t.double() if isinstance(t, Tensor) else t for t in arguments)
-    sums = schemas.ROW.operator("shard_forward")(*arguments)
+    (sums,) = schemas.ROW.operator("shard_forward")(*arguments, 0)
     expected = shard_reference.shard_sums(*exact)  # type: ignore[arg-type]
     assert_close(sums, expected, dtype, "sums", factor=4.0)
     factors = torch.rand(5, n, dtype=torch.float64)

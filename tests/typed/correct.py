@@ -33,6 +33,7 @@ def losses(
     assert_type(ops.loss_denominator(t, normalizer="valid"), Tensor)
     assert_type(ops.cross_entropy(z, t, return_details=True), ops.LossDetails)
     assert_type(ops.linear_cross_entropy(z, w, t, return_details=True), ops.LossDetails)
+    assert_type(ops.linear_cross_entropy(z, w, t, return_details="entropy"), ops.LossDetails)
     assert_type(ops.linear_cross_entropy(z, w, t, margin=0.5), Tensor)
     for reduction in ("mean", "sum"):
         assert_type(ops.cross_entropy(z, t, reduction=reduction), Tensor)

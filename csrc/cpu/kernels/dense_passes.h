@@ -176,7 +176,8 @@ DISALIGN_NOINLINE void exponentiate(const LossArgs& args, const Tile<T>& tile, i
   }
 }
 
-// The first class whose u, in e, is the maximum, of every position; 0 if none is.
+// The first class whose u, in e, is NaN, else that whose u is the maximum, of every position; 0 if
+// there is neither.
 template <class T>
 DISALIGN_NOINLINE void most_probable(const Tile<T>& tile, int64_t* __restrict__ to) {
   using A = Accumulate<T>;
@@ -184,13 +185,22 @@ DISALIGN_NOINLINE void most_probable(const Tile<T>& tile, int64_t* __restrict__ 
   const A* __restrict__ maximum = tile.positions.maximum;
   A* __restrict__ found = tile.sum[0];  // exact: planes of 2^24 classes would be too many
   std::memset(found, 0, tile.size * sizeof(A));
+  V nan{};  // 1 where there was one
   for (int64_t j = tile.classes - 1; j >= 0; --j) {
     const A* __restrict__ e = tile.e + j * tile.size;
     const V number = splat<A>(static_cast<A>(j));
-    for (int64_t p = 0; p < tile.count; p += Lanes<A>::N)
-      store(found + p, load(e + p) == load(maximum + p) ? number : load(found + p));
+    for (int64_t p = 0; p < tile.count; p += Lanes<A>::N) {
+      const V u = load(e + p);
+      store(found + p, u == load(maximum + p) ? number : load(found + p));
+      nan = u != u ? splat<A>(A(1)) : nan;
+    }
   }
-  for (int64_t p = 0; p < tile.count; ++p) to[p] = static_cast<int64_t>(found[p]);
+  const bool any = reduce_add<A>(nan) != 0;
+  for (int64_t p = 0; p < tile.count; ++p) {
+    int64_t first = -1;
+    if (any) first = first_nan(tile.classes, [&](int64_t j) { return tile.e[j * tile.size + p]; });
+    to[p] = first >= 0 ? first : static_cast<int64_t>(found[p]);
+  }
 }
 
 // Makes a plane of every class 0 where a position is ignored, whatever it holds.

@@ -22,7 +22,15 @@ DISALIGN_INLINE int64_t first_class(const A* x, int64_t classes, A value, Is is)
   return -1;
 }
 
-// The first class with the largest u.
+// The first class j whose u(j) is NaN, which is larger than any other to argmax; -1 if there is none.
+template <class U>
+DISALIGN_INLINE int64_t first_nan(int64_t classes, U u) {
+  for (int64_t j = 0; j < classes; ++j)
+    if (std::isnan(u(j))) return j;
+  return -1;
+}
+
+// The first class with the largest u, NaN left out of account.
 template <class A>
 int64_t most_probable(const A* u, int64_t classes, A maximum) {
   const int64_t found = first_class(u, classes, maximum, [](int64_t) { return true; });
@@ -53,7 +61,7 @@ DISALIGN_NOINLINE EntropySums entropy_sums(const A* x, int64_t classes) {
 
 // -sum_j p_j log p_j of p_j = x_j / sum.
 inline double entropy_of(EntropySums x) {
-  return x.sum > 0 ? std::log(x.sum) - x.times_log / x.sum : 0.0;  // 0: all classes are masked
+  return x.sum == 0 ? 0.0 : std::log(x.sum) - x.times_log / x.sum;  // 0: all classes are masked
 }
 
 // The same of others and one more, x_t = exp(above), which may be far larger.

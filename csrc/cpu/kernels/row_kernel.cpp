@@ -237,12 +237,12 @@ bool run_block(const LossArgs& args, bool backward, const Rows<T, R>& rows,
       if (!sums.finite(r)) return false;
   }
 
+  if (!backward && (args.prediction || args.entropy))
+    write_details(args, rows, sums, passes.stored, passes.class_logit, classes);
   if (args.shard_sums) {
     write_shard_sums(args, rows, sums);
     return true;
   }
-  if (!backward && (args.prediction || args.entropy))
-    write_details(args, rows, sums, passes.stored ? nullptr : passes.class_logit, classes);
   Emission<T, R> out;
   finish_rows(args, backward, rows, sums, out, chunk);
   const auto emit = !args.class_gradients ? passes.emit_logits
@@ -303,7 +303,9 @@ DISALIGN_NOINLINE void predict_row(const LossArgs& args, int64_t i, const Chunk&
   const auto pass =
       args.confidence ? maximise<T, 1, Kind::kCalibrated> : maximise<T, 1, Kind::kShifted>;
   pass(ClassVectors<A>(args), rows, sums);
-  args.prediction[i] = most_probable(rows.e[0], rows.classes, sums.shift[0]);
+  int64_t found = first_nan(rows.classes, [&](int64_t j) { return rows.e[0][j]; });
+  if (found < 0) found = most_probable(rows.e[0], rows.classes, sums.shift[0]);
+  args.prediction[i] = found;
 }
 
 // An ignored row: loss and gradients 0 without looking at its logits, NaN or not.
@@ -316,9 +318,9 @@ void skip_row(const LossArgs& args, bool backward, int64_t i, const Chunk& chunk
     if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
     static_cast<A*>(args.row_shift)[i] = A(0);
     static_cast<A*>(args.row_sum)[i] = A(1);
-    if (args.prediction) predict_row<T>(args, i, chunk);
-    if (args.entropy) static_cast<A*>(args.entropy)[i] = A(0);
   }
+  if (args.prediction) predict_row<T>(args, i, chunk);
+  if (args.entropy) static_cast<A*>(args.entropy)[i] = A(0);
   if (args.grad_confidence) static_cast<A*>(args.grad_confidence)[i] = A(0);
   if (args.grad_logits) {
     T* grad = static_cast<T*>(args.grad_logits) + i * args.grad_outer_stride;

@@ -157,6 +157,7 @@ struct CpuOperator {
   static constexpr int64_t kWantedOfForward = kWantLogits | kWantScale | kWantBias |
                                               kWantConfidence | kWantDetails | kWantPrediction |
                                               kWantEntropy;
+  static constexpr int64_t kWantedOfShard = kWantPrediction | kWantEntropy;
 
   static Partition run_forward(const Tensor& logits, const LossArgs& args) {
     return run(logits, args, &LossKernels::forward);

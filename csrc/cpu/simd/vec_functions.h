@@ -81,8 +81,8 @@ DISALIGN_INLINE Vec<double> exp_bounded(Vec<double> x) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  using I = Lanes<double>::I;
-  const Vec<double> scale = bit_cast<Vec<double>>((bit_cast<I>(shifted) + 1023) << 52);
+  using U = Lanes<double>::U;  // a sum that wraps, of numbers that do not occur
+  const Vec<double> scale = bit_cast<Vec<double>>((bit_cast<U>(shifted) + 1023) << 52);
   return x < -708.0 ? Vec<double>{} : p * scale;
 }
 
@@ -90,12 +90,14 @@ DISALIGN_INLINE Vec<double> exp_bounded(Vec<double> x) {
 // coefficients are those of fdlibm's e_log.c. Numbers below the normal range do not occur.
 DISALIGN_INLINE Vec<double> log_positive(Vec<double> x) {
   using I = Lanes<double>::I;
-  constexpr int64_t kRootHalf = 0x3fe6a09e667f3bcd;
-  const I bits = bit_cast<I>(x);
-  const I exponent = (bits - kRootHalf) >> 52;
+  constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd;
+  // Unsigned where the numbers that do not occur, which other lanes may hold, would overflow.
+  using U = Lanes<double>::U;
+  const U bits = bit_cast<U>(x);
+  const I exponent = bit_cast<I>(bits - kRootHalf) >> 52;
   const Vec<double> k = __builtin_convertvector(exponent, Vec<double>);
   const Vec<double> f =
-      bit_cast<Vec<double>>(bits - (exponent << 52)) - 1.0;  // sqrt(1/2) .. sqrt(2)
+      bit_cast<Vec<double>>(bits - (bit_cast<U>(exponent) << 52)) - 1.0;  // sqrt(1/2) .. sqrt(2)
   const Vec<double> s = f / (f + 2.0);
   const Vec<double> z = s * s;
   Vec<double> r = z * 1.479819860511658591e-01 + 1.531383769920937332e-01;

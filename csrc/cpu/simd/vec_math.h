@@ -68,6 +68,7 @@ struct Lanes<double> {
   static constexpr int N = kVectorBytes / 8;
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t U __attribute__((vector_size(kVectorBytes)));
 };
 template <class A>
 using Vec = typename Lanes<A>::V;

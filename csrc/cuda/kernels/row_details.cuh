@@ -1,8 +1,8 @@
 // What is asked of a row beside its loss: its most probable class, and the entropy of its softmax,
 // without the margin, which only training knows.
 //
-// - They are made of u while it is in registers, by its maximum: a row that is asked for them has its
-//   maximum taken off from the start. Other rows have a branch.
+// - They are made of u while it is in registers, by its maximum, in kernels compiled for them: ordinary
+//   rows look for no maximum, and have no branch.
 // - A class is found by its rank, so that one reduction of a maximum finds the first of several.
 #pragma once
 
@@ -31,9 +31,8 @@ struct RowDetails {
   __device__ __forceinline__ void add(const RowDetails& other) {
     const bool before = other.at >= 0 && (at < 0 || other.at < at);
     const bool takes = other.has_nan != has_nan ? other.has_nan
-                       : has_nan                ? before
-                                                : other.maximum > maximum ||
-                                    (other.maximum == maximum && before);
+                       : has_nan ? before
+                                 : other.maximum > maximum || (other.maximum == maximum && before);
     if (takes) at = other.at;
     has_nan |= other.has_nan;
     const A top = larger(maximum, other.maximum);
@@ -69,24 +68,25 @@ struct RowDetails {
   // Of all classes, as those of row i.
   __device__ __forceinline__ void write(const LossArgs& args, int64_t i, bool valid) const {
     if (args.prediction) args.prediction[i] = at < 0 ? 0 : at;  // all classes are masked
-    // 0 of masked classes alone, and of NaN, as PyTorch's sum over p_j > 0 has it.
-    if (args.entropy)
-      static_cast<A*>(args.entropy)[i] =
-          valid && !has_nan && sum > A(0) ? std::log(sum) - times_log / sum : A(0);
+    if (!args.entropy) return;
+    // Of masked classes alone there is no sum.
+    A entropy = sum == A(0) ? A(0) : std::log(sum) - times_log / sum;
+    if (has_nan) entropy = static_cast<A>(NAN);
+    static_cast<A*>(args.entropy)[i] = valid ? entropy : A(0);
   }
 };
 
-// Classes beyond a row's that its threads keep.
+// More than the classes of a row that threads keep; a float has twice as many, exactly.
 template <class A>
 constexpr A kRanks = A(1 << 20);
 
 // Of u in the registers of a group's threads, classes ascending; u of what is no class is -inf. All
 // threads get it. place_of(p): of element p among the group's classes, in their order, below kRanks:
-// `at` is of these places. last: the last element lies elsewhere than the others. other: one u more that all threads
-// know; -inf: there is none.
+// `at` is of these places. Last: the last element lies elsewhere than the others. other: one u more
+// that all threads know; -inf: there is none.
 template <bool Last, class A, int Count, class PlaceOf, class GroupOfRow>
-__device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of,
-                                                     A other, int other_place, bool entropy,
+__device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of, A other,
+                                                     int other_place, bool entropy,
                                                      GroupOfRow& group) {
   constexpr int kAscending = Last ? Count - 1 : Count;
   RowDetails<A> found;
@@ -107,7 +107,8 @@ __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceO
   A highest = rank(other, other_place);
   if (Last) highest = larger(highest, rank(u[Count - 1], place_of(Count - 1)));
   if (first >= 0) highest = larger(highest, kRanks<A> - static_cast<A>(place_of(first)));
-  if (first_nan >= 0) highest = larger(highest, 2 * kRanks<A> - static_cast<A>(place_of(first_nan)));
+  if (first_nan >= 0)
+    highest = larger(highest, 2 * kRanks<A> - static_cast<A>(place_of(first_nan)));
   highest = group.max(highest);
   found.has_nan = highest > kRanks<A>;
   if (highest > A(0))

@@ -189,12 +189,12 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
             const bool valid = is_valid(target);
             A u_t = valid ? sums.target_logit : negative_infinity<A>();
             if (valid && args.margin)
-              u_t = class_logit_of(
-                  args, target, to_accumulate(load_one(logits + i * args.outer_stride + target)),
-                  c);
-            const auto found =
-                row_details<true>(e, [&](int p) { return tile.class_of(p); }, u_t, target,
-                                  args.entropy != nullptr, group);
+              u_t = class_logit_of(args, target,
+                                   to_accumulate(load_one(logits + i * args.outer_stride + target)),
+                                   c);
+            const auto found = row_details<true>(
+                e, [&](int p) { return tile.class_of(p); }, u_t, target, args.entropy != nullptr,
+                group);
             if (tile.is_first() && lane == 0) found.write(args, i, valid);
           }
         }

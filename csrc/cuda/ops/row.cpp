@@ -10,9 +10,10 @@ struct Row {
   using Layout = RowLayout;
   using Args = RowArgs;
   using Device = Cuda;
-  static constexpr int64_t kWantedOfForward =
-      kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails | kWantPrediction |
-      kWantEntropy;
+  static constexpr int64_t kWantedOfForward = kWantLogits | kWantScale | kWantBias |
+                                              kWantConfidence | kWantDetails | kWantPrediction |
+                                              kWantEntropy;
+  static constexpr int64_t kWantedOfShard = 0;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows

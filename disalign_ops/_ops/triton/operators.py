@@ -126,9 +126,12 @@ def _shard_numbers(share: float) -> tuple[int, float, float]:
     return IGNORED, float(share > 0), 0.0
 
 
-def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    """The sums of a shard's rows; arguments as in shard_reference.shard_sums."""
-    *vectors, keep, share = rest
+def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
+    """The sums of a shard's rows; arguments as in shard_reference.shard_sums, then 0: these kernels
+    give no details.
+    """
+    *vectors, keep, share, wanted = rest
+    assert not wanted
     if target.is_floating_point():
         view = LogitsView.of(logits, 0, target)
         sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
@@ -138,7 +141,7 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
             soft_forward_kernel, (view.programs(1),),
             (*tensors, *made, *view.sizes, keep, share, 0),
         )  # fmt: skip
-        return sums
+        return [sums]
     scale = vectors[1]
     view = LogitsView.of(logits, 0 if scale is None else CONFIDENCE)  # whose sums are among them
     sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
@@ -150,7 +153,7 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
             *_shard_numbers(share), 0,
         ),
     )  # fmt: skip
-    return sums
+    return [sums]
 
 
 def _shard_gradients(
