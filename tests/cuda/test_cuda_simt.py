@@ -38,6 +38,7 @@ ALL_FILES = [
     "stage2",
     "forward_backward",
     "gradient_pass",
+    "details",
 ]
 
 

@@ -4,6 +4,7 @@
     PYTHONPATH=tests:. python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
     PYTHONPATH=tests:. python -m machine_code.rows budgets    # BUDGETS of test_machine_code.py
     PYTHONPATH=tests:. python -m machine_code.rows soft       # SOFT_ROWS of it
+    PYTHONPATH=tests:. python -m machine_code.rows details    # DETAILS of it
     PYTHONPATH=tests:. python -m machine_code.rows model      # INSTRUCTIONS of benchmarks/model.py
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
@@ -67,8 +68,11 @@ SOFT = {
     "soft backward": STEPS["backward"] | {"probabilities": 1, "weighted": False},
 }
 # With prediction and entropy of every row.
-DETAILS = {f"{step} details": STEPS[step] | {"details": True} for step in ("forward", "gradient")}
+DETAILS = {
+    f"{step} details": STEPS[step] | {"details": True} for step in ("forward", "gradient", "all")
+}
 SOFT_CLASSES = (*CLASSES, 32000)
+CLASSES_WITH_DETAILS = (133, 1203, 8192)
 SOFT_DEVICES = ("80", "90")
 ALL = STEPS | SUMS | SOFT | DETAILS
 
@@ -321,6 +325,12 @@ MODEL = {
 }
 
 
+def details_budgets() -> str:
+    """DETAILS of test_machine_code.py."""
+    return table("DETAILS", SOFT_DEVICES, CLASSES_WITH_DETAILS, DETAILS,
+                 lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
+
+
 def model() -> str:
     """INSTRUCTIONS of benchmarks/model.py."""
     lines = ["INSTRUCTIONS = {"]
@@ -348,7 +358,9 @@ def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
 
 
 if __name__ == "__main__":
-    tables = {"budgets": budgets, "soft": soft_budgets, "model": model}
+    tables = {
+        "budgets": budgets, "soft": soft_budgets, "details": details_budgets, "model": model,
+    }  # fmt: skip
     if len(sys.argv) == 2:
         print(tables[sys.argv[1]]())
     elif len(sys.argv) > 1:

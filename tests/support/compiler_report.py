@@ -117,12 +117,13 @@ def _run_nvcc(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
 
 
 Spill = tuple[str, str, tuple[int, ...], str]  # architecture; name, flags, type of the kernel
-_WIDE_STAGE_2 = ("row_forward_kernel", (True, True))
+_WIDE_STAGE_2 = ("row_forward_kernel", (True, True, False))
+_WIDE_STAGE_2_DETAILS = ("row_forward_kernel", (True, True, True))
 _WIDE_BACKWARD = ("row_backward_kernel", (False, True, False))
 _WARP_CALIBRATED, _WARPS_CALIBRATED, _CLUSTER_CALIBRATED = (
-    ("row_warp_kernel", (True, False, keeper)) for keeper in range(3)
+    ("row_warp_kernel", (True, False, False, keeper)) for keeper in range(3)
 )
-_CLUSTER_PLAIN = ("row_warp_kernel", (False, False, 2))
+_CLUSTER_PLAIN = ("row_warp_kernel", (False, False, False, 2))
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
 _PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
