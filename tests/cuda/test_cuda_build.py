@@ -29,7 +29,13 @@ REGISTERS = {
     ("row_forward_kernel plain", True): 184,
     ("row_forward_kernel calibrated", False): 208,  # as with 176: 2 blocks
     ("row_forward_kernel calibrated", True): 224,
+    ("row_forward_kernel plain details", False): 128,
+    ("row_forward_kernel plain details", True): 216,
+    ("row_forward_kernel calibrated details", False): 208,
+    ("row_forward_kernel calibrated details", True): 232,
     ("row_warp_kernel plain", False): 168,  # 3 blocks of 128 threads
+    ("row_warp_kernel plain details", False): 168,
+    ("row_warp_kernel all registers details", False): 255,
     ("row_warp_kernel all registers", False): 255,  # 2 blocks, or one of 256 threads
     ("soft_row_warp_kernel", False): 168,  # 3 blocks of 128 threads
     ("soft_row_warp_kernel wide", False): 128,  # 2 blocks of 256 threads, or one of 512
@@ -43,6 +49,8 @@ REGISTERS = {
     ("row_backward_kernel class sums", True): 200,
     ("row_combine_kernel", False): 72,
     ("row_combine_kernel", True): 88,
+    ("row_combine_kernel details", False): 80,
+    ("row_combine_kernel details", True): 96,
     ("row_target_kernel", False): 32,
     ("row_target_kernel", True): 32,
     ("finish_kernel", False): 56,

@@ -72,7 +72,7 @@ DETAILS = {
     f"{step} details": STEPS[step] | {"details": True} for step in ("forward", "gradient", "all")
 }
 SOFT_CLASSES = (*CLASSES, 32000)
-CLASSES_WITH_DETAILS = (133, 1203, 8192)
+CLASSES_WITH_DETAILS = (1203, 8192)
 SOFT_DEVICES = ("80", "90")
 ALL = STEPS | SUMS | SOFT | DETAILS
 

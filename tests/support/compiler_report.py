@@ -146,6 +146,7 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", "upsample_backward_kernel", (), "d"): 190,
     ("75", *_WIDE_STAGE_2, "f"): 16,
     ("80", *_WIDE_STAGE_2, "f"): 16,
+    ("90", *_WIDE_STAGE_2_DETAILS, _BF16): 16,
     ("90", *_WARPS_CALIBRATED, _BF16): 40,
     ("90", *_WARPS_CALIBRATED, _FP16): 40,
     ("100", *_WIDE_STAGE_2, "f"): 72,
