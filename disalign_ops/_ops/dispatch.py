@@ -77,9 +77,11 @@ def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
 
 def predicts(layout: Layout, inputs: Inputs) -> bool:
     """Whether the kernels that these inputs go to give prediction and entropy."""
-    if serving_backend(inputs.logits) != "native":
+    backend = serving_backend(inputs.logits)
+    if backend not in ("native", "triton"):
         return False
-    kernels = in_forward.kernels_of(layout, inputs.logits)
+    triton = backend == "triton"
+    kernels = in_forward.TRITON if triton else in_forward.kernels_of(layout, inputs.logits)
     return layout.name in (kernels.predicts_soft if is_soft(inputs) else kernels.predicts)
 
 

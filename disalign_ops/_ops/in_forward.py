@@ -53,12 +53,12 @@ NATIVE = {
         predicts=(ROW.name,),
     ),
 }
-NOTHING = Kernels()
+TRITON = Kernels(predicts=(ROW.name, DENSE.name))
 
 
 def kernels_of(layout: Layout, logits: Tensor) -> Kernels:
     """The kernels that a layout's operators run for these logits."""
-    return NOTHING if layout.prefix else NATIVE["cpu" if logits.is_cpu else "cuda"]
+    return TRITON if layout.prefix else NATIVE["cpu" if logits.is_cpu else "cuda"]
 
 
 def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
