@@ -36,7 +36,6 @@ from .tiles import (
     write_class_sums,
 )
 
-
 # Added to the classes of numbers among those of NaN, which come first: more than there are classes.
 _OF_NUMBERS = tl.constexpr(1 << 28)
 
@@ -87,8 +86,8 @@ def write_details(prediction, entropy, known, i, inside, valid):
 @triton.jit
 def read_and_add(
     given, base, first, t, inside, c, classes, stride, smoothing, sums, known,
-    DU_DC: tl.constexpr, DETAILS: tl.constexpr, ENTROPY: tl.constexpr, PLANES: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
-    WHOLE: tl.constexpr, ACC: tl.constexpr,
+    DU_DC: tl.constexpr, DETAILS: tl.constexpr, ENTROPY: tl.constexpr, PLANES: tl.constexpr,
+    POSITIONS: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to `sums`, which are relative to the maximum so far: `rest` and `rest_du_dc`,
     element by element, without the target (position.py), and those of smoothing with it.

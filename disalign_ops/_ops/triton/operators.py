@@ -25,8 +25,8 @@ from .views import CLASS_SUMS, LogitsView
 
 def forward(*arguments: Any) -> list[Tensor]:
     """Loss, statistics, denominator, the gradients of the calibration for an upstream of 1, and
-    where details are wanted every position's loss, unless that is the first, prediction and entropy,
-    of class indices.
+    where details are wanted every position's loss, unless that is the first, and of class indices
+    prediction and entropy.
 
     That of the logits is backward's: autograd.py never asks for it here.
     """
