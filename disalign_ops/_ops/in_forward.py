@@ -50,7 +50,7 @@ NATIVE = {
         tuple(layout.name for layout in MADE_LAYOUTS),
         (torch.float32, torch.float64, torch.bfloat16),
         finished_by_operator=True,
-        predicts=(ROW.name,),
+        predicts=(ROW.name, DENSE.name),
     ),
 }
 TRITON = Kernels(predicts=(ROW.name, DENSE.name))

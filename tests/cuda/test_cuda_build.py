@@ -60,6 +60,11 @@ REGISTERS = {
     ("dense_kernel calibrated", False): 128,
     ("dense_kernel by element", False): 224,  # 1 block; calibrated, half precision
     ("dense_kernel calibrated", True): 184,
+    ("dense_kernel plain details", False): 208,  # 1 block, as all of these
+    ("dense_kernel plain details", True): 160,
+    ("dense_kernel calibrated details", False): 184,
+    ("dense_kernel by element details", False): 240,
+    ("dense_kernel calibrated details", True): 184,
     ("row_calibrate_kernel forward", False): 128,
     ("row_calibrate_kernel forward", True): 128,
     ("row_calibrate_kernel backward", False): 184,

@@ -75,6 +75,36 @@ def test_wide_rows(kernels: ModuleType, dtype: torch.dtype, limits: dict[str, in
             check(kernels, call)
 
 
+# Planes that are whole vectors and others; a tile of one stage and of several; a class far above a
+# target, where the loss reads the tile again.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "limits"),
+    [
+        ((2, 5, 64), {}),
+        ((2, 19, 33), {}),
+        ((1, 150, 40), {}),
+        ((2, 400, 16), {"shared_bytes": 64 << 10}),
+    ],
+    ids=str,
+)
+def test_planes(
+    kernels: ModuleType, shape: tuple[int, int, int], limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(shape[1])
+    n, classes, inner = shape
+    for calibrated, all_options in itertools.product((False, True), (False, True)):
+        kernels.set_options(shuffle=all_options, seed=classes)
+        problem = row(n * inner, classes, dtype, 0, calibrated, all_options)
+        problem.logits = (torch.randn(shape) * 3).to(dtype)
+        problem.target = problem.target.view(n, inner)
+        problem.logits[-1, 2, 5] = 40.0
+        problem.target[-1, 5] = 3
+        check(kernels, problem.calls(**limits)[0])
+        for call in problem.gradient_calls(**limits):
+            check(kernels, call)
+
+
 def test_more_rows_than_lanes(kernels: ModuleType) -> None:
     kernels.set_options()
     problem = row(80, 1203)

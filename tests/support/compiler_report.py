@@ -55,7 +55,10 @@ class Kernel:
     @property
     def details(self) -> bool:
         """Whether it gives prediction and entropy too: no other call runs it."""
-        at = {"row_forward_kernel": 2, "row_warp_kernel": 2, "row_combine_kernel": 0}
+        at = {
+            "row_forward_kernel": 2, "row_warp_kernel": 2, "row_combine_kernel": 0,
+            "dense_kernel": 3,
+        }  # fmt: skip
         return self.name in at and bool(self.flags[at[self.name]])
 
     @property
@@ -132,7 +135,9 @@ _CLUSTER_PLAIN = ("row_warp_kernel", (False, False, False, 2))
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
 _PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
-    (False, False, True), (True, False, True), (True, True, False), (True, True, True),
+    (*flags, False) for flags in (
+        (False, False, True), (True, False, True), (True, True, False), (True, True, True),
+    )
 )  # fmt: skip
 _DENSE = {_PLAIN_BY_ELEMENT: 64, _CALIBRATED: 40, _WITH_OPTIONS: 80}  # of half precision
 _DENSE_90 = {_PLAIN_BY_ELEMENT: 172, _CALIBRATED: 8, _WITH_OPTIONS: 156}

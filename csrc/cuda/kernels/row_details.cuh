@@ -27,6 +27,21 @@ struct RowDetails {
     times_log = std::fma(x, larger(u - maximum, kLowest<A>), times_log);  // not 0 * -inf
   }
 
+  // By the maximum so far, which u of class j may be above; classes ascending.
+  __device__ __forceinline__ void add(A u, int j, bool entropy) {
+    if (u != u) {
+      at = has_nan ? at : j;
+      has_nan = true;
+    } else if (u > maximum || (at < 0 && u == maximum)) {
+      at = has_nan ? at : j;
+      const A below = larger(maximum - u, kLowest<A>), factor = exponential(below);
+      times_log = factor * std::fma(below, sum, times_log);
+      sum *= factor;
+      maximum = u;
+    }
+    if (entropy) add(u);
+  }
+
   // The same of other classes.
   __device__ __forceinline__ void add(const RowDetails& other) {
     const bool before = other.at >= 0 && (at < 0 || other.at < at);
