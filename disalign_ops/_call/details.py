@@ -31,9 +31,9 @@ class LossDetails(NamedTuple):
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
-    All come from the loss's own read of the logits: on the CPU, and on a GPU of logits (N, C) or in
-    channels-last memory with class indices; in Triton of class planes too. Elsewhere prediction and
-    entropy take a second one, as all but the loss does where no kernel of the library serves.
+    All come from the loss's own read of the logits on the CPU, and on a GPU with class indices. On a
+    GPU prediction and entropy of class probabilities take a second one, as all but the loss does
+    where no kernel of the library serves.
     """
 
     loss: Tensor

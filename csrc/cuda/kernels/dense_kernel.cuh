@@ -5,6 +5,7 @@
 //   maximum; then a thread a position adds up the slices, and makes the loss and the factors of its
 //   gradient. A tile where the sum of a position's others is not moderate is read once more, by
 //   its maxima. Targets are -inf in shared memory meanwhile: no comparison an element.
+// - With details (row_details.cuh) the first pass finds them too.
 // - Second pass, of backward, and of forward where gradients are wanted: the exponentials once more,
 //   from shared memory; the logits' gradient is written; each thread keeps sums of its classes, which
 //   are added up at the end.

@@ -1,4 +1,4 @@
-// What is asked of a row beside its loss: its most probable class, and the entropy of its softmax,
+// What is asked of a position beside its loss: its most probable class, and the entropy of its softmax,
 // without the margin, which only training knows.
 //
 // - They are made of u while it is in registers, by its maximum, in kernels compiled for them: ordinary
