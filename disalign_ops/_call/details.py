@@ -31,8 +31,8 @@ class LossDetails(NamedTuple):
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
-    All come from the loss's own read of the logits on the CPU, and on a GPU with class indices. On a
-    GPU prediction and entropy of class probabilities take a second one, as all but the loss does
+    All come from the loss's own read of the logits on the CPU, and on a GPU with class indices. On
+    a GPU prediction and entropy of class probabilities take a second one, as all but the loss does
     where no kernel of the library serves.
     """
 

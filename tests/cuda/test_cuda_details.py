@@ -183,3 +183,28 @@ def test_the_logits_are_read_once(
         check(kernels, replace(problem, details=details).calls(**limits)[0])
         loads.append(kernels.traffic("logits")["load_bytes"])
     assert loads[0] == loads[1] >= problem.logits.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("classes", "limits"), [(11, {}), (67, {}), (400, {"shared_bytes": 64 << 10})], ids=str
+)
+def test_the_first_of_several_largest_classes_of_planes(
+    kernels: ModuleType, classes: int, limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    kernels.set_options()
+    for margin in (None, 40.0, -40.0):
+        problem = row(HARD, classes, dtype, calibrated=False)
+        hard(problem, generator)
+        problem.logits = problem.logits.t().contiguous()[None]
+        problem.target = problem.target[None]
+        if margin is not None:
+            problem.options["margin"] = torch.full((classes,), margin)
+        call = problem.calls(**limits)[0]
+        call.expected = {"prediction": call.expected["prediction"]}
+        check(kernels, call)
+        entropy = torch.from_numpy(call.fields["entropy"])
+        assert entropy[[1, 3, 4]].abs().max() < 1e-6
+        assert entropy[5:].isnan().all()
+        assert abs(float(entropy[2].exp()) - classes) < 1e-3 * classes
