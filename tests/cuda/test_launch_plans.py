@@ -114,7 +114,7 @@ def _plans(main: bool) -> Plans:
 
 @pytest.fixture(
     scope="module", params=[True, pytest.param(False, marks=pytest.mark.slow)],
-    ids=["A100, H100", "others"],
+    ids=["H100", "others"],
 )  # fmt: skip
 def plans(request: pytest.FixtureRequest) -> Plans:
     return _plans(request.param)

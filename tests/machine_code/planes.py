@@ -22,6 +22,7 @@ from benchmarks import model_planes
 from support import launch_plans
 
 from . import disassembly, library
+from .kept import kept
 from .rows import (
     BYTES,
     DTYPES,
@@ -81,7 +82,7 @@ def launch(architecture: str, dtype: str, classes: int, step: str,
     return found
 
 
-@functools.cache
+@kept
 def count(architecture: str, dtype: str, classes: int, step: str) -> dict[str, float]:
     """Opcode -> how often it is issued for 512 bytes of logits, by all warps."""
     codes, registers = library.kernels(architecture)

@@ -33,6 +33,7 @@ from support import launch_plans
 from support.launch_plans import WarpRows
 
 from . import disassembly, library
+from .kept import kept
 from .warp import Launch, Unknown, Warp
 
 ROWS = 4096
@@ -221,7 +222,7 @@ def target_memory(target: int, address: int, size: int) -> int | None:
     return target >> 8 * (address % 8) & ((1 << 8 * size) - 1)
 
 
-@functools.cache
+@kept
 def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     codes, registers = library.kernels(architecture)
     symbol = launch(architecture, dtype, classes, step).symbol

@@ -24,6 +24,7 @@ from typing import Any
 from support import launch_plans
 
 from . import disassembly, library
+from .kept import kept
 from .rows import (
     DEVICES,
     DTYPES,
@@ -149,7 +150,7 @@ def launched(architecture: str, dtype: str, shape: str, step: str, registers: in
     ]
 
 
-@functools.cache
+@kept
 def count(architecture: str, dtype: str, shape: str, step: str) -> dict[str, Counter[str]]:
     """Of each kernel by name, of each opcode: instructions for 32 positions and classes."""
     codes, registers = library.kernels(architecture)

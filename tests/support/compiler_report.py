@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from .places import ROOT, TESTS
 
 # Of the library: CMakeLists.txt.
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-# Those of `make test`; the others are slow.
-MAIN = ("80", "90")
+# That of `make test`; the others are slow.
+MAIN = ("90",)
 
 _EVERY = TESTS / "simt" / "every_kernel.cu"
 _KEPT = ROOT / "build" / "reports"
@@ -72,9 +71,9 @@ def compile(source: Path, architecture: str) -> tuple[Path, list[Kernel]]:
     """The machine code of a file that is compiled as the library is, for one architecture, and what
     nvcc says of its kernels. The same sources are compiled once: build/reports keeps the results.
     """
-    digest = _digest(source.read_bytes())
+    version = digest(source.read_bytes())
     name = f"{source.stem}_{architecture}_"
-    cubin, report = (_KEPT / f"{name}{digest}.{kind}" for kind in ("cubin", "json"))
+    cubin, report = (_KEPT / f"{name}{version}.{kind}" for kind in ("cubin", "json"))
     _KEPT.mkdir(parents=True, exist_ok=True)
     with Path(_KEPT, f"{name}lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of tests want the same
@@ -88,14 +87,12 @@ def compile(source: Path, architecture: str) -> tuple[Path, list[Kernel]]:
 
 def every_kernel(architecture: str) -> tuple[Path, list[Kernel]]:
     """The same of all kernels of csrc/cuda."""
-    with ThreadPoolExecutor(2) as pool:  # who wants one of MAIN will want the other too
-        wanted = MAIN if architecture in MAIN else (architecture,)
-        found = dict(zip(wanted, pool.map(lambda a: compile(_EVERY, a), wanted), strict=True))
-    return found[architecture]
+    return compile(_EVERY, architecture)
 
 
 @functools.cache
-def _digest(source: bytes) -> str:
+def digest(source: bytes) -> str:
+    """Of a file, and of the kernels that it may include."""
     folders = (ROOT / "csrc" / "common", ROOT / "csrc" / "cuda", TESTS / "simt")
     headers = [path for folder in folders for path in sorted(folder.rglob("*.*h"))]
     content = [source, str(build.cuda_home()).encode(), *(path.read_bytes() for path in headers)]

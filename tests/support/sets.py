@@ -56,6 +56,10 @@ SLOW = {
     "test_peak_memory_is_chunk_bytes[reference": "peak memory of the reference in chunks",
     "tests/_sharded/test_scaling.py::test_the_example": "the example of classes over processes",
     "keep_their_budgets[80-": "instructions of the row kernels on an A100",
+    "keeps_its_budgets[80-": "instructions of the kernel of class planes on an A100",
+    "takes_these_counts[80]": "what the model takes for the instructions on an A100",
+    "test_memory_bounds_rows_of_class_probabilities[float32-A100": "the same, and memory's time",
+    "test_memory_bounds_rows_of_class_probabilities[bfloat16-A100": "the same, and memory's time",
     "keep_their_budgets[100-": "instructions of the row kernels on a B200",
     "keep_their_budgets[120-": "instructions of the row kernels on an RTX 5090",
     "cpu_kernels[seed 1-few]": "options under a further order of the threads",
@@ -65,7 +69,8 @@ SLOW = {
 # Tests of one group run in one process of pytest-xdist: they share what a fixture or a cache made.
 GROUPS = {
     "tests/cuda/test_cuda_build.py": "nvcc",
-    "tests/cuda/test_launch_plans.py": "launch plans",
+    "tests/cuda/test_launch_plans.py": "nvcc",
+    "tests/cuda/test_machine_code": "nvcc",
     "tests/_ops/test_triton_targets.py": "triton",
     "tests/_ops/test_triton_machine_code.py": "triton machine code",
     "tests/_ops/test_triton.py::test_every_kernel_compiles": "triton registers",
