@@ -118,14 +118,14 @@ def _budget(kernel: Kernel) -> tuple[str, bool]:
         kind = " all registers"
     if kernel.name == "row_backward_kernel" and kernel.flags[2]:
         kind = " class sums"
-    if kernel.details:
-        kind += " details"
     if kernel.name == "dense_kernel" and kernel.flags[:2] == (True, False):
         kind = " calibrated" if kernel.type in "df" else " by element"
     if kernel.name == "soft_dense_kernel" and kernel.flags == (True, False) and kernel.type != "d":
         kind = " by element"
     if kernel.name == "soft_row_kernel" and kernel.flags[1]:
         kind += " wide"
+    if kernel.details:
+        kind += " details"
     return kernel.name + kind, kernel.type == "d"
 
 
