@@ -82,7 +82,7 @@ def schemas(layout: Layout) -> tuple[str, ...]:
     and of the logits' shape (upsample: at the size of the loss).
     forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; with
     details the positions' loss (where `loss` is not that), and of an upsampled loss the target's
-    softmax and prediction; of rows and planes on the CPU prediction and entropy, each if wanted.
+    softmax and prediction; prediction and entropy, each if wanted, where in_forward.py says so.
     backward: gradients. backward_: that of the logits is written over them, and is no result.
     """
     name = layout.name

@@ -39,6 +39,7 @@ ALL_FILES = [
     "forward_backward",
     "gradient_pass",
     "new_gradient",
+    "details",
 ]
 
 

@@ -6,6 +6,7 @@
     PYTHONPATH=tests:. python -m machine_code.rows soft       # SOFT_ROWS of it
     PYTHONPATH=tests:. python -m machine_code.rows sliced     # SLICED of test_machine_code_tiers.py
     PYTHONPATH=tests:. python -m machine_code.rows narrow     # NARROW and FEW of it
+    PYTHONPATH=tests:. python -m machine_code.rows details    # DETAILS of it
     PYTHONPATH=tests:. python -m machine_code.rows model      # INSTRUCTIONS of benchmarks/model.py
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
@@ -69,7 +70,12 @@ SOFT = {
     "soft all": STEPS["all"] | {"probabilities": 1, "weighted": False},
     "soft backward": STEPS["backward"] | {"probabilities": 1, "weighted": False},
 }
+# With prediction and entropy of every row.
+DETAILS = {
+    f"{step} details": STEPS[step] | {"details": True} for step in ("forward", "gradient", "all")
+}
 SOFT_CLASSES = (*CLASSES, 32000)
+CLASSES_WITH_DETAILS = (1203, 8192)
 SOFT_DEVICES = ("80", "90")
 # Of a slice of a padded head, `padded[:, :1203]` of 1216 classes, whose gradient has its stride.
 SLICED_CLASSES, PADDING = 1203, 13
@@ -83,7 +89,7 @@ CONTIGUOUS = {f"{step}, contiguous": SLICED[step] | {"grad_padding": 0} for step
 NARROW_CLASSES, NARROW_ROWS = (10, 100, 365), 65536
 FEW_CLASSES = (1203,)
 FEW = {f"few {step}": STEPS[step] | {"rows": 100} for step in STEPS}
-ALL = STEPS | SUMS | SOFT | SLICED | CONTIGUOUS | FEW
+ALL = STEPS | SUMS | SOFT | SLICED | CONTIGUOUS | FEW | DETAILS
 
 # Architecture -> the GPU that the launches are made for, and where its constant bank has the sizes
 # of the block and of the grid.
@@ -113,6 +119,7 @@ ORDINARY = {
     r"FSETP\.GEU\.(AND|OR) P, PT, \|R\|, 1000000, !?P": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !?P": False,  # the inverse of the denominator is not 0
     r"FSETP\.LE\.AND P, PT, \|R\|, 3\.40\d*e\+38, !?P": True,  # finite sums: no masked class
+    r"FSETP\.LEU\.OR P, PT, R, RZ, P": False,  # a softmax has a sum, and no NaN: an entropy
 }
 # What row_warp_kernel makes of them otherwise.
 OF_WARP_ROWS = {
@@ -362,6 +369,12 @@ MODEL = {
 }
 
 
+def details_budgets() -> str:
+    """DETAILS of test_machine_code.py."""
+    return table("DETAILS", SOFT_DEVICES, CLASSES_WITH_DETAILS, DETAILS,
+                 lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
+
+
 def model() -> str:
     """INSTRUCTIONS of benchmarks/model.py."""
     lines = ["INSTRUCTIONS = {"]
@@ -391,7 +404,7 @@ def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
 if __name__ == "__main__":
     tables = {
         "budgets": budgets, "soft": soft_budgets, "sliced": sliced_budgets,
-        "narrow": narrow_budgets, "model": model,
+        "narrow": narrow_budgets, "details": details_budgets, "model": model,
     }  # fmt: skip
     if len(sys.argv) == 2:
         print(tables[sys.argv[1]]())

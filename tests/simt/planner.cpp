@@ -159,16 +159,25 @@ void set(Launcher& launcher, const Step& step, Args& args) {
     args.upstream = memory();
 }
 
+// What return_details="entropy" asks of the kernels.
+template <class Args>
+void set_details(Launcher& launcher, Args& args) {
+  args.loss = launcher.allocate(0);
+  args.prediction = static_cast<int64_t*>(launcher.allocate(0));
+  args.entropy = launcher.allocate(0);
+}
+
 py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool weighted,
                       bool calibrated, bool class_gradients, bool grad_logits,
                       const py::object& device, int probabilities, int64_t padding,
-                      int64_t grad_padding, bool made) {
+                      int64_t grad_padding, bool made, bool details) {
   Launcher launcher(device);
   RowArgs args;
   args.outer = rows, args.classes = classes;
   args.outer_stride = classes + padding, args.grad_outer_stride = classes + grad_padding;
   args.gradient_made = made;
   set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
+  if (details) set_details(launcher, args);
   if (probabilities) {
     args.probabilities = launcher.allocate(0);
     args.probability_outer_stride = classes;
@@ -228,7 +237,7 @@ PYBIND11_MODULE(planner, module) {
              py::arg("rows"), py::arg("classes"), py::arg("weighted"), py::arg("calibrated"),
              py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"),
              py::arg("probabilities") = 0, py::arg("padding") = 0, py::arg("grad_padding") = 0,
-             py::arg("made") = false);
+             py::arg("made") = false, py::arg("details") = false);
   module.def("dense_launches", dense_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("images"), py::arg("classes"), py::arg("positions"), py::arg("weighted"),
              py::arg("calibrated"), py::arg("class_gradients"), py::arg("grad_logits"),
