@@ -33,6 +33,7 @@ REGISTERS = {
     ("row_warp_kernel all registers", False): 255,  # 2 blocks, or one of 256 threads
     ("soft_row_warp_kernel", False): 168,  # 3 blocks of 128 threads
     ("soft_row_warp_kernel wide", False): 128,  # 2 blocks of 256 threads, or one of 512
+    ("soft_row_sums_kernel", False): 255,  # 2 blocks of 128 threads, or one of 256
     ("divisor_kernel", False): 40,
     ("divisor_kernel", True): 40,
     ("row_backward_kernel plain", False): 96,
@@ -71,7 +72,6 @@ REGISTERS = {
     ("soft_row_kernel plain wide", True): 128,
     ("soft_row_kernel calibrated", False): 168,
     ("soft_row_kernel calibrated", True): 216,
-    ("soft_row_kernel calibrated wide", False): 128,  # a block of 512 threads
     ("soft_row_kernel calibrated wide", True): 208,
     ("soft_combine_kernel", False): 72,
     ("soft_combine_kernel", True): 80,
@@ -87,12 +87,15 @@ REGISTERS = {
     ("upsample_nodes_kernel", False): 104,
     ("upsample_nodes_kernel", True): 152,
 }
+OF_WARPS = ("row_warp_kernel", "soft_row_warp_kernel", "soft_row_sums_kernel")
 _NARROW = ("row_forward_kernel calibrated", False)
 ROW_FORWARD_WIDE = 128  # calibrated: more would leave no room for a block of 512 threads
 
 
 def _budget(kernel: Kernel) -> tuple[str, bool]:
     """The kernel's entry of REGISTERS."""
+    if kernel.name == "soft_row_sums_kernel":
+        return kernel.name, False
     if kernel.name == "soft_row_warp_kernel":
         return kernel.name + (" wide" if kernel.flags[0] else ""), False
     kinds = {(): "", (False,): " plain", (True,): " calibrated"}
@@ -182,15 +185,16 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         assert not floats, f"{kernel.symbol} adds in no order"
         assert not atomics or kernel.name in (
             "row_forward_kernel", "row_warp_kernel", "dense_kernel", "soft_row_kernel",
-            "soft_dense_kernel", "soft_row_warp_kernel",
+            "soft_dense_kernel", "soft_row_warp_kernel", "soft_row_sums_kernel",
         )  # fmt: skip
-        if kernel.name in ("row_warp_kernel", "soft_row_warp_kernel") and kernel.flags[-1] == 2:
+        if kernel.name in OF_WARPS and kernel.flags[-1] == 2:
             clusters = "UCGABAR_WAIT" in code[kernel.symbol]
             assert clusters == (int(architecture) >= 90), kernel.symbol
             if not clusters:
                 continue  # not launched there
         if kernel.name in (
             "row_forward_kernel", "row_backward_kernel", "soft_row_kernel", "soft_row_warp_kernel",
+            "soft_row_sums_kernel",
         ):  # fmt: skip
             # How often, at C = 1203 and others: test_cuda_simt.py counts.
             assert "LDG.E.128" in found, kernel.symbol
@@ -202,6 +206,6 @@ def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
         of_planes = kernel.name in ("dense_kernel", "soft_dense_kernel")
         by_element = of_planes and not kernel.flags[1]
         if of_planes or kernel.name in (
-            "row_backward_kernel", "row_warp_kernel", "soft_row_kernel", "soft_row_warp_kernel",
+            "row_backward_kernel", "soft_row_kernel", *OF_WARPS,
         ):  # fmt: skip
             assert ("STG.E.128" in found) == (not by_element), kernel.symbol

@@ -110,15 +110,16 @@ ORDINARY = {
     r"ISETP\.GT\.U32\.AND P, PT, R, 0x1ffffff, PT": True,  # 1 / a float that is no subnormal
     r"FSETP\.GE\.AND P, PT, R, RZ, PT": True,  # the sigmoid of a positive number
     r"ISETP\.NE\.AND P, PT, R, RZ, PT; EXIT": False,  # this is the last block, which ends the loss
-    r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
+    r"FSETP\.GEU\.(AND|OR) P, PT, \|R\|, 1000000, !?P": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !?P": False,  # the inverse of the denominator is not 0
+    r"FSETP\.LE\.AND P, PT, \|R\|, 3\.40\d*e\+38, !?P": True,  # finite sums: no masked class
 }
 # What row_warp_kernel makes of them otherwise.
 OF_WARP_ROWS = {
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
     r"FSETP\.EQ\.AND P, PT, R, R, PT": True,
     r"ISETP\.NE\.OR P, PT, R, RZ, !P": True,  # the sum of the others is moderate
-    r"FSETP\.LE\.OR P, PT, R, 4\.29\d*e\+09, P": True,
+    r"FSETP\.LE\.(OR|AND) P, PT, R, 4\.29\d*e\+09, !?P": True,
     r"FSETP\.GTU\.AND P, PT, R, 4\.29\d*e\+09, PT": False,
     r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # log1p of a positive number
 }

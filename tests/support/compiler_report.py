@@ -47,8 +47,8 @@ class Kernel:
 
     @property
     def flags(self) -> tuple[int, ...]:
-        """Of row_warp_kernel and soft_row_warp_kernel the last is Keeper of row_warp_tile.cuh."""
-        keeper = re.findall(r"row_warp_kernel.*Li(\d)EEEv", self.symbol)
+        """Of kernels of warps the last is Keeper of row_warp_tile.cuh."""
+        keeper = re.findall(r"row_(?:warp|sums)_kernel.*Li(\d)EEEv", self.symbol)
         return tuple(int(f) for f in re.findall(r"Lb([01])E", self.symbol) + keeper)
 
     @property
@@ -120,6 +120,7 @@ _WARP_CALIBRATED, _WARPS_CALIBRATED, _CLUSTER_CALIBRATED = (
     ("row_warp_kernel", (True, False, keeper)) for keeper in range(3)
 )
 _CLUSTER_PLAIN = ("row_warp_kernel", (False, False, 2))
+_SOFT_SUMS = [("soft_row_sums_kernel", (keeper,)) for keeper in range(3)]
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
 _PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
@@ -161,6 +162,19 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_WIDE_STAGE_2, _FP16): 92,
     ("120", "soft_row_warp_kernel", (2,), _BF16): 12,
     ("120", "soft_row_warp_kernel", (2,), _FP16): 12,
+    ("100", *_SOFT_SUMS[0], "f"): 40,
+    ("100", *_SOFT_SUMS[0], _BF16): 8,
+    ("100", *_SOFT_SUMS[0], _FP16): 64,
+    ("100", *_SOFT_SUMS[1], "f"): 20,
+    ("100", *_SOFT_SUMS[1], _BF16): 16,
+    ("100", *_SOFT_SUMS[1], _FP16): 60,
+    ("120", *_SOFT_SUMS[0], "f"): 88,
+    ("120", *_SOFT_SUMS[0], _BF16): 56,
+    ("120", *_SOFT_SUMS[0], _FP16): 72,
+    ("120", *_SOFT_SUMS[1], "f"): 20,
+    ("120", *_SOFT_SUMS[1], _BF16): 20,
+    ("120", *_SOFT_SUMS[1], _FP16): 28,
+    ("120", *_SOFT_SUMS[2], "f"): 44,
     # Of planes, what stays the same for a tile.
     ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
     ("100", "dense_kernel", _WITH_OPTIONS, _BF16): 16,
