@@ -46,7 +46,7 @@ INSTRUCTIONS = {
     ("warps", "all"): (115, 256),
     ("block", "stage2"): (149, 312),
     ("block", "all"): (182, 378),
-    ("cluster", "gradient"): (52, 90),
+    ("cluster", "gradient"): (53, 90),
     ("cluster", "stage2"): (98, 206),
     ("cluster", "all"): (119, 262),
     ("tiles", "forward"): (67, 137),
