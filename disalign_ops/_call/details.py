@@ -31,8 +31,9 @@ class LossDetails(NamedTuple):
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
-    All come from the loss's own read of the logits on the CPU. On a GPU prediction and entropy take
-    a second one, as everything but the loss does where no kernel of the library serves.
+    All come from the loss's own read of the logits on the CPU, and on a GPU with class indices. On
+    a GPU prediction and entropy of class probabilities take a second one, as all but the loss does
+    where no kernel of the library serves.
     """
 
     loss: Tensor
@@ -83,7 +84,7 @@ def find(
     entropy_wanted = return_details == "entropy"
     each = problem.reduction == REDUCTIONS["none"]
     bits = DETAILS
-    if dispatch.predicts(problem.layout, inputs.logits):
+    if dispatch.predicts(problem.layout, inputs):
         bits |= PREDICTION | ENTROPY * entropy_wanted
     loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
     detached = _detached(inputs)

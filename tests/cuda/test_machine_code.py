@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import model, model_planes
 from benchmarks.gpus import GPUS
-from machine_code import disassembly, planes, rows, upsample
+from machine_code import disassembly, library, planes, rows, upsample
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
 
@@ -48,11 +48,8 @@ PLANES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> None:
-    home = build.cuda_home()
-    if build.why_not() or home is None or not (home / "bin" / "nvcc").exists():
-        pytest.skip(build.why_not() or "needs nvcc")
-    if disassembly.nvdisasm() is None:
-        pytest.skip("needs nvdisasm (package nvidia-cuda-nvdisasm)")
+    if library.why_not():
+        pytest.skip(str(library.why_not()))
 
 
 # Each kind of work has an instruction of its own, so that it can be counted: cosines in a loop of
@@ -248,6 +245,36 @@ def test_rows_of_class_probabilities_keep_their_budgets(architecture: str, dtype
         assert 0.999 < written <= most + 0.001 if step != "soft forward" else written == 0
     budgets = dict(zip(cases, sum(SOFT_ROWS[architecture, dtype], ()), strict=True))
     assert not {c: (n.vector, budgets[c]) for c, n in found.items() if n.vector > budgets[c]}
+
+
+# The same with prediction and entropy of every row: for each of rows.CLASSES_WITH_DETAILS those of
+# rows.DETAILS; `python -m machine_code.rows details` prints this.
+DETAILS = {
+    ("80", "float32"): (
+        (127, 145, 216),
+        (112, 126, 191),
+    ),
+    ("80", "bfloat16"): (
+        (258, 301, 452),
+        (220, 249, 399),
+    ),
+    ("90", "float32"): (
+        (132, 152, 227),
+        (115, 129, 193),
+    ),
+    ("90", "bfloat16"): (
+        (270, 315, 481),
+        (222, 251, 413),
+    ),
+}
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), DETAILS)
+def test_rows_with_details_keep_their_budgets(architecture: str, dtype: str) -> None:
+    cases = [(classes, step) for classes in rows.CLASSES_WITH_DETAILS for step in rows.DETAILS]
+    found = {case: rows.count(architecture, dtype, *case).vector for case in cases}
+    budgets = dict(zip(cases, sum(DETAILS[architecture, dtype], ()), strict=True))
+    assert not {c: (n, budgets[c]) for c, n in found.items() if n > budgets[c]}
 
 
 @pytest.mark.parametrize(("name", "classes"), [("H100 SXM", 131_072), ("A100 SXM 80 GB", 16_384)])

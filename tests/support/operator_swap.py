@@ -43,7 +43,7 @@ def swap(operator_of: Callable[[str], Callable[..., Any]], native: bool = True) 
     for name in schemas.fakes(native):
         schemas._OPERATORS[name] = _counted(name, operator_of(name))
     kernels = in_forward.NATIVE
-    kernels["cpu"] = kernels["cuda"] if native else in_forward.NOTHING
+    kernels["cpu"] = kernels["cuda"] if native else in_forward.TRITON
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
