@@ -21,6 +21,7 @@ LEFT_OUT = (
     ("compile", "torch.compile knows the operators by the library's own name"),
     ("fake tensors", "torch knows fakes of the library's own operators"),
     ("opcheck", "checks the library's own operators"),
+    ("exported", "torch.export takes the library's own operators"),
     ("auto_means", "asks what the library's own operators make in forward"),
     ("memory", "counts what the CPU kernels allocate"),
 )
