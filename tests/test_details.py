@@ -271,16 +271,35 @@ def test_an_empty_batch(shape: tuple[int, ...], which: Any) -> None:
         assert which is True or details.entropy.dtype is torch.float32  # as of other batches
 
 
-@pytest.mark.parametrize("margin", [0.5, 30.0, 60.0, 100.0])
-def test_a_margin_beyond_the_range_of_exp(margin: float) -> None:
+@pytest.mark.parametrize("margin", [0.5, 30.0, 60.0, 100.0, -8.0, -20.0, -60.0, -200.0])
+@pytest.mark.parametrize("planes", [False, True])
+def test_a_margin_beyond_the_range_of_exp(planes: bool, margin: float) -> None:
+    """Negative ones leave the sums with the target's exponential nothing of the others."""
     z, t = torch.randn(7, 11), torch.arange(7)
     margins = torch.full((11,), 0.5)
     margins[::2] = margin
-    details = disalign_ops.cross_entropy(z, t, margin=margins, return_details=True)
+    of, target = (z[..., None], t[:, None]) if planes else (z, t)
+    details = disalign_ops.cross_entropy(of, target, margin=margins, return_details="entropy")
+    details = disalign_ops.LossDetails(
+        details.loss,
+        *(None if d is None else d.reshape(7) for d in details[1:]),  # type: ignore[arg-type]
+    )
     assert details.probability is not None
+    assert details.entropy is not None
+    entropy = torch.distributions.Categorical(logits=z).entropy()
+    assert_close(details.entropy, entropy, torch.float32, "entropy")
     assert_close(details.log_sum_exp, z.logsumexp(1), torch.float32, "log_sum_exp")
     expected = z.softmax(1).gather(1, t[:, None])[:, 0]
     assert_close(details.probability, expected, torch.float32, "probability")
+
+
+def test_a_margin_where_every_class_is_masked() -> None:
+    z = torch.full((2, 5), float("-inf"))
+    for margin in (None, 0.5, 60.0, -0.5):
+        details = disalign_ops.cross_entropy(
+            z, torch.tensor([1, -100]), margin=margin, return_details=True
+        )
+        assert details.log_sum_exp.tolist() == [float("-inf"), 0.0]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 9, 1 << 26], ids=["chunks of classes", "one"])

@@ -31,9 +31,9 @@ class LossDetails(NamedTuple):
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
-    All come from the loss's own read of the logits on the CPU, and on a GPU with class indices. On
-    a GPU prediction and entropy of class probabilities take a second one, as all but the loss does
-    where no kernel of the library serves.
+    All come from the loss's own read of the logits. A second one is taken for prediction and entropy
+    of class probabilities on a GPU; for log_sum_exp and entropy with a margin below 0, or, on a GPU,
+    any margin; and for all but the loss where no kernel of the library serves.
     """
 
     loss: Tensor
@@ -98,18 +98,22 @@ def find(
             losses = dispatch.compute(detached, none)[0]
             lse = None
         prediction, entropy = (*known, None, None)[:2]
-        if prediction is None:
+        again = _hides_classes(inputs.margin)
+        if prediction is None or again:
             look = second_look.look(
                 inputs.logits.detach(), *problem.form.vectors(detached.scale, detached.bias),
-                detached.confidence, inputs.prior, entropy=entropy_wanted, log_sum_exp=lse is None,
+                detached.confidence, inputs.prior, entropy=entropy_wanted,
+                log_sum_exp=again or lse is None,
             )  # fmt: skip
-            prediction, entropy = look.prediction, look.entropy
+            prediction = look.prediction if prediction is None else prediction
+            entropy = look.entropy
+            lse = look.log_sum_exp if again else lse
         u_t = indices = None
         if not is_soft(inputs):
             indices = reference.class_indices(inputs.target.reshape(-1), problem.numbers[0])
             t, valid = indices
             _, u_t, _ = calibrated_at(detached, problem, t, t, valid.to(losses.dtype))
-            if lse is not None and inputs.margin is not None:
+            if lse is not None and inputs.margin is not None and not again:
                 margin = inputs.margin[torch.where(valid, t, 0)]
                 lse = _without_margin(lse, u_t, margin)
         lse = look.log_sum_exp if lse is None else lse
@@ -137,9 +141,22 @@ def _detached(inputs: Inputs) -> Inputs:
     return Inputs(*(None if t is None else t.detach() for t in inputs))  # type: ignore[arg-type]
 
 
+def _hides_classes(margin: Tensor | None) -> bool:
+    """Whether a margin may raise the target's logit so far that the kernels' sums, which include
+    it, hold too few digits of the other classes, or none. Where asking would wait or break a graph,
+    one is taken to.
+    """
+    if margin is None:
+        return False
+    if not margin.is_cpu or torch.compiler.is_compiling() or dispatch.transformed():
+        return True
+    return bool((margin < 0).any())
+
+
 def _without_margin(lse: Tensor, u_t: Tensor, margin: Tensor) -> Tensor:
-    """lse of sums in which the target's exponential lacks the margin."""
+    """lse of sums in which the target's exponential lacks the margin, which is not negative."""
     share = (u_t - margin - lse).exp()  # the target's, of the sum
     found = lse + torch.log1p(share * torch.expm1(margin))
     # Beyond, exp(margin) may be infinite, and what the margin left of the target's is lost in it.
-    return torch.where(margin < _LARGE_MARGIN, found, torch.logaddexp(lse, u_t))
+    beyond = (margin >= _LARGE_MARGIN) | (lse == float("-inf"))  # or every class is masked
+    return torch.where(beyond, torch.logaddexp(lse, u_t), found)
