@@ -11,7 +11,7 @@ from torch import Tensor
 
 import disalign_ops
 from disalign_ops import LossDetails
-from disalign_ops._ops import reference
+from disalign_ops._ops import in_forward, reference
 from disalign_ops.errors import ArgumentError
 from support import ranks
 from support.cases import rows
@@ -201,16 +201,21 @@ def test_the_logits_are_read_once(shape: tuple[int, ...], operator: str, soft: b
             result = func(*args, **(kwargs or {}))
             of_logits = [isinstance(t, Tensor) and t.data_ptr() == at for t in (*args, result)]
             if any(of_logits[:-1]) and not of_logits[-1]:  # no view
-                seen.add(str(func))
+                seen.add(func._opname)
             return result
 
+    kernels = in_forward.NATIVE["cpu"]  # which tests of other kernels change
+    if kernels is in_forward.TRITON:
+        pytest.skip("a Triton operator is seen as what it is made of: test_triton.py")
+    if operator not in (kernels.predicts_soft if soft else kernels.predicts):
+        pytest.skip("these kernels give no prediction: a second look is taken")
     z = torch.randn(shape)
     at = z.data_ptr()
     t = torch.rand(shape) if soft else torch.randint(0, 100, (shape[0], *shape[2:]))
     with Record():
         disalign_ops.cross_entropy(z, t, return_details="entropy")
-    forward = f"disalign_ops.{operator}_forward.default"
-    assert seen == ({forward} if soft else {forward, "aten.gather.default"})
+    forward = f"{operator}_forward"
+    assert seen == ({forward} if soft else {forward, "gather"})
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -138,11 +138,23 @@ inline Tensor new_like(const Tensor& z) {
   return new_tensor(size, z.dim(), shim_dtype(z.scalar_type()), place_of(z));
 }
 
+// A new tensor of rows that are `stride` elements apart, the first of them `offset` elements from
+// where its memory begins. Neither the rows nor what lies between them is initialised.
+inline Tensor new_rows(int64_t rows, int64_t classes, int64_t stride, int64_t offset,
+                       ScalarType dtype, Place place) {
+  const Tensor memory = new_tensor({offset + rows * stride}, dtype, place);
+  const int64_t size[2] = {rows, classes}, strides[2] = {stride, 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(memory.get(), 2, size, strides, offset, &handle));
+  return Tensor(handle);
+}
+
 inline void require_like(const Tensor& gradient, const Tensor& logits) {
   bool alike = gradient.dim() == logits.dim() && gradient.scalar_type() == logits.scalar_type() &&
-               gradient.device() == logits.device() && gradient.is_contiguous();
+               gradient.device() == logits.device();
   for (int64_t d = 0; alike && d < logits.dim(); ++d) alike = gradient.size(d) == logits.size(d);
-  require(alike, "grad_logits is not a contiguous tensor of the logits' shape, dtype and device");
+  require(alike, "grad_logits is not a tensor of the logits' shape, dtype and device");
 }
 
 }  // namespace disalign

@@ -39,7 +39,8 @@ struct CalibrateOperator {
     Device device(logits);
     Results results;
     results.reserve(4);
-    add_gradients(logits, Layout::confidences(args), Wanted(wanted_bits), nullptr, args, results);
+    add_gradients<Layout>(logits, Layout::confidences(args), Wanted(wanted_bits), nullptr, args,
+                          results);
     device.template calibrate<Operator>(logits, args);
     return results;
   }

@@ -126,7 +126,7 @@ inline Tensor new_vector(const Tensor& logits, int64_t entries) {
 
 // Adds the gradients that are wanted to the results and tells args where to write them. grad_logits:
 // the memory for that of the logits, which is then no result.
-template <class Args>
+template <class Layout, class Args>
 void add_gradients(const Tensor& logits, int64_t confidences, Wanted wanted,
                    const Tensor* grad_logits, Args& args, Results& results) {
   require(args.scale != nullptr || !wanted.calibration(),
@@ -136,7 +136,8 @@ void add_gradients(const Tensor& logits, int64_t confidences, Wanted wanted,
     return tensor.mutable_data_ptr();
   };
   if (wanted.logits)
-    args.grad_logits = grad_logits ? grad_logits->mutable_data_ptr() : add(new_like(logits));
+    args.grad_logits =
+        grad_logits ? grad_logits->mutable_data_ptr() : add(Layout::new_gradient(logits, args));
   if (wanted.scale) args.grad_scale = add(new_vector(logits, args.classes));
   if (wanted.bias) args.grad_bias = add(new_vector(logits, args.classes));
   if (wanted.confidence) args.grad_confidence = add(new_vector(logits, confidences));

@@ -31,6 +31,40 @@ struct FlatLayout {
     }
   }
 
+  // Memory for a gradient of the logits, and where it lies. That of rows begins at the logits'
+  // addresses modulo 16 bytes, so that a kernel stores the vectors that it loads: a slice of a padded
+  // head, `padded[:, :1203]`, has a gradient of the padded rows' stride. Such a stride costs at most
+  // an eighth more memory, or of few classes that of 8. _ops/new_gradient.py has the same rule.
+  template <class Args>
+  static Tensor new_gradient(const Tensor& logits, Args& args) {
+    if constexpr (Planes) {
+      return new_like(logits);
+    } else {
+      const int64_t in_vector = 16 / logits.element_size();
+      const int64_t padding = args.outer_stride - args.classes;
+      const bool alike = padding % in_vector == 0;  // without the padding, too
+      const bool little = padding > 0 && 8 * padding <= std::max<int64_t>(args.classes, 64);
+      const int64_t offset = alike || little ? logits.storage_offset() % in_vector : 0;
+      if (!alike && little) args.grad_outer_stride = args.outer_stride;
+      if (args.grad_outer_stride == args.classes && offset == 0) return new_like(logits);
+      return new_rows(args.outer, args.classes, args.grad_outer_stride, offset,
+                      logits.scalar_type(), place_of(logits));
+    }
+  }
+
+  // Where a gradient lies that is there.
+  template <class Args>
+  static void set_gradient(const Tensor& gradient, Args& args) {
+    if constexpr (Planes) {
+      require(gradient.is_contiguous(), "grad_logits is not contiguous");
+    } else if (args.outer > 1 && args.classes > 0) {
+      args.grad_outer_stride = gradient.stride(0);
+      require(args.classes == 1 || gradient.stride(1) == 1,
+              "grad_logits's classes are not next to each other");
+      require(gradient.stride(0) >= args.classes, "grad_logits's rows overlap in memory");
+    }
+  }
+
   template <class Args>
   static void set_over_logits(Args& args) {
     args.grad_outer_stride = args.outer_stride;
@@ -98,6 +132,11 @@ struct UpsampleLayout {
     args.grad_class_stride = int64_t{args.y.in} * args.x.in;
     args.grad_outer_stride = args.classes * args.grad_class_stride;
     args.align_corners = align_corners;
+  }
+
+  template <class Args>
+  static Tensor new_gradient(const Tensor& logits, Args&) {
+    return new_like(logits);
   }
 
   template <class Args>

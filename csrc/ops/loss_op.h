@@ -59,7 +59,7 @@ struct LossOperator {
     (each ? args.loss : args.reduced_loss) = loss;
     set_statistics(add(new_tensor({statistics_of(args), positions}, dtype, place)), dtype, args);
     args.denominator = static_cast<double*>(add(new_tensor({}, ScalarType::Double, place)));
-    add_gradients(logits, confidences, wanted, nullptr, args, results);
+    add_gradients<Layout>(logits, confidences, wanted, nullptr, args, results);
     if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
       if (wanted.details && !each) args.loss = add(new_vector(logits, positions));
       if constexpr (Layout::kPredicts) {
@@ -104,6 +104,7 @@ struct LossOperator {
       require(one_upstream && wanted.logits,
               "a gradient of the logits that forward made has one upstream gradient");
       (require_like(made, logits), ...);
+      (Layout::set_gradient(made, args), ...);
       grad_logits = (&made, ...);
       args.gradient_made = true;
     }
@@ -181,7 +182,7 @@ struct LossOperator {
   static void set_gradients(const Tensor& logits, const Tensor* grad_logits, Wanted wanted,
                             Args& args, Results& results) {
     results.reserve(4);
-    add_gradients(logits, Layout::confidences(args), wanted, grad_logits, args, results);
+    add_gradients<Layout>(logits, Layout::confidences(args), wanted, grad_logits, args, results);
     if (grad_logits != &logits || !wanted.logits) return;
     require(!overlaps(logits),
             "the logits overlap in memory: a gradient cannot be written over them");

@@ -31,9 +31,9 @@ class LossDetails(NamedTuple):
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
-    All come from the loss's own read of the logits on the CPU, unless a margin is below 0:
-    log_sum_exp and entropy then take a second one. On a GPU prediction and entropy take one, with a
-    margin log_sum_exp too, as everything but the loss does where no kernel of the library serves.
+    All come from the loss's own read of the logits. A second one is taken for prediction and
+    entropy of class probabilities on a GPU; for log_sum_exp and entropy with a margin below 0, or,
+    on a GPU, any margin; and for all but the loss where no kernel of the library serves.
     """
 
     loss: Tensor
@@ -84,7 +84,7 @@ def find(
     entropy_wanted = return_details == "entropy"
     each = problem.reduction == REDUCTIONS["none"]
     bits = DETAILS
-    if dispatch.predicts(problem.layout, inputs.logits):
+    if dispatch.predicts(problem.layout, inputs):
         bits |= PREDICTION | ENTROPY * entropy_wanted
     loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
     detached = _detached(inputs)

@@ -75,9 +75,14 @@ def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
     return native and layout.name in in_forward.kernels_of(layout, logits).layouts
 
 
-def predicts(layout: Layout, logits: Tensor) -> bool:
-    """Whether the kernels that these logits go to give prediction and entropy."""
-    return serving_backend(logits) == "native" and in_forward.kernels_of(layout, logits).predicts
+def predicts(layout: Layout, inputs: Inputs) -> bool:
+    """Whether the kernels that these inputs go to give prediction and entropy."""
+    backend = serving_backend(inputs.logits)
+    if backend not in ("native", "triton"):
+        return False
+    triton = backend == "triton"
+    kernels = in_forward.TRITON if triton else in_forward.kernels_of(layout, inputs.logits)
+    return layout.name in (kernels.predicts_soft if is_soft(inputs) else kernels.predicts)
 
 
 def shards_predict(logits: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .codes import CALIBRATION, LOGITS, REDUCTIONS
 from .problem import Inputs, Problem
-from .schemas import LAYOUTS, MADE_LAYOUTS, UPSAMPLE, Layout
+from .schemas import DENSE, LAYOUTS, MADE_LAYOUTS, ROW, UPSAMPLE, Layout
 
 _NONE = REDUCTIONS["none"]
 
@@ -21,15 +21,17 @@ class Kernels(NamedTuple):
     them make it. upsampled_calibration: whether they make that of an upsampled calibration; on a
     GPU it costs backward the low-resolution logits once more, and forward every output position.
     finished_by_operator: whether backward leaves the upstream gradient to `backward_made`, so that
-    the host does not wait for it. predicts: whether those of rows and planes give prediction and
-    entropy. shards_predict: whether those of a shard's rows do.
+    the host does not wait for it. predicts: the layouts that give prediction and entropy of class
+    indices; predicts_soft: those that give them of class probabilities. shards_predict: whether
+    those of a shard's rows give them.
     """
 
     layouts: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     upsampled_calibration: bool = False
     finished_by_operator: bool = False
-    predicts: bool = False
+    predicts: tuple[str, ...] = ()
+    predicts_soft: tuple[str, ...] = ()
     shards_predict: bool = False
 
 
@@ -40,21 +42,23 @@ NATIVE = {
         tuple(layout.name for layout in LAYOUTS),
         (torch.float32, torch.float64),
         upsampled_calibration=True,
-        predicts=True,
+        predicts=(ROW.name, DENSE.name),
+        predicts_soft=(ROW.name, DENSE.name),
         shards_predict=True,
     ),
     "cuda": Kernels(
         tuple(layout.name for layout in MADE_LAYOUTS),
         (torch.float32, torch.float64, torch.bfloat16),
         finished_by_operator=True,
+        predicts=(ROW.name, DENSE.name),
     ),
 }
-NOTHING = Kernels()
+TRITON = Kernels(predicts=(ROW.name, DENSE.name))
 
 
 def kernels_of(layout: Layout, logits: Tensor) -> Kernels:
     """The kernels that a layout's operators run for these logits."""
-    return NOTHING if layout.prefix else NATIVE["cpu" if logits.is_cpu else "cuda"]
+    return TRITON if layout.prefix else NATIVE["cpu" if logits.is_cpu else "cuda"]
 
 
 def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:

@@ -31,6 +31,7 @@ from .codes import (
     SHARD_VALUES,
 )
 from .namespace import NAMESPACE
+from .new_gradient import new_gradient
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def schemas(layout: Layout) -> tuple[str, ...]:
     and of the logits' shape (upsample: at the size of the loss).
     forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; with
     details the positions' loss (where `loss` is not that), and of an upsampled loss the target's
-    softmax and prediction; of rows and planes on the CPU prediction and entropy, each if wanted.
+    softmax and prediction; prediction and entropy, each if wanted, where in_forward.py says so.
     backward: gradients. backward_: that of the logits is written over them, and is no result.
     """
     name = layout.name
@@ -147,12 +148,14 @@ backends.load_native()
 def _gradient_fakes(logits: Tensor, wanted: int) -> list[Tensor]:
     dtype = reference.accumulate_dtype(logits.dtype)
     n, classes, *spatial = logits.shape
-    shapes = (tuple(logits.shape), (classes,), (classes,), (n * math.prod(spatial),))
-    return [
-        logits.new_empty(shape, dtype=logits.dtype if bit == LOGITS else dtype)
-        for shape, bit in zip(shapes, GRADIENTS, strict=True)
+    vectors = [
+        logits.new_empty((entries,), dtype=dtype)
+        for entries, bit in zip(
+            (classes, classes, n * math.prod(spatial)), GRADIENTS[1:], strict=True
+        )
         if wanted & bit
     ]
+    return [new_gradient(logits), *vectors] if wanted & LOGITS else vectors
 
 
 def _forward_fake(

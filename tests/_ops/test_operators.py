@@ -192,9 +192,19 @@ def test_what_forward_made_is_kept_where_the_upstream_gradient_is_one(
 
 def test_what_is_no_gradient_of_the_logits_is_refused() -> None:
     z = torch.zeros(5, 19, dtype=torch.float64)
-    for other in (z[:4], z[:, :18], z.float(), z.t().contiguous().t(), z[0]):
-        with pytest.raises(RuntimeError, match="grad_logits is not a contiguous tensor of the log"):
+    for other in (z[:4], z[:, :18], z.float(), z[0]):
+        with pytest.raises(RuntimeError, match="grad_logits is not a tensor of the logits' shape"):
             OPS.row_backward_made(**made_arguments(grad_logits=other))
+    for other, message in (
+        (z.t().contiguous().t(), "grad_logits's classes are not next to each other"),
+        (z[:1].expand(5, 19), "grad_logits's rows overlap in memory"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.row_backward_made(**made_arguments(grad_logits=other))
+    planes = {n: made_arguments()[n].view(1, 19, 5) for n in ("logits", "grad_logits")}
+    planes["grad_logits"] = planes["grad_logits"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(RuntimeError, match="grad_logits is not contiguous"):
+        OPS.dense_backward_made(**made_arguments(**planes))
     each = torch.ones(5, dtype=torch.float64)
     for changes in ({"grad_loss": each}, {"wanted": SCALE}):
         with pytest.raises(RuntimeError, match="that forward made has one upstream gradient"):

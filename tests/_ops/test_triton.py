@@ -40,8 +40,8 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     ("files", "only"),
     [
         (
-            ["row", "shard"],
-            "not depend_on and not beyond_the_cache and not far_above "
+            ["row", "shard", "new_gradient"],
+            "not exported and not depend_on and not beyond_the_cache and not far_above "
             "and not (denominator_of_0 and (upsample or dense or reference))",
         ),
         (

@@ -38,6 +38,8 @@ ALL_FILES = [
     "stage2",
     "forward_backward",
     "gradient_pass",
+    "new_gradient",
+    "details",
 ]
 
 

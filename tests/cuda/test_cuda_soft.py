@@ -49,16 +49,24 @@ def test_rows_at_every_alignment(kernels: ModuleType, classes: int, dtype: torch
             check(kernels, call)
 
 
-# Without calibration, where the probabilities lie like the logits: by a warp a row, from 513
-# classes to what its registers hold; by several of a block; by a cluster's of two, three and eight
-# blocks.
+# Where the probabilities lie like the logits: by a warp a row, from 513 classes to what its
+# registers hold; by several of a block; by a cluster's of two, three and eight blocks. Calibrated
+# rows have fewer warps a block.
 @pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
-@pytest.mark.parametrize("classes", [513, 1280, 1287, 1288, 5000, 8193, 20000, 70001])
-def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("classes", "calibrated"),
+    [
+        *((n, False) for n in (513, 1280, 1287, 1288, 5000, 8193, 20000, 70001)),
+        *((n, True) for n in (513, 1280, 1287, 1288, 4096, 4104, 8193, 20000, 33001, 65536)),
+    ],
+)  # fmt: skip
+def test_rows_by_warps(
+    kernels: ModuleType, classes: int, calibrated: bool, dtype: torch.dtype
+) -> None:
     kernels.set_options(shuffle=True, seed=classes)
     for offset, wide, all_options in ((0, True, False), (1, False, True), (3, True, True)):
         problem = soft(5, classes, dtype=dtype, offset=offset, alike=True, wide=wide,
-                       calibrated=False, all_options=all_options)  # fmt: skip
+                       calibrated=calibrated, all_options=all_options)  # fmt: skip
         limits = {"has_clusters": True, "shared_bytes": 227 << 10}
         forward, kept, made = problem.gradient_calls(offset=offset, **limits)
         for call in (*problem.calls(**limits), forward, kept, made):
@@ -72,20 +80,53 @@ def test_rows_by_warps(kernels: ModuleType, classes: int, dtype: torch.dtype) ->
         assert kernels.traffic(GRADIENT)["store_bytes"] == problem.logits.nbytes
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("classes", [1203, 5000, 9001])
-def test_masked_classes(kernels: ModuleType, classes: int) -> None:
+def test_masked_classes(kernels: ModuleType, classes: int, calibrated: bool) -> None:
     # Of probability 0 they add 0; else the loss is infinite.
     kernels.set_options()
-    problem = soft(4, classes, calibrated=False)
-    problem.logits[problem.target == 0] = -torch.inf
-    problem.target[:, -1] = 0
-    for call in problem.gradient_calls(has_clusters=True):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = soft(4, classes, dtype=dtype, calibrated=calibrated)
+        problem.logits[problem.target == 0] = -torch.inf
+        problem.target[:, -1] = 0
+        for call in (*problem.gradient_calls(has_clusters=True), *problem.calls()):
+            check(kernels, call)
+        problem.target[2, classes // 2] = 0.5
+        problem.logits[2, classes // 2] = -torch.inf
+        forward = problem.calls(has_clusters=True)[0]
+        kernels.soft_row_forward(forward.fields)
+        assert forward.fields["reduced_loss"] == np.inf
+        for name in ("grad_scale", "grad_bias", "grad_confidence") if calibrated else ():
+            assert np.isfinite(forward.fields[name]).all(), name
+
+
+# Calibrated rows take the maximum of a few elements a lane for the row's: one logit far above
+# these, logits beyond what fused exponents are exact for, and those next to float16's lowest
+# number, which stands for what is not the row's own.
+@pytest.mark.parametrize("classes", [1003, 5000, 9001])
+@pytest.mark.parametrize(
+    ("dtype", "shift", "peak"),
+    [
+        (torch.float32, 0.0, 60.0), (torch.bfloat16, 0.0, 60.0), (torch.float32, 2.0**21, 0.0),
+        (torch.float32, -(2.0**21), 30.0), (torch.float16, -65000.0, 0.0),
+        (torch.float16, -65504.0, 128.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_logits_far_away(
+    kernels: ModuleType, dtype: torch.dtype, shift: float, peak: float, classes: int
+) -> None:
+    kernels.set_options()
+    problem = soft(3, classes, dtype=dtype)
+    step = 32 if dtype == torch.float16 else 1
+    problem.logits.copy_(shift + step * torch.randint(0, 4, problem.logits.shape))
+    problem.logits[:, -200] += peak
+    problem.vectors["scale"].zero_()  # of numbers as large as these u is rounded otherwise
+    problem.vectors["bias"].zero_()
+    for call in (*problem.gradient_calls(has_clusters=True), *problem.calls()):
+        for name in ("grad_scale", "grad_confidence"):
+            call.expected.pop(name, None)  # of large numbers that cancel
         check(kernels, call)
-    problem.target[2, classes // 2] = 0.5
-    problem.logits[2, classes // 2] = -torch.inf
-    forward = problem.calls(has_clusters=True)[0]
-    kernels.soft_row_forward(forward.fields)
-    assert forward.fields["reduced_loss"] == np.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,12 +170,16 @@ def test_both_inputs_are_read_once_and_the_gradient_is_written_once(
 
 
 # More classes than a block keeps, and one more than a cluster does; planes' classes.
-@pytest.mark.parametrize("shape", [(2, 16389), (1, 131078), (1, 1500, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "calibrated"),
+    [((2, 16389), False), ((1, 131078), False), ((1, 1500, 64), False), ((2, 8197), True),
+     ((1, 65542), True)],
+)  # fmt: skip
 def test_what_does_not_fit_is_read_again_for_its_gradient(
-    kernels: ModuleType, shape: tuple[int, ...]
+    kernels: ModuleType, shape: tuple[int, ...], calibrated: bool
 ) -> None:
-    problem = soft(*shape, calibrated=False)
-    clusters = shape[1] > 1 << 17
+    problem = soft(*shape, calibrated=calibrated)
+    clusters = shape[1] > (1 << 16 if calibrated else 1 << 17)
     check(kernels, problem.gradient_calls(has_clusters=clusters)[0])
     assert kernels.traffic(LOGITS)["load_bytes"] == 2 * problem.logits.nbytes
     assert kernels.traffic(PROBABILITIES)["load_bytes"] == 2 * problem.target.nbytes
@@ -152,10 +197,12 @@ def test_upsampled_probabilities_are_read_once_in_either_direction(
 
 
 class Registers(dict[str, int]):
-    """At most what soft_row_warp_kernel's launch bounds leave: a row a warp's (its last argument is
-    0), or several warps'."""
+    """At most what the launch bounds leave: of soft_row_sums_kernel all, of soft_row_warp_kernel
+    those of a row a warp's (its last argument is 0), or several warps'."""
 
     def __missing__(self, symbol: str) -> int:
+        if "sums" in symbol:
+            return 255
         return 168 if "Li0E" in symbol else 128
 
 
@@ -180,3 +227,41 @@ def test_rows_fill_the_device(name: str, dtype: str) -> None:
             # Of both inputs. B200 needs more of bfloat16 than 12 to 16 warps' registers hold.
             least = 0.5 if (name, dtype) == ("B200", "bf16") else 1
             assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)
+
+
+# Bytes of both inputs in flight, as above, at least; where less than 1: eight warps a
+# multiprocessor keep the class sums, and of bfloat16 half as many bytes.
+LEAST_CALIBRATED = {
+    ("T4", "bf16"): 0.78,
+    ("A100 SXM 80 GB", "bf16"): 0.98,
+    ("H100 SXM", "bf16"): 0.74,
+    ("B200", "fp32"): 0.69,
+    ("B200", "bf16"): 0.34,
+}
+
+
+@pytest.mark.parametrize("step", ["all gradients", "stage 2"])
+@pytest.mark.parametrize("dtype", launch_plans.SIZES)
+@pytest.mark.parametrize("name", GPUS)
+def test_calibrated_rows_fill_the_device(name: str, dtype: str, step: str) -> None:
+    gpu = GPUS[name]
+    launches = functools.partial(build.module("planner").row_launches, probabilities=1)
+    needed = 2 * gpu.gigabytes_per_second * 1e9 * 800e-9 / gpu.multiprocessors
+    for rows, classes in (
+        (4096, 1203), (4096, 1204), (16384, 8142), (2048, 8142), (65536, 1000), (8192, 32000),
+        (512, 100000),
+    ):  # fmt: skip
+        plan = launch_plans.plan(launches, gpu, Registers(), step, dtype, rows, classes)
+        clusters = gpu.capability.has_clusters
+        once = classes <= (1 << 16 if clusters else 1203 if name == "T4" else 8192)
+        assert len(plan.walks) == (1 if once else 2)
+        for walk in plan.walks:
+            assert walk.waves <= 1
+            # 25 tiles a row are few for the 40 and 58 multiprocessors of T4 and L4.
+            assert walk.balance <= 1.12 or (classes == 100000 and name in ("T4", "L4"))
+            least = LEAST_CALIBRATED.get((name, dtype), 1)
+            assert 2 * walk.bytes_in_flight / needed >= least, (rows, classes)
+        # The class sums that blocks write are few bytes beside the logits.
+        blocks = max(launch.get("class_blocks", 0) for launch in plan.launches)
+        if once and clusters:
+            assert 2 * 4 * blocks <= 0.1 * rows * launch_plans.SIZES[dtype], (rows, classes)

@@ -27,6 +27,8 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
     "SHF": (ops.shift, "iii"),
     "SGXT": (ops.extend, "ii"),
     "IABS": (ops.magnitude, "i"),
+    "BREV": (ops.reverse, "i"),
+    "FLO": (ops.leading_one, "i"),
     "LOP3": (ops.logic, "iiii"),
     "PLOP3": (ops.predicate_logic, "pppii"),
     "ISETP": (ops.compare_integers, "ii"),

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import functools
 
+from simt import build
 from support import compiler_report
 
+from . import disassembly
 from .disassembly import Kernels
+
+
+def why_not() -> str | None:
+    """Why there is no machine code to be counted here, if there is none."""
+    home = build.cuda_home()
+    if build.why_not() or home is None or not (home / "bin" / "nvcc").exists():
+        return build.why_not() or "needs nvcc"
+    if disassembly.nvdisasm() is None:
+        return "needs nvdisasm (package nvidia-cuda-nvdisasm)"
+    return None
 
 
 @functools.cache

@@ -190,6 +190,18 @@ def magnitude(modifiers: list[str], a: Value) -> tuple[Value, ...]:
     return (None if a is None else abs(signed(a)) & M32,)
 
 
+def reverse(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    return (None if a is None else int(f"{a:032b}"[::-1], 2),)
+
+
+def leading_one(modifiers: list[str], a: Value) -> tuple[Value, ...]:
+    """FLO, of numbers without a sign: the highest bit, counted from bit 0 or (SH) from bit 31."""
+    if a is None or "U32" not in modifiers:
+        return (None,)
+    place = a.bit_length() - 1
+    return (M32 if place < 0 else 31 - place if "SH" in modifiers else place,)
+
+
 def extend(modifiers: list[str], a: Value, bits: Value) -> tuple[Value, ...]:
     """The lower bits, and the last of them above, or 0."""
     if a is None or bits is None:

@@ -4,6 +4,9 @@
     PYTHONPATH=tests:. python -m machine_code.rows 90 bfloat16 8192 forward   # opcodes of one
     PYTHONPATH=tests:. python -m machine_code.rows budgets    # BUDGETS of test_machine_code.py
     PYTHONPATH=tests:. python -m machine_code.rows soft       # SOFT_ROWS of it
+    PYTHONPATH=tests:. python -m machine_code.rows sliced     # SLICED of test_machine_code_tiers.py
+    PYTHONPATH=tests:. python -m machine_code.rows narrow     # NARROW and FEW of it
+    PYTHONPATH=tests:. python -m machine_code.rows details    # DETAILS of it
     PYTHONPATH=tests:. python -m machine_code.rows model      # INSTRUCTIONS of benchmarks/model.py
 
 The number is that of all warps of a step's row kernel over N = 4096 rows, for each 512 bytes of
@@ -67,9 +70,26 @@ SOFT = {
     "soft all": STEPS["all"] | {"probabilities": 1, "weighted": False},
     "soft backward": STEPS["backward"] | {"probabilities": 1, "weighted": False},
 }
+# With prediction and entropy of every row.
+DETAILS = {
+    f"{step} details": STEPS[step] | {"details": True} for step in ("forward", "gradient", "all")
+}
 SOFT_CLASSES = (*CLASSES, 32000)
+CLASSES_WITH_DETAILS = (1203, 8192)
 SOFT_DEVICES = ("80", "90")
-ALL = STEPS | SUMS | SOFT
+# Of a slice of a padded head, `padded[:, :1203]` of 1216 classes, whose gradient has its stride.
+SLICED_CLASSES, PADDING = 1203, 13
+SLICED = {
+    f"sliced {step}": STEPS[step] | {"padding": PADDING, "grad_padding": PADDING}
+    for step in ("gradient", "all", "backward")
+}
+# The same where the gradient is contiguous.
+CONTIGUOUS = {f"{step}, contiguous": SLICED[step] | {"grad_padding": 0} for step in SLICED}
+# Rows that groups of threads keep, many of them; and few rows, where set-up is most of it.
+NARROW_CLASSES, NARROW_ROWS = (10, 100, 365), 65536
+FEW_CLASSES = (1203,)
+FEW = {f"few {step}": STEPS[step] | {"rows": 100} for step in STEPS}
+ALL = STEPS | SUMS | SOFT | SLICED | CONTIGUOUS | FEW | DETAILS
 
 # Architecture -> the GPU that the launches are made for, and where its constant bank has the sizes
 # of the block and of the grid.
@@ -96,15 +116,17 @@ ORDINARY = {
     r"ISETP\.GT\.U32\.AND P, PT, R, 0x1ffffff, PT": True,  # 1 / a float that is no subnormal
     r"FSETP\.GE\.AND P, PT, R, RZ, PT": True,  # the sigmoid of a positive number
     r"ISETP\.NE\.AND P, PT, R, RZ, PT; EXIT": False,  # this is the last block, which ends the loss
-    r"FSETP\.GEU\.AND P, PT, \|R\|, 1000000, PT": False,  # no logit beyond a million
+    r"FSETP\.GEU\.(AND|OR) P, PT, \|R\|, 1000000, !?P": False,  # no logit beyond a million
     r"FSETP\.EQ\.OR P, PT, R, RZ, !?P": False,  # the inverse of the denominator is not 0
+    r"FSETP\.LE\.AND P, PT, \|R\|, 3\.40\d*e\+38, !?P": True,  # finite sums: no masked class
+    r"FSETP\.LEU\.OR P, PT, R, RZ, P": False,  # a softmax has a sum, and no NaN: an entropy
 }
 # What row_warp_kernel makes of them otherwise.
 OF_WARP_ROWS = {
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
     r"FSETP\.EQ\.AND P, PT, R, R, PT": True,
     r"ISETP\.NE\.OR P, PT, R, RZ, !P": True,  # the sum of the others is moderate
-    r"FSETP\.LE\.OR P, PT, R, 4\.29\d*e\+09, P": True,
+    r"FSETP\.LE\.(OR|AND) P, PT, R, 4\.29\d*e\+09, !?P": True,
     r"FSETP\.GTU\.AND P, PT, R, 4\.29\d*e\+09, PT": False,
     r"ISETP\.GE\.U32\.AND P, PT, R, 0x7f800000, PT": False,  # log1p of a positive number
 }
@@ -137,17 +159,17 @@ class Kernel:
     shared: int
     arguments: bytes
     team: int  # blocks of a cluster, with rows of their own
+    lanes: int  # of a row; 0: all of a block's threads, or of a cluster's
 
     @property
     def wide(self) -> bool:
         """Whether a row is that of several warps."""
-        of_warps = WarpRows.of(self.declaration)
-        return not of_warps or of_warps.wide
+        return self.lanes == 0
 
     @property
     def rows(self) -> int:
         """That its blocks of one blockIdx.x work on at a time."""
-        return self.team * (1 if self.wide else self.threads // 32)
+        return self.team * (1 if self.wide else self.threads // self.lanes)
 
     def vectors_of_a_warp(self, size: int) -> int:
         """Of elements of so many bytes."""
@@ -160,18 +182,22 @@ def planner() -> ModuleType:
     return build.module("planner")
 
 
+def rows_of(classes: int, step: str) -> int:
+    return int(ALL[step].get("rows", NARROW_ROWS if classes in NARROW_CLASSES else ROWS))
+
+
 def launch(architecture: str, dtype: str, classes: int, step: str, registers: int = 128) -> Kernel:
     """The step's first launch that walks over the rows. registers: of a thread."""
     device = launch_plans.Device(WITH_MODEL[architecture][0], defaultdict(lambda: registers))
+    given = {"weighted": True, "rows": rows_of(classes, step)} | ALL[step]
     launches = planner().row_launches(
-        **({"weighted": True} | ALL[step]), dtype=DTYPES[dtype][0], rows=ROWS, classes=classes,
-        device=device,
-    )  # fmt: skip
+        **given, dtype=DTYPES[dtype][0], classes=classes, device=device
+    )
     found = next(launch for launch in launches if launch["fills"])
     return Kernel(
         found["kernel"], found["declaration"], (found["grid_x"], found["grid_y"]),
         found["threads"], found["shared_bytes"], found["arguments"],
-        found["grid_y"] // found["row_tiles"],
+        found["grid_y"] // found["row_tiles"], found["lanes"],
     )  # fmt: skip
 
 
@@ -198,7 +224,6 @@ def _constants(kernel: Kernel, code: disassembly.Kernel, sizes: tuple[int, int],
     struct.pack_into("<3I", constants, sizes[0], kernel.threads, 1, 1)
     struct.pack_into("<3I", constants, sizes[1], *kernel.grid, 1)
     arguments = bytearray(kernel.arguments)
-    assert struct.unpack_from("<q", arguments, OUTER) == (ROWS,)
     struct.pack_into("<q", arguments, OUTER, rounds * kernel.grid[0] * kernel.rows)
     constants[len(constants) - len(arguments) :] = arguments
     return bytes(constants)
@@ -222,12 +247,13 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     kernel = launch(architecture, dtype, classes, step, registers[symbol])
     code = codes[kernel.symbol]
     # With so many rows a block: the difference is that of the rows, the rest is set-up.
-    few, many = (_block(kernel, n, code, architecture, dtype, classes) for n in (1, 3))
+    few, many = (_block(kernel, n, code, architecture, dtype, classes, step) for n in (1, 3))
     row = {opcode: (many[opcode] - few[opcode]) / 2 / kernel.rows for opcode in many}
     setup = {opcode: few[opcode] - kernel.rows * row[opcode] for opcode in many}
     warps = kernel.threads // 32 * kernel.grid[1] / kernel.rows
-    vectors = ROWS * classes * DTYPES[dtype][1] / BYTES
-    opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * ROWS) / vectors for o in many}
+    rows = rows_of(classes, step)
+    vectors = rows * classes * DTYPES[dtype][1] / BYTES
+    opcodes = {o: (setup[o] * kernel.grid[0] + row[o] * rows) / vectors for o in many}
     return Count(
         sum(setup.values()) / warps / kernel.rows,
         sum(row.values()) / warps,
@@ -237,11 +263,18 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
 
 
 def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: str, dtype: str,
-           classes: int) -> Counter[str]:  # fmt: skip
+           classes: int, step: str) -> Counter[str]:  # fmt: skip
     """Instructions of the blocks of one blockIdx.x: the sum over them, the mean over alignments."""
     warps, tiles = kernel.threads // 32, kernel.grid[1]
     size = DTYPES[dtype][1]
-    alignments = next(n for n in (1, 2, 4, 8) if n * classes * size % 16 == 0)
+    stride, grad_stride = (classes + ALL[step].get(p, 0) for p in ("padding", "grad_padding"))
+    alignments, gradients = (
+        next(n for n in (1, 2, 4, 8) if n * s * size % 16 == 0) for s in (stride, grad_stride)
+    )
+    # Rows that do not begin at an aligned address are taken to be alike.
+    blocks = {0: 1 / alignments} | ({1: 1 - 1 / alignments} if alignments > 1 else {})
+    if (stride - grad_stride) * size % 16:  # nor do their gradients lie like them
+        blocks = dict.fromkeys(range(gradients), 1 / gradients)
     constants = _constants(kernel, code, WITH_MODEL[architecture][1], rounds)
     total: Counter[str] = Counter()
     of_warps = OF_WARP_ROWS if WarpRows.of(kernel.declaration) else {}
@@ -251,6 +284,8 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
         """Adds a warp's to the total. holder: the first tile's warp with the target's class."""
         first = kernel.vectors_of_a_warp(size) * (holder if kernel.wide else 0)
         target = (first + 5) * (16 // size) + 1
+        if target >= classes:
+            target = classes // 2
         memory = functools.partial(target_memory, target)
         walking = Warp(code, Launch(constants, (block, tile), 32 * warp, memory), deciding)
         walking.run(MOST)
@@ -262,12 +297,11 @@ def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: 
         for warp in range(warps) if warps <= 4 else (0, middle, warps - 1):
             holder = 0 if warp else warps - 1
             if warps > 4 and warp == middle:
-                walk(warps - 2, 0, tile, warp, holder)
+                for block, times in (blocks if stride != grad_stride else {0: 1.0}).items():
+                    walk((warps - 2) * times, block, tile, warp, holder)
                 continue
-            # Rows that do not begin at an aligned address are taken to be alike.
-            walk(1 / alignments, 0, tile, warp, holder)
-            if alignments > 1:
-                walk(1 - 1 / alignments, 1, tile, warp, holder)
+            for block, times in blocks.items():
+                walk(times, block, tile, warp, holder)
     for member in range(kernel.team):  # a warp with the target's class
         walk(1, 0, member, middle, middle)
         walk(-1, 0, member, middle, 0 if middle else warps - 1)
@@ -298,6 +332,22 @@ def budgets() -> str:
                  lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
 
 
+def sliced_budgets() -> str:
+    """SLICED of test_machine_code_tiers.py."""
+    return table("SLICED", SOFT_DEVICES, [SLICED_CLASSES], SLICED,
+                 lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
+
+
+def narrow_budgets() -> str:
+    """NARROW and FEW of test_machine_code_tiers.py."""
+    tables = ("NARROW", NARROW_CLASSES, STEPS), ("FEW", FEW_CLASSES, FEW)
+    return "\n".join(
+        table(name, SOFT_DEVICES, classes, steps,
+              lambda *key: math.ceil(MARGIN * count(*key).vector))
+        for name, classes, steps in tables
+    )  # fmt: skip
+
+
 def soft_budgets() -> str:
     """SOFT_ROWS of test_machine_code.py."""
     return table("SOFT_ROWS", SOFT_DEVICES, SOFT_CLASSES, SOFT,
@@ -317,6 +367,12 @@ MODEL = {
     ("tiles", "backward"): ("80", 128256, "backward"),
     **{("tiles", s): ("90", 128256, s) for s in SUMS},
 }
+
+
+def details_budgets() -> str:
+    """DETAILS of test_machine_code.py."""
+    return table("DETAILS", SOFT_DEVICES, CLASSES_WITH_DETAILS, DETAILS,
+                 lambda *key: math.ceil(MARGIN * count(*key).vector))  # fmt: skip
 
 
 def model() -> str:
@@ -346,7 +402,10 @@ def main_of(architecture: str, dtype: str, classes: int, step: str) -> None:
 
 
 if __name__ == "__main__":
-    tables = {"budgets": budgets, "soft": soft_budgets, "model": model}
+    tables = {
+        "budgets": budgets, "soft": soft_budgets, "sliced": sliced_budgets,
+        "narrow": narrow_budgets, "details": details_budgets, "model": model,
+    }  # fmt: skip
     if len(sys.argv) == 2:
         print(tables[sys.argv[1]]())
     elif len(sys.argv) > 1:

@@ -6,7 +6,7 @@ A call is plain NumPy, so that a process without torch, under a sanitizer, can r
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +56,7 @@ class Problem:
     target: class indices, or class probabilities of the logits' or the accumulation dtype, (N, C),
     (N, C, S) or (N, C, *size).
     normalizer: as `reference.cross_entropy` takes it.
+    details: whether forward gives the positions' losses, predictions and entropies.
     """
 
     logits: Tensor
@@ -65,6 +66,7 @@ class Problem:
     options: dict[str, Any] = field(default_factory=dict)
     reduction: str = "mean"
     normalizer: str | Tensor = "weights"
+    details: bool = False
 
     def __post_init__(self) -> None:
         n, classes, *spatial = self.logits.shape
@@ -146,6 +148,13 @@ class Problem:
             **{k: v.copy() for k, v in sums.items()},
         }  # fmt: skip
         loss_expected = {"reduced_loss": _raw(loss.reshape(1))}
+        if self.details:
+            known = self._details()
+            loss_expected |= {k: _raw(v) for k, v in known.items()}
+            forward |= {
+                "loss": empty(positions), "entropy": empty(positions),
+                "prediction": np.full(positions, -1),
+            }  # fmt: skip
         name = f"{self.layout} {tuple(z.shape)} {z.dtype}".replace("torch.", "")
         return [
             Call(name, f"{self.operation}_forward", forward,
@@ -153,6 +162,25 @@ class Problem:
             Call(name, f"{self.operation}_backward", backward,
                  sums_expected | {"grad_logits": _raw(grads["logits"])}),
         ]  # fmt: skip
+
+    def _details(self) -> dict[str, Tensor]:
+        z, vectors = self.logits.double(), {k: v.double() for k, v in self.vectors.items()}
+        prior = self.options.get("prior")
+        u = reference.calibrated_logits(
+            z, *(vectors.get(k) for k in ("scale", "bias", "confidence")),
+            None if prior is None else prior.double(),
+        )  # fmt: skip
+        each = replace(self, reduction="none")
+        each.vectors = self.vectors
+        _, valid = reference.class_indices(
+            self.target.reshape(-1), self.options.get("ignore_index", -100)
+        )
+        entropy = reference.entropy(u, u.logsumexp(1)).reshape(-1)
+        return {
+            "loss": each._loss({"logits": z} | vectors).reshape(-1),
+            "prediction": u.argmax(1).reshape(-1),
+            "entropy": torch.where(valid, entropy, 0.0),
+        }
 
     def gradient_calls(
         self, class_gradients: bool = True, offset: int = 0, **limits: int
@@ -253,6 +281,11 @@ def check(kernels: ModuleType, call: Call) -> None:
     for name, expected in call.expected.items():
         actual = _numbers(call.fields[name], dtype).astype(np.float64).reshape(expected.shape)
         largest = max(float(np.abs(expected).max(initial=0)), 1e-2)
+        if name == "prediction":
+            assert (actual == expected).all(), f"{call.name} {call.operation} {name}"
+            continue
+        if name == "entropy":  # of terms as large as an exponent, rounded as it is
+            largest = max(largest, 16.0)
         table = TOLERANCE if name in ("grad_logits", "output") else ARITHMETIC
         error = float(np.abs(actual - expected).max(initial=0))  # NaN: never written
         assert error <= table[dtype] * largest, f"{call.name} {call.operation} {name}: {error:.3g}"

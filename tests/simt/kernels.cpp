@@ -114,7 +114,8 @@ void fill(const Fields& fields, disalign::LossArgs& args) {
   DISALIGN_ARRAY(loss), DISALIGN_ARRAY(reduced_loss), DISALIGN_ARRAY(denominator);
   DISALIGN_ARRAY(given_denominator), DISALIGN_ARRAY(upstream), DISALIGN_ARRAY(grad_logits);
   DISALIGN_ARRAY(grad_scale), DISALIGN_ARRAY(grad_bias), DISALIGN_ARRAY(grad_confidence);
-  DISALIGN_ARRAY(probabilities), DISALIGN_ARRAY(row_total);
+  DISALIGN_ARRAY(probabilities), DISALIGN_ARRAY(row_total), DISALIGN_ARRAY(prediction);
+  DISALIGN_ARRAY(entropy);
 }
 
 template <class Args>
@@ -130,7 +131,7 @@ void fill(const Fields& fields, UpsampleArgs& args) {
   fields.number("y_in", args.y.in), fields.number("y_out", args.y.out);
   fields.number("x_in", args.x.in), fields.number("x_out", args.x.out);
   DISALIGN_NUMBER(y_stride), DISALIGN_NUMBER(x_stride), DISALIGN_NUMBER(align_corners);
-  DISALIGN_ARRAY(probability), DISALIGN_ARRAY(prediction);
+  DISALIGN_ARRAY(probability);
 }
 
 template <class Args>

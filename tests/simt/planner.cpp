@@ -3,6 +3,8 @@
 //
 //   row_launches(forward=True, dtype=1, rows=4096, classes=1203, ..., device=device)
 //   row_launches(..., probabilities=1, ...)  # as targets: 1, of the logits' type; 2, of the arithmetic
+//   row_launches(..., made=True, ...)  # backward where forward has made the gradient of the logits
+//   row_launches(..., padding=13, grad_padding=13, ...)  # elements between rows, and between gradients'
 //   dense_launches(forward=True, dtype=1, images=2, classes=150, positions=262144, ...)
 //   upsample_launches(forward=True, dtype=1, images=2, classes=150, low=(64, 64), size=(512, 512), ...)
 //
@@ -114,6 +116,7 @@ class Launcher {
   static void add(const DivisorArgs&, py::dict&) {}
   static void add(const FinishArgs& args, py::dict& record) {
     record["class_blocks"] = args.class_blocks;
+    record["class_grid"] = args.class_grid;
   }
 
   // Addresses of what upsample_axis_kernel fills, for the rows and for the columns.
@@ -156,14 +159,25 @@ void set(Launcher& launcher, const Step& step, Args& args) {
     args.upstream = memory();
 }
 
+// What return_details="entropy" asks of the kernels.
+template <class Args>
+void set_details(Launcher& launcher, Args& args) {
+  args.loss = launcher.allocate(0);
+  args.prediction = static_cast<int64_t*>(launcher.allocate(0));
+  args.entropy = launcher.allocate(0);
+}
+
 py::list row_launches(bool forward, int dtype, int64_t rows, int64_t classes, bool weighted,
                       bool calibrated, bool class_gradients, bool grad_logits,
-                      const py::object& device, int probabilities) {
+                      const py::object& device, int probabilities, int64_t padding,
+                      int64_t grad_padding, bool made, bool details) {
   Launcher launcher(device);
   RowArgs args;
   args.outer = rows, args.classes = classes;
-  args.outer_stride = args.grad_outer_stride = classes;
+  args.outer_stride = classes + padding, args.grad_outer_stride = classes + grad_padding;
+  args.gradient_made = made;
   set(launcher, {forward, weighted, calibrated, class_gradients, grad_logits}, args);
+  if (details) set_details(launcher, args);
   if (probabilities) {
     args.probabilities = launcher.allocate(0);
     args.probability_outer_stride = classes;
@@ -222,7 +236,8 @@ PYBIND11_MODULE(planner, module) {
   module.def("row_launches", row_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("rows"), py::arg("classes"), py::arg("weighted"), py::arg("calibrated"),
              py::arg("class_gradients"), py::arg("grad_logits"), py::arg("device"),
-             py::arg("probabilities") = 0);
+             py::arg("probabilities") = 0, py::arg("padding") = 0, py::arg("grad_padding") = 0,
+             py::arg("made") = false, py::arg("details") = false);
   module.def("dense_launches", dense_launches, py::kw_only(), py::arg("forward"), py::arg("dtype"),
              py::arg("images"), py::arg("classes"), py::arg("positions"), py::arg("weighted"),
              py::arg("calibrated"), py::arg("class_gradients"), py::arg("grad_logits"),

@@ -78,6 +78,12 @@ def soft_calls() -> list[Call]:
         (soft(3, 3001, calibrated=False), {"offset": 1}),
         (soft(5, 9001, calibrated=False, all_options=True), {"has_clusters": True}),
         (soft(3, 9003, dtype=half, calibrated=False), {"has_clusters": True}),
+        # Calibrated: by a warp, whose blocks add up their class sums in clusters; by several warps
+        # of a block and by those of a cluster.
+        (soft(37, 1204, all_options=True), {"has_clusters": True}),
+        (soft(37, 516, dtype=half, wide=True, offset=1, alike=True), {"has_clusters": True}),
+        (soft(35, 2000, dtype=half, all_options=True), {"has_clusters": True}),
+        (soft(5, 9001, dtype=float16, all_options=True), {"has_clusters": True}),
         # Planes of whole vectors, and of others; a tile that is read again.
         (soft(2, 5, 70), {}),
         (soft(1, 150, 40, dtype=half, wide=True, all_options=True), {}),

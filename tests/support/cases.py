@@ -15,6 +15,8 @@ SHAPES = {
     (3, 2): "fewer rows than a block, binary",
     (5, 16): "a block and a rest; exactly one AVX-512 register of floats",
     (7, 17): "one class beyond a register",
+    (5, 257): "on a GPU the least that a warp keeps",
+    (6, 365): "Places-LT: a warp's, with fewer vectors than it has room for",
     (4, 1203): "LVIS: odd, rows never 16-byte aligned",
     (9, 1204): "LVIS with background",
     (64, 1204): "enough work for two threads",
@@ -120,6 +122,11 @@ def _hopeless(r: Rows) -> Rows:
     return r
 
 
+def _reversed(r: Rows) -> Rows:
+    r.scale = (r.scale.detach() - 3.0).requires_grad_()  # 1 + c scale is negative for most rows
+    return r
+
+
 CONTENTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "plain": (lambda r: r, "nothing special"),
     "strided": (_stride, "rows with a stride and an unaligned start, without a copy"),
@@ -130,5 +137,6 @@ CONTENTS: dict[str, tuple[Callable[[Rows], Rows], str]] = {
     "masked": (_masked, "-inf logits mask classes: 0, not 0 * inf"),
     "offset": (_offset, "a common offset of 1e4: max and log-sum are kept apart"),
     "dominating": (_dominating, "p_t next to 1: a loss far below one rounding of the logits"),
+    "reversed": (_reversed, "a calibration that turns the order of the classes round"),
     "hopeless": (_hopeless, "p_t underflows: the loss stays exact"),
 }

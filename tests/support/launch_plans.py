@@ -15,8 +15,9 @@ VECTOR_BYTES = 16
 SIZES = {"fp32": 4, "bf16": 2}
 _CODES = {"fp32": 1, "bf16": 2}  # Dtype of csrc/cuda/kernels/launch.h
 _STAGED = 20  # kWarpStaged of csrc/cuda/kernels/row_warp_kernel.cuh
-# Of a lane, of one warp and of several: kSoftWarpVectors of soft_row_warp_kernel.cuh there.
-_SOFT_ELEMENTS = (40, 32)
+# Of a lane, of one warp and of several: kSoftWarpVectors of soft_row_warp_kernel.cuh there and
+# kSoftSumsVectors of soft_row_sums_kernel.cuh.
+_SOFT_ELEMENTS = {"warp": (40, 32), "sums": (40, 32)}
 
 
 def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
@@ -38,7 +39,7 @@ def blocks_per_multiprocessor(gpu: Gpu, registers: int, threads: int, shared_byt
 
 @dataclass(frozen=True)
 class WarpRows:
-    """A row_warp_kernel or soft_row_warp_kernel."""
+    """A row_warp_kernel, soft_row_warp_kernel or soft_row_sums_kernel."""
 
     vectors: int  # of a lane
     wide: bool  # a row is that of several warps
@@ -47,10 +48,11 @@ class WarpRows:
     @staticmethod
     def of(declaration: str) -> WarpRows | None:
         """None: another kernel."""
-        found = re.search(r"soft_row_warp_kernel<(\w+), (\d)>", declaration)
+        found = re.search(r"soft_row_(warp|sums)_kernel<(\w+), (\d)>", declaration)
         if found:
-            wide = found[2] != "0"
-            return WarpRows(_SOFT_ELEMENTS[wide] // (4 if found[1] == "float" else 8), wide, 0)
+            wide = found[3] != "0"
+            elements = _SOFT_ELEMENTS[found[1]][wide]
+            return WarpRows(elements // (4 if found[2] == "float" else 8), wide, 0)
         found = re.search(r"row_warp_kernel<.*?, (\d+),.*, (\d)>", declaration)
         return WarpRows(int(found[1]), found[2] != "0", _STAGED // int(found[1])) if found else None
 

@@ -21,6 +21,7 @@ LEFT_OUT = (
     ("compile", "torch.compile knows the operators by the library's own name"),
     ("fake tensors", "torch knows fakes of the library's own operators"),
     ("opcheck", "checks the library's own operators"),
+    ("exported", "torch.export takes the library's own operators"),
     ("auto_means", "asks what the library's own operators make in forward"),
     ("memory", "counts what the CPU kernels allocate"),
 )
@@ -43,7 +44,7 @@ def swap(operator_of: Callable[[str], Callable[..., Any]], native: bool = True) 
     for name in schemas.fakes(native):
         schemas._OPERATORS[name] = _counted(name, operator_of(name))
     kernels = in_forward.NATIVE
-    kernels["cpu"] = kernels["cuda"] if native else in_forward.NOTHING
+    kernels["cpu"] = kernels["cuda"] if native else in_forward.TRITON
 
 
 def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:

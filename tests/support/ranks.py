@@ -24,8 +24,10 @@ def _start(
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=datetime.timedelta(seconds=max(timeout_s, TIMEOUT_S)),
     )  # fmt: skip
+    # A short timeout is that of the work: to connect takes longer on a machine that is busy.
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s))
     # A rank that leaves at once would break the connection that another is still making.
     Path(folder, f"connected {rank}").touch()
     while len(list(Path(folder).glob("connected *"))) < world:

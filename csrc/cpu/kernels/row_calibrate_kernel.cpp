@@ -60,7 +60,8 @@ void backward_block(const CalibrateArgs& args, int64_t row, Chunk& chunk) {
   for (int r = 0; r < R; ++r) {
     z[r] = static_cast<const T*>(args.logits) + (row + r) * args.outer_stride;
     g[r] = static_cast<const T*>(args.grad_output) + (row + r) * args.classes;
-    out[r] = logits ? static_cast<T*>(args.grad_logits) + (row + r) * args.classes : nullptr;
+    out[r] =
+        logits ? static_cast<T*>(args.grad_logits) + (row + r) * args.grad_outer_stride : nullptr;
     c[r] = confidence_of<T>(args, row + r);
     slope[r] = V{};
   }

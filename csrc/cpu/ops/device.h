@@ -48,7 +48,7 @@ class Cpu {
   template <class Operator>
   void calibrate(const Tensor& logits, typename Operator::Args& args) {
     void* written = args.output ? args.output : args.grad_logits;
-    if (written) advise_huge_pages(written, logits.numel() * logits.element_size());
+    advise(written, logits, args);
     const auto& kernels = kernels_for(Operator::table(), logits.scalar_type());
     Partition partition(Operator::units(args), logits.numel(), args.classes, Operator::kScratch,
                         args.class_gradients);
@@ -58,6 +58,13 @@ class Cpu {
   }
 
  private:
+  // written: what lies as the gradient of the logits does, or null.
+  template <class Args>
+  static void advise(void* written, const Tensor& logits, const Args& args) {
+    if (written)
+      advise_huge_pages(written, args.outer * args.grad_outer_stride * logits.element_size());
+  }
+
   template <class Args>
   void reduce_classes(const Partition& partition, const Args& args) const {
     if (args.grad_scale) partition.reduce_classes(&Chunk::grad_scale, args.grad_scale, dtype_);
@@ -77,8 +84,7 @@ class Cpu {
   }
 
   void prepare(const Tensor& logits, LossArgs& args) {
-    if (args.grad_logits && args.grad_logits != args.logits)
-      advise_huge_pages(args.grad_logits, logits.numel() * logits.element_size());
+    if (args.grad_logits != args.logits) advise(args.grad_logits, logits, args);
     args.weight_sum = static_cast<double>(args.classes);
     if (args.probabilities) return;
     if (args.label_smoothing > 0) {

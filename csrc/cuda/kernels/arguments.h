@@ -25,6 +25,7 @@ struct RowArgs : DivisorArgs {
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]
   void* tile_sums = nullptr;  // of A: [PositionSums::kValues][tiles][rows]; forward of many tiles
+  void* tile_details = nullptr;  // of A: [RowDetails::kValues][tiles][rows]; the same, with details
   void* confidence_sums = nullptr;    // of A: [tiles][rows]; backward
   void* output = nullptr;             // calibrate, forward; contiguous
   const void* grad_output = nullptr;  // calibrate, backward: of the calibrated logits, contiguous

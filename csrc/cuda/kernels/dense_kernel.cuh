@@ -5,6 +5,7 @@
 //   maximum; then a thread a position adds up the slices, and makes the loss and the factors of its
 //   gradient. A tile where the sum of a position's others is not moderate is read once more, by
 //   its maxima. Targets are -inf in shared memory meanwhile: no comparison an element.
+// - With details (row_details.cuh) the first pass finds them too.
 // - Second pass, of backward, and of forward where gradients are wanted: the exponentials once more,
 //   from shared memory; the logits' gradient is written; each thread keeps sums of its classes, which
 //   are added up at the end.
@@ -14,6 +15,7 @@
 #pragma once
 
 #include "cuda/kernels/dense_tile.cuh"
+#include "cuda/kernels/row_details.cuh"
 
 namespace disalign::cuda {
 
@@ -56,8 +58,9 @@ __device__ __forceinline__ void write_factors(A* entries, int positions, int p,
 }
 
 // Blocks that shall fit on a multiprocessor.
-template <class T, bool Calibrated, bool Whole>
-constexpr int kDenseBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && Calibrated && !Whole) ? 1 : 2;
+template <class T, bool Calibrated, bool Whole, bool Details>
+constexpr int kDenseBlocks =
+    sizeof(T) == 8 || (sizeof(T) == 2 && Calibrated && !Whole) || Details ? 1 : 2;
 
 // The arguments, with what is known of them when the kernel is compiled: what is absent costs nothing.
 // Options: there may be a prior, a margin, sample weights, label smoothing, a focal exponent.
@@ -80,8 +83,9 @@ static inline bool has_options(const DenseArgs& args) {
          args.focal_gamma > 0;
 }
 
-template <class T, bool Calibrated, bool Whole, bool Options>
-__global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Whole>))
+// Details: prediction and entropy are wanted, of forward alone.
+template <class T, bool Calibrated, bool Whole, bool Options, bool Details>
+__global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Whole, Details>))
     dense_kernel(const DenseArgs given) {
   const DenseArgs args = known<Calibrated, Options>(given);
   using A = Accumulate<T>;
@@ -145,7 +149,8 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
       const int t = p < count ? target_of(args, first_index + p) : kNoTarget;
       memory.targets[p] = t;
       if constexpr (Calibrated)
-        entries_of(kEntryC)[p] = is_valid(t) ? confidence_of<A>(args, first_index + p) : A(0);
+        entries_of(kEntryC)[p] =
+            is_valid(t) || (Details && p < count) ? confidence_of<A>(args, first_index + p) : A(0);
     }
     stages.arrive();
     // In forward what the first pass takes off, in backward all factors; of the target, what shall
@@ -185,6 +190,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         memory.target_z[p] = z_t;
       } else {
         entries_of(kEntryShift)[p] = factors.maximum;
+        if constexpr (Details) memory.target_z[p] = z_t;
       }
     }
     __syncthreads();
@@ -213,6 +219,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
 
     if (!args.backward) {
       A product[V], rest[V], smooth[V];
+      [[maybe_unused]] RowDetails<A> details[V];
       Vector::read(place, entries_of(kEntryShift), product);
 #pragma unroll
       for (int v = 0; v < V; ++v) product[v] = shift_product(product[v]), rest[v] = smooth[v] = 0;
@@ -232,6 +239,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
           for (int v = 0; v < V; ++v) {
             const A u = calibrate(entry, z[v], of_c[v]);
             rest[v] += shifted_exponential(u, product[v]);
+            if constexpr (Details) details[v].add(u, j, args.entropy != nullptr);
             if (smoothing && j != target[v])
               smooth[v] += entry.w * (u - entries_of(kEntryShift)[Vector::position(place, v)]);
           }
@@ -240,6 +248,30 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
       // [values][slices][positions]
       const int of_slices = place.slices * positions;
       A* const exchange = memory.exchange + place.slice * positions;
+      if constexpr (Details) {
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          details[v].write(exchange + Vector::position(place, v), of_slices);
+        __syncthreads();
+#pragma unroll 1
+        for (int p = threadIdx.x; p < count; p += kDenseThreads) {
+          const int t = memory.targets[p];
+          RowDetails<A> found;
+          for (int slice = 0; slice < place.slices; ++slice)
+            found.add(RowDetails<A>::read(memory.exchange + slice * positions + p, of_slices));
+          if (is_valid(t)) {
+            RowDetails<A> of_target;
+            const A c = Calibrated ? entries_of(kEntryC)[p] : A(0);
+            of_target.add(calibrate(entry_of(t), memory.target_z[p], c), t, true);
+            found.add(of_target);
+          } else if constexpr (Calibrated) {
+            entries_of(kEntryC)[p] = 0;  // it has no gradients
+          }
+          found.write(args, first_index + p, is_valid(t));
+        }
+        __syncthreads();
+        if constexpr (Calibrated) Vector::read(place, entries_of(kEntryC), of_c);
+      }
       Vector::write(place, exchange, rest);
       if (smoothing) Vector::write(place, exchange + of_slices, smooth);
       __syncthreads();

@@ -302,6 +302,7 @@ __device__ __forceinline__ float power_of_two(float x) {
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // A product and MUFU.EX2: __expf is twice as many, so as to keep subnormal results.
 __device__ __forceinline__ float exponential(float x) { return power_of_two(x * kLog2E); }

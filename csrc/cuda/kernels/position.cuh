@@ -293,12 +293,15 @@ __device__ __forceinline__ PositionFactors<A> position_factors(const LossArgs& a
   return position_factors(args, i, t, c, weights, inverse, target_logit);
 }
 
-// u_t from z_t.
+// u_t from z_t, without the margin and with it.
+template <class A>
+__device__ __forceinline__ A class_logit_of(const LossArgs& args, int t, A z, A c) {
+  const A a = vector_entry<A>(args.scale, t, A(0)), b = vector_entry<A>(args.bias, t, A(0));
+  return calibrated(z, a, b, c) + vector_entry<A>(args.prior, t, A(0));
+}
 template <class A>
 __device__ __forceinline__ A target_logit_of(const LossArgs& args, int t, A z, A c) {
-  const A a = vector_entry<A>(args.scale, t, A(0)), b = vector_entry<A>(args.bias, t, A(0));
-  return (calibrated(z, a, b, c) + vector_entry<A>(args.prior, t, A(0))) -
-         vector_entry<A>(args.margin, t, A(0));
+  return class_logit_of(args, t, z, c) - vector_entry<A>(args.margin, t, A(0));
 }
 
 }  // namespace disalign::cuda

@@ -4,6 +4,7 @@
 //   the class sums; the next row's are on their way meanwhile.
 // - row_forward_kernel: the maximum of u, the exponentials and their sums, the row's loss, and with
 //   these known the row's share of the gradients of scale, bias and confidence (position.cuh).
+// - With details (row_details.cuh) it finds them before the target's logit is taken out of its place.
 // - With more vectors than a block keeps each block sums a tile and row_combine_kernel adds the tiles;
 //   class sums are then made by row_backward_kernel.cuh from a second read.
 // - Memory: the logits are read once (but for that second read).
@@ -11,6 +12,7 @@
 #pragma once
 
 #include "cuda/kernels/position.cuh"
+#include "cuda/kernels/row_details.cuh"
 #include "cuda/kernels/row_tile.cuh"
 
 namespace disalign::cuda {
@@ -28,21 +30,21 @@ __device__ __forceinline__ void write_shard_sums(const LossArgs& args, int64_t i
 
 template <class T>
 struct FetchedRow {
-  Raw raw[kKept<T>] = {};  // of an ignored row anything, of which nothing is made
+  Raw raw[kKept<T>] = {};  // of an ignored row anything, of which nothing but details is made
   RowHead<Accumulate<T>> head;
 
   // turn: this lane's, of the rounds around this one.
-  template <bool Wide>
+  template <bool Details, bool Wide>
   __device__ __forceinline__ void fetch(const RowArgs& args, const Tile<T, Wide>& tile,
                                         RowHead<Accumulate<T>>& turn, int round, int64_t i) {
-    if (tile.turn_of(round) == 0) turn.read(args, tile.row_of_turn(i));
+    if (tile.turn_of(round) == 0) turn.read(args, tile.row_of_turn(i), Details);
     head = turn.of_lane(tile.turn_of(round), tile.turns());
-    if (is_valid(head.target))
+    if (is_valid(head.target) || (Details && i < args.outer))
       tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
   }
 };
 
-template <class T, bool Calibrated, bool Wide>
+template <class T, bool Calibrated, bool Wide, bool Details>
 __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
     row_forward_kernel(const RowArgs args) {
   using A = Accumulate<T>;
@@ -74,12 +76,12 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
   RowHead<A> turn;
   FetchedRow<T> next;
   int64_t i = tile.row;
-  if (tile.rounds > 0) next.fetch(args, tile, turn, 0, i);
+  if (tile.rounds > 0) next.template fetch<Details>(args, tile, turn, 0, i);
   for (int round = 0; round < tile.rounds; ++round, i += tile.row_step) {
-    if (!kAhead && round > 0) next.fetch(args, tile, turn, round, i);
+    if (!kAhead && round > 0) next.template fetch<Details>(args, tile, turn, round, i);
     const FetchedRow<T> row = next;
     if (kAhead && round + 1 < tile.rounds)
-      next.fetch(args, tile, turn, round + 1, i + tile.row_step);
+      next.template fetch<Details>(args, tile, turn, round + 1, i + tile.row_step);
     const int target = row.head.target;
     const bool valid = is_valid(target);
     const A c = row.head.c;
@@ -94,6 +96,19 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
       classes.template affine<Calibrated>(tile.vector(part / N), part % N, z, c, u);
 #pragma unroll
       for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
+    }
+    if constexpr (Details) {
+      RowDetails<A> found = row_details<false>(
+          e, [&](int p) { return tile.vector(p / V) * V + p % V; }, negative_infinity<A>(), 0,
+          args.entropy != nullptr, group);
+      if (found.at >= 0) found.at += tile.first_class;
+      if (tile.lane == 0 && i < args.outer) {
+        if (tiled)
+          found.write(static_cast<A*>(args.tile_details) + blockIdx.y * args.outer + i,
+                      args.tiles * args.outer);
+        else
+          found.write(args, i, valid);
+      }
     }
     // The target's u, and d of its confidence. One thread of the group has them. Selects, no
     // branches on slot == p: in these the compiler would index the registers by slot, and move them
@@ -266,7 +281,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
 }
 
 // The tiles of each row added up; a warp a row.
-template <class A>
+template <class A, bool Details>
 __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const RowArgs args) {
   DISALIGN_SHARED_MEMORY(memory);
   const bool smoothing = args.label_smoothing > 0;
@@ -276,6 +291,14 @@ __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const Ro
   for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.outer;
        i += int64_t{gridDim.x} * warps) {
     const int t = target_of(args, i);
+    if constexpr (Details) {
+      RowDetails<A> found;
+      for (int tile = lane; tile < args.tiles; tile += 32)
+        found.add(RowDetails<A>::read(
+            static_cast<const A*>(args.tile_details) + tile * args.outer + i, stride));
+      for (int distance = 16; distance > 0; distance /= 2) found.add(found.of_lane(distance));
+      if (lane == 0) found.write(args, i, is_valid(t));
+    }
     PositionSums<A> sums;
     for (int tile = lane; tile < args.tiles; tile += 32)
       sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.outer + i,

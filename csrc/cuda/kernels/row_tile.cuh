@@ -307,9 +307,10 @@ struct RowHead {
   int target = kNoTarget;
   A c = 0;  // its confidence after the sigmoid
 
-  __device__ __forceinline__ void read(const LossArgs& args, int64_t i) {
+  // details: of ignored rows, too.
+  __device__ __forceinline__ void read(const LossArgs& args, int64_t i, bool details) {
     target = i < args.outer ? target_of(args, i) : kNoTarget;
-    c = is_valid(target) ? confidence_of<A>(args, i) : A(0);
+    c = is_valid(target) || (details && i < args.outer) ? confidence_of<A>(args, i) : A(0);
   }
   __device__ __forceinline__ RowHead of_lane(int lane, int lanes) const {
     return {__shfl_sync(kFullWarp, target, lane, lanes), __shfl_sync(kFullWarp, c, lane, lanes)};

@@ -5,22 +5,26 @@
 
 namespace disalign::cuda {
 
+constexpr int kSumsPitch = 33;  // of a lane's elements in shared memory, for the banks
+
 // A block's class sums. Those of warps with a row each are added in their order; of a wide row a
-// class is one warp's. `memory` has kWarpBytes a warp, where neighbouring classes are brought to
+// class is one warp's. `memory` has so many bytes a warp, where neighbouring classes are brought to
 // neighbouring lanes. The blocks of a team then add up what lies there, in their order, each for some
 // of the classes.
-template <class T, int K, int By>
+template <class T, int K, int By, int Bytes = kWarpBytes<true>, class TeamOfBlocks = Team<true, By>>
 __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpTile<T, K, By>& tile,
                                                 const Accumulate<T> (&scale)[K * kVector<T> + 1],
                                                 const Accumulate<T> (&bias)[K * kVector<T> + 1],
-                                                unsigned char* memory) {
+                                                unsigned char* memory,
+                                                const TeamOfBlocks& team = {}) {
   using A = Accumulate<T>;
-  constexpr int V = kVector<T>, P = K * V, kPitch = 33, kPlane = kPitch * (P + 1);
-  static_assert(2 * kPlane * sizeof(A) <= kWarpStagedBytes + Turn<A, true>::kBytesBeforeShares,
-                "the first warp may still read the shares of a wide row");
-  const auto of_warp = [=](int warp) {
-    return reinterpret_cast<A*>(memory + warp * kWarpBytes<true>);
-  };
+  constexpr int V = kVector<T>, P = K * V, kPitch = kSumsPitch, kPlane = kPitch * (P + 1);
+  static_assert(
+      2 * kPlane * sizeof(A) <=
+          (Bytes == kWarpBytes<true> ? kWarpStagedBytes + Turn<A, true>::kBytesBeforeShares
+                                     : Bytes),
+      "the first warp may still read the shares of a wide row");
+  const auto of_warp = [=](int warp) { return reinterpret_cast<A*>(memory + warp * Bytes); };
   A* own = of_warp(tile.warp);
   __syncwarp();
 #pragma unroll
@@ -33,7 +37,6 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpT
   const int of_lane = tile.lane % V * kPitch + tile.lane / V;
   const auto place = [=](int i) { return i / V * V * kPitch + i % V * (32 / V) + of_lane; };
   // Elements of a plane to class j: of this block, or of all blocks of the team.
-  const Team<true, By> team;
   const bool by_team = team.size() > 1;
   const auto write = [&](const A* from, int j) {
     A scales = from[0], biases = from[kPlane];

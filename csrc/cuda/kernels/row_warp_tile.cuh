@@ -115,6 +115,10 @@ struct WarpTile : GroupRows {
   __device__ __forceinline__ bool has(int k) const { return left > 32 * k; }
   // Of this lane's first vector, from the row's first element.
   __device__ __forceinline__ int first() const { return base_class + lane * V; }
+  // Of element p of this lane, the last of which is the edge's.
+  __device__ __forceinline__ int class_of(int p) const {
+    return p < K * V ? first() + p / V * 32 * V + p % V : edge;
+  }
 
   // This lane's elements of a row of the gradient, the last of which is the edge's. Aligned: its vectors
   // lie like the logits'.

@@ -55,6 +55,27 @@ __device__ __forceinline__ SoftFactors<A> soft_factors(const LossArgs& args, int
           scale * total * reciprocal(static_cast<const A*>(args.row_sum)[i]), scale};
 }
 
+// q_j = factor (ratio exp(u_j - shift) - b_j).
+template <class A>
+struct SoftRatio {
+  A shift = 0, ratio = 0, factor = 0;
+};
+
+// The same of backward so.
+template <class A>
+__device__ __forceinline__ SoftRatio<A> soft_ratio(const LossArgs& args, int64_t i, A shared) {
+  if (args.shard_factors) {
+    const SoftFactors<A> of_shard = soft_factors(args, i, shared);
+    const bool normal = std::fabs(of_shard.smooth) >= A(FLT_MIN);
+    return {of_shard.shift, normal ? of_shard.softmax * reciprocal(of_shard.smooth) : A(0),
+            normal ? of_shard.smooth : A(0)};
+  }
+  return {
+      static_cast<const A*>(args.row_shift)[i],
+      static_cast<const A*>(args.row_total)[i] * reciprocal(static_cast<const A*>(args.row_sum)[i]),
+      gradient_scale(args, i, shared)};
+}
+
 // Loss and statistics of position i, or its sums, of a shard. Returns the loss times its sample weight.
 template <class A>
 __device__ __forceinline__ A write_soft_position(const LossArgs& args, int64_t i,

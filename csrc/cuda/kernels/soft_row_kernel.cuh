@@ -1,5 +1,6 @@
-// Row kernels whose targets are class probabilities. Forward, forward with gradients, and backward are
-// one kernel.
+// Row kernels whose targets are class probabilities, of rows by groups of lanes and of float64; others
+// are those of warps (soft_row_warp_kernel.cuh, soft_row_sums_kernel.cuh). Forward, forward with
+// gradients, and backward are one kernel.
 //
 // - Maps: row_tile.cuh. A thread has the same classes of the logits and of the probabilities, in
 //   registers from the one read of both to the gradients. Several blocks a multiprocessor have rows on
@@ -19,10 +20,8 @@
 namespace disalign::cuda {
 
 // Blocks that shall fit on a multiprocessor: class sums need the registers.
-template <class T, bool Calibrated, bool Wide>
-constexpr int kSoftBlocks = Calibrated || sizeof(T) == 8 ? 1
-                            : Wide                       ? 2
-                                                         : 5;
+template <class T, bool Calibrated>
+constexpr int kSoftBlocks = Calibrated || sizeof(T) == 8 ? 1 : 5;
 
 // b_j / w_j of this thread's classes of row i; 0 of what is not the row's own. Probabilities lie like
 // the logits where both rows are aligned alike.
@@ -69,7 +68,7 @@ __device__ __forceinline__ void load_probabilities(const RowArgs& args, const Ti
 
 template <class T, bool Calibrated, bool Wide>
 __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
-                                  (kSoftBlocks<T, Calibrated, Wide>))
+                                  (kSoftBlocks<T, Calibrated>))
     soft_row_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, K = kKept<T>, Q = kPart<T>, N = kPartsOfVector<T>;

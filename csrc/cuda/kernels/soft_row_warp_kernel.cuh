@@ -1,7 +1,7 @@
 // Row kernels whose targets are class probabilities, of rows that a warp keeps in its registers, or,
 // Wide, the warps of a block or of a cluster's blocks (sm_90 and newer), or of which a block keeps a
 // tile. Forward, forward with the gradient of the logits, and backward are one kernel. Of logits
-// without calibration: class sums would need twice the registers, and soft_row_kernel.cuh has them.
+// without calibration: class sums need more registers (soft_row_sums_kernel.cuh).
 //
 // - Maps: row_warp_tile.cuh. A lane has the same classes of the logits, of the probabilities and of the
 //   gradient. Several warps a scheduler have rows on their way while others compute. By blocks alone:
@@ -46,7 +46,7 @@ static __host__ __device__ inline bool soft_weighs(const LossArgs& args) {
 }
 // Class vectors in shared memory.
 static __host__ __device__ inline int soft_class_vectors(const LossArgs& args) {
-  return (args.prior ? 1 : 0) + (soft_weighs(args) ? 1 : 0);
+  return (args.scale ? 2 : 0) + (args.prior ? 1 : 0) + (soft_weighs(args) ? 1 : 0);
 }
 
 // Vectors that every lane has: a row that a narrow group does not keep has more than 32 * kElements

@@ -96,12 +96,15 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits) {
 // element, whatever the options.
 template <class T, bool Calibrated>
 auto dense_kernel_of(const DenseArgs& args) {
+  const bool details = !args.backward && (args.prediction || args.entropy);
   if constexpr (sizeof(T) < 8) {
     if (has_whole_vectors<T>(args))
-      return has_options(args) ? dense_kernel<T, Calibrated, true, true>
-                               : dense_kernel<T, Calibrated, true, false>;
+      return details             ? dense_kernel<T, Calibrated, true, true, true>
+             : has_options(args) ? dense_kernel<T, Calibrated, true, true, false>
+                                 : dense_kernel<T, Calibrated, true, false, false>;
   }
-  return dense_kernel<T, Calibrated, false, true>;
+  return details ? dense_kernel<T, Calibrated, false, true, true>
+                 : dense_kernel<T, Calibrated, false, true, false>;
 }
 
 // Of tiles that are divided already.

@@ -95,17 +95,19 @@ RowPlan row_plan(const RowArgs& args, const Limits& limits, int most_threads) {
 }
 
 // The same rows by row_warp_kernel: by a warp each, by several of a block, or by those of a cluster of
-// so many blocks. None for float64, for shards, for rows that a narrow group keeps, and where a row
-// needs more warps or more shared memory than there are.
+// so many blocks. None for float64, for shards, for rows that a narrow group keeps with fewer
+// instructions, and where a row needs more warps or more shared memory than there are.
 template <class T, bool Calibrated>
 std::optional<RowPlan> row_warp_plan(const RowArgs& args, const Limits& limits, RowPlan plan,
                                      int blocks) {
   using A = Accumulate<T>;
-  if (sizeof(T) == 8 || args.shard_sums || args.shard_factors || !plan.wide) return std::nullopt;
+  // A warp that keeps a row takes fewer instructions than one whose lanes keep it as a group.
+  if (!plan.wide && plan.lanes < 32) return std::nullopt;
+  if (sizeof(T) == 8 || args.shard_sums || args.shard_factors) return std::nullopt;
   const int64_t vectors = args.classes / kVector<T>;
   const bool sums = Calibrated && args.class_gradients;
   // The class sums of a half precision's elements do not fit into registers.
-  const bool half_of_them = sizeof(T) == 2 && (sums || vectors <= 16 * kWarpVectors);
+  const bool half_of_them = sums ? sizeof(T) == 2 : vectors <= 16 * kWarpVectors;
   plan.warp_vectors = half_of_them ? kWarpVectors / 2 : kWarpVectors;
   plan.wide = vectors > 32 * plan.warp_vectors;
   const int64_t class_bytes = ClassVectors<T>::count(args) * 32 * plan.warp_vectors * kVector<T> *

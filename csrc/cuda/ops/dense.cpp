@@ -9,11 +9,15 @@ struct Dense {
   using Layout = DenseLayout;
   using Args = DenseArgs;
   using Device = Cuda;
-  static constexpr int64_t kWantedOfForward =
-      kWantLogits | kWantScale | kWantBias | kWantConfidence | kWantDetails;
+  static constexpr int64_t kWantedOfForward = kWantLogits | kWantScale | kWantBias |
+                                              kWantConfidence | kWantDetails | kWantPrediction |
+                                              kWantEntropy;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
-    if (args.probabilities) return launch_soft_dense_forward(launcher, dtype, args);
+    if (args.probabilities) {
+      require(!args.prediction && !args.entropy, kNoDetails);
+      return launch_soft_dense_forward(launcher, dtype, args);
+    }
     launch_dense_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {

@@ -36,22 +36,70 @@ from .tiles import (
     write_class_sums,
 )
 
+# Added to the classes of numbers among those of NaN, which come first: more than there are classes.
+_OF_NUMBERS = tl.constexpr(1 << 28)
+
+
+@triton.jit
+def add_details(u, first, known, ENTROPY: tl.constexpr, POSITIONS: tl.constexpr,
+                CLASSES: tl.constexpr):  # fmt: skip
+    """Adds a tile of u, the margin not taken off, to what is asked of a position beside its loss.
+
+    known: the largest u, its first class or the first NaN's, and sum_j x_j and sum_j x_j log x_j of
+    x_j = exp(u_j - the largest).
+    """
+    largest, at, total, times_log = known
+    number = u == u
+    top = tl.max(tl.where(number, u, -float("inf")), 1)
+    columns = tl.arange(0, CLASSES)[None, :] + tl.zeros([POSITIONS, CLASSES], tl.int32)
+    here = tl.where(u == top[:, None], columns + _OF_NUMBERS, 2 * _OF_NUMBERS)
+    here = tl.min(tl.where(number, here, columns), 1)
+    of_number = here >= _OF_NUMBERS
+    takes = (at >= _OF_NUMBERS) & ((of_number == 0) | (top > largest))
+    at = tl.where(takes, here + first, at)
+    m = tl.maximum(largest, top)
+    if ENTROPY:
+        least = lowest(m)
+        shift, below = tl.maximum(m, least), tl.maximum(largest, least)
+        ratio = exp(below - shift)
+        below = tl.maximum(below - shift, least)  # not 0 * -inf
+        x = exp(u - shift[:, None])
+        times_log = ratio * (times_log + total * below)
+        times_log += tl.sum(x * tl.maximum(u - shift[:, None], least[:, None]), 1)
+        total = ratio * total + tl.sum(x, 1)
+    return m, at, total, times_log
+
+
+@triton.jit
+def write_details(prediction, entropy, known, i, inside, valid):
+    _largest, at, total, times_log = known
+    if prediction is not None:
+        found = tl.where(at >= _OF_NUMBERS, at - _OF_NUMBERS, at)
+        tl.store(prediction + i, found.to(tl.int64), mask=inside)
+    if entropy is not None:
+        nothing = total == 0.0  # all classes are masked
+        total = tl.where(nothing, 1.0, total)
+        found = tl.where(nothing, 0.0, tl.log(total) - times_log / total)
+        tl.store(entropy + i, tl.where(valid, found, 0.0), mask=inside)
+
 
 @triton.jit
 def read_and_add(
-    given, base, first, t, inside, c, classes, stride, smoothing, sums,
-    DU_DC: tl.constexpr, PLANES: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
-    WHOLE: tl.constexpr, ACC: tl.constexpr,
+    given, base, first, t, inside, c, classes, stride, smoothing, sums, known,
+    DU_DC: tl.constexpr, DETAILS: tl.constexpr, ENTROPY: tl.constexpr, PLANES: tl.constexpr,
+    POSITIONS: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to `sums`, which are relative to the maximum so far: `rest` and `rest_du_dc`,
     element by element, without the target (position.py), and those of smoothing with it.
 
-    Returns them, and z and the exponentials of the tile.
+    DETAILS: also to `known` (add_details). Returns both, and z and the exponentials of the tile.
     """
     logits, weight, scale, bias, prior, margin = given
     maximum, rest, rest_du_dc, smooth, smooth_du_dc, seen = sums
     z, u, d = tile_of(logits, base, first, inside, c, scale, bias, prior, classes, stride,
                       PLANES, POSITIONS, CLASSES, WHOLE, ACC)  # fmt: skip
+    if DETAILS:
+        known = add_details(u, first, known, ENTROPY, POSITIONS, CLASSES)
     if margin is not None:
         margin_t = entries(margin, t, t >= 0, 0.0, ACC)
         u = add_at_targets(u, -margin_t, first, t, POSITIONS, CLASSES)
@@ -79,7 +127,7 @@ def read_and_add(
         seen += tl.sum(tl.where(own, w, 0.0), 1)
         if DU_DC:
             smooth_du_dc += tl.sum(tl.where(own, w * d, 0.0), 1)
-    return (m, rest, rest_du_dc, smooth, smooth_du_dc, seen), z, x
+    return (m, rest, rest_du_dc, smooth, smooth_du_dc, seen), known, z, x
 
 
 @triton.jit(debug=True, do_not_specialize=RUN_TIME + OPTIONS,
@@ -87,6 +135,7 @@ def read_and_add(
 def forward_kernel(
     logits, target, weight, scale, bias, confidence, prior, margin, sample_weight, weights,
     loss, row_max, row_sum, block_sums, class_sums, grad_confidence, shard_sums,
+    prediction, entropy,
     outer: tl.int64, inner: tl.int64, classes: tl.int32, outer_stride: tl.int64, stride: tl.int64,
     ignore_index: tl.int64, smoothing: tl.float64, gamma: tl.float64, by_weights: tl.int32,
     PLANES: tl.constexpr, UNIT: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
@@ -97,9 +146,11 @@ def forward_kernel(
     weights: sum_j w_j, one entry; None: there are no weights. block_sums: [programs][2: loss,
     denominator]; class_sums: [programs][2: scale, bias][classes], for which CLASSES must be all;
     None where not wanted. shard_sums: [5][positions], the only result of a shard
-    (_ops/shard_reference.py), or None.
+    (_ops/shard_reference.py), or None. prediction, entropy: of every position, or None.
     """
     SHARD: tl.constexpr = shard_sums is not None
+    ENTROPY: tl.constexpr = entropy is not None
+    DETAILS: tl.constexpr = prediction is not None or ENTROPY
     DU_DC: tl.constexpr = scale is not None and (SHARD or grad_confidence is not None)
     inner, classes = bounds(inner, classes, PLANES, UNIT)
     outer_stride, stride = outer_stride * UNIT, stride * UNIT
@@ -118,7 +169,9 @@ def forward_kernel(
         i, inside, base = positions_of(block, inner, outer_stride, stride, PLANES, POSITIONS)
         t = targets_of(target, i, inside, ignore_index, classes, SHARD)
         valid, named = t >= -1, t >= 0
-        c = confidences_of(confidence, i, valid, ACC)
+        # With details an ignored position's logits are looked at.
+        looked = inside if DETAILS else valid
+        c = confidences_of(confidence, i, looked, ACC)
         at, mask = existing(t, named, SHARD)
         z_t = target_logits_of(logits, base, at, named if SHARD else inside, stride, PLANES, ACC)
         target_logit, target_du_dc = target_terms(z_t, at, mask, c, scale, bias, prior, margin, ACC)
@@ -128,25 +181,29 @@ def forward_kernel(
         least = lowest(nothing)
         maximum = tl.maximum(tl.where(named, target_logit, least), least)
         sums = (maximum, empty, empty, nothing, nothing, nothing)
+        first_class = tl.full([POSITIONS], _OF_NUMBERS, tl.int32)
+        known = (nothing - float("inf"), first_class, nothing, nothing)
         if class_sums is not None:
             # Of planes all are read: a mask that differs between neighbours takes vectors apart.
-            sums, z, x = read_and_add(
-                given, base, 0, t, inside if PLANES else valid, c, classes, stride, smoothing, sums,
-                DU_DC, PLANES, POSITIONS, CLASSES, False, ACC,
+            sums, known, z, x = read_and_add(
+                given, base, 0, t, inside if PLANES else looked, c, classes, stride, smoothing,
+                sums, known, DU_DC, DETAILS, ENTROPY, PLANES, POSITIONS, CLASSES, False, ACC,
             )  # fmt: skip
         else:
-            read = classes_read(classes, valid, POSITIONS)
+            read = classes_read(classes, looked, POSITIONS)
             whole = read & -CLASSES  # a power of two
             for first in range(0, whole, CLASSES):
-                sums, _z, _x = read_and_add(
+                sums, known, _z, _x = read_and_add(
                     given, base, first, t, inside, c, classes, stride, smoothing, sums,
-                    DU_DC, PLANES, POSITIONS, CLASSES, True, ACC,
+                    known, DU_DC, DETAILS, ENTROPY, PLANES, POSITIONS, CLASSES, True, ACC,
                 )  # fmt: skip
             if whole < read:
-                sums, _z, _x = read_and_add(
+                sums, known, _z, _x = read_and_add(
                     given, base, whole, t, inside, c, classes, stride, smoothing, sums,
-                    DU_DC, PLANES, POSITIONS, CLASSES, False, ACC,
+                    known, DU_DC, DETAILS, ENTROPY, PLANES, POSITIONS, CLASSES, False, ACC,
                 )  # fmt: skip
+        if DETAILS:
+            write_details(prediction, entropy, known, i, inside, valid)
         maximum, rest, rest_du_dc, smooth, smooth_du_dc, _ = sums
         rest, rest_du_dc = tl.sum(rest, 1), tl.sum(rest_du_dc, 1)
         w_t = entries(weight, at, mask, 1.0, ACC)

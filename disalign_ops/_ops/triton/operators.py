@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codes import CALIBRATION, CONFIDENCE, DETAILS, LOGITS, SHARD_VALUES
+from ..codes import CALIBRATION, CONFIDENCE, DETAILS, ENTROPY, LOGITS, PREDICTION, SHARD_VALUES
+from ..new_gradient import new_gradient
 from ..reference import accumulate_dtype, class_indices
 from ..shard_reference import IGNORED
 from .calibrate import calibrate_backward_kernel, calibrate_kernel
@@ -25,7 +26,8 @@ from .views import CLASS_SUMS, LogitsView
 
 def forward(*arguments: Any) -> list[Tensor]:
     """Loss, statistics, denominator, the gradients of the calibration for an upstream of 1, and
-    where details are wanted every position's loss, unless that is the first.
+    where details are wanted every position's loss, unless that is the first, and of class indices
+    prediction and entropy.
 
     That of the logits is backward's: autograd.py never asks for it here.
     """
@@ -43,13 +45,18 @@ def forward(*arguments: Any) -> list[Tensor]:
     sums = CalibrationSums.of(logits, here, n, loss.programs, 1, n)
     details = [vector(logits, n)] if call.wanted & DETAILS and not call.each else []
     losses = loss.value if call.each else details[0] if details else None
-    made = (
-        losses, *loss.statistics, loss.block_sums, sums.classes, sums.confidence, None, *view.sizes,
-    )  # fmt: skip
+    made = (losses, *loss.statistics, loss.block_sums, sums.classes, sums.confidence, None)
     if given.soft:
-        kernel, arguments = soft_forward_kernel, (*given.soft_tensors, *made, *given.soft_numbers)
+        assert not call.wanted & (PREDICTION | ENTROPY)
+        made = (*given.soft_tensors, *made, *view.sizes)
+        kernel, arguments = soft_forward_kernel, (*made, *given.soft_numbers)
     else:
-        kernel = forward_kernel
+        predicted, entropies = None, None
+        if call.wanted & PREDICTION:
+            details.append(predicted := logits.new_empty((n,), dtype=torch.int64))
+        if call.wanted & ENTROPY:
+            details.append(entropies := vector(logits, n))
+        kernel, made = forward_kernel, (*made, predicted, entropies, *view.sizes)
         arguments = (*given.tensors, given.weights, *made, *given.numbers)
     view.start(kernel, (loss.programs,), (*arguments, call.by_weights))
     results = loss.finish()
@@ -70,7 +77,7 @@ def _gradients(
     sums = CalibrationSums.of(logits, call.wanted, n, programs, view.parts, n)
     made = (
         None, grad_logits, sums.classes, sums.confidence, *view.sizes, call.upstream_stride,
-        *(view.strides if grad_logits is logits else view.contiguous),
+        *view.strides_of(grad_logits),
     )  # fmt: skip
     known = call.grad_loss, *call.statistics, call.denominator
     grid = programs, view.parts
@@ -85,7 +92,7 @@ def _gradients(
 
 def _new_gradient(logits: Tensor, wanted: int) -> list[Tensor]:
     """That of the logits, if it is wanted."""
-    return [logits.new_empty(logits.shape)] if wanted & LOGITS else []
+    return [new_gradient(logits)] if wanted & LOGITS else []
 
 
 def _target_logits(given: Given) -> Tensor:
@@ -149,7 +156,7 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
     view.start(
         forward_kernel, (view.programs(1),),
         (
-            logits, target, *vectors, None, None, *nothing, sums, *view.sizes,
+            logits, target, *vectors, None, None, *nothing, sums, None, None, *view.sizes,
             *_shard_numbers(share), 0,
         ),
     )  # fmt: skip
@@ -166,7 +173,7 @@ def _shard_gradients(
     tensors = (logits, target, *vectors, None)
     made = (
         factors, grad_logits, sums.classes, sums.confidence, *view.sizes, 0,
-        *(view.strides if grad_logits is logits else view.contiguous),
+        *view.strides_of(grad_logits),
     )  # fmt: skip
     grid, nothing = (programs, view.parts), (None,) * 5
     if target.is_floating_point():
@@ -195,7 +202,7 @@ def calibrate(logits: Tensor, scale: Tensor, bias: Tensor, confidence: Tensor) -
     view = LogitsView.of(logits, CLASS_SUMS)
     view.start(
         calibrate_kernel, (view.programs(view.parts), view.parts),
-        (logits, scale, bias, confidence, out, *view.sizes, *view.contiguous),
+        (logits, scale, bias, confidence, out, *view.sizes, *view.strides_of(out)),
     )  # fmt: skip
     return out
 
@@ -216,7 +223,8 @@ def calibrate_backward(
         calibrate_backward_kernel, (programs, view.parts),
         (
             grad_output, logits, scale, bias, confidence, whole[0] if whole else None,
-            sums.classes, sums.confidence, *view.sizes, *view.contiguous,
+            sums.classes, sums.confidence, *view.sizes, *view.strides_of(grad_output),
+            *view.strides_of(whole[0] if whole else None),
         ),
     )  # fmt: skip
     return whole + sums.gradients(None, wanted)

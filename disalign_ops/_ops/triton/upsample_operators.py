@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..codes import CALIBRATION, DETAILS, LOGITS
+from ..new_gradient import new_gradient
 from . import launch
 from .call import Backward, CalibrationSums, Forward, Loss, arithmetic, vector
 from .soft_upsample import soft_factors_kernel, soft_upsample_kernel
@@ -162,7 +163,7 @@ def _factors(call: Backward, grid: Grid) -> tuple[Tensor | None, Tensor]:
 def _gradients(call: Backward, grid: Grid) -> list[Tensor]:
     given, logits, wanted = call.given, call.given.logits, call.wanted
     n, classes, h, w = logits.shape
-    whole = [logits.new_empty(logits.shape)] if wanted & LOGITS else []
+    whole = [new_gradient(logits)] if wanted & LOGITS else []
     tile = _tiles(logits.dtype)[1]
     parts = triton.cdiv(classes, tile.classes)
     programs = launch.programs(n * h * triton.cdiv(w, tile.positions), tile, parts, logits.device)

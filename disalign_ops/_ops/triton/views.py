@@ -85,17 +85,13 @@ class LogitsView:
         else:
             classes //= self.unit
         beside = (stride // self.unit for stride in self.target_strides)
-        return self.outer, inner, classes, *self.strides, *beside
+        return self.outer, inner, classes, *self.strides_of(self.logits), *beside
 
-    @property
-    def strides(self) -> tuple[int, int]:
-        """As kernels take them."""
-        return self.outer_stride // self.unit, self.stride // self.unit
-
-    @property
-    def contiguous(self) -> tuple[int, int]:
-        """Strides, as kernels take them, of a contiguous tensor of this shape."""
-        outer_stride, stride = self._contiguous
+    def strides_of(self, other: Tensor | None) -> tuple[int, int]:
+        """Of a tensor of this shape, as kernels take them: those of the logits, contiguous ones, or
+        new_gradient's. None: any.
+        """
+        outer_stride, stride = (0, 0) if other is None else _strides(other)
         return outer_stride // self.unit, stride // self.unit
 
     @property

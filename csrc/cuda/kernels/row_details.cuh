@@ -1,0 +1,145 @@
+// What is asked of a position beside its loss: its most probable class, and the entropy of its softmax,
+// without the margin, which only training knows.
+//
+// - They are made of u while it is in registers, by its maximum, in kernels compiled for them: ordinary
+//   rows look for no maximum, and have no branch.
+// - A class is found by its rank, so that one reduction of a maximum finds the first of several.
+#pragma once
+
+#include "cuda/kernels/arguments.h"
+#include "cuda/kernels/group.cuh"
+#include "cuda/kernels/position.cuh"
+
+namespace disalign::cuda {
+
+// Of some of a row's classes.
+template <class A>
+struct RowDetails {
+  A maximum = kLowest<A>;  // of u; finite or infinity
+  bool has_nan = false;    // of which the first is the most probable class, as torch.argmax has it
+  int at = -1;             // the first class of `maximum`; -1: there is none
+  // Of x_j = exp(u_j - maximum): sum_j x_j and sum_j x_j log x_j.
+  A sum = 0, times_log = 0;
+
+  __device__ __forceinline__ void add(A u) {
+    const A x = exponential(u - maximum);
+    sum += x;
+    times_log = std::fma(x, larger(u - maximum, kLowest<A>), times_log);  // not 0 * -inf
+  }
+
+  // By the maximum so far, which u of class j may be above; classes ascending.
+  __device__ __forceinline__ void add(A u, int j, bool entropy) {
+    if (u != u) {
+      at = has_nan ? at : j;
+      has_nan = true;
+    } else if (u > maximum || (at < 0 && u == maximum)) {
+      at = has_nan ? at : j;
+      const A below = larger(maximum - u, kLowest<A>), factor = exponential(below);
+      times_log = factor * std::fma(below, sum, times_log);
+      sum *= factor;
+      maximum = u;
+    }
+    if (entropy) add(u);
+  }
+
+  // The same of other classes.
+  __device__ __forceinline__ void add(const RowDetails& other) {
+    const bool before = other.at >= 0 && (at < 0 || other.at < at);
+    const bool takes = other.has_nan != has_nan ? other.has_nan
+                       : has_nan ? before
+                                 : other.maximum > maximum || (other.maximum == maximum && before);
+    if (takes) at = other.at;
+    has_nan |= other.has_nan;
+    const A top = larger(maximum, other.maximum);
+    const auto lowered = [top](const RowDetails& some) {
+      const A below = some.maximum - top, factor = exponential(below);
+      return factor == A(0) ? RowDetails{top}
+                            : RowDetails{top, false, -1, factor * some.sum,
+                                         factor * std::fma(below, some.sum, some.times_log)};
+    };
+    const RowDetails own = lowered(*this), others = lowered(other);
+    maximum = top, sum = own.sum + others.sum, times_log = own.times_log + others.times_log;
+  }
+
+  // Those of the lane that is `distance` away by its bits.
+  __device__ __forceinline__ RowDetails of_lane(int distance) const {
+    const auto from = [distance](auto v) { return __shfl_xor_sync(kFullWarp, v, distance); };
+    return {from(maximum), from(static_cast<int>(has_nan)) != 0, from(at), from(sum),
+            from(times_log)};
+  }
+
+  // From and to memory, entries `stride` apart.
+  static constexpr int kValues = 4;
+  __device__ __forceinline__ void write(A* to, int64_t stride) const {
+    to[0] = maximum, to[stride] = sum, to[2 * stride] = times_log;
+    *reinterpret_cast<int*>(to + 3 * stride) = has_nan ? -2 - at : at;
+  }
+  static __device__ __forceinline__ RowDetails read(const A* from, int64_t stride) {
+    const int at = *reinterpret_cast<const int*>(from + 3 * stride);
+    const bool has_nan = at < -1;
+    return {from[0], has_nan, has_nan ? -2 - at : at, from[stride], from[2 * stride]};
+  }
+
+  // Of all classes, as those of row i.
+  __device__ __forceinline__ void write(const LossArgs& args, int64_t i, bool valid) const {
+    if (args.prediction) args.prediction[i] = at < 0 ? 0 : at;  // all classes are masked
+    if (!args.entropy) return;
+    // Of masked classes alone there is no sum.
+    A entropy = sum == A(0) ? A(0) : std::log(sum) - times_log / sum;
+    if (has_nan) entropy = static_cast<A>(NAN);
+    static_cast<A*>(args.entropy)[i] = valid ? entropy : A(0);
+  }
+};
+
+// More than the classes of a row that threads keep; a float has twice as many, exactly.
+template <class A>
+constexpr A kRanks = A(1 << 20);
+
+// Of u in the registers of a group's threads, classes ascending; u of what is no class is -inf. All
+// threads get it. place_of(p): of element p among the group's classes, in their order, below kRanks:
+// `at` is of these places. Last: the last element lies elsewhere than the others. other: one u more
+// that all threads know; -inf: there is none.
+template <bool Last, class A, int Count, class PlaceOf, class GroupOfRow>
+__device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of, A other,
+                                                     int other_place, bool entropy,
+                                                     GroupOfRow& group) {
+  constexpr int kAscending = Last ? Count - 1 : Count;
+  RowDetails<A> found;
+#pragma unroll
+  for (int p = 0; p < Count; ++p) found.maximum = larger(found.maximum, u[p]);
+  found.maximum = larger(group.max(found.maximum), other);
+  const auto rank = [&](A v, int place) {
+    return v == found.maximum ? kRanks<A> - static_cast<A>(place)
+           : v != v           ? 2 * kRanks<A> - static_cast<A>(place)
+                              : A(0);
+  };
+  int first = -1, first_nan = -1;
+#pragma unroll
+  for (int p = kAscending - 1; p >= 0; --p) {
+    first = u[p] == found.maximum ? p : first;
+    first_nan = u[p] != u[p] ? p : first_nan;
+  }
+  A highest = rank(other, other_place);
+  if (Last) highest = larger(highest, rank(u[Count - 1], place_of(Count - 1)));
+  if (first >= 0) highest = larger(highest, kRanks<A> - static_cast<A>(place_of(first)));
+  if (first_nan >= 0)
+    highest = larger(highest, 2 * kRanks<A> - static_cast<A>(place_of(first_nan)));
+  highest = group.max(highest);
+  found.has_nan = highest > kRanks<A>;
+  if (highest > A(0))
+    found.at = static_cast<int>((found.has_nan ? 2 * kRanks<A> : kRanks<A>)-highest);
+  if (entropy) {
+#pragma unroll
+    for (int p = 0; p < Count; ++p) found.add(u[p]);
+    // By two reductions, which makes four: the group's areas are known to the compiler after an even
+    // number.
+    A sum[1] = {found.sum}, times_log[1] = {found.times_log};
+    group.sum(sum);
+    group.sum(times_log);
+    found.sum = sum[0], found.times_log = times_log[0];
+    found.add(other);
+  }
+  return found;
+}
+
+}  // namespace disalign::cuda

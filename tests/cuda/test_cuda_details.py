@@ -1,0 +1,210 @@
+"""Prediction and entropy from the CUDA kernels' read of the logits, executed on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from simt import build
+from simt.calls import DTYPES, Problem, check
+
+if build.why_not():
+    pytest.skip(str(build.why_not()), allow_module_level=True)
+
+CLUSTERS = {"has_clusters": True, "shared_bytes": 227 << 10}
+TILES = {"shared_bytes": 40 << 10}  # too little for a wide row: tiles, which are added up
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    return build.module("kernels")
+
+
+def row(
+    n: int, classes: int, dtype: torch.dtype = torch.float32, offset: int = 0,
+    calibrated: bool = True, all_options: bool = False,
+) -> Problem:  # fmt: skip
+    """offset: elements between an aligned address and the logits."""
+    options: dict[str, Any] = {}
+    if all_options:
+        options = {
+            "weight": torch.rand(classes) + 0.1, "prior": torch.randn(classes),
+            "margin": torch.rand(classes) * 4 - 2, "sample_weight": torch.rand(n) + 0.1,
+            "label_smoothing": 0.1, "focal_gamma": 1.5,
+        }  # fmt: skip
+    logits = torch.empty(offset + n * classes, dtype=dtype)[offset:].view(n, classes)
+    target = torch.randint(0, classes, (n,))
+    target[1] = -100
+    problem = Problem(
+        logits.copy_(torch.randn(n, classes) * 3), target, calibrated, options=options, details=True
+    )
+    if calibrated:
+        problem.vectors["confidence"][1] = 3.0  # an ignored row's: of its prediction
+    return problem
+
+
+# Each way that a row is kept: by some lanes, a warp (in half precision with half of the vectors and
+# all), the warps of a block, a block.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 9, 33, 513, 1203, 1280, 2501, 5003, 8193])
+def test_rows_of_every_tier(kernels: ModuleType, classes: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(classes)
+    for offset, calibrated in itertools.product((0, 1), (False, True)):
+        kernels.set_options(shuffle=offset > 0, seed=classes)
+        problem = row(6, classes, dtype, offset, calibrated, all_options=offset > 0)
+        check(kernels, problem.calls()[0])
+        for call in problem.gradient_calls(class_gradients=offset == 0):
+            check(kernels, call)
+
+
+@pytest.mark.parametrize("limits", [CLUSTERS, TILES], ids=["clusters", "tiles"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_rows(kernels: ModuleType, dtype: torch.dtype, limits: dict[str, int]) -> None:
+    torch.manual_seed(5)
+    kernels.set_options(shuffle=True, seed=5)
+    for classes, all_options in ((9001, False), (40001, True)):
+        problem = row(4, classes, dtype, 1, all_options, all_options)
+        check(kernels, problem.calls(**limits)[0])
+        for call in problem.gradient_calls(**limits):
+            check(kernels, call)
+
+
+# Planes that are whole vectors and others; a tile of one stage and of several; a class far above a
+# target, where the loss reads the tile again.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "limits"),
+    [
+        ((2, 5, 64), {}),
+        ((2, 19, 33), {}),
+        ((1, 150, 40), {}),
+        ((2, 400, 16), {"shared_bytes": 64 << 10}),
+    ],
+    ids=str,
+)
+def test_planes(
+    kernels: ModuleType, shape: tuple[int, int, int], limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(shape[1])
+    n, classes, inner = shape
+    for calibrated, all_options in itertools.product((False, True), (False, True)):
+        kernels.set_options(shuffle=all_options, seed=classes)
+        problem = row(n * inner, classes, dtype, 0, calibrated, all_options)
+        problem.logits = (torch.randn(shape) * 3).to(dtype)
+        problem.target = problem.target.view(n, inner)
+        problem.logits[-1, 2, 5] = 40.0
+        problem.target[-1, 5] = 3
+        check(kernels, problem.calls(**limits)[0])
+        for call in problem.gradient_calls(**limits):
+            check(kernels, call)
+
+
+def test_more_rows_than_lanes(kernels: ModuleType) -> None:
+    kernels.set_options()
+    problem = row(80, 1203)
+    problem.target[30:80:7] = -100
+    for call in problem.gradient_calls(shared_bytes=32 << 10, multiprocessors=1):
+        check(kernels, call)
+
+
+HARD = 10
+
+
+def hard(problem: Problem, generator: torch.Generator) -> None:
+    """Rows with several largest logits, masked classes, infinity and NaN, where they may be: at the
+    row's ends, which are no whole vectors, next to each other, far apart.
+    """
+    z, classes = problem.logits, problem.logits.shape[1]
+    places = torch.randperm(classes, generator=generator)[:4]
+    z[0, places] = 50.0
+    z[1, [0, classes - 1]] = 50.0  # ignored
+    z[2] = 0.5
+    z[3] = -INFINITY
+    z[4], z[4, places[0]] = -INFINITY, 2.0
+    z[5, places] = INFINITY
+    z[6, places[:2]] = NAN
+    z[7, [0, 1]], z[7, places] = NAN, INFINITY
+    z[8, -1] = NAN
+    z[9] = NAN
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("classes", "limits"),
+    [(11, {}), (131, {}), (1203, {}), (2563, {}), (5003, {}), (9001, TILES), (9001, CLUSTERS)],
+    ids=str,
+)
+def test_the_first_of_several_largest_classes(
+    kernels: ModuleType, classes: int, limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    kernels.set_options()
+    for offset, margin in itertools.product((0, 3), (None, 40.0, -40.0)):
+        problem = row(HARD, classes, dtype, offset, calibrated=False)
+        hard(problem, generator)
+        problem.target[0] = int(problem.logits[0].argmax())
+        if margin is not None:
+            problem.options["margin"] = torch.full((classes,), margin)
+        call = replace(problem).calls(**limits)[0]
+        call.expected = {"prediction": call.expected["prediction"]}
+        check(kernels, call)
+        entropy = torch.from_numpy(call.fields["entropy"])
+        assert entropy[[1, 3, 4]].abs().max() < 1e-6
+        assert entropy[5:].isnan().all()
+        assert abs(float(entropy[2].exp()) - classes) < 1e-3 * classes
+
+
+@pytest.mark.parametrize("classes", [131, 1203])
+def test_entropy_of_margins_beyond_the_range_of_exp(kernels: ModuleType, classes: int) -> None:
+    kernels.set_options()
+    for margin in (200.0, -200.0):
+        problem = row(5, classes)
+        problem.options["margin"] = torch.full((classes,), margin)
+        call = problem.calls()[0]
+        call.expected = {k: call.expected[k] for k in ("prediction", "entropy")}
+        check(kernels, call)
+
+
+@pytest.mark.parametrize(("classes", "limits"), [(1203, {}), (9001, CLUSTERS), (9001, TILES)])
+def test_the_logits_are_read_once(
+    kernels: ModuleType, classes: int, limits: dict[str, int]
+) -> None:
+    kernels.set_options()
+    problem = row(6, classes, calibrated=False)
+    problem.target[1] = 3
+    loads = []
+    for details in (False, True):
+        check(kernels, replace(problem, details=details).calls(**limits)[0])
+        loads.append(kernels.traffic("logits")["load_bytes"])
+    assert loads[0] == loads[1] >= problem.logits.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("classes", "limits"), [(11, {}), (67, {}), (400, {"shared_bytes": 64 << 10})], ids=str
+)
+def test_the_first_of_several_largest_classes_of_planes(
+    kernels: ModuleType, classes: int, limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    kernels.set_options()
+    for margin in (None, 40.0, -40.0):
+        problem = row(HARD, classes, dtype, calibrated=False)
+        hard(problem, generator)
+        problem.logits = problem.logits.t().contiguous()[None]
+        problem.target = problem.target[None]
+        if margin is not None:
+            problem.options["margin"] = torch.full((classes,), margin)
+        call = problem.calls(**limits)[0]
+        call.expected = {"prediction": call.expected["prediction"]}
+        check(kernels, call)
+        entropy = torch.from_numpy(call.fields["entropy"])
+        assert entropy[[1, 3, 4]].abs().max() < 1e-6
+        assert entropy[5:].isnan().all()
+        assert abs(float(entropy[2].exp()) - classes) < 1e-3 * classes
