@@ -306,7 +306,9 @@ def test_a_margin_where_every_class_is_masked() -> None:
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_linear_head(calibrated: bool, chunk_bytes: int) -> None:
     p = Problem.of(torch.float64)
-    for margin, soft, reduction in itertools.product((None, 0.7), (False, True), ("mean", "none")):
+    for margin, soft, reduction in itertools.product(
+        (None, 0.7, -60.0), (False, True), ("mean", "none")
+    ):
         if soft and margin:
             continue
         q = Problem(p.tensors, torch.rand(N, C, dtype=torch.float64) if soft else p.target)
@@ -335,7 +337,9 @@ def compare_details(found: Any, expected: LossDetails) -> None:
 def _over_ranks(rank: int, world: int) -> None:
     torch.manual_seed(0)
     for sizes in SHARDS[world]:
-        for soft, margin in ((False, {}), (True, {}), (False, {"margin": "class"})):
+        for soft, margin in (
+            (False, {}), (True, {}), (False, {"margin": "class"}), (False, {"margin": -60.0}),
+        ):  # fmt: skip
             whole = Whole(torch.float64, {"weight": "class", "prior": "class", **margin})
             target = torch.rand(len(whole.target), sum(sizes)).double() if soft else whole.target
             a, b = (shard_of(t, rank, sizes) for t in (whole.scale, whole.bias))

@@ -98,7 +98,7 @@ def find(
             losses = dispatch.compute(detached, none)[0]
             lse = None
         prediction, entropy = (*known, None, None)[:2]
-        again = _hides_classes(inputs.margin)
+        again = second_look.hides_classes(inputs.margin)
         if prediction is None or again:
             look = second_look.look(
                 inputs.logits.detach(), *problem.form.vectors(detached.scale, detached.bias),
@@ -139,19 +139,6 @@ def assemble(loss: Tensor, shape: torch.Size, found: Found) -> LossDetails:
 
 def _detached(inputs: Inputs) -> Inputs:
     return Inputs(*(None if t is None else t.detach() for t in inputs))  # type: ignore[arg-type]
-
-
-def _hides_classes(margin: Tensor | None) -> bool:
-    """Whether a margin may raise the target's logit so far that the kernels' sums, which include
-    it, hold too few digits of the other classes, or none. Where asking would wait or break a graph,
-    one is taken to.
-    """
-    if margin is None:
-        return False
-    recorded = torch._C._len_torch_dispatch_stack() > 0  # by make_fx, perhaps
-    if recorded or not margin.is_cpu or torch.compiler.is_compiling() or dispatch.transformed():
-        return True
-    return bool((margin < 0).any())
 
 
 def _without_margin(lse: Tensor, u_t: Tensor, margin: Tensor) -> Tensor:

@@ -198,7 +198,10 @@ def validate(
         dispatch.check_classes(target, classes, ignore_index, asserted=False)
     known = None
     if return_details:
-        known = Known(positions_shape(like).numel(), like, return_details == "entropy")
+        known = Known(
+            positions_shape(like).numel(), like,
+            entropy=return_details == "entropy", margin=given.margin is not None,
+        )  # fmt: skip
     call = Call(
         backend=backend,
         target=target if soft else target.reshape(-1),

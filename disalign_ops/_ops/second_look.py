@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 
 _ENTRIES = 1 << 20  # of logits that are had in the arithmetic dtype at a time
 
@@ -54,3 +54,16 @@ def look(
     if not rest:
         return Look(prediction, None, None)
     return Look(prediction, rest[0] if entropy else None, rest[1] if log_sum_exp else None)
+
+
+def hides_classes(margin: Tensor | None) -> bool:
+    """Whether a margin may raise the target's logit so far that the kernels' sums, which include
+    it, hold too few digits of the other classes, or none. Where asking would wait or break a graph,
+    one is taken to.
+    """
+    if margin is None:
+        return False
+    recorded = torch._C._len_torch_dispatch_stack() > 0  # by make_fx, perhaps
+    if recorded or not margin.is_cpu or torch.compiler.is_compiling() or dispatch.transformed():
+        return True
+    return bool((margin < 0).any())

@@ -32,13 +32,14 @@ class Known:
     None.
     """
 
-    def __init__(self, rows: int, like: Tensor, entropy: bool) -> None:
+    def __init__(self, rows: int, like: Tensor, *, entropy: bool, margin: bool) -> None:
+        """entropy: is wanted. margin: is given."""
         dtype = reference.accumulate_dtype(like.dtype)
         self.losses = like.new_zeros(rows, dtype=dtype)
         self.log_sum_exp, self.target_logit = (torch.zeros_like(self.losses) for _ in range(2))
         self.prediction = like.new_full((rows,), _NO_CLASS, dtype=torch.int64)
         self.entropy = torch.zeros_like(self.losses) if entropy else None
-        self._margin = torch.zeros_like(self.losses)
+        self._margin = torch.zeros_like(self.losses) if margin else None
         self._largest, self._of_parts = (
             torch.full_like(self.losses, float("-inf")) for _ in range(2)
         )
@@ -59,18 +60,21 @@ class Known:
         if not logits.shape[1]:
             return
         sums, *details = results
-        soft = target.is_floating_point()
-        if vectors.margin is not None and not soft:
-            here = target >= 0
-            self._margin[rows] += torch.where(here, vectors.margin[target.clamp(min=0)], 0.0)
-        if details:
-            prediction, entropy = (*details, None)[:2]
-        else:
-            prediction, entropy, _ = second_look.look(
+        here = None if target.is_floating_point() else target >= 0
+        margin = None
+        if self._margin is not None and vectors.margin is not None and here is not None:
+            margin = torch.where(here, vectors.margin[target.clamp(min=0)], 0.0)
+            self._margin[rows] += margin
+        prediction, entropy = (*details, None, None)[:2]
+        log_sum = _log_sum_exp(sums, here, margin)
+        again = second_look.hides_classes(vectors.margin)
+        if prediction is None or again:
+            look = second_look.look(
                 logits, vectors.scale, vectors.bias, confidence, vectors.prior,
-                entropy=self.entropy is not None, log_sum_exp=False,
+                entropy=self.entropy is not None, log_sum_exp=again,
             )  # fmt: skip
-        assert prediction is not None
+            prediction, entropy = look.prediction, look.entropy
+            log_sum = log_sum if look.log_sum_exp is None else look.log_sum_exp
         # Of its logit, and not its place in memory: equal ones are equal in every part.
         z = logits.gather(1, prediction[:, None])
         scale, bias, prior = (
@@ -78,7 +82,6 @@ class Known:
             for v in (vectors.scale, vectors.bias, vectors.prior)
         )
         largest = reference.calibrated_logits(z, scale, bias, confidence, prior)[:, 0]
-        log_sum = _log_sum_exp(sums, None if soft else target >= 0, self._margin[rows])
         self._merge(rows, _Part(prediction + first, largest, log_sum, entropy))
 
     def _merge(self, rows: slice, part: _Part) -> None:
@@ -88,25 +91,29 @@ class Known:
         larger |= part.largest.isnan() & ~before.isnan()  # the largest, to argmax
         self._largest[rows] = torch.where(larger, part.largest, before)
         self.prediction[rows] = torch.where(larger, part.prediction, self.prediction[rows])
-        if self.entropy is None or part.entropy is None:
-            return
         before = self._of_parts[rows]
         both = torch.logaddexp(before, part.log_sum_exp)
-        self.entropy[rows] = _share(self.entropy[rows], before, both) + _share(
-            part.entropy, part.log_sum_exp, both
-        )
+        if self.entropy is not None and part.entropy is not None:
+            self.entropy[rows] = _share(self.entropy[rows], before, both) + _share(
+                part.entropy, part.log_sum_exp, both
+            )
         self._of_parts[rows] = both
 
     def take(self, rows: slice, sums: Tensor, *, soft: bool, ranks: Ranks | None = None) -> None:
         """The sums (5, n) of all classes; see shard_reference.shard_sums. ranks: whose classes are
         not these rows' own; then everything else becomes that over all of them, too.
         """
-        if ranks is not None:
-            ranks.add(self._margin, "margins of the rows")
-        here = None if soft else torch.ones_like(sums[0], dtype=torch.bool)
-        self.log_sum_exp[rows] = _log_sum_exp(sums, here, self._margin[rows])
         if not soft:
-            self.target_logit[rows] = sums[2] + self._margin[rows]
+            self.target_logit[rows] = sums[2]
+        if self._margin is None:
+            here = None if soft else torch.ones_like(sums[0], dtype=torch.bool)
+            self.log_sum_exp[rows] = _log_sum_exp(sums, here, None)
+        else:  # it is in the sums
+            if ranks is not None:
+                ranks.add(self._margin, "margins of the rows")
+            self.target_logit[rows] += self._margin[rows]
+            of_parts = self._of_parts[rows]
+            self.log_sum_exp[rows] = of_parts if ranks is None else ranks.log_sum_exp(of_parts)
         if ranks is None:
             return
         # NaN is the largest to argmax, and to no all-reduce.
@@ -129,9 +136,9 @@ def _share(entropy: Tensor, log_sum_exp: Tensor, of_all: Tensor) -> Tensor:
     return torch.where(masked, 0.0, below.exp() * (entropy - below))
 
 
-def _log_sum_exp(sums: Tensor, here: Tensor | None, margin: Tensor) -> Tensor:
+def _log_sum_exp(sums: Tensor, here: Tensor | None, margin: Tensor | None) -> Tensor:
     """Of a shard's sums (5, n), without the margin. here: which rows have their target in it; None
-    with class probabilities.
+    with class probabilities. margin: of the targets.
     """
     maximum, rest, target_logit = sums[:3]
     others: Tensor = (
@@ -139,4 +146,5 @@ def _log_sum_exp(sums: Tensor, here: Tensor | None, margin: Tensor) -> Tensor:
     )  # what rounding left of nothing may be below 0
     if here is None:
         return others
-    return torch.where(here, torch.logaddexp(others, target_logit + margin), others)
+    target_logit = target_logit if margin is None else target_logit + margin
+    return torch.where(here, torch.logaddexp(others, target_logit), others)

@@ -3,7 +3,8 @@
 A row costs two all-reduces in forward: its maximum, then up to five values relative to it, in the
 arithmetic of the logits; in backward one value for the confidence, and those of the features where
 they are wanted. Two classes a row cost one more of one value, and one of their weights; details
-three more of four values, and one of the entropy. Nothing has the number of classes.
+two more of three values, one of the entropy, and with a margin three. Nothing has the number of
+classes.
 """
 
 from __future__ import annotations
@@ -92,6 +93,17 @@ class Ranks:
     def maximum(self, tensor: Tensor, what: str) -> None:
         """Makes a tensor the largest of every rank's."""
         self._all_reduce(tensor, dist.ReduceOp.MAX, what)
+
+    def log_sum_exp(self, tensor: Tensor) -> Tensor:
+        """log sum exp over every rank's."""
+        largest = tensor.clone()
+        self.maximum(largest, "log-sum-exps of the rows")
+        # All of them masked: -inf, not NaN.
+        shift = torch.where(largest == float("-inf"), 0.0, largest)
+        total = (tensor - shift).exp()
+        self.add(total, "log-sum-exps of the rows")
+        found: Tensor = shift + total.log()
+        return found
 
     def minimum(self, tensor: Tensor, what: str) -> Tensor:
         """The smallest of every rank's."""

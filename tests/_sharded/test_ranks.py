@@ -270,13 +270,17 @@ def _traffic(rank: int, world: int) -> None:
         with Carried() as backward:
             loss.backward()
         assert backward.bytes == [4 * rows * width]
-    for which, entropy in ((True, 0), ("entropy", 1)):
+    one = 4 * rows
+    for which, margin, expected in (
+        # What is largest, and whether it is NaN; its class, of 8 bytes.
+        (True, None, [2 * one, 2 * one]), ("entropy", None, [2 * one, 2 * one, one]),
+        (True, 0.5, [one, one, one, 2 * one, 2 * one]),
+    ):  # fmt: skip
         with Carried() as forward:
             disalign_ops.linear_cross_entropy(
-                x, w, target, shard=Shard(offset=offset), return_details=which
+                x, w, target, shard=Shard(offset=offset), margin=margin, return_details=which
             )
-        # Margins; what is largest, and whether it is NaN; its class, of 8 bytes.
-        assert forward.bytes[2:] == [4 * rows, 8 * rows, 8 * rows, *[4 * rows] * entropy]
+        assert forward.bytes[2:] == expected
     with Carried() as forward:
         loss = disalign_ops.disalign_linear_cross_entropy(
             x, w, target, c, a, b, weight=weight, label_smoothing=0.1, shard=Shard(offset=offset)
