@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
       sums.maximum = row.shift;
       if (!args.backward) {
         sums.maximum = kLowest<A>;
-        if (again) {
+        if (again || args.shard_sums) {  // a shard's maximum is no guess
 #pragma unroll
           for (int p = kSoftGuessed; p <= P; ++p) sums.maximum = larger(sums.maximum, e[p]);
         }
