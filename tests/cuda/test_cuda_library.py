@@ -41,8 +41,8 @@ def test_backend_info_names_the_architectures_and_why_cuda_does_not_serve() -> N
 
 @needs_library
 def test_the_library_is_small() -> None:
-    # 25 MiB with all seven architectures.
-    most = 25 * 2**20 * len(NATIVE["cuda_architectures"]) / 7
+    # 28 MiB with all seven architectures, a third of it the kernels that give details.
+    most = 28 * 2**20 * len(NATIVE["cuda_architectures"]) / 7
     assert backends.CUDA_LIBRARY.stat().st_size <= most
 
 
