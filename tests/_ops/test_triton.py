@@ -309,7 +309,7 @@ REGISTERS = {
     ("backward_kernel", "rows", 8): (224, 250),
     ("backward_kernel", "rows", 16): (128, 0),
     ("backward_kernel", "upsample", 4): (255, 216),
-    ("calibrate_backward_kernel", "planes", 1): (184, 152),
+    ("calibrate_backward_kernel", "planes", 1): (184, 160),
     ("calibrate_backward_kernel", "rows", 4): (120, 88),
     ("calibrate_backward_kernel", "rows", 8): (152, 176),
     ("calibrate_backward_kernel", "rows", 16): (112, 0),

@@ -57,6 +57,8 @@ SLOW = {
     "tests/_sharded/test_scaling.py::test_the_example": "the example of classes over processes",
     "keep_their_budgets[80-": "instructions of the row kernels on an A100",
     "keeps_its_budgets[80-": "instructions of the kernel of class planes on an A100",
+    "is_stored_by_vectors[80-": "the same of a slice",
+    "less_than_their_launches[80]": "the same of the launches besides the rows",
     "takes_these_counts[80]": "what the model takes for the instructions on an A100",
     "rows_of_class_probabilities[float32-A100": "the same, and memory's time",
     "rows_of_class_probabilities[bfloat16-A100": "the same, and memory's time",
