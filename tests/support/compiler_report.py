@@ -128,7 +128,9 @@ _WIDE_BACKWARD = ("row_backward_kernel", (False, True, False))
 _WARP_CALIBRATED, _WARPS_CALIBRATED, _CLUSTER_CALIBRATED = (
     ("row_warp_kernel", (True, False, False, keeper)) for keeper in range(3)
 )
-_CLUSTER_PLAIN = ("row_warp_kernel", (False, False, False, 2))
+_WARPS_PLAIN, _CLUSTER_PLAIN = (
+    ("row_warp_kernel", (False, False, False, keeper)) for keeper in (1, 2)
+)
 _SOFT_SUMS = [("soft_row_sums_kernel", (keeper,)) for keeper in range(3)]
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
@@ -153,6 +155,7 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("100", "upsample_backward_kernel", (), "d"): 44,
     ("120", "upsample_backward_kernel", (), "d"): 190,
     ("75", *_WIDE_STAGE_2, "f"): 16,
+    ("75", *_WARPS_PLAIN, "f"): 40,
     ("80", *_WIDE_STAGE_2, "f"): 16,
     ("80", *_WARP_CALIBRATED, _BF16): 8,
     ("80", *_WARP_CALIBRATED, _FP16): 8,
@@ -174,17 +177,13 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", "soft_row_warp_kernel", (2,), _BF16): 12,
     ("120", "soft_row_warp_kernel", (2,), _FP16): 12,
     ("100", *_SOFT_SUMS[0], "f"): 40,
-    ("100", *_SOFT_SUMS[0], _BF16): 8,
-    ("100", *_SOFT_SUMS[0], _FP16): 64,
+    ("100", *_SOFT_SUMS[0], _BF16): 56,
+    ("100", *_SOFT_SUMS[0], _FP16): 72,
     ("100", *_SOFT_SUMS[1], "f"): 20,
-    ("100", *_SOFT_SUMS[1], _BF16): 16,
-    ("100", *_SOFT_SUMS[1], _FP16): 60,
     ("120", *_SOFT_SUMS[0], "f"): 88,
     ("120", *_SOFT_SUMS[0], _BF16): 56,
-    ("120", *_SOFT_SUMS[0], _FP16): 72,
+    ("120", *_SOFT_SUMS[0], _FP16): 124,
     ("120", *_SOFT_SUMS[1], "f"): 20,
-    ("120", *_SOFT_SUMS[1], _BF16): 20,
-    ("120", *_SOFT_SUMS[1], _FP16): 28,
     ("120", *_SOFT_SUMS[2], "f"): 44,
     # Of planes, what stays the same for a tile.
     ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
