@@ -32,8 +32,9 @@ class LossDetails(NamedTuple):
         return_details="entropy".
 
     All come from the loss's own read of the logits. A second one is taken for prediction and
-    entropy of class probabilities on a GPU; for log_sum_exp and entropy with a margin below 0, or,
-    on a GPU, any margin; and for all but the loss where no kernel of the library serves.
+    entropy on a GPU where the target is class probabilities, or with a linear head or shard; for
+    log_sum_exp and entropy with a margin below 0, or, on a GPU, any margin; and for all but the
+    loss where no kernel of the library serves.
     """
 
     loss: Tensor
@@ -77,15 +78,14 @@ def of(
     return assemble(output(input, loss, shape if each else None, *promoting), shape, found)
 
 
-def find(
-    inputs: Inputs, problem: Problem, return_details: ReturnDetails
-) -> tuple[Tensor, Found]:  # fmt: skip
+def find(inputs: Inputs, problem: Problem, return_details: ReturnDetails) -> tuple[Tensor, Found]:
     """The loss of a validated call, in the accumulation dtype, and what is known beside it."""
     entropy_wanted = return_details == "entropy"
     each = problem.reduction == REDUCTIONS["none"]
     bits = DETAILS
+    again = second_look.hides_classes(inputs.margin)
     if dispatch.predicts(problem.layout, inputs):
-        bits |= PREDICTION | ENTROPY * entropy_wanted
+        bits |= PREDICTION | ENTROPY * (entropy_wanted and not again)
     loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
     detached = _detached(inputs)
     with torch.no_grad():
@@ -98,7 +98,6 @@ def find(
             losses = dispatch.compute(detached, none)[0]
             lse = None
         prediction, entropy = (*known, None, None)[:2]
-        again = second_look.hides_classes(inputs.margin)
         if prediction is None or again:
             look = second_look.look(
                 inputs.logits.detach(), *problem.form.vectors(detached.scale, detached.bias),

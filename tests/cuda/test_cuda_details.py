@@ -134,6 +134,22 @@ def hard(problem: Problem, generator: torch.Generator) -> None:
     z[9] = NAN
 
 
+def check_hard(
+    kernels: ModuleType, problem: Problem, classes: int, margin: float | None,
+    limits: dict[str, int],
+) -> None:  # fmt: skip
+    """What `hard` made of the rows, or of a plane's positions; the margin changes none of it."""
+    if margin is not None:
+        problem.options["margin"] = torch.full((classes,), margin)
+    call = problem.calls(**limits)[0]
+    call.expected = {"prediction": call.expected["prediction"]}
+    check(kernels, call)
+    entropy = torch.from_numpy(call.fields["entropy"])
+    assert entropy[[1, 3, 4]].abs().max() < 1e-6
+    assert entropy[5:].isnan().all()
+    assert abs(float(entropy[2].exp()) - classes) < 1e-3 * classes
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("classes", "limits"),
@@ -149,15 +165,7 @@ def test_the_first_of_several_largest_classes(
         problem = row(HARD, classes, dtype, offset, calibrated=False)
         hard(problem, generator)
         problem.target[0] = int(problem.logits[0].argmax())
-        if margin is not None:
-            problem.options["margin"] = torch.full((classes,), margin)
-        call = replace(problem).calls(**limits)[0]
-        call.expected = {"prediction": call.expected["prediction"]}
-        check(kernels, call)
-        entropy = torch.from_numpy(call.fields["entropy"])
-        assert entropy[[1, 3, 4]].abs().max() < 1e-6
-        assert entropy[5:].isnan().all()
-        assert abs(float(entropy[2].exp()) - classes) < 1e-3 * classes
+        check_hard(kernels, problem, classes, margin, limits)
 
 
 @pytest.mark.parametrize("classes", [131, 1203])
@@ -199,12 +207,4 @@ def test_the_first_of_several_largest_classes_of_planes(
         hard(problem, generator)
         problem.logits = problem.logits.t().contiguous()[None]
         problem.target = problem.target[None]
-        if margin is not None:
-            problem.options["margin"] = torch.full((classes,), margin)
-        call = problem.calls(**limits)[0]
-        call.expected = {"prediction": call.expected["prediction"]}
-        check(kernels, call)
-        entropy = torch.from_numpy(call.fields["entropy"])
-        assert entropy[[1, 3, 4]].abs().max() < 1e-6
-        assert entropy[5:].isnan().all()
-        assert abs(float(entropy[2].exp()) - classes) < 1e-3 * classes
+        check_hard(kernels, problem, classes, margin, limits)

@@ -284,7 +284,7 @@ def check(kernels: ModuleType, call: Call) -> None:
         if name == "prediction":
             assert (actual == expected).all(), f"{call.name} {call.operation} {name}"
             continue
-        if name == "entropy":  # of terms as large as an exponent, rounded as it is
+        if name == "entropy":  # its terms u - maximum may be that large, and are rounded so
             largest = max(largest, 16.0)
         table = TOLERANCE if name in ("grad_logits", "output") else ARITHMETIC
         error = float(np.abs(actual - expected).max(initial=0))  # NaN: never written

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
   A own_weight = 0, own_c = 0;                      // of this lane's row of the turn
   A grad_scale[P + 1] = {}, grad_bias[P + 1] = {};  // the last: the edge's
   const T* from = static_cast<const T*>(args.logits) + tile.row * args.outer_stride + tile.first();
-  Raw raw[K] = {};  // of a row; what is not the row's own stays as it is
+  Raw raw[K] = {};  // of a row; a load writes no element that is not the row's own
   A z_edge = kLow;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
