@@ -93,7 +93,7 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits) {
 }
 
 // Not every combination is compiled: planes that are not aligned, and doubles, are read element by
-// element, whatever the options.
+// element, whatever the options; with details as if they were calibrated.
 template <class T, bool Calibrated>
 auto dense_kernel_of(const DenseArgs& args) {
   const bool details = !args.backward && (args.prediction || args.entropy);
@@ -103,7 +103,7 @@ auto dense_kernel_of(const DenseArgs& args) {
              : has_options(args) ? dense_kernel<T, Calibrated, true, true, false>
                                  : dense_kernel<T, Calibrated, true, false, false>;
   }
-  return details ? dense_kernel<T, Calibrated, false, true, true>
+  return details ? dense_kernel<T, true, false, true, true>
                  : dense_kernel<T, Calibrated, false, true, false>;
 }
 

@@ -45,9 +45,11 @@ static inline int64_t band_rows(const UpsampleArgs& args) {
 template <class A, class Body>
 void for_rows(const UpsampleArgs& args, Body body) {
   const int64_t rows = band_rows(args);
-  if (rows <= 2)
+  if constexpr (sizeof(A) == 8)  // a double takes two registers
+    body(std::integral_constant<int, 4>{});
+  else if (rows <= 2)
     body(std::integral_constant<int, 2>{});
-  else if (rows <= 4 || sizeof(A) == 8)  // a double takes two registers
+  else if (rows <= 4)
     body(std::integral_constant<int, 4>{});
   else
     body(std::integral_constant<int, 8>{});
