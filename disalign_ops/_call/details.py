@@ -84,7 +84,7 @@ def find(inputs: Inputs, problem: Problem, return_details: ReturnDetails) -> tup
     each = problem.reduction == REDUCTIONS["none"]
     bits = DETAILS
     again = second_look.hides_classes(inputs.margin)
-    if dispatch.predicts(problem.layout, inputs):
+    if dispatch.predicts(problem.layout, inputs.logits):
         bits |= PREDICTION | ENTROPY * (entropy_wanted and not again)
     loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
     detached = _detached(inputs)
