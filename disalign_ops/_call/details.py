@@ -31,10 +31,9 @@ class LossDetails(NamedTuple):
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
-    All come from the loss's own read of the logits. A second one is taken for prediction and
-    entropy on a GPU where the target is class probabilities, or with a linear head or shard; for
-    log_sum_exp and entropy with a margin below 0, or, on a GPU, any margin; and for all but the
-    loss where no kernel of the library serves.
+    All come from the loss's own read of the logits. A second one is taken for log_sum_exp and
+    entropy with a margin below 0, or, on a GPU, any margin; and for all but the loss where no
+    kernel of the library serves.
     """
 
     loss: Tensor
