@@ -123,18 +123,18 @@ __device__ __forceinline__ void set_class_of(A rank, RowDetails<A>& found) {
   found.at = (found.has_nan ? kNanRank : kRank) - number;
 }
 
-// Of u in the registers of a group's threads, classes ascending; u_of(p), of what is no class, is
-// -inf. All threads get it. place_of(p): of element p among the group's classes, in their order: `at`
+// Of u in the registers of a group's threads, classes ascending; u of what is no class is -inf. All
+// threads get it. place_of(p): of element p among the group's classes, in their order: `at`
 // is of these places. Last: the last element lies elsewhere than the others. other: one u more that
 // all threads know; -inf: there is none.
-template <bool Last, int Count, class A, class UOf, class PlaceOf, class GroupOfRow>
-__device__ __forceinline__ RowDetails<A> row_details(UOf u_of, PlaceOf place_of, A other,
+template <bool Last, class A, int Count, class PlaceOf, class GroupOfRow>
+__device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of, A other,
                                                      int other_place, bool entropy,
                                                      GroupOfRow& group) {
   constexpr int kAscending = Last ? Count - 1 : Count;
   RowDetails<A> found;
 #pragma unroll
-  for (int p = 0; p < Count; ++p) found.maximum = larger(found.maximum, u_of(p));
+  for (int p = 0; p < Count; ++p) found.maximum = larger(found.maximum, u[p]);
   found.maximum = larger(group.max(found.maximum), other);
   const auto rank = [&](A v, int place) {
     return v == found.maximum || v != v ? rank_of<A>(v != v, place) : A(0);
@@ -142,17 +142,17 @@ __device__ __forceinline__ RowDetails<A> row_details(UOf u_of, PlaceOf place_of,
   int first = -1, first_nan = -1;
 #pragma unroll
   for (int p = kAscending - 1; p >= 0; --p) {
-    first = u_of(p) == found.maximum ? p : first;
-    first_nan = u_of(p) != u_of(p) ? p : first_nan;
+    first = u[p] == found.maximum ? p : first;
+    first_nan = u[p] != u[p] ? p : first_nan;
   }
   A highest = rank(other, other_place);
-  if (Last) highest = larger(highest, rank(u_of(Count - 1), place_of(Count - 1)));
+  if (Last) highest = larger(highest, rank(u[Count - 1], place_of(Count - 1)));
   if (first >= 0) highest = larger(highest, rank_of<A>(false, place_of(first)));
   if (first_nan >= 0) highest = larger(highest, rank_of<A>(true, place_of(first_nan)));
   set_class_of(group.max(highest), found);
   if (entropy) {
 #pragma unroll
-    for (int p = 0; p < Count; ++p) found.add(u_of(p));
+    for (int p = 0; p < Count; ++p) found.add(u[p]);
     // By two reductions, which makes four: the group's areas are known to the compiler after an even
     // number.
     A sum[1] = {found.sum}, times_log[1] = {found.times_log};
@@ -163,23 +163,16 @@ __device__ __forceinline__ RowDetails<A> row_details(UOf u_of, PlaceOf place_of,
   }
   return found;
 }
-template <bool Last, class A, int Count, class PlaceOf, class GroupOfRow>
-__device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of, A other,
-                                                     int other_place, bool entropy,
-                                                     GroupOfRow& group) {
-  return row_details<Last, Count>([&u](int p) { return u[p]; }, place_of, other, other_place,
-                                  entropy, group);
-}
-
-// The same of class probabilities, of which no class lies apart. By one thread: those of row i, or of
-// its tile, where there are several.
-template <bool Last, int Count, class A, class UOf, class PlaceOf, class GroupOfRow>
-__device__ __forceinline__ void write_soft_details(const RowArgs& args, UOf u_of, PlaceOf place_of,
-                                                   GroupOfRow& group, int64_t i, int tile,
-                                                   bool tiled, bool writes) {
-  const auto found = row_details<Last, Count>(u_of, place_of, negative_infinity<A>(), 0,
-                                              args.entropy != nullptr, group);
+// The same of class probabilities, of which no class lies apart; what is no class is not above `low`. By
+// one thread: those of row i, or of its tile, where there are several.
+template <bool Last, int Count, class A, class PlaceOf, class GroupOfRow>
+__device__ __forceinline__ void write_soft_details(const RowArgs& args, const A (&u)[Count], A low,
+                                                   PlaceOf place_of, GroupOfRow& group, int64_t i,
+                                                   int tile, bool tiled, bool writes) {
+  auto found =
+      row_details<Last>(u, place_of, negative_infinity<A>(), 0, args.entropy != nullptr, group);
   if (!writes) return;
+  if (found.maximum <= low && !found.has_nan) found = {};
   if (tiled)
     found.write(static_cast<A*>(args.tile_details) + tile * args.outer + i,
                 args.tiles * args.outer);

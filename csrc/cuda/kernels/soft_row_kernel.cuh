@@ -136,10 +136,10 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
 #pragma unroll
       for (int p = 0; p < P; ++p) e[p] = exponential(e[p] - row.shift);
     } else {
-      if (wants_details(args))
-        write_soft_details<false, P, A>(
-            args, [&](int p) { return e[p]; }, [&](int p) { return tile.class_of(p / V) + p % V; },
-            group, i, blockIdx.y, args.tiles > 1, first);
+      if (args.details)
+        write_soft_details<false, P>(
+            args, e, kLowest<A>, [&](int p) { return tile.class_of(p / V) + p % V; }, group, i,
+            blockIdx.y, args.tiles > 1, first);
       PositionSums<A> sums;
 #pragma unroll
       for (int p = 0; p < P; ++p) sums.maximum = larger(sums.maximum, e[p]);

@@ -162,11 +162,10 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
           if (absent >> p & 1) e[p] = kMasked;
       }
       // Of a row that is done again those of the first time are written over.
-      if (!args.backward && wants_details(args))
-        write_soft_details<true, P + 1, A>(
-            args, [&](int p) { return absent >> p & 1 ? negative_infinity<A>() : e[p]; },
-            [&](int p) { return tile.class_of(p); }, group, i, tile.block_of_row, tiled,
-            lane == 0 && (tiled ? tile.warp == 0 : tile.is_first()));
+      if (args.details)
+        write_soft_details<true, P + 1>(
+            args, e, kMasked / 2, [&](int p) { return tile.class_of(p); }, group, i,
+            tile.block_of_row, tiled, lane == 0 && (tiled ? tile.warp == 0 : tile.is_first()));
       sums.maximum = row.shift;
       if (!args.backward) {
         sums.maximum = kLowest<A>;

@@ -193,9 +193,9 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
 #pragma unroll
       for (int p = 0; p <= P; ++p) e[p] = exponential(e[p] - row.shift);
     } else {
-      if (wants_details(args))
-        write_soft_details<true, P + 1, A>(
-            args, [&](int p) { return e[p]; }, [&](int p) { return tile.class_of(p); }, group, i,
+      if (args.details)
+        write_soft_details<true, P + 1>(
+            args, e, kLowest<A>, [&](int p) { return tile.class_of(p); }, group, i,
             tile.block_of_row, tiled, lane == 0 && (tiled ? tile.warp == 0 : tile.is_first()));
       PositionSums<A> sums;
 #pragma unroll
