@@ -119,7 +119,7 @@ __device__ __forceinline__ void set_class_of(A rank, RowDetails<A>& found) {
     number = __float_as_int(rank);
   else
     number = static_cast<int>(rank);
-  found.has_nan = number > kRank;
+  found.has_nan = number > 2 * kRank;  // what is no class has a place of -1
   found.at = (found.has_nan ? kNanRank : kRank) - number;
 }
 
