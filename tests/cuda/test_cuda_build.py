@@ -84,7 +84,7 @@ REGISTERS = {
     ("soft_row_kernel plain", True): 168,  # 3 blocks of 128 threads
     ("soft_row_kernel plain wide", True): 128,
     ("soft_row_kernel calibrated", False): 168,
-    ("soft_row_kernel calibrated", True): 240,  # as with 216: 2 blocks
+    ("soft_row_kernel calibrated", True): 248,  # as with 216: 2 blocks
     ("soft_row_kernel calibrated wide", True): 232,  # as with 208: 1 block of 256
     ("soft_combine_kernel", False): 72,
     ("soft_combine_kernel", True): 80,
