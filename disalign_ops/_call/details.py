@@ -31,10 +31,9 @@ class LossDetails(NamedTuple):
     entropy: -sum_j p_j log p_j, margin not included; 0 where ignored. None unless
         return_details="entropy".
 
-    All come from the loss's own read of the logits. A second one is taken for prediction and
-    entropy on a GPU where the target is class probabilities, or with a linear head or shard; for
-    log_sum_exp and entropy with a margin below 0, or, on a GPU, any margin; and for all but the
-    loss where no kernel of the library serves.
+    All come from the loss's own read of the logits. A second one is taken for log_sum_exp and
+    entropy with a margin below 0, or, on a GPU, any margin; and for all but the loss where no
+    kernel of the library serves.
     """
 
     loss: Tensor
@@ -84,7 +83,7 @@ def find(inputs: Inputs, problem: Problem, return_details: ReturnDetails) -> tup
     each = problem.reduction == REDUCTIONS["none"]
     bits = DETAILS
     again = second_look.hides_classes(inputs.margin)
-    if dispatch.predicts(problem.layout, inputs):
+    if dispatch.predicts(problem.layout, inputs.logits):
         bits |= PREDICTION | ENTROPY * (entropy_wanted and not again)
     loss, *known = dispatch.compute(inputs, problem._replace(details=bits))
     detached = _detached(inputs)

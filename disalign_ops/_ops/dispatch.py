@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from . import autograd, backends, composed, in_forward, reference
 from .codes import REDUCTIONS
 from .problem import Inputs, Problem, is_soft, reference_loss
-from .schemas import DENSE, ROW, UPSAMPLE, Layout
+from .schemas import DENSE, UPSAMPLE, Layout
 
 
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
@@ -75,19 +75,9 @@ def makes_in_forward(layout: Layout, logits: Tensor) -> bool:
     return native and layout.name in in_forward.kernels_of(layout, logits).layouts
 
 
-def predicts(layout: Layout, inputs: Inputs) -> bool:
-    """Whether the kernels that these inputs go to give prediction and entropy."""
-    backend = serving_backend(inputs.logits)
-    if backend not in ("native", "triton"):
-        return False
-    triton = backend == "triton"
-    kernels = in_forward.TRITON if triton else in_forward.kernels_of(layout, inputs.logits)
-    return layout.name in (kernels.predicts_soft if is_soft(inputs) else kernels.predicts)
-
-
-def shards_predict(logits: Tensor) -> bool:
-    """The same of some of the classes of rows."""
-    return serving_backend(logits) == "native" and in_forward.kernels_of(ROW, logits).shards_predict
+def predicts(layout: Layout, logits: Tensor) -> bool:
+    """Whether the kernels that these logits go to give prediction and entropy beside the loss."""
+    return layout.name != UPSAMPLE.name and serving_backend(logits) in ("native", "triton")
 
 
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing

@@ -1,4 +1,4 @@
-"""What forward makes besides the loss, by device and kernels: gradients and details."""
+"""Which gradients forward makes, by device, kernels and dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .codes import CALIBRATION, LOGITS, REDUCTIONS
 from .problem import Inputs, Problem
-from .schemas import DENSE, LAYOUTS, MADE_LAYOUTS, ROW, UPSAMPLE, Layout
+from .schemas import LAYOUTS, MADE_LAYOUTS, UPSAMPLE, Layout
 
 _NONE = REDUCTIONS["none"]
 
@@ -21,18 +21,13 @@ class Kernels(NamedTuple):
     them make it. upsampled_calibration: whether they make that of an upsampled calibration; on a
     GPU it costs backward the low-resolution logits once more, and forward every output position.
     finished_by_operator: whether backward leaves the upstream gradient to `backward_made`, so that
-    the host does not wait for it. predicts: the layouts that give prediction and entropy of class
-    indices; predicts_soft: those that give them of class probabilities. shards_predict: whether
-    those of a shard's rows give them.
+    the host does not wait for it.
     """
 
     layouts: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     upsampled_calibration: bool = False
     finished_by_operator: bool = False
-    predicts: tuple[str, ...] = ()
-    predicts_soft: tuple[str, ...] = ()
-    shards_predict: bool = False
 
 
 # Not float16, which flushes to zero where it is made before GradScaler's factor, nor bfloat16 where
@@ -42,18 +37,14 @@ NATIVE = {
         tuple(layout.name for layout in LAYOUTS),
         (torch.float32, torch.float64),
         upsampled_calibration=True,
-        predicts=(ROW.name, DENSE.name),
-        predicts_soft=(ROW.name, DENSE.name),
-        shards_predict=True,
     ),
     "cuda": Kernels(
         tuple(layout.name for layout in MADE_LAYOUTS),
         (torch.float32, torch.float64, torch.bfloat16),
         finished_by_operator=True,
-        predicts=(ROW.name, DENSE.name),
     ),
 }
-TRITON = Kernels(predicts=(ROW.name, DENSE.name))
+TRITON = Kernels()
 
 
 def kernels_of(layout: Layout, logits: Tensor) -> Kernels:

@@ -1,5 +1,5 @@
-"""What a loss knows of a position besides its value, where no kernel gives it: a second look at the
-logits, by plain PyTorch.
+"""What a loss knows of a position besides its value, where no kernel serves, and where a margin
+hides it: a second look at the logits, by plain PyTorch.
 """
 
 from __future__ import annotations

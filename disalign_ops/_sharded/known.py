@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._ops import dispatch, reference, second_look
 from .._ops.codes import ENTROPY, PREDICTION
+from .._ops.schemas import ROW
 from .ranks import Ranks
 from .shards import Vectors
 
@@ -46,7 +47,7 @@ class Known:
 
     def wanted(self, logits: Tensor) -> int:
         """What the operator is to give of these logits."""
-        if not dispatch.shards_predict(logits):
+        if not dispatch.predicts(ROW, logits):
             return 0
         return PREDICTION | ENTROPY * (self.entropy is not None)
 

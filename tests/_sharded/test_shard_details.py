@@ -20,10 +20,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("wanted", [PREDICTION, ENTROPY, PREDICTION | ENTROPY])
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_of_some_classes(dtype: torch.dtype, name: str, wanted: int) -> None:
+def given(dtype: torch.dtype, name: str, soft: bool) -> tuple[Any, ...]:
+    """Arguments of the operator, but for what is wanted."""
     acc = reference.accumulate_dtype(dtype)
     z = (torch.randn(N, C) * 4).to(dtype)
     z[3] = float("-inf")
@@ -32,22 +30,34 @@ def test_of_some_classes(dtype: torch.dtype, name: str, wanted: int) -> None:
     t = torch.randint(0, C, (N,))
     t[::4], t[1::4] = ELSEWHERE, IGNORED
     t[3:6] = torch.tensor([2, 0, ELSEWHERE])
+    if soft:
+        t = torch.rand(N, C).to(dtype)
 
     def vector(entries: int, option: str, least: float = 0.0) -> Any:
         return torch.rand(entries).to(acc) + least if option in OPTIONS[name] else None
 
     weight = vector(C, "weight", 0.1)
     scale, bias, row = (vector(k, "calibration") for k in (C, C, N))
-    prior, margin = vector(C, "prior"), vector(C, "margin", 0.5)
+    prior, margin = vector(C, "prior"), None if soft else vector(C, "margin", 0.5)
     share = 0.001 if "smoothing" in OPTIONS[name] else 0.0
-    arguments = (z, t, weight, scale, bias, row, prior, margin, 1 - share, share)
+    return (z, t, weight, scale, bias, row, prior, margin, 1 - share, share)
+
+
+@pytest.mark.parametrize("wanted", [PREDICTION, ENTROPY, PREDICTION | ENTROPY])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_of_some_classes(dtype: torch.dtype, name: str, soft: bool, wanted: int) -> None:
+    acc = reference.accumulate_dtype(dtype)
+    arguments = z, t, _, scale, bias, row, prior, *_ = given(dtype, name, soft)
     operator = schemas.ROW.operator("shard_forward")
     sums, *details = operator(*arguments, wanted)
     torch.testing.assert_close(sums, operator(*arguments, 0)[0], rtol=0, atol=0, equal_nan=True)
-    torch.library.opcheck(operator, (*arguments, wanted), test_utils=("test_faketensor",))
 
     u = reference.calibrated_logits(z, scale, bias, row, prior)
-    entropy = torch.where(t == IGNORED, 0.0, reference.entropy(u, u.logsumexp(1)))
+    entropy = reference.entropy(u, u.logsumexp(1))
+    if not soft:
+        entropy = torch.where(t == IGNORED, 0.0, entropy)
     if wanted & PREDICTION:
         # A calibration may be rounded otherwise: equal up to that.
         at = details.pop(0)
@@ -60,6 +70,14 @@ def test_of_some_classes(dtype: torch.dtype, name: str, wanted: int) -> None:
         entropy[3] = 0  # nothing but masked classes
         rest = torch.arange(N) != 5
         assert_close(found[rest], entropy[rest], acc, "entropy", factor=8.0)
+
+
+@pytest.mark.parametrize("wanted", [0, PREDICTION, ENTROPY, PREDICTION | ENTROPY])
+@pytest.mark.parametrize("soft", [False, True])
+def test_fakes_pass_opcheck(soft: bool, wanted: int) -> None:
+    arguments = *given(torch.float32, "everything", soft), wanted
+    operator = schemas.ROW.operator("shard_forward")
+    torch.library.opcheck(operator, arguments, test_utils=("test_faketensor",))
 
 
 @pytest.mark.parametrize("wanted", [PREDICTION, PREDICTION | ENTROPY])

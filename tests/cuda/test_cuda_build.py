@@ -81,18 +81,18 @@ REGISTERS = {
     ("upsample_backward_kernel", False): 128,
     ("upsample_backward_kernel", True): 255,
     ("soft_row_kernel plain", False): 96,  # 5 blocks of 128 threads
-    ("soft_row_kernel plain", True): 152,
+    ("soft_row_kernel plain", True): 168,  # 3 blocks of 128 threads
     ("soft_row_kernel plain wide", True): 128,
     ("soft_row_kernel calibrated", False): 168,
-    ("soft_row_kernel calibrated", True): 216,
-    ("soft_row_kernel calibrated wide", True): 208,
+    ("soft_row_kernel calibrated", True): 248,  # as with 216: 2 blocks
+    ("soft_row_kernel calibrated wide", True): 232,  # as with 208: 1 block of 256
     ("soft_combine_kernel", False): 72,
     ("soft_combine_kernel", True): 80,
     ("soft_dense_kernel plain", False): 128,  # 2 blocks
     ("soft_dense_kernel plain", True): 128,
     ("soft_dense_kernel calibrated", False): 128,
     ("soft_dense_kernel by element", False): 184,  # 1 block; calibrated
-    ("soft_dense_kernel calibrated", True): 144,
+    ("soft_dense_kernel calibrated", True): 160,  # as with 144: 1 block
     ("soft_upsample_forward_kernel", False): 128,  # 2 blocks
     ("soft_upsample_forward_kernel", True): 176,
     ("soft_upsample_backward_kernel", False): 128,

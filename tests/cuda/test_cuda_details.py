@@ -7,11 +7,14 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from disalign_ops._ops.shard_reference import ELSEWHERE, IGNORED
 from simt import build
 from simt.calls import DTYPES, Problem, check
+from simt.soft_calls import SMALL, probabilities, soft
 
 if build.why_not():
     pytest.skip(str(build.why_not()), allow_module_level=True)
@@ -145,6 +148,7 @@ def check_hard(
     call.expected = {"prediction": call.expected["prediction"]}
     check(kernels, call)
     entropy = torch.from_numpy(call.fields["entropy"])
+    entropy[1] -= float(np.log(2.0)) if problem.soft else 0.0
     assert entropy[[1, 3, 4]].abs().max() < 1e-6
     assert entropy[5:].isnan().all()
     assert abs(float(entropy[2].exp()) - classes) < 1e-3 * classes
@@ -208,3 +212,153 @@ def test_the_first_of_several_largest_classes_of_planes(
         problem.logits = problem.logits.t().contiguous()[None]
         problem.target = problem.target[None]
         check_hard(kernels, problem, classes, margin, limits)
+
+
+# Class probabilities. Rows by lanes, by a warp, by several of a block, by a cluster's, by tiles.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("classes", "limits"),
+    [
+        *((n, {}) for n in (1, 2, 9, 33, 512, 513, 1203, 1288, 5003)),
+        (9001, CLUSTERS), (20003, CLUSTERS), (9001, {"shared_bytes": SMALL}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_of_class_probabilities(
+    kernels: ModuleType, classes: int, limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(classes)
+    for offset, calibrated in itertools.product((0, 1), (False, True)):
+        kernels.set_options(shuffle=offset > 0, seed=classes)
+        problem = soft(
+            5, classes, dtype=dtype, offset=offset, wide=offset > 0, alike=True,
+            calibrated=calibrated, all_options=offset > 0, details=True,
+        )  # fmt: skip
+        check(kernels, problem.calls(**limits)[0])
+        for call in problem.gradient_calls(class_gradients=offset == 0, **limits):
+            check(kernels, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "limits"),
+    [
+        ((2, 1, 64), {}),
+        ((2, 5, 64), {}),
+        ((2, 19, 33), {}),
+        ((1, 150, 40), {}),
+        ((1, 900, 16), {"shared_bytes": 64 << 10, "multiprocessors": 1}),  # in chunks
+    ],
+    ids=str,
+)
+def test_planes_of_class_probabilities(
+    kernels: ModuleType, shape: tuple[int, int, int], limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(shape[1])
+    for calibrated, all_options in itertools.product((False, True), (False, True)):
+        kernels.set_options(shuffle=all_options, seed=shape[1])
+        problem = soft(
+            *shape, dtype=dtype, wide=all_options, calibrated=calibrated, all_options=all_options,
+            details=True,
+        )  # fmt: skip
+        check(kernels, problem.calls(**limits)[0])
+        for call in problem.gradient_calls(**limits):
+            check(kernels, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "limits"),
+    [
+        (11, {}), (131, {}), (1203, {}), (2563, {}), (5003, {}), (9001, CLUSTERS),
+        (9001, {"shared_bytes": SMALL}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_first_of_several_largest_classes_with_class_probabilities(
+    kernels: ModuleType, classes: int, limits: dict[str, int], calibrated: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    kernels.set_options()
+    for offset, planes in ((0, False), (3, False), (0, True)):
+        if planes and classes > 2000:
+            continue
+        problem = soft(
+            HARD, classes, dtype=dtype, offset=offset, alike=True, calibrated=calibrated,
+            details=True,
+        )  # fmt: skip
+        hard(problem, generator)
+        if calibrated:  # equal ones stay so
+            problem.vectors["scale"].fill_(0.5)
+            problem.vectors["bias"].fill_(0.25)
+        if planes:
+            problem.logits = problem.logits.t().contiguous()[None]
+            problem.target = problem.target.t().contiguous()[None]
+        check_hard(kernels, problem, classes, None, limits)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "limits"),
+    [
+        ((6, 100), {}), ((6, 1203), {}), ((3, 9001), CLUSTERS),
+        ((3, 9001), {"shared_bytes": SMALL}), ((2, 150, 40), {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_logits_of_class_probabilities_are_read_once(
+    kernels: ModuleType, shape: tuple[int, ...], limits: dict[str, int], calibrated: bool
+) -> None:
+    kernels.set_options()
+    problem = soft(*shape, calibrated=calibrated)
+    loads = []
+    for details in (False, True):
+        check(kernels, replace(problem, details=details).calls(class_gradients=False, **limits)[0])
+        loads.append(kernels.traffic("logits")["load_bytes"])
+    again = 2 if calibrated and "shared_bytes" in limits and limits is not CLUSTERS else 1
+    assert loads == [again * problem.logits.nbytes] * 2
+
+
+# A shard's: of the rows' own classes, whether their target is there or elsewhere.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of_probabilities", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "limits"),
+    [(1, {}), (33, {}), (1203, {}), (9001, {}), (9001, CLUSTERS), (9001, TILES)], ids=str
+)  # fmt: skip
+def test_shards(
+    kernels: ModuleType, classes: int, limits: dict[str, int], of_probabilities: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    torch.manual_seed(classes)
+    kernels.set_options(shuffle=True, seed=classes)
+    for calibrated in (False, True):
+        problem = row(6, classes, dtype, 1, calibrated)
+        if of_probabilities:
+            problem.target = probabilities(6, classes).to(dtype)
+        else:
+            problem.target[1] = 0
+        call = problem.calls(**limits)[0]
+        dropped = ("reduced_loss", "loss", "row_shift", "row_sum", "row_total", "denominator")
+        fields = {k: v for k, v in call.fields.items() if not k.startswith("grad_c")}
+        fields = {k: v for k, v in fields.items() if k not in dropped}
+        fields = {k: v for k, v in fields.items() if k not in ("grad_scale", "grad_bias")}
+        known = {k: call.expected[k] for k in ("prediction", "entropy")}
+        fields |= {"class_gradients": False, "reduction": 0}
+        fields["shard_sums"] = np.full((5, 6), np.nan, dtype=call.fields["entropy"].dtype)
+        if not of_probabilities:
+            target = fields["target"] = fields["target"].copy()
+            target[2], target[3] = ELSEWHERE, IGNORED
+            fields["ignore_index"] = IGNORED
+            known["entropy"] = known["entropy"].copy()
+            known["entropy"][3] = 0
+        call.fields, call.expected = fields, known
+        check(kernels, call)
+        with_details = fields["shard_sums"].copy()
+        assert np.isfinite(with_details).all()
+        for name in known:
+            del fields[name]
+        call.expected = {}
+        check(kernels, call)
+        assert (fields["shard_sums"] == with_details).all()

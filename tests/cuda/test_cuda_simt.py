@@ -40,6 +40,7 @@ ALL_FILES = [
     "gradient_pass",
     "new_gradient",
     "details",
+    "shard_details",
 ]
 
 

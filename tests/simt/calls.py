@@ -172,10 +172,12 @@ class Problem:
         )  # fmt: skip
         each = replace(self, reduction="none")
         each.vectors = self.vectors
-        _, valid = reference.class_indices(
-            self.target.reshape(-1), self.options.get("ignore_index", -100)
-        )
         entropy = reference.entropy(u, u.logsumexp(1)).reshape(-1)
+        valid = torch.ones_like(entropy, dtype=torch.bool)
+        if not self.soft:
+            _, valid = reference.class_indices(
+                self.target.reshape(-1), self.options.get("ignore_index", -100)
+            )
         return {
             "loss": each._loss({"logits": z} | vectors).reshape(-1),
             "prediction": u.argmax(1).reshape(-1),

@@ -115,7 +115,7 @@ void fill(const Fields& fields, disalign::LossArgs& args) {
   DISALIGN_ARRAY(given_denominator), DISALIGN_ARRAY(upstream), DISALIGN_ARRAY(grad_logits);
   DISALIGN_ARRAY(grad_scale), DISALIGN_ARRAY(grad_bias), DISALIGN_ARRAY(grad_confidence);
   DISALIGN_ARRAY(probabilities), DISALIGN_ARRAY(row_total), DISALIGN_ARRAY(prediction);
-  DISALIGN_ARRAY(entropy);
+  DISALIGN_ARRAY(entropy), DISALIGN_ARRAY(shard_sums);
 }
 
 template <class Args>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ def soft_calls() -> list[Call]:
     for problem, more in cases:
         limits = {k: v for k, v in more.items() if k != "offset"}
         calls += problem.calls(**limits) + problem.gradient_calls(**more)
+        calls.append(replace(problem, details=True).calls(**limits)[0])
     upsampled = [
         soft(1, 5, 4, 5, size=(13, 17)),
         soft(1, 37, 3, 4, dtype=float16, wide=True, size=(9, 8), all_options=True),

@@ -176,26 +176,24 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", *_CLUSTER_CALIBRATED, _FP16): 60,
     ("120", *_WIDE_STAGE_2, _BF16): 92,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
-    ("120", "soft_row_warp_kernel", (2,), _BF16): 12,
-    ("120", "soft_row_warp_kernel", (2,), _FP16): 12,
-    ("100", *_SOFT_SUMS[0], "f"): 40,
-    ("100", *_SOFT_SUMS[0], _BF16): 56,
-    ("100", *_SOFT_SUMS[0], _FP16): 72,
-    ("100", *_SOFT_SUMS[1], "f"): 20,
-    ("120", *_SOFT_SUMS[0], "f"): 88,
-    ("120", *_SOFT_SUMS[0], _BF16): 56,
-    ("120", *_SOFT_SUMS[0], _FP16): 124,
-    ("120", *_SOFT_SUMS[1], "f"): 20,
+    ("120", "soft_row_kernel", (False, False), "d"): 12,
+    ("120", "soft_row_kernel", (False, True), "d"): 60,
+    ("120", "soft_row_warp_kernel", (1,), "f"): 28,
+    ("120", "soft_row_warp_kernel", (2,), "f"): 12,
+    ("100", *_SOFT_SUMS[0], "f"): 72,
+    ("100", *_SOFT_SUMS[0], _FP16): 44,
+    ("100", *_SOFT_SUMS[1], "f"): 52,
+    ("100", *_SOFT_SUMS[2], "f"): 8,
+    ("120", *_SOFT_SUMS[0], "f"): 48,
+    ("120", *_SOFT_SUMS[0], _FP16): 264,
+    ("120", *_SOFT_SUMS[1], "f"): 36,
+    ("120", *_SOFT_SUMS[1], _FP16): 20,
     ("120", *_SOFT_SUMS[2], "f"): 44,
+    ("120", *_SOFT_SUMS[2], _FP16): 16,
     # Of planes, what stays the same for a tile.
     ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
     ("100", "dense_kernel", _WITH_OPTIONS, _BF16): 16,
     ("100", "dense_kernel", _WITH_OPTIONS, _FP16): 16,
-    **{
-        (architecture, "soft_dense_kernel", (False, False), dtype): 20  # by element
-        for architecture in ("86", "89")
-        for dtype in (_BF16, _FP16)
-    },
     **{
         (architecture, "dense_kernel", flags, dtype): most
         for architecture in ("75", "80", "86", "89", "90")

@@ -21,6 +21,7 @@ struct RowArgs : DivisorArgs {
   int32_t tiles = 1;         // of a row
   int32_t tile_vectors = 0;  // of a tile
   bool backward = false;     // row_warp_kernel.cuh: its gradients alone, for the upstream gradient
+  bool details = false;      // soft_row_*.cuh: prediction or entropy is wanted, of forward
   // Workspace; blocks are those along grid_x.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]

@@ -1,8 +1,9 @@
 // What is asked of a position beside its loss: its most probable class, and the entropy of its softmax,
 // without the margin, which only training knows.
 //
-// - They are made of u while it is in registers, by its maximum, in kernels compiled for them: ordinary
-//   rows look for no maximum, and have no branch.
+// - They are made of u while it is in registers, by its maximum. Of class indices in kernels compiled
+//   for them: ordinary rows look for no maximum, and have no branch. Of class probabilities in a
+//   branch: these look for the maximum anyway.
 // - A class is found by its rank, so that one reduction of a maximum finds the first of several.
 #pragma once
 
@@ -11,6 +12,14 @@
 #include "cuda/kernels/position.cuh"
 
 namespace disalign::cuda {
+
+// Of forward alone.
+static DISALIGN_METHOD bool wants_details(const LossArgs& args) {
+  return args.prediction || args.entropy;
+}
+
+// More than a row's classes, and more than twice as much.
+constexpr int kRank = 1 << 28, kNanRank = 3 << 28;
 
 // Of some of a row's classes.
 template <class A>
@@ -91,14 +100,33 @@ struct RowDetails {
   }
 };
 
-// More than the classes of a row that threads keep; a float has twice as many, exactly.
+// The rank of a class, an integer above 0, in order and exactly: a float's bits have as many as there
+// may be classes.
 template <class A>
-constexpr A kRanks = A(1 << 20);
+__device__ __forceinline__ A rank_of(bool is_nan, int place) {
+  const int rank = (is_nan ? kNanRank : kRank) - place;
+  if constexpr (sizeof(A) == sizeof(float))
+    return __int_as_float(rank);
+  else
+    return static_cast<A>(rank);
+}
+// And back. 0: of no class.
+template <class A>
+__device__ __forceinline__ void set_class_of(A rank, RowDetails<A>& found) {
+  if (rank <= A(0)) return;
+  int number;
+  if constexpr (sizeof(A) == sizeof(float))
+    number = __float_as_int(rank);
+  else
+    number = static_cast<int>(rank);
+  found.has_nan = number > 2 * kRank;  // what is no class has a place of -1
+  found.at = (found.has_nan ? kNanRank : kRank) - number;
+}
 
 // Of u in the registers of a group's threads, classes ascending; u of what is no class is -inf. All
-// threads get it. place_of(p): of element p among the group's classes, in their order, below kRanks:
-// `at` is of these places. Last: the last element lies elsewhere than the others. other: one u more
-// that all threads know; -inf: there is none.
+// threads get it. place_of(p): of element p among the group's classes, in their order: `at`
+// is of these places. Last: the last element lies elsewhere than the others. other: one u more that
+// all threads know; -inf: there is none.
 template <bool Last, class A, int Count, class PlaceOf, class GroupOfRow>
 __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of, A other,
                                                      int other_place, bool entropy,
@@ -109,9 +137,7 @@ __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceO
   for (int p = 0; p < Count; ++p) found.maximum = larger(found.maximum, u[p]);
   found.maximum = larger(group.max(found.maximum), other);
   const auto rank = [&](A v, int place) {
-    return v == found.maximum ? kRanks<A> - static_cast<A>(place)
-           : v != v           ? 2 * kRanks<A> - static_cast<A>(place)
-                              : A(0);
+    return v == found.maximum || v != v ? rank_of<A>(v != v, place) : A(0);
   };
   int first = -1, first_nan = -1;
 #pragma unroll
@@ -121,13 +147,9 @@ __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceO
   }
   A highest = rank(other, other_place);
   if (Last) highest = larger(highest, rank(u[Count - 1], place_of(Count - 1)));
-  if (first >= 0) highest = larger(highest, kRanks<A> - static_cast<A>(place_of(first)));
-  if (first_nan >= 0)
-    highest = larger(highest, 2 * kRanks<A> - static_cast<A>(place_of(first_nan)));
-  highest = group.max(highest);
-  found.has_nan = highest > kRanks<A>;
-  if (highest > A(0))
-    found.at = static_cast<int>((found.has_nan ? 2 * kRanks<A> : kRanks<A>)-highest);
+  if (first >= 0) highest = larger(highest, rank_of<A>(false, place_of(first)));
+  if (first_nan >= 0) highest = larger(highest, rank_of<A>(true, place_of(first_nan)));
+  set_class_of(group.max(highest), found);
   if (entropy) {
 #pragma unroll
     for (int p = 0; p < Count; ++p) found.add(u[p]);
@@ -140,6 +162,34 @@ __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceO
     found.add(other);
   }
   return found;
+}
+// The same of class probabilities, of which no class lies apart; what is no class is not above `low`. By
+// one thread: those of row i, or of its tile, where there are several.
+template <bool Last, int Count, class A, class PlaceOf, class GroupOfRow>
+__device__ __forceinline__ void write_soft_details(const RowArgs& args, const A (&u)[Count], A low,
+                                                   PlaceOf place_of, GroupOfRow& group, int64_t i,
+                                                   int tile, bool tiled, bool writes) {
+  auto found =
+      row_details<Last>(u, place_of, negative_infinity<A>(), 0, args.entropy != nullptr, group);
+  if (!writes) return;
+  if (found.maximum <= low && !found.has_nan) found = {};
+  if (tiled)
+    found.write(static_cast<A*>(args.tile_details) + tile * args.outer + i,
+                args.tiles * args.outer);
+  else
+    found.write(args, i, true);
+}
+
+// Those of row i's tiles, by a warp.
+template <class A>
+__device__ __forceinline__ void combine_details(const RowArgs& args, int64_t i, int lane,
+                                                bool valid) {
+  RowDetails<A> found;
+  for (int tile = lane; tile < args.tiles; tile += 32)
+    found.add(RowDetails<A>::read(static_cast<const A*>(args.tile_details) + tile * args.outer + i,
+                                  args.tiles * args.outer));
+  for (int distance = 16; distance > 0; distance /= 2) found.add(found.of_lane(distance));
+  if (lane == 0) found.write(args, i, valid);
 }
 
 }  // namespace disalign::cuda

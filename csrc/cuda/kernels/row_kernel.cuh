@@ -291,14 +291,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const Ro
   for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.outer;
        i += int64_t{gridDim.x} * warps) {
     const int t = target_of(args, i);
-    if constexpr (Details) {
-      RowDetails<A> found;
-      for (int tile = lane; tile < args.tiles; tile += 32)
-        found.add(RowDetails<A>::read(
-            static_cast<const A*>(args.tile_details) + tile * args.outer + i, stride));
-      for (int distance = 16; distance > 0; distance /= 2) found.add(found.of_lane(distance));
-      if (lane == 0) found.write(args, i, is_valid(t));
-    }
+    if constexpr (Details) combine_details<A>(args, i, lane, is_valid(t));
     PositionSums<A> sums;
     for (int tile = lane; tile < args.tiles; tile += 32)
       sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.outer + i,

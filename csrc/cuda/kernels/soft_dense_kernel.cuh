@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cuda/kernels/dense_tile.cuh"
+#include "cuda/kernels/row_details.cuh"
 #include "cuda/kernels/soft_position.cuh"
 
 namespace disalign::cuda {
@@ -36,6 +37,7 @@ struct SoftDenseMemory {
   using A = Accumulate<T>;
   static constexpr int kScratch = 32;
   static constexpr int kValues = 4;  // of the first pass: maximum, rest, smooth, weight
+  static_assert(kValues == RowDetails<A>::kValues);  // which lie there before them
 
   unsigned char* logits;         // [rounds][threads][16]
   unsigned char* probabilities;  // [rounds][soft_vectors][threads][16]
@@ -115,6 +117,9 @@ class SoftStage {
 
   __device__ __forceinline__ void logits(int round, A (&z)[V]) const {
     unpack_vector<T>(read_shared(z_ + round * kDenseRoundBytes), z);
+  }
+  __device__ __forceinline__ A logit(int round, int v) const {
+    return to_accumulate(reinterpret_cast<const T*>(z_ + round * kDenseRoundBytes)[v]);
   }
   __device__ __forceinline__ void probabilities(int round, A (&y)[V]) const {
     if (!wide_) {
@@ -287,6 +292,33 @@ __global__ void __launch_bounds__(kDenseThreads, (kSoftDenseBlocks<T, Calibrated
             weight[v] += b;
           }
         }
+        if (wants_details(args)) {
+          // A position at a time: most calls have no use for the registers.
+#pragma unroll 1
+          for (int v = 0; v < V; ++v) {
+            const int p = Vector::position(place, v);
+            const A c = Calibrated ? entries_of(kSoftC)[p] : A(0);
+            A* const known = memory.exchange + place.slice * positions + p;
+            RowDetails<A> found;
+            if (chunk > 0) found = RowDetails<A>::read(known, of_slices);
+#pragma unroll 1
+            for (int round = 0, j = first; round < rounds; ++round, j += place.slices)
+              found.add(u_of(entry_of(j), stage.logit(round, v), c), j, args.entropy != nullptr);
+            found.write(known, of_slices);
+          }
+        }
+      }
+      if (wants_details(args)) {
+        __syncthreads();
+#pragma unroll 1
+        for (int p = threadIdx.x; p < count; p += kDenseThreads) {
+          RowDetails<A> found;
+#pragma unroll 1
+          for (int slice = 0; slice < place.slices; ++slice)
+            found.add(RowDetails<A>::read(memory.exchange + slice * positions + p, of_slices));
+          found.write(args, first_index + p, true);
+        }
+        __syncthreads();
       }
       A* const exchange = memory.exchange + place.slice * positions;
       Vector::write(place, exchange, maximum);

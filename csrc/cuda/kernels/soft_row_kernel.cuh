@@ -14,14 +14,18 @@
 //   again for their gradients.
 #pragma once
 
+#include "cuda/kernels/row_details.cuh"
 #include "cuda/kernels/row_tile.cuh"
 #include "cuda/kernels/soft_position.cuh"
 
 namespace disalign::cuda {
 
 // Blocks that shall fit on a multiprocessor: class sums need the registers.
-template <class T, bool Calibrated>
-constexpr int kSoftBlocks = Calibrated || sizeof(T) == 8 ? 1 : 5;
+template <class T, bool Calibrated, bool Wide>
+constexpr int kSoftBlocks = Calibrated      ? 1
+                            : sizeof(T) < 8 ? 5
+                            : Wide          ? 2
+                                            : 3;
 
 // b_j / w_j of this thread's classes of row i; 0 of what is not the row's own. Probabilities lie like
 // the logits where both rows are aligned alike.
@@ -68,7 +72,7 @@ __device__ __forceinline__ void load_probabilities(const RowArgs& args, const Ti
 
 template <class T, bool Calibrated, bool Wide>
 __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
-                                  (kSoftBlocks<T, Calibrated>))
+                                  (kSoftBlocks<T, Calibrated, Wide>))
     soft_row_kernel(const RowArgs args) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, K = kKept<T>, Q = kPart<T>, N = kPartsOfVector<T>;
@@ -132,6 +136,10 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads,
 #pragma unroll
       for (int p = 0; p < P; ++p) e[p] = exponential(e[p] - row.shift);
     } else {
+      if (args.details)
+        write_soft_details<false, P>(
+            args, e, kLowest<A>, [&](int p) { return tile.class_of(p / V) + p % V; }, group, i,
+            blockIdx.y, args.tiles > 1, first);
       PositionSums<A> sums;
 #pragma unroll
       for (int p = 0; p < P; ++p) sums.maximum = larger(sums.maximum, e[p]);
@@ -223,6 +231,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1) soft_combine_kernel(const R
   BlockSums block_sums(reinterpret_cast<double*>(memory), warps);
   for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.outer;
        i += int64_t{gridDim.x} * warps) {
+    if (args.tile_details) combine_details<A>(args, i, lane, true);
     PositionSums<A> sums;
     for (int tile = lane; tile < args.tiles; tile += 32)
       sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.outer + i,

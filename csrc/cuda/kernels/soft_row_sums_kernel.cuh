@@ -161,6 +161,11 @@ __global__ void __launch_bounds__(kSoftSumsThreads, 1) soft_row_sums_kernel(cons
         for (int p = 0; p <= P; ++p)
           if (absent >> p & 1) e[p] = kMasked;
       }
+      // Of a row that is done again those of the first time are written over.
+      if (args.details)
+        write_soft_details<true, P + 1>(
+            args, e, kMasked / 2, [&](int p) { return tile.class_of(p); }, group, i,
+            tile.block_of_row, tiled, lane == 0 && (tiled ? tile.warp == 0 : tile.is_first()));
       sums.maximum = row.shift;
       if (!args.backward) {
         sums.maximum = kLowest<A>;

@@ -16,6 +16,7 @@
 //   their gradients.
 #pragma once
 
+#include "cuda/kernels/row_details.cuh"
 #include "cuda/kernels/row_warp_tile.cuh"
 #include "cuda/kernels/soft_position.cuh"
 
@@ -192,6 +193,10 @@ __global__ void __launch_bounds__(kSoftWarpThreads<By>, By == kByWarp ? 3 : 1)
 #pragma unroll
       for (int p = 0; p <= P; ++p) e[p] = exponential(e[p] - row.shift);
     } else {
+      if (args.details)
+        write_soft_details<true, P + 1>(
+            args, e, kLowest<A>, [&](int p) { return tile.class_of(p); }, group, i,
+            tile.block_of_row, tiled, lane == 0 && (tiled ? tile.warp == 0 : tile.is_first()));
       PositionSums<A> sums;
 #pragma unroll
       for (int p = 0; p <= P; ++p) sums.maximum = larger(sums.maximum, e[p]);

@@ -11,9 +11,6 @@
 
 namespace disalign::cuda {
 
-// Of forward alone.
-static inline bool wants_details(const RowArgs& args) { return args.prediction || args.entropy; }
-
 template <class T, int K, bool Calibrated, bool Sums, bool Details>
 RowKernel row_warp_kernel_of(const RowPlan& plan) {
   return plan.tiles > 1 ? row_warp_kernel<T, K, Calibrated, Sums, Details, kByCluster>

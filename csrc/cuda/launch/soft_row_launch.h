@@ -182,6 +182,7 @@ void launch_soft_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     fill_grid<T>(launcher, kernel, args, plan);
     team_up<T>(launcher, kernel, args, plan);
     apply(plan, args);
+    args.details = wants_details(args);
     last.blocks = plan.shape.grid_x * plan.team;
     Shape combine;
     if (tiled) {

@@ -14,10 +14,7 @@ struct Dense {
                                               kWantEntropy;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {
-    if (args.probabilities) {
-      require(!args.prediction && !args.entropy, kNoDetails);
-      return launch_soft_dense_forward(launcher, dtype, args);
-    }
+    if (args.probabilities) return launch_soft_dense_forward(launcher, dtype, args);
     launch_dense_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const DenseArgs& args) {

@@ -12,9 +12,6 @@
 
 namespace disalign::cuda {
 
-constexpr const char* kNoDetails =
-    "prediction and entropy are wanted, which forward does not make of class probabilities here";
-
 class Cuda {
  public:
   explicit Cuda(const Tensor& logits) : launcher_(logits), dtype_(dtype_of(logits)) {}

@@ -13,14 +13,11 @@ struct Row {
   static constexpr int64_t kWantedOfForward = kWantLogits | kWantScale | kWantBias |
                                               kWantConfidence | kWantDetails | kWantPrediction |
                                               kWantEntropy;
-  static constexpr int64_t kWantedOfShard = 0;
+  static constexpr int64_t kWantedOfShard = kWantPrediction | kWantEntropy;
 
   static void forward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {
     if (args.denominator == nullptr && args.outer == 0) return;  // a shard's sums of no rows
-    if (args.probabilities) {
-      require(!args.prediction && !args.entropy, kNoDetails);
-      return launch_soft_row_forward(launcher, dtype, args);
-    }
+    if (args.probabilities) return launch_soft_row_forward(launcher, dtype, args);
     launch_row_forward(launcher, dtype, args);
   }
   static void backward(TorchLauncher& launcher, Dtype dtype, const RowArgs& args) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .details import add_details, nothing_known, write_details
 from .position import exp, lowest, position_loss
 from .tiles import (
     OPTIONS,
@@ -35,52 +36,6 @@ from .tiles import (
     write_block_sums,
     write_class_sums,
 )
-
-# Added to the classes of numbers among those of NaN, which come first: more than there are classes.
-_OF_NUMBERS = tl.constexpr(1 << 28)
-
-
-@triton.jit
-def add_details(u, first, known, ENTROPY: tl.constexpr, POSITIONS: tl.constexpr,
-                CLASSES: tl.constexpr):  # fmt: skip
-    """Adds a tile of u, the margin not taken off, to what is asked of a position beside its loss.
-
-    known: the largest u, its first class or the first NaN's, and sum_j x_j and sum_j x_j log x_j of
-    x_j = exp(u_j - the largest).
-    """
-    largest, at, total, times_log = known
-    number = u == u
-    top = tl.max(tl.where(number, u, -float("inf")), 1)
-    columns = tl.arange(0, CLASSES)[None, :] + tl.zeros([POSITIONS, CLASSES], tl.int32)
-    here = tl.where(u == top[:, None], columns + _OF_NUMBERS, 2 * _OF_NUMBERS)
-    here = tl.min(tl.where(number, here, columns), 1)
-    of_number = here >= _OF_NUMBERS
-    takes = (at >= _OF_NUMBERS) & ((of_number == 0) | (top > largest))
-    at = tl.where(takes, here + first, at)
-    m = tl.maximum(largest, top)
-    if ENTROPY:
-        least = lowest(m)
-        shift, below = tl.maximum(m, least), tl.maximum(largest, least)
-        ratio = exp(below - shift)
-        below = tl.maximum(below - shift, least)  # not 0 * -inf
-        x = exp(u - shift[:, None])
-        times_log = ratio * (times_log + total * below)
-        times_log += tl.sum(x * tl.maximum(u - shift[:, None], least[:, None]), 1)
-        total = ratio * total + tl.sum(x, 1)
-    return m, at, total, times_log
-
-
-@triton.jit
-def write_details(prediction, entropy, known, i, inside, valid):
-    _largest, at, total, times_log = known
-    if prediction is not None:
-        found = tl.where(at >= _OF_NUMBERS, at - _OF_NUMBERS, at)
-        tl.store(prediction + i, found.to(tl.int64), mask=inside)
-    if entropy is not None:
-        nothing = total == 0.0  # all classes are masked
-        total = tl.where(nothing, 1.0, total)
-        found = tl.where(nothing, 0.0, tl.log(total) - times_log / total)
-        tl.store(entropy + i, tl.where(valid, found, 0.0), mask=inside)
 
 
 @triton.jit
@@ -181,8 +136,7 @@ def forward_kernel(
         least = lowest(nothing)
         maximum = tl.maximum(tl.where(named, target_logit, least), least)
         sums = (maximum, empty, empty, nothing, nothing, nothing)
-        first_class = tl.full([POSITIONS], _OF_NUMBERS, tl.int32)
-        known = (nothing - float("inf"), first_class, nothing, nothing)
+        known = nothing_known(nothing, POSITIONS)
         if class_sums is not None:
             # Of planes all are read: a mask that differs between neighbours takes vectors apart.
             sums, known, z, x = read_and_add(

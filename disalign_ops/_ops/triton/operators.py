@@ -26,8 +26,8 @@ from .views import CLASS_SUMS, LogitsView
 
 def forward(*arguments: Any) -> list[Tensor]:
     """Loss, statistics, denominator, the gradients of the calibration for an upstream of 1, and
-    where details are wanted every position's loss, unless that is the first, and of class indices
-    prediction and entropy.
+    where details are wanted every position's loss, unless that is the first, prediction and
+    entropy.
 
     That of the logits is backward's: autograd.py never asks for it here.
     """
@@ -46,17 +46,13 @@ def forward(*arguments: Any) -> list[Tensor]:
     details = [vector(logits, n)] if call.wanted & DETAILS and not call.each else []
     losses = loss.value if call.each else details[0] if details else None
     made = (losses, *loss.statistics, loss.block_sums, sums.classes, sums.confidence, None)
+    known = _known(logits, n, call.wanted)
+    details += [t for t in known if t is not None]
+    made = (*made, *known, *view.sizes)
     if given.soft:
-        assert not call.wanted & (PREDICTION | ENTROPY)
-        made = (*given.soft_tensors, *made, *view.sizes)
-        kernel, arguments = soft_forward_kernel, (*made, *given.soft_numbers)
+        kernel, arguments = soft_forward_kernel, (*given.soft_tensors, *made, *given.soft_numbers)
     else:
-        predicted, entropies = None, None
-        if call.wanted & PREDICTION:
-            details.append(predicted := logits.new_empty((n,), dtype=torch.int64))
-        if call.wanted & ENTROPY:
-            details.append(entropies := vector(logits, n))
-        kernel, made = forward_kernel, (*made, predicted, entropies, *view.sizes)
+        kernel = forward_kernel
         arguments = (*given.tensors, given.weights, *made, *given.numbers)
     view.start(kernel, (loss.programs,), (*arguments, call.by_weights))
     results = loss.finish()
@@ -65,6 +61,12 @@ def forward(*arguments: Any) -> list[Tensor]:
         again = Backward(given, None, loss.statistics, None, (), class_sums)
         sums = CalibrationSums(_gradients(again, None, None).classes, sums.confidence)
     return results + sums.gradients(loss.denominator, call.wanted) + details
+
+
+def _known(logits: Tensor, positions: int, wanted: int) -> tuple[Tensor | None, Tensor | None]:
+    """Places of the positions' predictions and entropies, None where not wanted."""
+    prediction = logits.new_empty((positions,), dtype=torch.int64) if wanted & PREDICTION else None
+    return prediction, vector(logits, positions) if wanted & ENTROPY else None
 
 
 def _gradients(
@@ -134,21 +136,22 @@ def _shard_numbers(share: float) -> tuple[int, float, float]:
 
 
 def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
-    """The sums of a shard's rows; arguments as in shard_reference.shard_sums, then 0: these kernels
-    give no details.
+    """The sums of a shard's rows; arguments as in shard_reference.shard_sums, then which details
+    are wanted.
     """
     *vectors, keep, share, wanted = rest
-    assert not wanted
+    known = _known(logits, logits.shape[0], wanted)
+    details = [t for t in known if t is not None]
     if target.is_floating_point():
         view = LogitsView.of(logits, 0, target)
         sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
         tensors = without_margin((logits, target, *vectors, None))
-        made = (*(None,) * 7, sums)  # no loss, statistics, sums of programs
+        made = (*(None,) * 7, sums, *known)  # no loss, statistics, sums of programs
         view.start(
             soft_forward_kernel, (view.programs(1),),
             (*tensors, *made, *view.sizes, keep, share, 0),
         )  # fmt: skip
-        return [sums]
+        return [sums, *details]
     scale = vectors[1]
     view = LogitsView.of(logits, 0 if scale is None else CONFIDENCE)  # whose sums are among them
     sums = vector(logits, SHARD_VALUES * view.positions).view(SHARD_VALUES, -1)
@@ -156,11 +159,11 @@ def shard_forward(logits: Tensor, target: Tensor, *rest: Any) -> list[Tensor]:
     view.start(
         forward_kernel, (view.programs(1),),
         (
-            logits, target, *vectors, None, None, *nothing, sums, None, None, *view.sizes,
+            logits, target, *vectors, None, None, *nothing, sums, *known, *view.sizes,
             *_shard_numbers(share), 0,
         ),
     )  # fmt: skip
-    return [sums]
+    return [sums, *details]
 
 
 def _shard_gradients(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .details import add_details, nothing_known, write_details
 from .position import exp, lowest
 from .tiles import (
     RUN_TIME,
@@ -58,18 +59,20 @@ def weights_of(
 @triton.jit
 def read_and_add(
     given, base, target_base, first, inside, c, keep, share, classes, stride, target_stride, sums,
-    DU_DC: tl.constexpr, PLANES: tl.constexpr, POSITIONS: tl.constexpr, CLASSES: tl.constexpr,
-    WHOLE: tl.constexpr, ACC: tl.constexpr,
+    known, DU_DC: tl.constexpr, DETAILS: tl.constexpr, ENTROPY: tl.constexpr, PLANES: tl.constexpr,
+    POSITIONS: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to `sums`, of exp(u - M), of it times d, and of b, b (u - M) and b d, where M is
     the maximum so far. A row alone has them element by element: they are added up at the end.
 
-    Returns them, and z, the exponentials and b of the tile.
+    DETAILS: also to `known` (details.py). Returns both, and z, the exponentials and b of the tile.
     """
     logits, probabilities, weight, scale, bias, prior = given
     maximum, total, total_du_dc, spread, soft, soft_du_dc = sums
     z, u, d = tile_of(logits, base, first, inside, c, scale, bias, prior, classes, stride,
                       PLANES, POSITIONS, CLASSES, WHOLE, ACC)  # fmt: skip
+    if DETAILS:
+        known = add_details(u, first, known, ENTROPY, POSITIONS, CLASSES)
     b = weights_of(probabilities, target_base, first, inside, weight, keep, share, classes,
                    target_stride, PLANES, POSITIONS, CLASSES, WHOLE, ACC)  # fmt: skip
     m = tl.maximum(maximum, tl.max(u, 1))
@@ -95,7 +98,7 @@ def read_and_add(
         if DU_DC:
             total_du_dc = tl.fma(total_du_dc, ratio, tl.sum(x * d, 1)[:, None])
             soft_du_dc += tl.sum(b * d, 1)[:, None]
-    return (m, total, total_du_dc, spread, soft, soft_du_dc), z, x, b
+    return (m, total, total_du_dc, spread, soft, soft_du_dc), known, z, x, b
 
 
 @triton.jit(do_not_specialize=[*RUN_TIME, *STRIDES, "by_weights"],
@@ -103,6 +106,7 @@ def read_and_add(
 def soft_forward_kernel(
     logits, probabilities, weight, scale, bias, confidence, prior, sample_weight,
     loss, row_max, row_sum, row_total, block_sums, class_sums, grad_confidence, shard_sums,
+    prediction, entropy,
     outer: tl.int64, inner: tl.int64, classes: tl.int32, outer_stride: tl.int64, stride: tl.int64,
     target_outer_stride: tl.int64, target_stride: tl.int64,
     keep: tl.float64, share: tl.float64, by_weights: tl.int32,
@@ -114,6 +118,8 @@ def soft_forward_kernel(
     share: of all classes together; of each where shard_sums is given.
     """
     SHARD: tl.constexpr = shard_sums is not None
+    ENTROPY: tl.constexpr = entropy is not None
+    DETAILS: tl.constexpr = prediction is not None or ENTROPY
     DU_DC: tl.constexpr = grad_confidence is not None
     inner, classes = bounds(inner, classes, PLANES, UNIT)
     outer_stride, stride = outer_stride * UNIT, stride * UNIT
@@ -136,26 +142,32 @@ def soft_forward_kernel(
         )
         c = confidences_of(confidence, i, inside, ACC)
 
-        least = lowest(tl.zeros([POSITIONS], ACC))
+        nothing = tl.zeros([POSITIONS], ACC)
+        least = lowest(nothing)
         empty = tl.zeros([POSITIONS, CLASSES if POSITIONS == 1 else 1], ACC)
         sums = (least, empty, empty, empty, empty, empty)
+        known = nothing_known(nothing, POSITIONS)
         if class_sums is not None:
-            sums, z, x, b = read_and_add(
+            sums, known, z, x, b = read_and_add(
                 given, base, target_base, 0, inside, c, keep, share, classes, stride, target_stride,
-                sums, DU_DC, PLANES, POSITIONS, CLASSES, False, ACC,
+                sums, known, DU_DC, DETAILS, ENTROPY, PLANES, POSITIONS, CLASSES, False, ACC,
             )  # fmt: skip
         else:
             whole = classes & -CLASSES  # a power of two
             for first in range(0, whole, CLASSES):
-                sums, _z, _x, _b = read_and_add(
+                sums, known, _z, _x, _b = read_and_add(
                     given, base, target_base, first, inside, c, keep, share, classes, stride,
-                    target_stride, sums, DU_DC, PLANES, POSITIONS, CLASSES, True, ACC,
+                    target_stride, sums, known, DU_DC, DETAILS, ENTROPY, PLANES, POSITIONS,
+                    CLASSES, True, ACC,
                 )  # fmt: skip
             if whole < classes:
-                sums, _z, _x, _b = read_and_add(
+                sums, known, _z, _x, _b = read_and_add(
                     given, base, target_base, whole, inside, c, keep, share, classes, stride,
-                    target_stride, sums, DU_DC, PLANES, POSITIONS, CLASSES, False, ACC,
+                    target_stride, sums, known, DU_DC, DETAILS, ENTROPY, PLANES, POSITIONS,
+                    CLASSES, False, ACC,
                 )  # fmt: skip
+        if DETAILS:
+            write_details(prediction, entropy, known, i, inside, inside)
         maximum, total, total_du_dc, spread, soft, soft_du_dc = sums
         total, spread, soft = tl.sum(total, 1), tl.sum(spread, 1), tl.sum(soft, 1)
         if SHARD:
