@@ -106,11 +106,16 @@ inline Place place_of(const Tensor& tensor) {
   return place;
 }
 
+// DISALIGN_OPS_POISON (set by the tests) fills new memory with NaN, so that an entry never written
+// shows.
+inline bool poisons() {
+  static const bool poison = std::getenv("DISALIGN_OPS_POISON") != nullptr;
+  return poison;
+}
+
 // A new contiguous tensor, not initialised. Through the C shim: torch::stable::empty looks its
 // operator up by name on every call, which costs more than a small batch's arithmetic.
-// DISALIGN_OPS_POISON (set by the tests) fills it with NaN, so that an entry never written shows.
 inline Tensor new_tensor(const int64_t* size, int64_t dim, int32_t dtype, Place place = {}) {
-  static const bool poison = std::getenv("DISALIGN_OPS_POISON") != nullptr;
   require(dim <= 4, "a tensor of more than 4 dimensions");
   int64_t strides[4];
   int64_t stride = 1;
@@ -122,7 +127,7 @@ inline Tensor new_tensor(const int64_t* size, int64_t dim, int32_t dtype, Place 
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, size, strides, dtype, place.type, place.index, &handle));
   Tensor tensor(handle);
-  if (poison && place.type == aoti_torch_device_type_cpu() && tensor.numel() > 0)
+  if (poisons() && place.type == aoti_torch_device_type_cpu() && tensor.numel() > 0)
     std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
   return tensor;
 }

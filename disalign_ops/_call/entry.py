@@ -57,14 +57,14 @@ def loss(
     call = validate(input, target, options, calibration)
     if call is None:
         return tracing.loss(input, target, options, calibration, loss)
-    found = dispatch.compute(*call)[0]
-    # Class probabilities and their weight may have the wider dtype.
-    promoting = (target, options.weight) if is_soft(call[0]) else ()
-    if call[1].reduction == _NONE:
-        return output(input, found, positions_shape(input), *promoting)
-    if found.dtype is input.dtype and not promoting:
+    inputs, problem = call
+    found = dispatch.compute(inputs, problem)[0]
+    soft, each = is_soft(inputs), problem.reduction == _NONE
+    if found.dtype is input.dtype and not soft and not each:
         return found
-    return output(input, found, None, *promoting)
+    # Class probabilities and their weight may have the wider dtype.
+    promoting = (target, options.weight) if soft else ()
+    return output(input, found, positions_shape(input) if each else None, *promoting)
 
 
 def loss_with_details(
@@ -123,26 +123,27 @@ def validate(
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
         and target.dtype is torch.int64
-        and input.dim() == 2
-        and target.dim() == 1
+        and target.is_contiguous()
+        and len(shape := input.shape) == 2
+        and len(positions := target.shape) == 1
         and (dtype := _ARITHMETIC.get(input.dtype)) is not None
     ):
-        rows, classes, device = input.size(0), input.size(1), input.device
+        rows, classes = shape
         if (
             type(classes) is int  # under torch.jit.trace a tensor
             and classes > 0
-            and input.stride(1) == 1
-            and target.size(0) == rows
-            and ((input.is_cpu and target.is_cpu) or target.device == device)
-            and target.is_contiguous()
+            and positions[0] == rows
+            and (input.is_contiguous() or input.stride(1) == 1)
+            and ((input.is_cpu and target.is_cpu) or target.device == input.device)
             and (
                 weight is None
-                or (_is_vector(weight, dtype, classes, device) and not weight.requires_grad)
+                or (_is_vector(weight, dtype, classes, input.device) and not weight.requires_grad)
             )
         ):
             numbers = (ignore_index, smoothing, 0.0)
             if calibration is None:
                 return Inputs(input, target, weight), Problem(ROW, numbers, _MEAN, _WEIGHTS)
+            device = input.device
             c, a, b, form, background = calibration
             calibration_form = None
             if type(form) is str and (background is None or type(background) is str):

@@ -38,8 +38,10 @@ from .schemas import LAYOUTS, UPSAMPLE, Layout, library
 
 _NONE, _GRADIENT_BITS = REDUCTIONS["none"], sum(GRADIENTS)
 _functorch, _modes = torch._C._functorch, torch._C._len_torch_dispatch_stack
+_is_legacy_batched = _functorch.is_legacy_batchedtensor
+_is_wrapped = _functorch.is_functorch_wrapped_tensor
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 # Where logits, scale, bias and confidence stand among the operators' arguments.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(n) for n in ("logits", "scale", "bias", "confidence"))
 
@@ -48,6 +50,8 @@ def _by_name(results: list[Tensor], wanted: int, first: int = 0) -> list[Tensor 
     """The gradients of logits, scale, bias and confidence, which begin at `first` among results;
     None where one was not wanted.
     """
+    if wanted == LOGITS:  # as most training loops want
+        return [results[first], None, None, None]
     found: list[Tensor | None] = [None] * 4
     for k, bit in enumerate(GRADIENTS):
         if wanted & bit:
@@ -126,10 +130,7 @@ def _save(
 
 def is_batched(grad_loss: Tensor) -> bool:
     """Whether it stands for many upstream gradients: is_grads_batched=True or torch.vmap."""
-    return bool(
-        _functorch.is_legacy_batchedtensor(grad_loss)
-        or _functorch.is_functorch_wrapped_tensor(grad_loss)
-    )
+    return _is_legacy_batched(grad_loss) or _is_wrapped(grad_loss)  # type: ignore[no-any-return]
 
 
 def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tensor | None:
@@ -141,7 +142,12 @@ def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tenso
     made, problem = saved.grad_logits, ctx.problem
     if made is None:
         return None
-    if type(made) is not Tensor or _modes() or is_batched(grad_loss):
+    if (
+        type(made) is not Tensor
+        or _modes()
+        or _is_legacy_batched(grad_loss)
+        or _is_wrapped(grad_loss)
+    ):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return None if not ctx.precomputed_available else made * grad_loss
     by_operator = in_forward.kernels_of(problem.layout, made).finished_by_operator
@@ -167,9 +173,8 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
     """
     saved = Saved._make(ctx.saved_tensors)
     problem: Problem = ctx.problem
-    in_place = problem.in_place
-    if torch.is_grad_enabled():
-        if in_place:
+    if _is_grad_enabled():
+        if problem.in_place:
             raise RuntimeError(
                 "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
                 "logits are overwritten by their gradient"
@@ -177,7 +182,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
         return _differentiable_backward(problem, grad_loss, saved, need)
 
     dtype = saved.statistics.dtype  # the accumulation dtype
-    if grad_loss.dtype != dtype:
+    if grad_loss.dtype is not dtype:
         grad_loss = grad_loss.to(dtype)
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
@@ -203,7 +208,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
         fresh = _differentiable_backward(problem, grad_loss, saved, still)
         return [made if made is not None else new for made, new in zip(grads, fresh, strict=True)]
     if missing:
-        over = in_place and need[0]
+        over = problem.in_place and need[0]
         backward = problem.layout.operator("backward_" if over else "backward")
         results = backward(grad_loss, *saved.operator_inputs, *problem.numbers, missing)
         fresh = _by_name(results, missing & ~LOGITS if over else missing)
@@ -315,7 +320,7 @@ def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
 
 
 def _forward(inputs: Inputs, problem: Problem, wanted: int) -> list[Tensor]:
-    layout, numbers, reduction, normalizer, *_ = problem
+    layout, numbers, reduction, normalizer = problem[:4]
     operator = layout.operator("forward")
     results: list[Tensor] = operator(*inputs, *numbers, reduction, normalizer, wanted)
     return results
@@ -327,9 +332,9 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     (scale and bias of all classes are made below autograd in eager mode, which costs a small batch
     less than its nodes would.)
     """
-    logits, _, _, scale, bias, confidence, *_ = inputs
+    logits, _, _, scale, bias, confidence = inputs[:6]
     need = 0
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         need = LOGITS * logits.requires_grad
         if scale is not None and bias is not None and confidence is not None:
             need |= (

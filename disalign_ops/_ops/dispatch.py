@@ -17,7 +17,7 @@ from .schemas import DENSE, UPSAMPLE, Layout
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     """The loss in the accumulation dtype ('none': flat), and the details, if there are any."""
     backend = serving_backend(inputs.logits)
-    if is_soft(inputs) and inputs.target.requires_grad and torch.is_grad_enabled():
+    if inputs.target.requires_grad and is_soft(inputs) and torch.is_grad_enabled():
         backend = "reference"  # no kernel gives class probabilities a gradient
     if backend == "native":
         return autograd.loss(inputs, problem)
@@ -81,6 +81,7 @@ def predicts(layout: Layout, logits: Tensor) -> bool:
 
 
 _transforms_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_is_compiling = torch.compiler.is_compiling
 NO_TRANSFORMS = (
     "torch.func transforms, forward-mode differentiation, torch.export and torch.jit.trace are not "
     "supported with sample_rate or classes over several processes: leave the loss out of what is "
@@ -92,7 +93,7 @@ def transformed() -> bool:
     """Whether plain PyTorch alone is right: registered operators know neither functorch transforms
     nor forward-mode tangents, which they would drop, and are none of ONNX's, nor torch.jit's.
     """
-    return not torch.compiler.is_compiling() and (
+    return not _is_compiling() and (
         _transforms_active() or forward_ad._current_level >= 0 or _is_tracing()
     )
 

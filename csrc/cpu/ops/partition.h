@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "cpu/kernels/chunk.h"
@@ -14,9 +16,25 @@
 namespace disalign {
 
 constexpr int64_t kLogitsPerThread = 16384;  // below about this many a second thread costs more
+constexpr int64_t kSmallBuffer = 512;        // doubles: a tensor would cost more than the work
+
+// Memory of a cache line's alignment, as tensors have it.
+class SmallBuffer {
+ public:
+  explicit SmallBuffer(int64_t doubles)
+      : memory_(::operator new(doubles * sizeof(double), kAlignment)) {}
+  double* data() const { return static_cast<double*>(memory_.get()); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  std::unique_ptr<void, Free> memory_;
+};
 
 // Chunks of work with their scratch; buffers are tensors, so that torch's memory accounting
-// (profiler, memory limits) sees all that we allocate.
+// (profiler, memory limits) sees all that we allocate but for a few KiB.
 class Partition {
  public:
   // units: of work, split over threads; logits: how many there are in all of them.
@@ -29,8 +47,12 @@ class Partition {
     const int64_t vector = padded_classes(classes_);
     const int64_t scratch_doubles = (scratch_bytes_each + 63) / 64 * 8;
     const int64_t each = scratch_doubles + (class_gradients ? 2 * vector : 0);
-    buffer_ = new_tensor({count * each}, ScalarType::Double);
-    auto* base = static_cast<double*>(buffer_.mutable_data_ptr());
+    if (count * each <= kSmallBuffer && !poisons())
+      small_.emplace(count * each);
+    else
+      buffer_ = new_tensor({count * each}, ScalarType::Double);
+    double* base = small_ ? small_->data() : static_cast<double*>(buffer_->mutable_data_ptr());
+    chunks_.reserve(count);
     for (int64_t i = 0; i < count; ++i) {
       Chunk chunk;
       chunk.begin = units * i / count;
@@ -84,7 +106,8 @@ class Partition {
   }
 
   int64_t classes_;
-  Tensor buffer_;
+  std::optional<SmallBuffer> small_;
+  OptionalTensor buffer_;
   std::vector<Chunk> chunks_;
 };
 
