@@ -163,6 +163,7 @@ __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceO
   }
   return found;
 }
+
 // The same of class probabilities, of which no class lies apart; what is no class is not above `low`. By
 // one thread: those of row i, or of its tile, where there are several.
 template <bool Last, int Count, class A, class PlaceOf, class GroupOfRow>
