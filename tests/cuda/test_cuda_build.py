@@ -62,7 +62,6 @@ REGISTERS = {
     ("dense_kernel by element", False): 224,  # 1 block; calibrated, half precision
     ("dense_kernel calibrated", True): 184,
     ("dense_kernel plain details", False): 208,  # 1 block, as all of these
-    ("dense_kernel plain details", True): 160,
     ("dense_kernel calibrated details", False): 184,
     ("dense_kernel by element details", False): 240,
     ("dense_kernel calibrated details", True): 184,

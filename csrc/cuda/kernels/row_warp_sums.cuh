@@ -79,7 +79,7 @@ __device__ __forceinline__ void write_warp_sums(const RowArgs& args, const WarpT
     }
   } else {
     const int elements = tile.staged_vectors() * V - tile.lane;
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < P; ++i)
       if (elements > 32 * i && (!by_team || (i & (team.size() - 1)) == team.member()))
         write(own + place(i), tile.base_class + tile.lane + 32 * i);
