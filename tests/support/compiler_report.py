@@ -152,8 +152,6 @@ _DENSE_90 = {_PLAIN_BY_ELEMENT: 172, _CALIBRATED: 8, _WITH_OPTIONS: 156}
 KNOWN_SPILLS: dict[Spill, int] = {
     **{("75", "upsample_forward_kernel", (), of): 12 for of in ("f", _BF16, _FP16)},
     **{("75", "upsample_backward_kernel", (), of): 56 for of in ("f", _BF16, _FP16)},
-    ("90", "upsample_forward_kernel", (), "d"): 232,
-    ("90", "upsample_backward_kernel", (), "d"): 108,
     ("100", "upsample_backward_kernel", (), "d"): 44,
     ("120", "upsample_backward_kernel", (), "d"): 190,
     ("75", *_WIDE_STAGE_2, "f"): 16,
