@@ -362,3 +362,35 @@ def test_shards(
         call.expected = {}
         check(kernels, call)
         assert (fields["shard_sums"] == with_details).all()
+
+
+@pytest.mark.parametrize("of_probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entropy_of_planes_masked_by_the_lowest_number(
+    kernels: ModuleType, dtype: torch.dtype, of_probabilities: bool
+) -> None:
+    kernels.set_options()
+    n, classes, inner = 1, 400, 256
+    problem = row(n * inner, classes, dtype, calibrated=False)
+    problem.logits = (torch.randn(n, classes, inner) * 3).to(dtype)
+    problem.logits[:, :100] = torch.finfo(dtype).min
+    if of_probabilities:
+        problem.target = probabilities(n, classes, inner).to(dtype)
+    else:
+        problem.target = problem.target.view(n, inner)
+    call = problem.calls()[0]
+    call.expected = {k: call.expected[k] for k in ("prediction", "entropy")}
+    check(kernels, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_planes_whose_factor_is_below_0(kernels: ModuleType, dtype: torch.dtype) -> None:
+    kernels.set_options()
+    problem = row(64, 9, dtype)
+    problem.logits = (torch.randn(1, 9, 64) * 3).to(dtype)
+    problem.target = problem.target.view(1, 64)
+    problem.vectors["scale"].fill_(-3.0)
+    problem.vectors["confidence"].fill_(2.0)
+    call = problem.calls()[0]
+    call.expected = {k: call.expected[k] for k in ("prediction", "entropy", "loss")}
+    check(kernels, call)

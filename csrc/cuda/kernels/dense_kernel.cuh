@@ -239,7 +239,9 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
           for (int v = 0; v < V; ++v) {
             const A u = calibrate(entry, z[v], of_c[v]);
             rest[v] += shifted_exponential(u, product[v]);
-            if constexpr (Details) details[v].add(u, j, args.entropy != nullptr);
+            if constexpr (Details)  // of a factor below 0 u of the target's -inf is infinity
+              details[v].add(j == target[v] ? negative_infinity<A>() : u, j,
+                             args.entropy != nullptr);
             if (smoothing && j != target[v])
               smooth[v] += entry.w * (u - entries_of(kEntryShift)[Vector::position(place, v)]);
           }

@@ -43,7 +43,8 @@ struct RowDetails {
       has_nan = true;
     } else if (u > maximum || (at < 0 && u == maximum)) {
       at = has_nan ? at : j;
-      const A below = larger(maximum - u, kLowest<A>), factor = exponential(below);
+      // Not lower, as `sum` of it is finite: 0 * -inf.
+      const A below = larger(maximum - u, kLowest<A> / kRank), factor = exponential(below);
       times_log = factor * std::fma(below, sum, times_log);
       sum *= factor;
       maximum = u;

@@ -39,7 +39,8 @@ def add_details(u, first, known, ENTROPY: tl.constexpr, POSITIONS: tl.constexpr,
         least = lowest(m)
         shift, below = tl.maximum(m, least), tl.maximum(largest, least)
         ratio = exp(below - shift)
-        below = tl.maximum(below - shift, least)  # not 0 * -inf
+        # Not 0 * -inf: times `total` it is finite.
+        below = tl.maximum(below - shift, least * (1.0 / _OF_NUMBERS))
         x = exp(u - shift[:, None])
         times_log = ratio * (times_log + total * below)
         times_log += tl.sum(x * tl.maximum(u - shift[:, None], least[:, None]), 1)
