@@ -126,14 +126,10 @@ def _run_nvcc(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
 
 Spill = tuple[str, str, tuple[int, ...], str]  # architecture; name, flags, type of the kernel
 _WIDE_STAGE_2 = ("row_forward_kernel", (True, True, False))
-_WIDE_BACKWARD = ("row_backward_kernel", (False, True, False))
-_WARP_CALIBRATED, _WARPS_CALIBRATED, _CLUSTER_CALIBRATED = (
-    ("row_warp_kernel", (True, False, False, keeper)) for keeper in range(3)
+_WARP_CALIBRATED, _WARPS_CALIBRATED = (
+    ("row_warp_kernel", (True, False, False, keeper)) for keeper in range(2)
 )
-_WARPS_PLAIN, _CLUSTER_PLAIN = (
-    ("row_warp_kernel", (False, False, False, keeper)) for keeper in (1, 2)
-)
-_SOFT_SUMS = [("soft_row_sums_kernel", (keeper,)) for keeper in range(3)]
+_WARPS_PLAIN = ("row_warp_kernel", (False, False, False, 1))
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
 _PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
@@ -141,8 +137,12 @@ _PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
         (False, False, True), (True, False, True), (True, True, False), (True, True, True),
     )
 )  # fmt: skip
-_DENSE = {_PLAIN_BY_ELEMENT: 64, _CALIBRATED: 40, _WITH_OPTIONS: 80}  # of half precision
-_DENSE_90 = {_PLAIN_BY_ELEMENT: 172, _CALIBRATED: 8, _WITH_OPTIONS: 156}
+_DENSE = {  # of half precision
+    "80": {_PLAIN_BY_ELEMENT: 64, _CALIBRATED: 40, _WITH_OPTIONS: 80},
+    "90": {_PLAIN_BY_ELEMENT: 172, _CALIBRATED: 8, _WITH_OPTIONS: 156},
+    "100": {_PLAIN_BY_ELEMENT: 220, _WITH_OPTIONS: 128},
+    "120": {_PLAIN_BY_ELEMENT: 256, _WITH_OPTIONS: 32},
+}
 
 # Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
 # registers (of backward 80, of warps 255 or 128), some fewer than the code of the widest
@@ -152,8 +152,7 @@ _DENSE_90 = {_PLAIN_BY_ELEMENT: 172, _CALIBRATED: 8, _WITH_OPTIONS: 156}
 KNOWN_SPILLS: dict[Spill, int] = {
     **{("75", "upsample_forward_kernel", (), of): 12 for of in ("f", _BF16, _FP16)},
     **{("75", "upsample_backward_kernel", (), of): 56 for of in ("f", _BF16, _FP16)},
-    ("100", "upsample_backward_kernel", (), "d"): 44,
-    ("120", "upsample_backward_kernel", (), "d"): 190,
+    **{("120", "upsample_backward_kernel", (), of): 8 for of in ("f", _BF16, _FP16)},
     ("75", *_WIDE_STAGE_2, "f"): 16,
     ("75", *_WARPS_PLAIN, "f"): 40,
     ("80", *_WIDE_STAGE_2, "f"): 16,
@@ -164,45 +163,31 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("100", *_WIDE_STAGE_2, "f"): 72,
     ("100", *_WIDE_STAGE_2, _BF16): 112,
     ("100", *_WIDE_STAGE_2, _FP16): 112,
-    ("100", *_WIDE_BACKWARD, "f"): 24,
-    ("100", *_WIDE_BACKWARD, _BF16): 16,
-    ("100", *_WIDE_BACKWARD, _FP16): 16,
-    ("120", *_CLUSTER_PLAIN, "f"): 100,
-    ("120", *_WARP_CALIBRATED, _BF16): 68,
-    ("120", *_WARP_CALIBRATED, _FP16): 68,
-    ("120", *_CLUSTER_CALIBRATED, _BF16): 60,
-    ("120", *_CLUSTER_CALIBRATED, _FP16): 60,
-    ("120", *_WIDE_STAGE_2, _BF16): 92,
+    ("100", *_WARPS_CALIBRATED, _BF16): 36,
+    ("100", *_WARPS_CALIBRATED, _FP16): 36,
+    ("120", "row_warp_kernel", (True, True, False, 2), "f"): 8,
+    ("120", *_WIDE_STAGE_2, "f"): 16,
+    ("120", *_WIDE_STAGE_2, _BF16): 108,
     ("120", *_WIDE_STAGE_2, _FP16): 92,
-    ("120", "soft_row_kernel", (False, False), "d"): 12,
-    ("120", "soft_row_kernel", (False, True), "d"): 60,
-    ("120", "soft_row_warp_kernel", (1,), "f"): 28,
     ("120", "soft_row_warp_kernel", (2,), "f"): 12,
-    ("100", *_SOFT_SUMS[0], "f"): 72,
-    ("100", *_SOFT_SUMS[0], _FP16): 44,
-    ("100", *_SOFT_SUMS[1], "f"): 52,
-    ("100", *_SOFT_SUMS[2], "f"): 8,
-    ("120", *_SOFT_SUMS[0], "f"): 48,
-    ("120", *_SOFT_SUMS[0], _FP16): 264,
-    ("120", *_SOFT_SUMS[1], "f"): 36,
-    ("120", *_SOFT_SUMS[1], _FP16): 20,
-    ("120", *_SOFT_SUMS[2], "f"): 44,
-    ("120", *_SOFT_SUMS[2], _FP16): 16,
+    ("120", "soft_row_warp_kernel", (2,), _BF16): 8,
+    ("120", "soft_row_warp_kernel", (2,), _FP16): 8,
+    ("120", "soft_dense_kernel", (False, False), _BF16): 16,
     # Of planes, what stays the same for a tile.
     ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
-    ("100", "dense_kernel", _WITH_OPTIONS, _BF16): 16,
-    ("100", "dense_kernel", _WITH_OPTIONS, _FP16): 16,
+    ("100", "dense_kernel", _BY_ELEMENT, "f"): 88,
+    ("120", "dense_kernel", _BY_ELEMENT, "f"): 12,
     **{
         (architecture, "dense_kernel", flags, dtype): most
-        for architecture in ("75", "80", "86", "89", "90")
-        for flags, most in (_DENSE_90 if architecture == "90" else _DENSE).items()
+        for architecture in ARCHITECTURES
+        for flags, most in _DENSE.get(architecture, _DENSE["80"]).items()
         for dtype in (_BF16, _FP16)
     },
 }
 
 
 # Kernels with details have the launch bounds of those without, and more to keep.
-DETAILS_SPILL = 112
+DETAILS_SPILL = 116
 
 
 def spill_of(architecture: str, kernel: Kernel) -> Spill:
