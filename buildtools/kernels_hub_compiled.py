@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TORCH = "2.10"  # whose stable ABI is targeted: CMakeLists.txt
-CAPABILITIES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+CAPABILITIES = ["7.5", "8.0", "8.6", "9.0+PTX", "10.0", "12.0"]
 KERNEL_FLAGS = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mprfchw")
 X86_FLAGS = {
