@@ -142,12 +142,7 @@ def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tenso
     made, problem = saved.grad_logits, ctx.problem
     if made is None:
         return None
-    if (
-        type(made) is not Tensor
-        or _modes()
-        or _is_legacy_batched(grad_loss)
-        or _is_wrapped(grad_loss)
-    ):
+    if type(made) is not Tensor or _modes() or is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return None if not ctx.precomputed_available else made * grad_loss
     by_operator = in_forward.kernels_of(problem.layout, made).finished_by_operator
