@@ -17,22 +17,22 @@ STEPS = ("forward", "backward", "gradient", "stage2")
 # As model.INSTRUCTIONS, in the machine code for sm_90: (classes, step) -> in fp32 and in bf16.
 # `python -m machine_code.planes model` of tests/ prints this.
 INSTRUCTIONS = {
-    (150, "forward"): (49, 84),
-    (150, "gradient"): (105, 192),
-    (150, "stage2"): (188, 338),
-    (150, "backward"): (77, 133),
-    (19, "forward"): (84, 156),
-    (19, "gradient"): (150, 289),
-    (19, "stage2"): (260, 483),
-    (19, "backward"): (101, 183),
-    (21, "forward"): (80, 175),
-    (21, "gradient"): (144, 276),
-    (21, "stage2"): (248, 464),
-    (21, "backward"): (97, 201),
-    (1203, "forward"): (46, 82),
-    (1203, "gradient"): (88, 168),
-    (1203, "stage2"): (166, 312),
-    (1203, "backward"): (73, 134),
+    (150, "forward"): (49, 85),
+    (150, "gradient"): (104, 194),
+    (150, "stage2"): (188, 336),
+    (150, "backward"): (76, 135),
+    (19, "forward"): (85, 160),
+    (19, "gradient"): (150, 291),
+    (19, "stage2"): (259, 477),
+    (19, "backward"): (101, 186),
+    (21, "forward"): (80, 180),
+    (21, "gradient"): (144, 278),
+    (21, "stage2"): (248, 459),
+    (21, "backward"): (97, 207),
+    (1203, "forward"): (47, 83),
+    (1203, "gradient"): (87, 168),
+    (1203, "stage2"): (166, 308),
+    (1203, "backward"): (73, 135),
 }
 # Logits read and written, and bytes of a position besides: its target, two statistics; of stage 2
 # also its confidence and that one's gradient, of a forward that makes the gradient of the logits

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from support import compiler_report
@@ -23,7 +24,9 @@ def kept(function: F) -> F:
 
     @functools.cache
     def call(*arguments: Any) -> Any:
-        key = f"{function.__module__}.{function.__qualname__}{arguments} {_digest()}"
+        # With its file: several modules are __main__, where they are run, and pickle by that name.
+        module = f"{function.__module__}.{Path(function.__code__.co_filename).stem}"
+        key = f"{module}.{function.__qualname__}{arguments} {_digest()}"
         path = _KEPT / hashlib.sha256(key.encode()).hexdigest()[:24]
         _KEPT.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:

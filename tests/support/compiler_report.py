@@ -53,15 +53,6 @@ class Kernel:
         return tuple(int(f) for f in re.findall(r"Lb([01])E", self.symbol) + keeper)
 
     @property
-    def details(self) -> bool:
-        """Whether it gives prediction and entropy too: no other call runs it."""
-        at = {
-            "row_forward_kernel": 2, "row_warp_kernel": 2, "row_combine_kernel": 0,
-            "dense_kernel": 3,
-        }  # fmt: skip
-        return self.name in at and bool(self.flags[at[self.name]])
-
-    @property
     def elements(self) -> int:
         """Of a row that a lane keeps; row_warp_kernel alone."""
         vectors = int(re.search(r"Li(\d+)E", self.symbol)[1])  # type: ignore[index]
@@ -125,24 +116,25 @@ def _run_nvcc(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
 
 
 Spill = tuple[str, str, tuple[int, ...], str]  # architecture; name, flags, type of the kernel
-_WIDE_STAGE_2 = ("row_forward_kernel", (True, True, False))
+_WIDE_STAGE_2 = ("row_forward_kernel", (True, True))
 _WARP_CALIBRATED, _WARPS_CALIBRATED = (
-    ("row_warp_kernel", (True, False, False, keeper)) for keeper in range(2)
+    ("row_warp_kernel", (True, False, keeper)) for keeper in range(2)
 )
-_WARPS_PLAIN = ("row_warp_kernel", (False, False, False, 1))
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
-_PLAIN_BY_ELEMENT, _BY_ELEMENT, _CALIBRATED, _WITH_OPTIONS = (
-    (*flags, False) for flags in (
-        (False, False, True), (True, False, True), (True, True, False), (True, True, True),
-    )
-)  # fmt: skip
-_DENSE = {  # of half precision
-    "80": {_PLAIN_BY_ELEMENT: 64, _CALIBRATED: 40, _WITH_OPTIONS: 80},
-    "90": {_PLAIN_BY_ELEMENT: 172, _CALIBRATED: 8, _WITH_OPTIONS: 156},
-    "100": {_PLAIN_BY_ELEMENT: 220, _WITH_OPTIONS: 128},
-    "120": {_PLAIN_BY_ELEMENT: 256, _WITH_OPTIONS: 32},
+_PLAIN_BY_ELEMENT, _BY_ELEMENT = (False, False, True), (True, False, True)
+_CALIBRATED, _WITH_OPTIONS = (True, True, False), (True, True, True)
+# Of half precision; of float.
+_DENSE_HALF = {
+    "75": {_PLAIN_BY_ELEMENT: 124, _CALIBRATED: 40, _WITH_OPTIONS: 80},
+    "80": {_PLAIN_BY_ELEMENT: 120, _WITH_OPTIONS: 80},
+    "86": {_PLAIN_BY_ELEMENT: 120, _CALIBRATED: 108, _WITH_OPTIONS: 80},
+    "90": {_PLAIN_BY_ELEMENT: 252, _CALIBRATED: 152, _WITH_OPTIONS: 188},
+    "100": {_PLAIN_BY_ELEMENT: 300, _CALIBRATED: 124, _WITH_OPTIONS: 128},
+    "120": {_PLAIN_BY_ELEMENT: 344, _CALIBRATED: 64, _WITH_OPTIONS: 60},
 }
+_DENSE_FLOAT = {"80": 40, "86": 28, "90": 168, "100": 272, "120": 52}
+_AS_86 = {"89": "86"}  # which make the same code
 
 # Bytes that a thread may spill, stores and loads. Blocks of up to 512 threads leave a thread 128
 # registers (of backward 80, of warps 255 or 128), some fewer than the code of the widest
@@ -153,41 +145,37 @@ KNOWN_SPILLS: dict[Spill, int] = {
     **{("75", "upsample_forward_kernel", (), of): 12 for of in ("f", _BF16, _FP16)},
     **{("75", "upsample_backward_kernel", (), of): 56 for of in ("f", _BF16, _FP16)},
     **{("120", "upsample_backward_kernel", (), of): 8 for of in ("f", _BF16, _FP16)},
-    ("75", *_WIDE_STAGE_2, "f"): 16,
-    ("75", *_WARPS_PLAIN, "f"): 40,
-    ("80", *_WIDE_STAGE_2, "f"): 16,
-    ("80", *_WARP_CALIBRATED, _BF16): 8,
-    ("80", *_WARP_CALIBRATED, _FP16): 8,
-    ("90", *_WARPS_CALIBRATED, _BF16): 40,
-    ("90", *_WARPS_CALIBRATED, _FP16): 40,
-    ("100", *_WIDE_STAGE_2, "f"): 72,
+    ("75", *_WIDE_STAGE_2, _BF16): 32,
+    ("90", *_WARP_CALIBRATED, _BF16): 20,
+    ("90", *_WARP_CALIBRATED, _FP16): 20,
+    ("90", "row_warp_kernel", (False, False, 2), "f"): 8,
+    ("90", "soft_row_kernel", (False, False), "d"): 20,
+    ("100", *_WIDE_STAGE_2, "f"): 76,
     ("100", *_WIDE_STAGE_2, _BF16): 112,
     ("100", *_WIDE_STAGE_2, _FP16): 112,
-    ("100", *_WARPS_CALIBRATED, _BF16): 36,
-    ("100", *_WARPS_CALIBRATED, _FP16): 36,
-    ("120", "row_warp_kernel", (True, True, False, 2), "f"): 8,
+    ("100", "soft_row_kernel", (False, False), "d"): 20,
+    ("120", "row_warp_kernel", (True, True, 2), "f"): 8,
+    ("120", *_WARPS_CALIBRATED, _BF16): 20,
+    ("120", *_WARPS_CALIBRATED, _FP16): 20,
     ("120", *_WIDE_STAGE_2, "f"): 16,
     ("120", *_WIDE_STAGE_2, _BF16): 108,
-    ("120", *_WIDE_STAGE_2, _FP16): 92,
     ("120", "soft_row_warp_kernel", (2,), "f"): 12,
     ("120", "soft_row_warp_kernel", (2,), _BF16): 8,
     ("120", "soft_row_warp_kernel", (2,), _FP16): 8,
-    ("120", "soft_dense_kernel", (False, False), _BF16): 16,
+    ("120", "soft_row_kernel", (False, False), "d"): 12,
     # Of planes, what stays the same for a tile.
-    ("90", "dense_kernel", _BY_ELEMENT, "f"): 24,
-    ("100", "dense_kernel", _BY_ELEMENT, "f"): 88,
-    ("120", "dense_kernel", _BY_ELEMENT, "f"): 12,
+    **{
+        (architecture, "dense_kernel", _BY_ELEMENT, "f"): most
+        for architecture in ARCHITECTURES
+        if (most := _DENSE_FLOAT.get(_AS_86.get(architecture, architecture), 0))
+    },
     **{
         (architecture, "dense_kernel", flags, dtype): most
         for architecture in ARCHITECTURES
-        for flags, most in _DENSE.get(architecture, _DENSE["80"]).items()
+        for flags, most in _DENSE_HALF[_AS_86.get(architecture, architecture)].items()
         for dtype in (_BF16, _FP16)
     },
 }
-
-
-# Kernels with details have the launch bounds of those without, and more to keep.
-DETAILS_SPILL = 116
 
 
 def spill_of(architecture: str, kernel: Kernel) -> Spill:
@@ -195,9 +183,7 @@ def spill_of(architecture: str, kernel: Kernel) -> Spill:
 
 
 def assert_known_spills(architecture: str, kernels: list[Kernel]) -> None:
-    """Those of KNOWN_SPILLS, of the kernels' types: all of them, none other, and none larger. With
-    details: none above DETAILS_SPILL.
-    """
+    """Those of KNOWN_SPILLS, of the kernels' types: all of them, none other, and none larger."""
     types, names = {kernel.type for kernel in kernels}, {kernel.name for kernel in kernels}
     known = {
         spill: most
@@ -206,9 +192,7 @@ def assert_known_spills(architecture: str, kernels: list[Kernel]) -> None:
     }
     spilled: dict[Spill, int] = {}
     for kernel in kernels:
-        if kernel.details:
-            assert kernel.spilled <= DETAILS_SPILL, kernel
-        elif kernel.spilled or kernel.stack:
+        if kernel.spilled or kernel.stack:
             spill = spill_of(architecture, kernel)
             spilled[spill] = max(spilled.get(spill, 0), kernel.spilled)
     assert set(spilled) == set(known), spilled

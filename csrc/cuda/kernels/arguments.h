@@ -11,6 +11,8 @@ struct DivisorArgs : LossArgs {
   double* divisors = nullptr;  // [divisor_blocks]
   int32_t divisor_blocks = 0;
   unsigned* ticket = nullptr;  // blocks that are done, where the last one makes the loss
+  // Whether prediction or entropy is wanted, of forward. Not a bool: comparisons read four bytes.
+  int32_t details = 0;
 };
 
 // row_tile.cuh
@@ -21,7 +23,6 @@ struct RowArgs : DivisorArgs {
   int32_t tiles = 1;         // of a row
   int32_t tile_vectors = 0;  // of a tile
   bool backward = false;     // row_warp_kernel.cuh: its gradients alone, for the upstream gradient
-  bool details = false;      // soft_row_*.cuh: prediction or entropy is wanted, of forward
   // Workspace; blocks are those along grid_x.
   void* class_sums = nullptr;    // of A: [blocks][2: scale, bias][classes]
   double* block_sums = nullptr;  // [blocks][2: loss, denominator]

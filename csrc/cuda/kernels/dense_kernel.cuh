@@ -5,7 +5,7 @@
 //   maximum; then a thread a position adds up the slices, and makes the loss and the factors of its
 //   gradient. A tile where the sum of a position's others is not moderate is read once more, by
 //   its maxima. Targets are -inf in shared memory meanwhile: no comparison an element.
-// - With details (row_details.cuh) the first pass finds them too.
+// - Details (row_details.cuh): of each stage, after its sums.
 // - Second pass, of backward, and of forward where gradients are wanted: the exponentials once more,
 //   from shared memory; the logits' gradient is written; each thread keeps sums of its classes, which
 //   are added up at the end.
@@ -58,9 +58,8 @@ __device__ __forceinline__ void write_factors(A* entries, int positions, int p,
 }
 
 // Blocks that shall fit on a multiprocessor.
-template <class T, bool Calibrated, bool Whole, bool Details>
-constexpr int kDenseBlocks =
-    sizeof(T) == 8 || (sizeof(T) == 2 && Calibrated && !Whole) || Details ? 1 : 2;
+template <class T, bool Calibrated, bool Whole>
+constexpr int kDenseBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && Calibrated && !Whole) ? 1 : 2;
 
 // The arguments, with what is known of them when the kernel is compiled: what is absent costs nothing.
 // Options: there may be a prior, a margin, sample weights, label smoothing, a focal exponent.
@@ -83,9 +82,8 @@ static inline bool has_options(const DenseArgs& args) {
          args.focal_gamma > 0;
 }
 
-// Details: prediction and entropy are wanted, of forward alone.
-template <class T, bool Calibrated, bool Whole, bool Options, bool Details>
-__global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Whole, Details>))
+template <class T, bool Calibrated, bool Whole, bool Options>
+__global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Whole>))
     dense_kernel(const DenseArgs given) {
   const DenseArgs args = known<Calibrated, Options>(given);
   using A = Accumulate<T>;
@@ -134,6 +132,10 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
     for (int k = 0; k < place.mine; ++k) class_sums[k * kDenseThreads] = {A(0), A(0)};
   }
   const int positions = place.lanes * V, step = place.slices;
+  // Of details, which are a position's in as many parts of its classes as there are threads for.
+  constexpr int kVectorBits = V == 8 ? 3 : V / 2;
+  const int position_bits = args.lane_bits + kVectorBits;
+  const int part_bits = max(0, kDenseThreadBits - position_bits);
   const auto entries_of = [&](int which) { return memory.positions + which * positions; };
 
   DenseStages<T, Whole> stages(args, place, memory.stages, args.backward ? 1 : 1 + second_pass);
@@ -149,8 +151,9 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
       const int t = p < count ? target_of(args, first_index + p) : kNoTarget;
       memory.targets[p] = t;
       if constexpr (Calibrated)
-        entries_of(kEntryC)[p] =
-            is_valid(t) || (Details && p < count) ? confidence_of<A>(args, first_index + p) : A(0);
+        entries_of(kEntryC)[p] = is_valid(t) || (args.details && p < count)
+                                     ? confidence_of<A>(args, first_index + p)
+                                     : A(0);
     }
     stages.arrive();
     // In forward what the first pass takes off, in backward all factors; of the target, what shall
@@ -190,7 +193,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         memory.target_z[p] = z_t;
       } else {
         entries_of(kEntryShift)[p] = factors.maximum;
-        if constexpr (Details) memory.target_z[p] = z_t;
+        if (args.details) memory.target_z[p] = z_t;
       }
     }
     __syncthreads();
@@ -219,7 +222,6 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
 
     if (!args.backward) {
       A product[V], rest[V], smooth[V];
-      [[maybe_unused]] RowDetails<A> details[V];
       Vector::read(place, entries_of(kEntryShift), product);
 #pragma unroll
       for (int v = 0; v < V; ++v) product[v] = shift_product(product[v]), rest[v] = smooth[v] = 0;
@@ -239,41 +241,43 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
           for (int v = 0; v < V; ++v) {
             const A u = calibrate(entry, z[v], of_c[v]);
             rest[v] += shifted_exponential(u, product[v]);
-            if constexpr (Details)  // of a factor below 0 u of the target's -inf is infinity
-              details[v].add(j == target[v] ? negative_infinity<A>() : u, j,
-                             args.entropy != nullptr);
             if (smoothing && j != target[v])
               smooth[v] += entry.w * (u - entries_of(kEntryShift)[Vector::position(place, v)]);
           }
         }
+        if (args.details) {
+          const int end = min(place.classes, (first + args.rounds) * step);
+#pragma unroll 1
+          for (int n = threadIdx.x; n < positions << part_bits; n += kDenseThreads) {
+            const int p = n & (positions - 1), t = memory.targets[p];
+            const A c = Calibrated ? entries_of(kEntryC)[p] : A(0);
+            RowDetails<A> found;
+            if (chunk > 0) found = RowDetails<A>::read(memory.exchange + n, positions << part_bits);
+#pragma unroll 1
+            for (int k = first * step + (n >> position_bits); k < end; k += 1 << part_bits) {
+              const A z = k == t ? memory.target_z[p]
+                                 : to_accumulate(stages.element(stages.offset(k, p, first)));
+              found.add(calibrate(entry_of(k), z, c), k, args.entropy != nullptr);
+            }
+            found.write(memory.exchange + n, positions << part_bits);
+          }
+        }
       }
-      // [values][slices][positions]
-      const int of_slices = place.slices * positions;
-      A* const exchange = memory.exchange + place.slice * positions;
-      if constexpr (Details) {
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          details[v].write(exchange + Vector::position(place, v), of_slices);
+      if (args.details) {
         __syncthreads();
 #pragma unroll 1
         for (int p = threadIdx.x; p < count; p += kDenseThreads) {
           const int t = memory.targets[p];
-          RowDetails<A> found;
-          for (int slice = 0; slice < place.slices; ++slice)
-            found.add(RowDetails<A>::read(memory.exchange + slice * positions + p, of_slices));
-          if (is_valid(t)) {
-            RowDetails<A> of_target;
-            const A c = Calibrated ? entries_of(kEntryC)[p] : A(0);
-            of_target.add(calibrate(entry_of(t), memory.target_z[p], c), t, true);
-            found.add(of_target);
-          } else if constexpr (Calibrated) {
-            entries_of(kEntryC)[p] = 0;  // it has no gradients
-          }
+          const auto found = all_details(memory.exchange + p, 1 << part_bits, positions);
           found.write(args, first_index + p, is_valid(t));
+          if (Calibrated && !is_valid(t)) entries_of(kEntryC)[p] = 0;  // it has no gradients
         }
         __syncthreads();
         if constexpr (Calibrated) Vector::read(place, entries_of(kEntryC), of_c);
       }
+      // [values][slices][positions]
+      const int of_slices = place.slices * positions;
+      A* const exchange = memory.exchange + place.slice * positions;
       Vector::write(place, exchange, rest);
       if (smoothing) Vector::write(place, exchange + of_slices, smooth);
       __syncthreads();

@@ -67,8 +67,8 @@ struct DenseMemory {
 
   static constexpr int kScratch = 32;
   // Of the first pass, at most: see DenseSums, RowDetails.
-  static __host__ __device__ int values(const LossArgs& args) {
-    return args.label_smoothing > 0 || args.prediction || args.entropy ? 4 : 2;
+  static __host__ __device__ int values(const DenseArgs& args) {
+    return args.label_smoothing > 0 || args.details ? 4 : 2;
   }
   static __host__ __device__ int64_t sum_entries(const DenseArgs& args) {
     const int64_t slices = kDenseThreads >> args.lane_bits;
@@ -89,8 +89,7 @@ struct DenseMemory {
     args.exchange_at = take(exchanged * kDenseThreads * kVector<T>, sizeof(A));
     args.positions_at = take((second_pass ? kPositionEntries : 2) * positions, sizeof(A));
     args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(ClassSum<A>));
-    const bool details = !args.backward && (args.prediction || args.entropy);
-    args.target_z_at = take(second_pass || details ? positions : 0, sizeof(A));
+    args.target_z_at = take(second_pass || args.details ? positions : 0, sizeof(A));
     args.targets_at = take(positions, sizeof(int));
     return bytes;
   }

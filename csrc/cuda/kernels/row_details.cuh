@@ -1,9 +1,8 @@
 // What is asked of a position beside its loss: its most probable class, and the entropy of its softmax,
 // without the margin, which only training knows.
 //
-// - They are made of u while it is in registers, by its maximum. Of class indices in kernels compiled
-//   for them: ordinary rows look for no maximum, and have no branch. Of class probabilities in a
-//   branch: these look for the maximum anyway.
+// - They are made of u while it is in registers, or of planes in shared memory, by its maximum; in a
+//   branch that other calls do not take.
 // - A class is found by its rank, so that one reduction of a maximum finds the first of several.
 #pragma once
 
@@ -124,19 +123,24 @@ __device__ __forceinline__ void set_class_of(A rank, RowDetails<A>& found) {
   found.at = (found.has_nan ? kNanRank : kRank) - number;
 }
 
+// Of a thread's u.
+template <class A, int Count>
+__device__ __forceinline__ A maximum_of(const A (&u)[Count]) {
+  A maximum = kLowest<A>;
+#pragma unroll
+  for (int p = 0; p < Count; ++p) maximum = larger(maximum, u[p]);
+  return maximum;
+}
+
 // Of u in the registers of a group's threads, classes ascending; u of what is no class is -inf. All
 // threads get it. place_of(p): of element p among the group's classes, in their order: `at`
-// is of these places. Last: the last element lies elsewhere than the others. other: one u more that
-// all threads know; -inf: there is none.
+// is of these places. Last: the last element lies elsewhere than the others.
 template <bool Last, class A, int Count, class PlaceOf, class GroupOfRow>
-__device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of, A other,
-                                                     int other_place, bool entropy,
-                                                     GroupOfRow& group) {
+__device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceOf place_of,
+                                                     bool entropy, GroupOfRow& group) {
   constexpr int kAscending = Last ? Count - 1 : Count;
   RowDetails<A> found;
-#pragma unroll
-  for (int p = 0; p < Count; ++p) found.maximum = larger(found.maximum, u[p]);
-  found.maximum = larger(group.max(found.maximum), other);
+  found.maximum = group.max(maximum_of(u));
   const auto rank = [&](A v, int place) {
     return v == found.maximum || v != v ? rank_of<A>(v != v, place) : A(0);
   };
@@ -146,8 +150,7 @@ __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceO
     first = u[p] == found.maximum ? p : first;
     first_nan = u[p] != u[p] ? p : first_nan;
   }
-  A highest = rank(other, other_place);
-  if (Last) highest = larger(highest, rank(u[Count - 1], place_of(Count - 1)));
+  A highest = Last ? rank(u[Count - 1], place_of(Count - 1)) : A(0);
   if (first >= 0) highest = larger(highest, rank_of<A>(false, place_of(first)));
   if (first_nan >= 0) highest = larger(highest, rank_of<A>(true, place_of(first_nan)));
   set_class_of(group.max(highest), found);
@@ -160,7 +163,6 @@ __device__ __forceinline__ RowDetails<A> row_details(const A (&u)[Count], PlaceO
     group.sum(sum);
     group.sum(times_log);
     found.sum = sum[0], found.times_log = times_log[0];
-    found.add(other);
   }
   return found;
 }
@@ -171,8 +173,7 @@ template <bool Last, int Count, class A, class PlaceOf, class GroupOfRow>
 __device__ __forceinline__ void write_soft_details(const RowArgs& args, const A (&u)[Count], A low,
                                                    PlaceOf place_of, GroupOfRow& group, int64_t i,
                                                    int tile, bool tiled, bool writes) {
-  auto found =
-      row_details<Last>(u, place_of, negative_infinity<A>(), 0, args.entropy != nullptr, group);
+  auto found = row_details<Last>(u, place_of, args.entropy != nullptr, group);
   if (!writes) return;
   if (found.maximum <= low && !found.has_nan) found = {};
   if (tiled)
@@ -180,6 +181,17 @@ __device__ __forceinline__ void write_soft_details(const RowArgs& args, const A 
                 args.tiles * args.outer);
   else
     found.write(args, i, true);
+}
+
+// Of a position of class planes, whose classes are divided into so many parts; they lie `positions`
+// apart.
+template <class A>
+__device__ __forceinline__ RowDetails<A> all_details(const A* of_part, int parts, int positions) {
+  RowDetails<A> found;
+#pragma unroll 1
+  for (int part = 0; part < parts; ++part)
+    found.add(RowDetails<A>::read(of_part + part * positions, parts * positions));
+  return found;
 }
 
 // Those of row i's tiles, by a warp.

@@ -34,17 +34,17 @@ struct FetchedRow {
   RowHead<Accumulate<T>> head;
 
   // turn: this lane's, of the rounds around this one.
-  template <bool Details, bool Wide>
+  template <bool Wide>
   __device__ __forceinline__ void fetch(const RowArgs& args, const Tile<T, Wide>& tile,
                                         RowHead<Accumulate<T>>& turn, int round, int64_t i) {
-    if (tile.turn_of(round) == 0) turn.read(args, tile.row_of_turn(i), Details);
+    if (tile.turn_of(round) == 0) turn.read(args, tile.row_of_turn(i), args.details);
     head = turn.of_lane(tile.turn_of(round), tile.turns());
-    if (is_valid(head.target) || (Details && i < args.outer))
+    if (is_valid(head.target) || (args.details && i < args.outer))
       tile.load(static_cast<const T*>(args.logits) + i * args.outer_stride, raw);
   }
 };
 
-template <class T, bool Calibrated, bool Wide, bool Details>
+template <class T, bool Calibrated, bool Wide>
 __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
     row_forward_kernel(const RowArgs args) {
   using A = Accumulate<T>;
@@ -76,12 +76,12 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
   RowHead<A> turn;
   FetchedRow<T> next;
   int64_t i = tile.row;
-  if (tile.rounds > 0) next.template fetch<Details>(args, tile, turn, 0, i);
+  if (tile.rounds > 0) next.fetch(args, tile, turn, 0, i);
   for (int round = 0; round < tile.rounds; ++round, i += tile.row_step) {
-    if (!kAhead && round > 0) next.template fetch<Details>(args, tile, turn, round, i);
+    if (!kAhead && round > 0) next.fetch(args, tile, turn, round, i);
     const FetchedRow<T> row = next;
     if (kAhead && round + 1 < tile.rounds)
-      next.template fetch<Details>(args, tile, turn, round + 1, i + tile.row_step);
+      next.fetch(args, tile, turn, round + 1, i + tile.row_step);
     const int target = row.head.target;
     const bool valid = is_valid(target);
     const A c = row.head.c;
@@ -97,10 +97,9 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
 #pragma unroll
       for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
     }
-    if constexpr (Details) {
+    if (args.details) {
       RowDetails<A> found = row_details<false>(
-          e, [&](int p) { return tile.vector(p / V) * V + p % V; }, negative_infinity<A>(), 0,
-          args.entropy != nullptr, group);
+          e, [&](int p) { return tile.vector(p / V) * V + p % V; }, args.entropy != nullptr, group);
       if (found.at >= 0) found.at += tile.first_class;
       if (tile.lane == 0 && i < args.outer) {
         if (tiled)
@@ -281,7 +280,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
 }
 
 // The tiles of each row added up; a warp a row.
-template <class A, bool Details>
+template <class A>
 __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const RowArgs args) {
   DISALIGN_SHARED_MEMORY(memory);
   const bool smoothing = args.label_smoothing > 0;
@@ -291,7 +290,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1) row_combine_kernel(const Ro
   for (int64_t i = int64_t{blockIdx.x} * warps + warp; i < args.outer;
        i += int64_t{gridDim.x} * warps) {
     const int t = target_of(args, i);
-    if constexpr (Details) combine_details<A>(args, i, lane, is_valid(t));
+    if (args.details) combine_details<A>(args, i, lane, is_valid(t));
     PositionSums<A> sums;
     for (int tile = lane; tile < args.tiles; tile += 32)
       sums.add(PositionSums<A>::read(static_cast<const A*>(args.tile_sums) + tile * args.outer + i,

@@ -7,7 +7,7 @@
 //   the ends; Wide, one a row, of the sums, and with the confidence's gradient one a turn.
 // - The exponentials are exp(u - u_t): no pass for the maximum, no reduction of it. Where the sum of
 //   the others is not moderate (a logit 22 above the target's, NaN) the row is done again by its
-//   maximum. With details (row_details.cuh), which need it, it is done so from the start.
+//   maximum. Details (row_details.cuh) are made before, by it.
 // - What is of a row alone (target, weights; loss, statistics) is read and made by one lane for 32
 //   rows of the warp at a time, one a lane: a turn. Wide, every warp reads, the first one writes.
 // - The target's logit is marked -inf in shared memory: its exponential is 0 and it is left out of
@@ -22,9 +22,8 @@
 
 namespace disalign::cuda {
 
-// Sums: the class sums are wanted. Details: prediction and entropy are, of forward alone. By: who keeps
-// a row; of several warps each has its part of it.
-template <class T, int K, bool Calibrated, bool Sums, bool Details, int By>
+// Sums: the class sums are wanted. By: who keeps a row; of several warps each has its part of it.
+template <class T, int K, bool Calibrated, bool Sums, int By>
 __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
                                   Sums || By != kByWarp               ? 1
                                   : Calibrated || K * kVector<T> > 40 ? 2
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
         const int64_t own = tile.row_at(round + lane);
         ahead = own < args.outer ? target_of(args, own) : kNoTarget;
       }
-      if (is_valid(__shfl_sync(kFullWarp, ahead, round % 32)) || Details)
+      if (is_valid(__shfl_sync(kFullWarp, ahead, round % 32)) || args.details)
         copy_vectors(vector_at(round, 0), from, tile.left, std::make_integer_sequence<int, K>{});
       from += step;
     }
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
       __syncwarp();
       own_target = ahead;  // whose row is of this turn by now
       turn.read(args, logits, tile.row_at(round + lane), own_target, lane, inverse);
-      if constexpr (Details && Calibrated) {  // an ignored row has a prediction
+      if (Calibrated && args.details) {  // an ignored row has a prediction
         const int64_t own = tile.row_at(round + lane);
         if (!is_valid(own_target) && own < args.outer)
           turn.at(RowTurn::kC, lane) = confidence_of<A>(args, own);
@@ -138,10 +137,42 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
     };
     wait_for_copies<kStages - 1>();
 
-    if (!is_valid(target) && !Details) {
+    const A c = Calibrated ? of_row(RowTurn::kC) : A(0);
+    // u of this lane's; the last is the edge's.
+    const auto read_row = [&](A(&u)[P + 1]) {
+#pragma unroll
+      for (int part = 0; part < K * N; ++part) {
+        A z[Q], of_part[Q];
+        unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
+        classes.template calibrate<Calibrated>(lane + 32 * (part / N), part % N, z, c, of_part);
+#pragma unroll
+        for (int q = 0; q < Q; ++q) u[part * Q + q] = of_part[q];
+      }
+      u[P] = calibrated(z_edge, edge.scale(), edge.bias(), c) + edge.prior();
+    };
+    const auto add_prior = [&](A(&u)[P + 1]) {
+      if (!classes.prior) return;
+#pragma unroll
+      for (int part = 0; part < K * N; ++part) {
+        A o[Q];
+        classes.load(classes.prior, lane + 32 * (part / N), part % N, o);
+#pragma unroll
+        for (int q = 0; q < Q; ++q) u[part * Q + q] += o[q];
+      }
+    };
+
+    if (args.details) {
+      A u[P + 1];
+      read_row(u);
+      add_prior(u);
+      const auto found = row_details<true>(
+          u, [&](int p) { return tile.class_of(p); }, args.entropy != nullptr, group);
+      if (tile.is_first() && lane == 0) found.write(args, tile.row_at(round), is_valid(target));
+      forget_loads();
+    }
+    if (!is_valid(target)) {
       if (writes_logits) tile.store(grad_row(), {});
     } else {
-      const A c = Calibrated ? of_row(RowTurn::kC) : A(0);
       const TargetPlace<T, K> place(tile, target);
       const auto stage_target = [&](A z) {
         if (place.holds)
@@ -159,48 +190,14 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
       A correction, values[2];
       sums.maximum = sums.target_logit;
 #pragma unroll 1
-      for (int by_maximum = Details;; by_maximum = 1) {
-#pragma unroll
-        for (int part = 0; part < K * N; ++part) {
-          A z[Q], u[Q];
-          unpack<T>(read_shared(vector_at(round, part / N)), part % N, z);
-          classes.template calibrate<Calibrated>(lane + 32 * (part / N), part % N, z, c, u);
-#pragma unroll
-          for (int q = 0; q < Q; ++q) e[part * Q + q] = u[q];
-        }
-        e[P] = calibrated(z_edge, edge.scale(), edge.bias(), c) + edge.prior();
+      for (int by_maximum = 0;; by_maximum = 1) {
+        read_row(e);
         if constexpr (Calibrated)
           place.set(e, negative_infinity<A>());  // a factor 1 + c a below 0 has made it +inf
         else if (place.at_edge)
           e[P] = negative_infinity<A>();
-        if (classes.prior) {
-#pragma unroll
-          for (int part = 0; part < K * N; ++part) {
-            A o[Q];
-            classes.load(classes.prior, lane + 32 * (part / N), part % N, o);
-#pragma unroll
-            for (int q = 0; q < Q; ++q) e[part * Q + q] += o[q];
-          }
-        }
-        if (by_maximum) {
-          sums.maximum = larger(larger(sums.maximum, kLowest<A>), e[P]);
-#pragma unroll
-          for (int p = 0; p < P; ++p) sums.maximum = larger(sums.maximum, e[p]);
-          sums.maximum = group.max(sums.maximum);
-          if constexpr (Details) {
-            const int64_t i = tile.row_at(round);
-            const bool valid = is_valid(target);
-            A u_t = valid ? sums.target_logit : negative_infinity<A>();
-            if (valid && args.margin)
-              u_t = class_logit_of(args, target,
-                                   to_accumulate(load_one(logits + i * args.outer_stride + target)),
-                                   c);
-            const auto found = row_details<true>(
-                e, [&](int p) { return tile.class_of(p); }, u_t, target, args.entropy != nullptr,
-                group);
-            if (tile.is_first() && lane == 0) found.write(args, i, valid);
-          }
-        }
+        add_prior(e);
+        if (by_maximum) sums.maximum = larger(sums.target_logit, group.max(maximum_of(e)));
         values[1] = 0;
         if (smoothing) {
           const TargetPlace<T, K> here = place.made_anew();
@@ -232,9 +229,7 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
       if (smoothing) sums.smooth = values[1] + w_t * (sums.target_logit - sums.maximum);
       if (lane == at_turn) turn.keep(at_turn, sums);
 
-      if (Details && !is_valid(target)) {
-        if (writes_logits) tile.store(grad_row(), {});
-      } else if (writes_logits || slopes) {
+      if (writes_logits || slopes) {
         forget_loads();
         const PositionResult<A> result = position_result(options, sums, w_t, false);
         const A of_e = result.softmax * correction;

@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kDenseThreads, (kSoftDenseBlocks<T, Calibrated
             weight[v] += b;
           }
         }
-        if (wants_details(args)) {
+        if (args.details) {
           // A position at a time: most calls have no use for the registers.
 #pragma unroll 1
           for (int v = 0; v < V; ++v) {
@@ -308,16 +308,12 @@ __global__ void __launch_bounds__(kDenseThreads, (kSoftDenseBlocks<T, Calibrated
           }
         }
       }
-      if (wants_details(args)) {
+      if (args.details) {
         __syncthreads();
 #pragma unroll 1
-        for (int p = threadIdx.x; p < count; p += kDenseThreads) {
-          RowDetails<A> found;
-#pragma unroll 1
-          for (int slice = 0; slice < place.slices; ++slice)
-            found.add(RowDetails<A>::read(memory.exchange + slice * positions + p, of_slices));
-          found.write(args, first_index + p, true);
-        }
+        for (int p = threadIdx.x; p < count; p += kDenseThreads)
+          all_details(memory.exchange + p, place.slices, positions)
+              .write(args, first_index + p, true);
         __syncthreads();
       }
       A* const exchange = memory.exchange + place.slice * positions;

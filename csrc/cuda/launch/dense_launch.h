@@ -93,18 +93,15 @@ int64_t divide_dense(DenseArgs& args, const Limits& limits) {
 }
 
 // Not every combination is compiled: planes that are not aligned, and doubles, are read element by
-// element, whatever the options; with details as if they were calibrated.
+// element, whatever the options.
 template <class T, bool Calibrated>
 auto dense_kernel_of(const DenseArgs& args) {
-  const bool details = !args.backward && (args.prediction || args.entropy);
   if constexpr (sizeof(T) < 8) {
     if (has_whole_vectors<T>(args))
-      return details             ? dense_kernel<T, Calibrated, true, true, true>
-             : has_options(args) ? dense_kernel<T, Calibrated, true, true, false>
-                                 : dense_kernel<T, Calibrated, true, false, false>;
+      return has_options(args) ? dense_kernel<T, Calibrated, true, true>
+                               : dense_kernel<T, Calibrated, true, false>;
   }
-  return details ? dense_kernel<T, true, false, true, true>
-                 : dense_kernel<T, Calibrated, false, true, false>;
+  return dense_kernel<T, Calibrated, false, true>;
 }
 
 // Of tiles that are divided already.
@@ -142,6 +139,7 @@ template <class A, class Launcher, class LaunchKernel>
 void run_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype,
                        LaunchKernel launch_kernel) {
   FinishArgs last;
+  args.details = wants_details(args);
   if (args.positions() > 0) {
     launch_divisors<A>(launcher, args);
     launch_kernel(args, last);

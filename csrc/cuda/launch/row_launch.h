@@ -11,14 +11,14 @@
 
 namespace disalign::cuda {
 
-template <class T, int K, bool Calibrated, bool Sums, bool Details>
+template <class T, int K, bool Calibrated, bool Sums>
 RowKernel row_warp_kernel_of(const RowPlan& plan) {
-  return plan.tiles > 1 ? row_warp_kernel<T, K, Calibrated, Sums, Details, kByCluster>
-         : plan.wide    ? row_warp_kernel<T, K, Calibrated, Sums, Details, kByBlock>
-                        : row_warp_kernel<T, K, Calibrated, Sums, Details, kByWarp>;
+  return plan.tiles > 1 ? row_warp_kernel<T, K, Calibrated, Sums, kByCluster>
+         : plan.wide    ? row_warp_kernel<T, K, Calibrated, Sums, kByBlock>
+                        : row_warp_kernel<T, K, Calibrated, Sums, kByWarp>;
 }
 
-template <class T, bool Calibrated, bool Details>
+template <class T, bool Calibrated>
 RowKernel row_warp_kernel_of(const RowArgs& args, const RowPlan& plan) {
   constexpr int kAll = kWarpVectors, kHalf = kWarpVectors / 2;
   if constexpr (sizeof(T) == 8) {
@@ -26,28 +26,18 @@ RowKernel row_warp_kernel_of(const RowArgs& args, const RowPlan& plan) {
   } else {
     if constexpr (Calibrated) {
       if (args.class_gradients)
-        return row_warp_kernel_of<T, sizeof(T) == 2 ? kHalf : kAll, true, true, Details>(plan);
+        return row_warp_kernel_of<T, sizeof(T) == 2 ? kHalf : kAll, true, true>(plan);
     }
-    if (plan.warp_vectors == kAll)
-      return row_warp_kernel_of<T, kAll, Calibrated, false, Details>(plan);
-    return row_warp_kernel<T, kHalf, Calibrated, false, Details, kByWarp>;
+    if (plan.warp_vectors == kAll) return row_warp_kernel_of<T, kAll, Calibrated, false>(plan);
+    return row_warp_kernel<T, kHalf, Calibrated, false, kByWarp>;
   }
-}
-
-template <class T, bool Calibrated>
-RowKernel row_warp_kernel_of(const RowArgs& args, const RowPlan& plan) {
-  return wants_details(args) ? row_warp_kernel_of<T, Calibrated, true>(args, plan)
-                             : row_warp_kernel_of<T, Calibrated, false>(args, plan);
 }
 
 template <class T, bool Calibrated>
 RowKernel row_forward_kernel_of(const RowArgs& args, const RowPlan& plan) {
   if (plan.warp_vectors) return row_warp_kernel_of<T, Calibrated>(args, plan);
-  if (wants_details(args))
-    return plan.wide ? row_forward_kernel<T, Calibrated, true, true>
-                     : row_forward_kernel<T, Calibrated, false, true>;
-  return plan.wide ? row_forward_kernel<T, Calibrated, true, false>
-                   : row_forward_kernel<T, Calibrated, false, false>;
+  return plan.wide ? row_forward_kernel<T, Calibrated, true>
+                   : row_forward_kernel<T, Calibrated, false>;
 }
 
 template <class T, bool Calibrated>
@@ -163,6 +153,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     fill_grid<T>(launcher, kernel, args, plan);
     team_up<T>(launcher, kernel, args, plan);
     apply(plan, args);
+    args.details = wants_details(args);
     last.blocks = plan.shape.grid_x * plan.team;
     Shape combine;
     if (tiled) {
@@ -175,10 +166,7 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     if (reduce)
       args.block_sums = static_cast<double*>(launcher.allocate(2 * last.blocks * sizeof(double)));
     launcher.launch(kernel, plan.shape, args);
-    if (tiled)
-      launcher.launch(
-          args.tile_details ? row_combine_kernel<A, true> : row_combine_kernel<A, false>, combine,
-          args);
+    if (tiled) launcher.launch(row_combine_kernel<A>, combine, args);
     if (tiled && args.class_gradients) {
       // Their sums, not yet divided: the loss's gradient for an upstream gradient of 1.
       RowArgs sums = args;
