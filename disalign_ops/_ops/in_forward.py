@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .codes import CALIBRATION, LOGITS, REDUCTIONS
+from .codes import CALIBRATION, LOGITS, REDUCTIONS, STATISTICS
 from .problem import Inputs, Problem
 from .schemas import LAYOUTS, MADE_LAYOUTS, UPSAMPLE, Layout
 
@@ -53,21 +53,29 @@ def kernels_of(layout: Layout, logits: Tensor) -> Kernels:
 
 
 def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
-    """What forward makes of the gradients that are needed."""
-    if problem.reduction == _NONE:
-        return 0
-    layout, logits, gradient = problem.layout, inputs.logits, problem.gradient
+    """What forward makes: the problem's details, gradients of those that are needed, and the
+    statistics where backward will read them. (Details have the log-sum-exp from them.)
+    """
+    made = 0
+    layout, logits = problem.layout, inputs.logits
     kernels = kernels_of(layout, logits)
-    calibration = kernels.upsampled_calibration or layout.name != UPSAMPLE.name
-    made = need & CALIBRATION if calibration else 0
-    if not need & LOGITS or compiling or problem.in_place or layout.name not in kernels.layouts:
-        return made
-    if gradient == "auto":
-        by_default = logits.dtype in kernels.dtypes and not (
-            kernels.finished_by_operator and _scales_gradients(logits.device.type)
-        )
-        return made | LOGITS * by_default
-    return made | LOGITS * (gradient == "forward")
+    if need and problem.reduction != _NONE:
+        if need & CALIBRATION and (kernels.upsampled_calibration or layout.name != UPSAMPLE.name):
+            made = need & CALIBRATION
+        if need & LOGITS and not compiling and _makes_logits(layout, logits, problem, kernels):
+            made |= LOGITS
+    read = problem.details or need & (~made | LOGITS * kernels.finished_by_operator)
+    return problem.details | made | (STATISTICS if read else 0)
+
+
+def _makes_logits(layout: Layout, logits: Tensor, problem: Problem, kernels: Kernels) -> bool:
+    if problem.in_place or layout.name not in kernels.layouts:
+        return False
+    if problem.gradient != "auto":
+        return problem.gradient == "forward"
+    return logits.dtype in kernels.dtypes and not (
+        kernels.finished_by_operator and _scales_gradients(logits.device.type)
+    )
 
 
 def _scales_gradients(device: str) -> bool:

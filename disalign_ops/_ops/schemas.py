@@ -29,6 +29,7 @@ from .codes import (
     PREDICTION,
     REDUCTIONS,
     SHARD_VALUES,
+    STATISTICS,
 )
 from .namespace import NAMESPACE
 from .new_gradient import new_gradient
@@ -80,7 +81,7 @@ def schemas(layout: Layout) -> tuple[str, ...]:
 
     target: class indices, or class probabilities of the logits' dtype or the accumulation dtype,
     and of the logits' shape (upsample: at the size of the loss).
-    forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; with
+    forward: loss; statistics (2, positions; with probabilities 3) and denominator; gradients; with
     details the positions' loss (where `loss` is not that), and of an upsampled loss the target's
     softmax and prediction; prediction and entropy, each if wanted, where in_forward.py says so.
     backward: gradients. backward_: that of the logits is written over them, and is no result.
@@ -166,12 +167,11 @@ def _forward_fake(
     soft = target.is_floating_point()
     positions = target.numel() // logits.shape[1] if soft else target.numel()
     each = reduction == REDUCTIONS["none"]
-    results = [
-        logits.new_empty((positions,) if each else (), dtype=dtype),
-        logits.new_empty((3 if soft else 2, positions), dtype=dtype),
-        logits.new_empty((), dtype=torch.float64),
-        *_gradient_fakes(logits, wanted),
-    ]
+    results = [logits.new_empty((positions,) if each else (), dtype=dtype)]
+    if wanted & STATISTICS:
+        results.append(logits.new_empty((3 if soft else 2, positions), dtype=dtype))
+        results.append(logits.new_empty((), dtype=torch.float64))
+    results += _gradient_fakes(logits, wanted)
     upsampled = predicts and wanted & DETAILS
     if wanted & DETAILS and not each:
         results.append(logits.new_empty((positions,), dtype=dtype))

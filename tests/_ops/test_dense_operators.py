@@ -48,7 +48,7 @@ def forward_arguments(
         **({"align_corners": False} if upsample else {}),
         "reduction": 1,
         "normalizer": 0,
-        "wanted": CALIBRATION,
+        "wanted": CALIBRATION | STATISTICS,
     }
     return arguments | changes
 

@@ -64,7 +64,7 @@ def arguments_of(name: str, z: Tensor) -> tuple[Any, ...]:
     if name == "shard_backward":
         return torch.rand(5, ROWS, dtype=vectors), *given, 1.0, 0.0, LOGITS
     numbers = -100, 0.1, 0.0
-    forward = *given, None, None, *numbers, 1, 0, LOGITS
+    forward = *given, None, None, *numbers, 1, 0, LOGITS | STATISTICS
     if name == "forward":
         return forward
     known = schemas.ROW.operator("forward")(*forward)[1:3]

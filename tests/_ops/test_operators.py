@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import disalign_ops
-from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE
+from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE, STATISTICS
 from support.cases import rows
 from support.tolerances import assert_close
 
@@ -38,7 +38,7 @@ def forward_arguments(
         "focal_gamma": 0.0,
         "reduction": 1,
         "normalizer": 0,
-        "wanted": CALIBRATION,
+        "wanted": CALIBRATION | STATISTICS,
     }
     return arguments | changes
 
