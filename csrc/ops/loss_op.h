@@ -57,11 +57,14 @@ struct LossOperator {
     };
     void* loss = add(each ? new_tensor({positions}, dtype, place) : new_tensor({}, dtype, place));
     (each ? args.loss : args.reduced_loss) = loss;
-    const Tensor statistics = new_tensor({statistics_of(args), positions}, dtype, place);
-    const Tensor divisor = new_tensor({}, ScalarType::Double, place);
-    set_statistics(statistics.mutable_data_ptr(), dtype, args);
-    args.denominator = static_cast<double*>(divisor.mutable_data_ptr());
-    if (wanted.statistics) results.insert(results.end(), {statistics, divisor});
+    Results known;
+    if (wanted.statistics || Device::kWritesStatistics) {
+      known = {new_tensor({statistics_of(args), positions}, dtype, place),
+               new_tensor({}, ScalarType::Double, place)};
+      set_statistics(known[0].mutable_data_ptr(), dtype, args);
+      args.denominator = static_cast<double*>(known[1].mutable_data_ptr());
+      if (wanted.statistics) results.insert(results.end(), known.begin(), known.end());
+    }
     add_gradients<Layout>(logits, confidences, wanted, nullptr, args, results);
     if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
       if (wanted.details && !each) args.loss = add(new_vector(logits, positions));

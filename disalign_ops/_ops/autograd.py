@@ -93,15 +93,15 @@ def _save(
     wanted: int,
     given: tuple[Tensor | None, ...] = (),
 ) -> None:
-    ctx.problem, ctx.wanted = problem, wanted
-    # Emptied when a backward consumes the gradient of the logits that forward made.
-    ctx.precomputed_available = [True]
+    # The list is emptied when a backward consumes the gradient of the logits that forward made.
+    ctx.kept = problem, wanted, [True]
     end = _first_detail(wanted) if wanted & DETAILS else None
     ctx.save_for_backward(*inputs, *results[1:end], *given)
 
 
 _INPUTS = len(Inputs._fields)
 Saved = Sequence[Tensor]  # some of the inputs are None
+Kept = tuple[Problem, int, list[bool]]
 
 
 def _inputs(saved: Saved) -> Inputs:
@@ -111,7 +111,7 @@ def _inputs(saved: Saved) -> Inputs:
 
 def _made(saved: Saved, wanted: int) -> list[Tensor | None]:
     """The gradients that forward made."""
-    return _by_name(saved, wanted, _INPUTS - 1 + _first_gradient(wanted))
+    return _by_name(saved, wanted, _INPUTS + 2 if wanted & STATISTICS else _INPUTS)
 
 
 def _operator_inputs(saved: Saved, problem: Problem, wanted: int) -> Sequence[Tensor | None]:
@@ -127,25 +127,29 @@ def is_batched(grad_loss: Tensor) -> bool:
     return _is_legacy_batched(grad_loss) or _is_wrapped(grad_loss)  # type: ignore[no-any-return]
 
 
-def _precomputed(ctx: Any, saved: Saved, made: Tensor, grad_loss: Tensor) -> Tensor | None:
+def _precomputed(
+    kept: Kept, saved: Saved, made: Tensor | None, grad_loss: Tensor
+) -> Tensor | None:
     """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
     The stored tensor itself is returned, so only the first call gets it. Later calls repeat what
     made it: backward's kernel may round it differently.
     """
-    problem: Problem = ctx.problem
+    if made is None:
+        return None
+    problem, wanted, available = kept
     if type(made) is not Tensor or _modes() or is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
-        return None if not ctx.precomputed_available else made * grad_loss
+        return made * grad_loss if available else None
     try:
-        ctx.precomputed_available.pop()  # atomic: of several threads' backwards, one has it
+        available.pop()  # atomic: of several threads' backwards, one has it
         # .data: a tensor of its own over the same memory, so that autograd may keep it as the
         # leaf's .grad without a copy, and changes to it are not changes to what we saved.
         whole = made.data
     except IndexError:
-        whole = _forward(_inputs(saved), problem, ctx.wanted & _GRADIENT_BITS)[1]
-    if in_forward.kernels_of(problem.layout, made).finished_by_operator:
-        known = _operator_inputs(saved, problem, ctx.wanted)
+        whole = _forward(_inputs(saved), problem, wanted & _GRADIENT_BITS)[1]
+    if wanted & STATISTICS and in_forward.kernels_of(problem.layout, made).finished_by_operator:
+        known = _operator_inputs(saved, problem, wanted)
         finish = problem.layout.operator("backward_made")
         finish(grad_loss, whole, *known, *problem.numbers, LOGITS)
         return whole
@@ -157,7 +161,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor
     needed (which `need` says).
     """
     saved: Saved = ctx.saved_tensors
-    problem: Problem = ctx.problem
+    problem, wanted, _ = kept = ctx.kept
     if _is_grad_enabled():
         if problem.in_place:
             raise RuntimeError(
@@ -168,29 +172,30 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor
 
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
-    made = _made(saved, ctx.wanted)
+    made = _made(saved, wanted)
     grads: list[Tensor | None] = [None] * len(need)
     missing = 0
-    for k, needed in enumerate(need):
-        if not needed:
-            continue
-        grad = made[k]
-        if grad is not None and k == 0:
-            grads[k] = _precomputed(ctx, saved, grad, grad_loss)
-        elif grad is not None:
-            grads[k] = (grad if k == 3 else problem.form.gradient(grad)) * grad_loss
+    if need[0]:
+        grads[0] = _precomputed(kept, saved, made[0], grad_loss)
         # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
-        if grads[k] is None:
-            missing |= GRADIENTS[k]
+        if grads[0] is None:
+            missing = LOGITS
+    for k in range(1, len(need)):
+        if need[k]:
+            grad = made[k]
+            if grad is None:
+                missing |= GRADIENTS[k]
+            else:
+                grads[k] = (grad if k == 3 else problem.form.gradient(grad)) * grad_loss
     if missing and is_batched(grad_loss):
         # torch cannot batch operators that return lists; it batches its own.
         still = [bool(missing & bit) for bit in GRADIENTS[: len(need)]]
         fresh = _differentiable_backward(problem, grad_loss, saved, still)
-        return [made if made is not None else new for made, new in zip(grads, fresh, strict=True)]
+        return [new if grad is None else grad for grad, new in zip(grads, fresh, strict=True)]
     if missing:
         over = problem.in_place and need[0]
         backward = problem.layout.operator("backward_" if over else "backward")
-        known = _operator_inputs(saved, problem, ctx.wanted)
+        known = _operator_inputs(saved, problem, wanted)
         results = backward(grad_loss, *known, *problem.numbers, missing)
         fresh = _by_name(results, missing & ~LOGITS if over else missing)
         if over:
@@ -282,6 +287,8 @@ class _Loss(torch.autograd.Function):
 
 # Function.apply without what it does for functorch's transforms, under which this is not called.
 _apply = super(torch.autograd.Function, _Loss).apply
+# What the engine calls; torch's own asks which of backward and vjp there is.
+_Loss._backward_cls.apply = _Loss.backward  # type: ignore[attr-defined]
 
 
 def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
@@ -292,10 +299,15 @@ def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
     return inputs._replace(scale=scale, bias=bias)
 
 
-def _forward(inputs: Inputs, problem: Problem, wanted: int) -> list[Tensor]:
-    layout, numbers, reduction, normalizer = problem[:4]
-    operator = layout.operator("forward")
-    results: list[Tensor] = operator(*inputs, *numbers, reduction, normalizer, wanted)
+def _forward(
+    inputs: Inputs, problem: Problem, wanted: int, compiling: bool = False
+) -> list[Tensor]:
+    operator = problem.layout.operator("forward")
+    if not compiling:
+        operator = operator._op  # what OpOverload.__call__ calls
+    results: list[Tensor] = operator(
+        *inputs, *problem.numbers, problem.reduction, problem.normalizer, wanted
+    )
     return results
 
 
@@ -306,25 +318,26 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     less than its nodes would.)
     """
     logits, _, _, scale, bias, confidence = inputs[:6]
-    learned: tuple[Tensor, ...] = (logits,)
+    calibration: tuple[Tensor, ...] = ()
     if scale is not None and bias is not None and confidence is not None:
-        learned = (logits, scale, bias, confidence)
+        calibration = scale, bias, confidence
     need = 0
     if _is_grad_enabled():
-        for tensor, bit in zip(learned, GRADIENTS, strict=False):
-            if tensor.requires_grad:
-                need |= bit
+        need = LOGITS * logits.requires_grad
+        if calibration:
+            for tensor, bit in zip(calibration, GRADIENTS[1:], strict=True):
+                need |= bit * tensor.requires_grad
     compiling = _is_compiling()
     wanted = in_forward.wanted(inputs, problem, need, compiling)
     if compiling:
-        results = _forward(_all_classes(inputs, problem), problem, wanted)
+        results = _forward(_all_classes(inputs, problem), problem, wanted, compiling)
         return (results[0], *(t.detach() for t in _details(results, wanted, problem)))
     try:
         if not need:
             with _BelowAutograd():
                 results = _forward(_all_classes(inputs, problem), problem, wanted)
             return (results[0], *_details(results, wanted, problem))
-        found = _apply((inputs, problem, wanted), *learned)
+        found = _apply((inputs, problem, wanted), logits, *calibration)
     except RuntimeError as error:
         _raise_for_target(error, inputs.target)
         raise

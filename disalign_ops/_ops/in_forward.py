@@ -56,23 +56,23 @@ def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
     """What forward makes: the problem's details, gradients of those that are needed, and the
     statistics where backward will read them. (Details have the log-sum-exp from them.)
     """
-    made = 0
     layout, logits = problem.layout, inputs.logits
     kernels = kernels_of(layout, logits)
-    if need and problem.reduction != _NONE:
-        if need & CALIBRATION and (kernels.upsampled_calibration or layout.name != UPSAMPLE.name):
+    made = 0
+    if problem.reduction != _NONE:
+        if kernels.upsampled_calibration or layout.name != UPSAMPLE.name:
             made = need & CALIBRATION
-        if need & LOGITS and not compiling and _makes_logits(layout, logits, problem, kernels):
-            made |= LOGITS
-    read = problem.details or need & (~made | LOGITS * kernels.finished_by_operator)
-    return problem.details | made | (STATISTICS if read else 0)
+        if need & LOGITS and not (
+            compiling or problem.in_place or layout.name not in kernels.layouts
+        ):
+            made |= LOGITS * _makes_logits(problem.gradient, logits, kernels)
+    read = need & ~made or made & LOGITS and kernels.finished_by_operator or problem.details
+    return made | problem.details | (STATISTICS if read else 0)
 
 
-def _makes_logits(layout: Layout, logits: Tensor, problem: Problem, kernels: Kernels) -> bool:
-    if problem.in_place or layout.name not in kernels.layouts:
-        return False
-    if problem.gradient != "auto":
-        return problem.gradient == "forward"
+def _makes_logits(gradient: str, logits: Tensor, kernels: Kernels) -> bool:
+    if gradient != "auto":
+        return gradient == "forward"
     return logits.dtype in kernels.dtypes and not (
         kernels.finished_by_operator and _scales_gradients(logits.device.type)
     )

@@ -53,7 +53,7 @@ class Layout:
         return not self.prefix
 
     def operator(self, part: str) -> Any:
-        return _OPERATORS[self.prefix + self.name + "_" + part]
+        return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
 
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call

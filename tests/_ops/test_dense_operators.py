@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import disalign_ops
-from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS
+from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS, STATISTICS
 from support.dense_cases import dense
 
 OPS = torch.ops.disalign_ops

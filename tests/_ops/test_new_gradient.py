@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import disalign_ops
 from disalign_ops._ops import in_forward, schemas
-from disalign_ops._ops.codes import CALIBRATION, LOGITS
+from disalign_ops._ops.codes import CALIBRATION, LOGITS, STATISTICS
 from disalign_ops._ops.new_gradient import new_gradient
 from support.tolerances import assert_close
 

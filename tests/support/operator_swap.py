@@ -34,6 +34,7 @@ def _counted(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
         calls[name] += 1
         return operator(*arguments)
 
+    call._op = call  # type: ignore[attr-defined]  # as an OpOverload has it
     return call
 
 
