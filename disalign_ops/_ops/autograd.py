@@ -56,12 +56,9 @@ def _by_name(results: Sequence[Tensor], wanted: int, first: int = 0) -> list[Ten
     """The gradients of logits, scale, bias and confidence, which begin at `first` among results;
     None where one was not wanted.
     """
-    gradients = wanted & _GRADIENT_BITS
-    if gradients == LOGITS:  # as most training loops want
-        return [results[first], None, None, None]
     found: list[Tensor | None] = [None] * 4
     for k, bit in enumerate(GRADIENTS):
-        if gradients & bit:
+        if wanted & bit:
             found[k], first = results[first], first + 1
     return found
 
@@ -109,11 +106,6 @@ def _inputs(saved: Saved) -> Inputs:
     return Inputs._make(saved[:_INPUTS])
 
 
-def _made(saved: Saved, wanted: int) -> list[Tensor | None]:
-    """The gradients that forward made."""
-    return _by_name(saved, wanted, _INPUTS + 2 if wanted & STATISTICS else _INPUTS)
-
-
 def _operator_inputs(saved: Saved, problem: Problem, wanted: int) -> Sequence[Tensor | None]:
     """Of backward, between the upstream gradient and the numbers."""
     known: Sequence[Tensor] = saved[_INPUTS : _INPUTS + 2]
@@ -127,16 +119,12 @@ def is_batched(grad_loss: Tensor) -> bool:
     return _is_legacy_batched(grad_loss) or _is_wrapped(grad_loss)  # type: ignore[no-any-return]
 
 
-def _precomputed(
-    kept: Kept, saved: Saved, made: Tensor | None, grad_loss: Tensor
-) -> Tensor | None:
+def _precomputed(kept: Kept, saved: Saved, made: Tensor, grad_loss: Tensor) -> Tensor | None:
     """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
     The stored tensor itself is returned, so only the first call gets it. Later calls repeat what
     made it: backward's kernel may round it differently.
     """
-    if made is None:
-        return None
     problem, wanted, available = kept
     if type(made) is not Tensor or _modes() or is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
@@ -172,17 +160,21 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor
 
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
-    made = _made(saved, wanted)
+    first = _INPUTS + 2 if wanted & STATISTICS else _INPUTS  # of the gradients that forward made
     grads: list[Tensor | None] = [None] * len(need)
     missing = 0
     if need[0]:
-        grads[0] = _precomputed(kept, saved, made[0], grad_loss)
+        if wanted & LOGITS:
+            grads[0] = _precomputed(kept, saved, saved[first], grad_loss)
         # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
         if grads[0] is None:
             missing = LOGITS
-    for k in range(1, len(need)):
-        if need[k]:
+    if len(need) > 1:
+        made = _by_name(saved, wanted, first)
+        for k in (1, 2, 3):
             grad = made[k]
+            if not need[k]:
+                continue
             if grad is None:
                 missing |= GRADIENTS[k]
             else:

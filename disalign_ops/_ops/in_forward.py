@@ -65,17 +65,15 @@ def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
         if need & LOGITS and not (
             compiling or problem.in_place or layout.name not in kernels.layouts
         ):
-            made |= LOGITS * _makes_logits(problem.gradient, logits, kernels)
+            if problem.gradient == "auto":
+                by_default = logits.dtype in kernels.dtypes and not (
+                    kernels.finished_by_operator and _scales_gradients(logits.device.type)
+                )
+                made |= LOGITS * by_default
+            else:
+                made |= LOGITS * (problem.gradient == "forward")
     read = need & ~made or made & LOGITS and kernels.finished_by_operator or problem.details
     return made | problem.details | (STATISTICS if read else 0)
-
-
-def _makes_logits(gradient: str, logits: Tensor, kernels: Kernels) -> bool:
-    if gradient != "auto":
-        return gradient == "forward"
-    return logits.dtype in kernels.dtypes and not (
-        kernels.finished_by_operator and _scales_gradients(logits.device.type)
-    )
 
 
 def _scales_gradients(device: str) -> bool:
