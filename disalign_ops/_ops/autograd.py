@@ -11,9 +11,11 @@ know that, and leaves it to `backward_made`, which returns at once where it is 1
 gradient from the logits with it, rounded once. A second backward does the same to a gradient that
 it has forward's kernel make again, so that it has the same bits.
 
-A batch of 2 x 4 costs what this module costs. So the tensors that forward keeps are one tuple, the
-operator's inputs, what it made and, where these are made of others, scale and bias as given; the
-functions below take it apart, only where it is needed.
+A loss of few logits costs what Python costs here. So the tensors that forward keeps are saved as
+one tuple, and taken apart only as far as a backward reads them: the operator's inputs, its results
+without the loss and the details, and scale and bias as given where those of the inputs are made of
+them. Forward gives statistics and denominator where in_forward.py expects a backward to read them;
+where another does, it makes them again.
 """
 
 from __future__ import annotations
@@ -29,13 +31,10 @@ from torch import Tensor
 from . import in_forward, reference
 from .calibration_form import UNCHANGED
 from .codes import (
-    BIAS,
-    CONFIDENCE,
     DETAILS,
     GRADIENTS,
     LOGITS,
     REDUCTIONS,
-    SCALE,
     STATISTICS,
 )
 from .namespace import NAMESPACE
@@ -64,7 +63,7 @@ def _by_name(results: Sequence[Tensor], wanted: int, first: int = 0) -> list[Ten
 
 
 def _first_gradient(wanted: int) -> int:
-    """Its place among forward's results: behind the loss, and what there is for backward to read."""
+    """Its place among forward's results: behind the loss and, if wanted, the statistics."""
     return 3 if wanted & STATISTICS else 1
 
 
@@ -97,7 +96,7 @@ def _save(
 
 
 _INPUTS = len(Inputs._fields)
-Saved = Sequence[Tensor]  # some of the inputs are None
+Saved = Sequence[Tensor]  # of which inputs may be None
 Kept = tuple[Problem, int, list[bool]]
 
 

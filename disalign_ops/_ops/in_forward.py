@@ -1,4 +1,4 @@
-"""Which gradients forward makes, by device, kernels and dtype."""
+"""What forward makes for backward, by device, kernels and dtype."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def kernels_of(layout: Layout, logits: Tensor) -> Kernels:
 
 
 def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
-    """What forward makes: the problem's details, gradients of those that are needed, and the
-    statistics where backward will read them. (Details have the log-sum-exp from them.)
+    """What forward makes: of the gradients that are needed, the problem's details, and the
+    statistics where backward reads them, or details the log-sum-exp.
     """
     layout, logits = problem.layout, inputs.logits
     kernels = kernels_of(layout, logits)
@@ -72,7 +72,7 @@ def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
                 made |= LOGITS * by_default
             else:
                 made |= LOGITS * (problem.gradient == "forward")
-    read = need & ~made or made & LOGITS and kernels.finished_by_operator or problem.details
+    read = need & ~made or (made & LOGITS and kernels.finished_by_operator) or problem.details
     return made | problem.details | (STATISTICS if read else 0)
 
 
