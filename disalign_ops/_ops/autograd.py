@@ -293,9 +293,8 @@ def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
 def _forward(
     inputs: Inputs, problem: Problem, wanted: int, compiling: bool = False
 ) -> list[Tensor]:
-    operator = problem.layout.operator("forward")
-    if not compiling:
-        operator = operator._op  # what OpOverload.__call__ calls
+    plain = type(inputs.logits) is Tensor and not compiling
+    operator = problem.layout.boxed("forward") if plain else problem.layout.operator("forward")
     results: list[Tensor] = operator(
         *inputs, *problem.numbers, problem.reduction, problem.normalizer, wanted
     )

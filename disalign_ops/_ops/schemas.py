@@ -56,7 +56,21 @@ class Layout:
         return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
 
 
+    def boxed(self, part: str) -> Any:
+        """The same for plain tensors in eager mode, without asking every argument for a
+        __torch_function__, which costs a loss of few logits a twentieth.
+        """
+        return _BOXED[f"{self.prefix}{self.name}_{part}"]
+
+
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
+_BOXED: dict[str, Any] = {}
+
+
+def keep(name: str, operator: Any) -> None:
+    _OPERATORS[name] = operator
+    _BOXED[name] = functools.partial(torch._C._dispatch_call_boxed, operator._handle)
+
 
 ROW = Layout("row", reference.cross_entropy)
 DENSE = Layout("dense", reference.dense_cross_entropy)
@@ -243,5 +257,5 @@ def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:
 
 
 for _name, _fake in fakes().items():
-    _OPERATORS[_name] = getattr(getattr(torch.ops, NAMESPACE), _name).default
+    keep(_name, getattr(getattr(torch.ops, NAMESPACE), _name).default)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)

@@ -34,7 +34,6 @@ def _counted(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
         calls[name] += 1
         return operator(*arguments)
 
-    call._op = call  # type: ignore[attr-defined]  # as an OpOverload has it
     return call
 
 
@@ -43,7 +42,7 @@ def swap(operator_of: Callable[[str], Callable[..., Any]], native: bool = True) 
     in Triton (native=False).
     """
     for name in schemas.fakes(native):
-        schemas._OPERATORS[name] = _counted(name, operator_of(name))
+        schemas._OPERATORS[name] = schemas._BOXED[name] = _counted(name, operator_of(name))
     kernels = in_forward.NATIVE
     kernels["cpu"] = kernels["cuda"] if native else in_forward.TRITON
 
