@@ -55,7 +55,6 @@ class Layout:
     def operator(self, part: str) -> Any:
         return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
 
-
     def boxed(self, part: str) -> Any:
         """The same for plain tensors in eager mode, without asking every argument for a
         __torch_function__, which costs a loss of few logits a twentieth.
