@@ -13,7 +13,8 @@ enum ReductionCode : int64_t { kReduceNone = 0, kReduceMean = 1, kReduceSum = 2 
 enum NormalizerCode : int64_t { kByWeights = 0, kByValid = 1, kByCount = 2, kByGiven = 3 };
 
 // Bits: gradients; details: the positions' losses beside a reduced one, and of an upsampled loss
-// more; the most probable class, and the entropy, of the layouts that _ops/in_forward.py names.
+// more; the most probable class, and the entropy, of the layouts that _ops/in_forward.py names; the
+// statistics and the denominator, which backward reads.
 enum WantedCode : int64_t {
   kWantLogits = 1,
   kWantScale = 2,
@@ -21,7 +22,8 @@ enum WantedCode : int64_t {
   kWantConfidence = 8,
   kWantDetails = 16,
   kWantPrediction = 32,
-  kWantEntropy = 64
+  kWantEntropy = 64,
+  kWantStatistics = 128
 };
 
 }  // namespace disalign

@@ -63,7 +63,8 @@ struct LossArgs {
   double inverse_denominator = 1;  // what the summed loss is multiplied by
 
   // Statistics of A a position: the maximum of the calibrated logits, or what a backend takes off
-  // them in its place, and sum_j exp(u_j - row_shift). Written by forward, read by backward.
+  // them in its place, and sum_j exp(u_j - row_shift). Written by forward, read by backward; null
+  // where a forward on the CPU is not to write them.
   void* row_shift = nullptr;
   void* row_sum = nullptr;
   void* row_total = nullptr;  // sum_j b_j; with class probabilities alone

@@ -102,9 +102,9 @@ inline void set_inputs(const Inputs& in, int64_t confidences, LossArgs& args) {
   args.focal_gamma = in.focal_gamma;
 }
 
-// Gradients, and details, that are wanted: the bits of a WantedCode.
+// Gradients, details and so on that are wanted: the bits of a WantedCode.
 struct Wanted {
-  bool logits, scale, bias, confidence, details, prediction, entropy;
+  bool logits, scale, bias, confidence, details, prediction, entropy, statistics;
 
   explicit Wanted(int64_t bits)
       : logits(bits & kWantLogits),
@@ -113,7 +113,8 @@ struct Wanted {
         confidence(bits & kWantConfidence),
         details(bits & kWantDetails),
         prediction(bits & kWantPrediction),
-        entropy(bits & kWantEntropy) {}
+        entropy(bits & kWantEntropy),
+        statistics(bits & kWantStatistics) {}
 
   bool classes() const { return scale || bias; }
   bool calibration() const { return classes() || confidence; }

@@ -20,7 +20,7 @@ struct LossOperator {
   using Args = typename Operator::Args;
   using Device = typename Operator::Device;
 
-  // {loss, statistics (2, positions; 3 with class probabilities), denominator, gradients, details}
+  // {loss, statistics (2, positions; 3 with class probabilities) and denominator, gradients, details}
   static Results forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& scale, const OptionalTensor& bias,
                          const OptionalTensor& confidence, const OptionalTensor& prior,
@@ -35,7 +35,7 @@ struct LossOperator {
                 ignore_index, label_smoothing, focal_gamma},
                confidences, args);
     const Wanted wanted(wanted_bits);
-    require((wanted_bits & ~Operator::kWantedOfForward) == 0,
+    require((wanted_bits & ~(Operator::kWantedOfForward | kWantStatistics)) == 0,
             "a result is wanted that forward does not make on this device");
     const bool each = reduction == kReduceNone;
     require(!each || !wanted.any(),
@@ -57,8 +57,14 @@ struct LossOperator {
     };
     void* loss = add(each ? new_tensor({positions}, dtype, place) : new_tensor({}, dtype, place));
     (each ? args.loss : args.reduced_loss) = loss;
-    set_statistics(add(new_tensor({statistics_of(args), positions}, dtype, place)), dtype, args);
-    args.denominator = static_cast<double*>(add(new_tensor({}, ScalarType::Double, place)));
+    Results known;
+    if (wanted.statistics || Device::kWritesStatistics) {
+      known = {new_tensor({statistics_of(args), positions}, dtype, place),
+               new_tensor({}, ScalarType::Double, place)};
+      set_statistics(known[0].mutable_data_ptr(), dtype, args);
+      args.denominator = static_cast<double*>(known[1].mutable_data_ptr());
+      if (wanted.statistics) results.insert(results.end(), known.begin(), known.end());
+    }
     add_gradients<Layout>(logits, confidences, wanted, nullptr, args, results);
     if constexpr ((Operator::kWantedOfForward & kWantDetails) != 0) {
       if (wanted.details && !each) args.loss = add(new_vector(logits, positions));

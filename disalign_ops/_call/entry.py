@@ -31,6 +31,7 @@ from .types import BACKGROUNDS, FORMS, Target
 
 _AUTO = Options().gradient
 _MEAN, _NONE, _WEIGHTS = REDUCTIONS["mean"], REDUCTIONS["none"], NORMALIZERS["weights"]
+_PLAIN = Problem(ROW, (-100, 0.0, 0.0), _MEAN, _WEIGHTS)
 # `type(x) in`, not isinstance: a subclass may mean anything by its attributes.
 _TENSORS = (Tensor, torch.nn.Parameter)
 _CALIBRATION_FORMS = {
@@ -142,7 +143,9 @@ def validate(
         ):
             numbers = (ignore_index, smoothing, 0.0)
             if calibration is None:
-                return Inputs(input, target, weight), Problem(ROW, numbers, _MEAN, _WEIGHTS)
+                same = numbers == _PLAIN.numbers
+                problem = _PLAIN if same else _PLAIN._replace(numbers=numbers)
+                return Inputs(input, target, weight), problem
             device = input.device
             c, a, b, form, background = calibration
             calibration_form = None

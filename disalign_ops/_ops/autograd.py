@@ -10,13 +10,20 @@ On the CPU the first backward multiplies it by the upstream gradient. On a GPU t
 know that, and leaves it to `backward_made`, which returns at once where it is 1 and else makes the
 gradient from the logits with it, rounded once. A second backward does the same to a gradient that
 it has forward's kernel make again, so that it has the same bits.
+
+A loss of few logits costs what Python costs here. So the tensors that forward keeps are saved as
+one tuple, and taken apart only as far as a backward reads them: the operator's inputs, its results
+without the loss and the details, and scale and bias as given where those of the inputs are made of
+them. Forward gives statistics and denominator where in_forward.py expects a backward to read them;
+where another does, it makes them again.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +31,11 @@ from torch import Tensor
 from . import in_forward, reference
 from .calibration_form import UNCHANGED
 from .codes import (
-    BIAS,
-    CONFIDENCE,
     DETAILS,
     GRADIENTS,
     LOGITS,
     REDUCTIONS,
-    SCALE,
+    STATISTICS,
 )
 from .namespace import NAMESPACE
 from .problem import Inputs, Problem, reference_loss
@@ -46,12 +51,10 @@ _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_ena
 _DIFFERENTIABLE = tuple(Inputs._fields.index(n) for n in ("logits", "scale", "bias", "confidence"))
 
 
-def _by_name(results: list[Tensor], wanted: int, first: int = 0) -> list[Tensor | None]:
+def _by_name(results: Sequence[Tensor], wanted: int, first: int = 0) -> list[Tensor | None]:
     """The gradients of logits, scale, bias and confidence, which begin at `first` among results;
     None where one was not wanted.
     """
-    if wanted == LOGITS:  # as most training loops want
-        return [results[first], None, None, None]
     found: list[Tensor | None] = [None] * 4
     for k, bit in enumerate(GRADIENTS):
         if wanted & bit:
@@ -59,7 +62,13 @@ def _by_name(results: list[Tensor], wanted: int, first: int = 0) -> list[Tensor 
     return found
 
 
-_FIRST_GRADIENT = 3  # of forward: loss, statistics and denominator are before it
+def _first_gradient(wanted: int) -> int:
+    """Its place among forward's results: behind the loss and, if wanted, the statistics."""
+    return 3 if wanted & STATISTICS else 1
+
+
+def _first_detail(wanted: int) -> int:
+    return _first_gradient(wanted) + (wanted & _GRADIENT_BITS).bit_count()
 
 
 def _details(results: list[Tensor], wanted: int, problem: Problem) -> list[Tensor]:
@@ -68,49 +77,8 @@ def _details(results: list[Tensor], wanted: int, problem: Problem) -> list[Tenso
     """
     if not wanted & DETAILS:
         return []
-    found = results[_FIRST_GRADIENT + (wanted & _GRADIENT_BITS).bit_count() :]
+    found = results[_first_detail(wanted) :]
     return found if problem.layout.name == UPSAMPLE.name else [*found, results[1]]
-
-
-class Saved(NamedTuple):
-    """What forward keeps for backward: the operator's tensors, what it made, and scale and bias as
-    given, where the operator's are made of these.
-    """
-
-    logits: Tensor
-    target: Tensor
-    weight: Tensor | None
-    scale: Tensor | None
-    bias: Tensor | None
-    confidence: Tensor | None
-    prior: Tensor | None
-    margin: Tensor | None
-    sample_weight: Tensor | None
-    denominator_given: Tensor | None
-    statistics: Tensor
-    denominator: Tensor
-    grad_logits: Tensor | None
-    grad_scale: Tensor | None
-    grad_bias: Tensor | None
-    grad_confidence: Tensor | None
-    scale_given: Tensor | None
-    bias_given: Tensor | None
-
-    @property
-    def operator_inputs(self) -> tuple[Tensor | None, ...]:
-        """Of backward, between the upstream gradient and the numbers."""
-        return (*self[:9], self.statistics, self.denominator)
-
-    @property
-    def inputs(self) -> Inputs:
-        """Of forward."""
-        return Inputs(*self[:10])
-
-    @property
-    def wanted(self) -> int:
-        """The gradients that forward made."""
-        made = (self.grad_logits, self.grad_scale, self.grad_bias, self.grad_confidence)
-        return sum(bit for bit, grad in zip(GRADIENTS, made, strict=True) if grad is not None)
 
 
 def _save(
@@ -119,13 +87,30 @@ def _save(
     inputs: Inputs,
     results: list[Tensor],
     wanted: int,
-    given: tuple[Tensor | None, ...],
+    given: tuple[Tensor | None, ...] = (),
 ) -> None:
-    ctx.problem = problem
-    # Emptied when a backward consumes the gradient of the logits that forward made.
-    ctx.precomputed_available = [True]
-    made = _by_name(results, wanted, _FIRST_GRADIENT)
-    ctx.save_for_backward(*inputs, results[1], results[2], *made, *given)
+    # The list is emptied when a backward consumes the gradient of the logits that forward made.
+    ctx.kept = problem, wanted, [True]
+    end = _first_detail(wanted) if wanted & DETAILS else None
+    ctx.save_for_backward(*inputs, *results[1:end], *given)
+
+
+_INPUTS = len(Inputs._fields)
+Saved = Sequence[Tensor]  # of which inputs may be None
+Kept = tuple[Problem, int, list[bool]]
+
+
+def _inputs(saved: Saved) -> Inputs:
+    """Of the operator."""
+    return Inputs._make(saved[:_INPUTS])
+
+
+def _operator_inputs(saved: Saved, problem: Problem, wanted: int) -> Sequence[Tensor | None]:
+    """Of backward, between the upstream gradient and the numbers."""
+    known: Sequence[Tensor] = saved[_INPUTS : _INPUTS + 2]
+    if not wanted & STATISTICS:
+        known = _forward(_inputs(saved), problem, STATISTICS)[1:]
+    return (*saved[: _INPUTS - 1], *known)
 
 
 def is_batched(grad_loss: Tensor) -> bool:
@@ -133,41 +118,37 @@ def is_batched(grad_loss: Tensor) -> bool:
     return _is_legacy_batched(grad_loss) or _is_wrapped(grad_loss)  # type: ignore[no-any-return]
 
 
-def consume_precomputed_grad(ctx: Any, saved: Saved, grad_loss: Tensor) -> Tensor | None:
+def _precomputed(kept: Kept, saved: Saved, made: Tensor, grad_loss: Tensor) -> Tensor | None:
     """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
-    The stored tensor itself is returned, so only the first call gets it. Later calls return None on
-    the CPU; on a GPU they repeat what made it: backward's kernel may round it differently.
+    The stored tensor itself is returned, so only the first call gets it. Later calls repeat what
+    made it: backward's kernel may round it differently.
     """
-    made, problem = saved.grad_logits, ctx.problem
-    if made is None:
-        return None
+    problem, wanted, available = kept
     if type(made) is not Tensor or _modes() or is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
-        return None if not ctx.precomputed_available else made * grad_loss
-    by_operator = in_forward.kernels_of(problem.layout, made).finished_by_operator
+        return made * grad_loss if available else None
     try:
-        ctx.precomputed_available.pop()  # atomic: of several threads' backwards, one has it
+        available.pop()  # atomic: of several threads' backwards, one has it
         # .data: a tensor of its own over the same memory, so that autograd may keep it as the
         # leaf's .grad without a copy, and changes to it are not changes to what we saved.
         whole = made.data
     except IndexError:
-        if not by_operator:
-            return None
-        whole = _forward(saved.inputs, problem, saved.wanted)[_FIRST_GRADIENT]
-    if by_operator:
+        whole = _forward(_inputs(saved), problem, wanted & _GRADIENT_BITS)[1]
+    if wanted & STATISTICS and in_forward.kernels_of(problem.layout, made).finished_by_operator:
+        known = _operator_inputs(saved, problem, wanted)
         finish = problem.layout.operator("backward_made")
-        finish(grad_loss, whole, *saved.operator_inputs, *problem.numbers, LOGITS)
+        finish(grad_loss, whole, *known, *problem.numbers, LOGITS)
         return whole
     return whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
 
 
-def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tensor | None]:
-    """The gradients of logits, scale, bias and confidence, None where not needed (which the first
-    four of `need` say).
+def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of logits, scale, bias and confidence, or of the first alone, None where not
+    needed (which `need` says).
     """
-    saved = Saved._make(ctx.saved_tensors)
-    problem: Problem = ctx.problem
+    saved: Saved = ctx.saved_tensors
+    problem, wanted, _ = kept = ctx.kept
     if _is_grad_enabled():
         if problem.in_place:
             raise RuntimeError(
@@ -176,40 +157,42 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
             )
         return _differentiable_backward(problem, grad_loss, saved, need)
 
-    dtype = saved.statistics.dtype  # the accumulation dtype
-    if grad_loss.dtype is not dtype:
-        grad_loss = grad_loss.to(dtype)
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
-    grads: list[Tensor | None] = [None, None, None, None]
+    first = _INPUTS + 2 if wanted & STATISTICS else _INPUTS  # of the gradients that forward made
+    grads: list[Tensor | None] = [None] * len(need)
     missing = 0
     if need[0]:
-        grads[0] = consume_precomputed_grad(ctx, saved, grad_loss)
+        if wanted & LOGITS:
+            grads[0] = _precomputed(kept, saved, saved[first], grad_loss)
         # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
         if grads[0] is None:
             missing = LOGITS
-    if saved.scale is not None:
-        made = (saved.grad_scale, saved.grad_bias, saved.grad_confidence)
-        for k, (bit, grad) in enumerate(zip(GRADIENTS[1:], made, strict=True), 1):
+    if len(need) > 1:
+        made = _by_name(saved, wanted, first)
+        for k in (1, 2, 3):
+            grad = made[k]
             if not need[k]:
                 continue
             if grad is None:
-                missing |= bit
+                missing |= GRADIENTS[k]
             else:
                 grads[k] = (grad if k == 3 else problem.form.gradient(grad)) * grad_loss
     if missing and is_batched(grad_loss):
         # torch cannot batch operators that return lists; it batches its own.
-        still = tuple(bool(missing & bit) for bit in GRADIENTS)
+        still = [bool(missing & bit) for bit in GRADIENTS[: len(need)]]
         fresh = _differentiable_backward(problem, grad_loss, saved, still)
-        return [made if made is not None else new for made, new in zip(grads, fresh, strict=True)]
+        return [new if grad is None else grad for grad, new in zip(grads, fresh, strict=True)]
     if missing:
         over = problem.in_place and need[0]
         backward = problem.layout.operator("backward_" if over else "backward")
-        results = backward(grad_loss, *saved.operator_inputs, *problem.numbers, missing)
+        known = _operator_inputs(saved, problem, wanted)
+        results = backward(grad_loss, *known, *problem.numbers, missing)
         fresh = _by_name(results, missing & ~LOGITS if over else missing)
         if over:
-            fresh[0] = saved.logits.data
-            torch.autograd.graph.increment_version(saved.logits)
+            logits = saved[0]
+            fresh[0] = logits.data
+            torch.autograd.graph.increment_version(logits)
         for k, grad in enumerate(fresh):
             if grad is not None:
                 grads[k] = problem.form.gradient(grad) if k in (1, 2) else grad
@@ -217,30 +200,28 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: tuple[bool, ...]) -> list[Tens
 
 
 def _differentiable_backward(
-    problem: Problem, grad_loss: Tensor, saved: Saved, need: tuple[bool, ...]
+    problem: Problem, grad_loss: Tensor, saved: Saved, need: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients through the reference, so that they can be differentiated again."""
-    scale, bias = saved.scale_given, saved.bias_given
-    if scale is None:
-        scale, bias, problem = saved.scale, saved.bias, problem._replace(form=UNCHANGED)
-    inputs = Inputs(*saved[:3], scale, bias, *saved[5:10])
+    inputs = _inputs(saved)
+    if problem.form is not UNCHANGED:
+        inputs = inputs._replace(scale=saved[-2], bias=saved[-1])
     with torch.enable_grad():
         loss = reference_loss(inputs, problem)
-    learned = (inputs.logits, scale, bias, inputs.confidence)
+    learned = (inputs.logits, inputs.scale, inputs.bias, inputs.confidence)
     wanted = [t for t, n in zip(learned, need, strict=False) if n and t is not None]
     found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
-    return [next(found) if n else None for n in need[:4]]
+    return [next(found) if n else None for n in need]
 
 
 def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], layout: Layout) -> None:
-    count = len(Inputs._fields)
-    tensors, (*numbers, reduction, normalizer, wanted) = inputs[:count], inputs[count:]
+    tensors, (*numbers, reduction, normalizer, wanted) = inputs[:_INPUTS], inputs[_INPUTS:]
     problem = Problem(layout, tuple(numbers), reduction, normalizer)
-    _save(ctx, problem, Inputs(*tensors), output, wanted, (None, None))
+    _save(ctx, problem, Inputs(*tensors), output, wanted)
 
 
 def _operator_backward(ctx: Any, grads_of_results: list[Tensor]) -> tuple[Tensor | None, ...]:
-    need = tuple(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE)
+    need = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     found = _gradients(ctx, grads_of_results[0], need)
     for i, grad in zip(_DIFFERENTIABLE, found, strict=True):
@@ -271,26 +252,19 @@ def register(layout: Layout, lib: torch.library.Library | None = None) -> None:
 class _Loss(torch.autograd.Function):
     """A loss in eager mode: less overhead than the dispatcher's autograd, and in place.
 
-    The first four tensors are those of `inputs`, given apart for autograd to see.
+    Called with inputs, problem and wanted in one, then those of logits, scale, bias and confidence
+    that there are, which stand apart for autograd to see.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        confidence: Tensor | None,
-        inputs: Inputs,
-        problem: Problem,
-        wanted: int,
-    ) -> Any:
-        kept: tuple[Tensor | None, ...] = (None, None)
+    def forward(ctx: Any, call: tuple[Inputs, Problem, int], *learned: Tensor) -> Any:
+        inputs, problem, wanted = call
+        given: tuple[Tensor, ...] = ()
         with _BelowAutograd():
-            if scale is not None and problem.form is not UNCHANGED:
-                inputs, kept = _all_classes(inputs, problem), (scale, bias)
+            if problem.form is not UNCHANGED:
+                inputs, given = _all_classes(inputs, problem), learned[1:3]
             results = _forward(inputs, problem, wanted)
-        _save(ctx, problem, inputs, results, wanted, kept)
+        _save(ctx, problem, inputs, results, wanted, given)
         if not problem.details:
             return results[0]
         details = _details(results, wanted, problem)
@@ -299,11 +273,13 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*_gradients(ctx, grad_loss, ctx.needs_input_grad), None, None, None)
+        return (None, *_gradients(ctx, grad_loss, ctx.needs_input_grad[1:]))
 
 
 # Function.apply without what it does for functorch's transforms, under which this is not called.
 _apply = super(torch.autograd.Function, _Loss).apply
+# What the engine calls; torch's own asks which of backward and vjp there is.
+_Loss._backward_cls.apply = _Loss.backward  # type: ignore[attr-defined]
 
 
 def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
@@ -314,10 +290,14 @@ def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
     return inputs._replace(scale=scale, bias=bias)
 
 
-def _forward(inputs: Inputs, problem: Problem, wanted: int) -> list[Tensor]:
-    layout, numbers, reduction, normalizer = problem[:4]
-    operator = layout.operator("forward")
-    results: list[Tensor] = operator(*inputs, *numbers, reduction, normalizer, wanted)
+def _forward(
+    inputs: Inputs, problem: Problem, wanted: int, compiling: bool = False
+) -> list[Tensor]:
+    plain = type(inputs.logits) is Tensor and not compiling
+    operator = problem.layout.boxed("forward") if plain else problem.layout.operator("forward")
+    results: list[Tensor] = operator(
+        *inputs, *problem.numbers, problem.reduction, problem.normalizer, wanted
+    )
     return results
 
 
@@ -328,27 +308,26 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     less than its nodes would.)
     """
     logits, _, _, scale, bias, confidence = inputs[:6]
+    calibration: tuple[Tensor, ...] = ()
+    if scale is not None and bias is not None and confidence is not None:
+        calibration = scale, bias, confidence
     need = 0
     if _is_grad_enabled():
         need = LOGITS * logits.requires_grad
-        if scale is not None and bias is not None and confidence is not None:
-            need |= (
-                SCALE * scale.requires_grad
-                | BIAS * bias.requires_grad
-                | CONFIDENCE * confidence.requires_grad
-            )
+        if calibration:
+            for tensor, bit in zip(calibration, GRADIENTS[1:], strict=True):
+                need |= bit * tensor.requires_grad
     compiling = _is_compiling()
-    wanted = in_forward.wanted(inputs, problem, need, compiling) if need else 0
-    wanted |= problem.details
+    wanted = in_forward.wanted(inputs, problem, need, compiling)
     if compiling:
-        results = _forward(_all_classes(inputs, problem), problem, wanted)
+        results = _forward(_all_classes(inputs, problem), problem, wanted, compiling)
         return (results[0], *(t.detach() for t in _details(results, wanted, problem)))
     try:
         if not need:
             with _BelowAutograd():
                 results = _forward(_all_classes(inputs, problem), problem, wanted)
             return (results[0], *_details(results, wanted, problem))
-        found = _apply(logits, scale, bias, confidence, inputs, problem, wanted)
+        found = _apply((inputs, problem, wanted), logits, *calibration)
     except RuntimeError as error:
         _raise_for_target(error, inputs.target)
         raise

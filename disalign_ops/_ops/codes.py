@@ -8,8 +8,9 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 NORMALIZERS = {"weights": 0, "valid": 1, "count": 2, "given": 3}
 
 # Bits of what an operator is to make: gradients of these, in this order; details; the most probable
-# class; the entropy.
+# class; the entropy; the statistics and the denominator, which backward reads.
 LOGITS, SCALE, BIAS, CONFIDENCE, DETAILS, PREDICTION, ENTROPY = 1, 2, 4, 8, 16, 32, 64
+STATISTICS = 128
 GRADIENTS = (LOGITS, SCALE, BIAS, CONFIDENCE)
 CALIBRATION = SCALE | BIAS | CONFIDENCE
 

@@ -1,4 +1,4 @@
-"""Which gradients forward makes, by device, kernels and dtype."""
+"""What forward makes for backward, by device, kernels and dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .codes import CALIBRATION, LOGITS, REDUCTIONS
+from .codes import CALIBRATION, LOGITS, REDUCTIONS, STATISTICS
 from .problem import Inputs, Problem
 from .schemas import LAYOUTS, MADE_LAYOUTS, UPSAMPLE, Layout
 
@@ -53,21 +53,27 @@ def kernels_of(layout: Layout, logits: Tensor) -> Kernels:
 
 
 def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
-    """What forward makes of the gradients that are needed."""
-    if problem.reduction == _NONE:
-        return 0
-    layout, logits, gradient = problem.layout, inputs.logits, problem.gradient
+    """What forward makes: of the gradients that are needed, the problem's details, and the
+    statistics where backward reads them, or details the log-sum-exp.
+    """
+    layout, logits = problem.layout, inputs.logits
     kernels = kernels_of(layout, logits)
-    calibration = kernels.upsampled_calibration or layout.name != UPSAMPLE.name
-    made = need & CALIBRATION if calibration else 0
-    if not need & LOGITS or compiling or problem.in_place or layout.name not in kernels.layouts:
-        return made
-    if gradient == "auto":
-        by_default = logits.dtype in kernels.dtypes and not (
-            kernels.finished_by_operator and _scales_gradients(logits.device.type)
-        )
-        return made | LOGITS * by_default
-    return made | LOGITS * (gradient == "forward")
+    made = 0
+    if problem.reduction != _NONE:
+        if kernels.upsampled_calibration or layout.name != UPSAMPLE.name:
+            made = need & CALIBRATION
+        if need & LOGITS and not (
+            compiling or problem.in_place or layout.name not in kernels.layouts
+        ):
+            if problem.gradient == "auto":
+                by_default = logits.dtype in kernels.dtypes and not (
+                    kernels.finished_by_operator and _scales_gradients(logits.device.type)
+                )
+                made |= LOGITS * by_default
+            else:
+                made |= LOGITS * (problem.gradient == "forward")
+    read = need & ~made or (made & LOGITS and kernels.finished_by_operator) or problem.details
+    return made | problem.details | (STATISTICS if read else 0)
 
 
 def _scales_gradients(device: str) -> bool:

@@ -29,6 +29,7 @@ from .codes import (
     PREDICTION,
     REDUCTIONS,
     SHARD_VALUES,
+    STATISTICS,
 )
 from .namespace import NAMESPACE
 from .new_gradient import new_gradient
@@ -52,10 +53,23 @@ class Layout:
         return not self.prefix
 
     def operator(self, part: str) -> Any:
-        return _OPERATORS[self.prefix + self.name + "_" + part]
+        return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
+
+    def boxed(self, part: str) -> Any:
+        """The same for plain tensors in eager mode, without asking every argument for a
+        __torch_function__, which costs a loss of few logits a twentieth.
+        """
+        return _BOXED[f"{self.prefix}{self.name}_{part}"]
 
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
+_BOXED: dict[str, Any] = {}
+
+
+def keep(name: str, operator: Any) -> None:
+    _OPERATORS[name] = operator
+    _BOXED[name] = functools.partial(torch._C._dispatch_call_boxed, operator._handle)
+
 
 ROW = Layout("row", reference.cross_entropy)
 DENSE = Layout("dense", reference.dense_cross_entropy)
@@ -80,7 +94,7 @@ def schemas(layout: Layout) -> tuple[str, ...]:
 
     target: class indices, or class probabilities of the logits' dtype or the accumulation dtype,
     and of the logits' shape (upsample: at the size of the loss).
-    forward: loss, statistics (2, positions; with probabilities 3), denominator, gradients; with
+    forward: loss; statistics (2, positions; with probabilities 3) and denominator; gradients; with
     details the positions' loss (where `loss` is not that), and of an upsampled loss the target's
     softmax and prediction; prediction and entropy, each if wanted, where in_forward.py says so.
     backward: gradients. backward_: that of the logits is written over them, and is no result.
@@ -166,12 +180,11 @@ def _forward_fake(
     soft = target.is_floating_point()
     positions = target.numel() // logits.shape[1] if soft else target.numel()
     each = reduction == REDUCTIONS["none"]
-    results = [
-        logits.new_empty((positions,) if each else (), dtype=dtype),
-        logits.new_empty((3 if soft else 2, positions), dtype=dtype),
-        logits.new_empty((), dtype=torch.float64),
-        *_gradient_fakes(logits, wanted),
-    ]
+    results = [logits.new_empty((positions,) if each else (), dtype=dtype)]
+    if wanted & STATISTICS:
+        results.append(logits.new_empty((3 if soft else 2, positions), dtype=dtype))
+        results.append(logits.new_empty((), dtype=torch.float64))
+    results += _gradient_fakes(logits, wanted)
     upsampled = predicts and wanted & DETAILS
     if wanted & DETAILS and not each:
         results.append(logits.new_empty((positions,), dtype=dtype))
@@ -243,5 +256,5 @@ def fakes(native: bool = True) -> dict[str, Callable[..., Any]]:
 
 
 for _name, _fake in fakes().items():
-    _OPERATORS[_name] = getattr(getattr(torch.ops, NAMESPACE), _name).default
+    keep(_name, getattr(getattr(torch.ops, NAMESPACE), _name).default)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)

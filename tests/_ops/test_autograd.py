@@ -316,6 +316,17 @@ def test_a_checkpoint_keeps_no_gradient_of_the_logits_alive() -> None:
     assert alive.count(z.numel()) == 2
 
 
+def test_what_is_kept_in_memory_for_backward() -> None:
+    z, t = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    kept = {  # beside logits and target: the gradient of the logits, or what makes it
+        "forward": [(4, 9), (4,), (4, 9)],
+        "backward": [(4, 9), (4,), (2, 4), ()],
+    }
+    for gradient, shapes in kept.items():
+        node = disalign_ops.cross_entropy(z, t, gradient=gradient).grad_fn
+        assert [tuple(s.shape) for s in node.saved_tensors if s is not None] == shapes  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_gradient_is_made_where_none_is_wanted(reduction: str) -> None:
     r = rows(4, 7)

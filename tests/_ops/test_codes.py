@@ -26,6 +26,7 @@ def test_reductions_and_normalizers() -> None:
 
 def test_what_is_wanted() -> None:
     names = ("logits", "scale", "bias", "confidence", "details", "prediction", "entropy")
+    names += ("statistics",)
     assert enumerated("WantedCode") == {name: getattr(codes, name.upper()) for name in names}
     assert tuple(getattr(codes, name.upper()) for name in names[:4]) == codes.GRADIENTS
     assert sum(codes.GRADIENTS) == codes.LOGITS | codes.CALIBRATION

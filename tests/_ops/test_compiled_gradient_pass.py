@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import disalign_ops
-from disalign_ops._ops.codes import LOGITS, NORMALIZERS, REDUCTIONS
+from disalign_ops._ops.codes import LOGITS, NORMALIZERS, REDUCTIONS, STATISTICS
 from disalign_ops._ops.schemas import ROW
 
 N, FEATURES, C = 8, 16, 50
@@ -32,7 +32,8 @@ def _made_in_forward(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """What gradient="forward" would be, which is refused under torch.compile."""
     forward = ROW.operator("forward")
     reduction, normalizer = REDUCTIONS["mean"], NORMALIZERS["weights"]
-    results = forward(x @ w, target, *[None] * 8, -100, 0.0, 0.0, reduction, normalizer, LOGITS)
+    wanted = LOGITS | STATISTICS
+    results = forward(x @ w, target, *[None] * 8, -100, 0.0, 0.0, reduction, normalizer, wanted)
     loss: Tensor = results[0]
     return loss
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import disalign_ops
-from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS
+from disalign_ops._ops.codes import CALIBRATION, DETAILS, LOGITS, STATISTICS
 from support.dense_cases import dense
 
 OPS = torch.ops.disalign_ops
@@ -48,7 +48,7 @@ def forward_arguments(
         **({"align_corners": False} if upsample else {}),
         "reduction": 1,
         "normalizer": 0,
-        "wanted": CALIBRATION,
+        "wanted": CALIBRATION | STATISTICS,
     }
     return arguments | changes
 

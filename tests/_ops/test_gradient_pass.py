@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import disalign_ops
 from disalign_ops._ops import in_forward, schemas
-from disalign_ops._ops.codes import BIAS, CALIBRATION, LOGITS, NORMALIZERS, REDUCTIONS
+from disalign_ops._ops.codes import BIAS, CALIBRATION, LOGITS, NORMALIZERS, REDUCTIONS, STATISTICS
 from disalign_ops._ops.problem import Inputs, Problem
 from disalign_ops.errors import ArgumentError
 from support.cases import Rows, rows
@@ -288,16 +288,18 @@ AUTO: dict[tuple[str, schemas.Layout], tuple[torch.dtype, ...]] = {
 def test_what_auto_means(
     device: str, layout: schemas.Layout, dtype: torch.dtype, fake: FakeTensorMode
 ) -> None:
-    by_default = LOGITS * (dtype in AUTO[device, layout])
     upsampled = (device, layout) == ("cuda", schemas.UPSAMPLE)
     bias = 0 if upsampled else BIAS  # backward makes it there
-    assert wanted(device, layout, dtype) == by_default | bias
-    assert wanted(device, layout, dtype, gradient="backward") == bias
-    can = LOGITS * bool(AUTO[device, layout])
-    assert wanted(device, layout, dtype, gradient="forward") == can | bias
+    by_backward = bias | STATISTICS
+    by_forward = LOGITS | bias | STATISTICS * (device == "cuda")  # which finishes it in backward
+    by_default = by_forward if dtype in AUTO[device, layout] else by_backward
+    assert wanted(device, layout, dtype) == by_default
+    assert wanted(device, layout, dtype, gradient="backward") == by_backward
+    can = by_forward if AUTO[device, layout] else by_backward
+    assert wanted(device, layout, dtype, gradient="forward") == can
     for never in ({"compiling": True}, {"in_place": True}):
-        assert wanted(device, layout, dtype, **never) == bias
-    assert wanted(device, layout, dtype, reduction=REDUCTIONS["none"]) == 0
+        assert wanted(device, layout, dtype, **never) == by_backward
+    assert wanted(device, layout, dtype, reduction=REDUCTIONS["none"]) == STATISTICS
     assert in_forward.wanted(
         Inputs(torch.empty(4, 5), torch.empty(4)),
         Problem(schemas.ROW, (), REDUCTIONS["mean"], NORMALIZERS["weights"]), CALIBRATION, False,

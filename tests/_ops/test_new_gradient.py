@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import disalign_ops
 from disalign_ops._ops import in_forward, schemas
-from disalign_ops._ops.codes import CALIBRATION, LOGITS
+from disalign_ops._ops.codes import CALIBRATION, LOGITS, STATISTICS
 from disalign_ops._ops.new_gradient import new_gradient
 from support.tolerances import assert_close
 
@@ -64,7 +64,7 @@ def arguments_of(name: str, z: Tensor) -> tuple[Any, ...]:
     if name == "shard_backward":
         return torch.rand(5, ROWS, dtype=vectors), *given, 1.0, 0.0, LOGITS
     numbers = -100, 0.1, 0.0
-    forward = *given, None, None, *numbers, 1, 0, LOGITS
+    forward = *given, None, None, *numbers, 1, 0, LOGITS | STATISTICS
     if name == "forward":
         return forward
     known = schemas.ROW.operator("forward")(*forward)[1:3]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import disalign_ops
-from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE
+from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE, STATISTICS
 from support.cases import rows
 from support.tolerances import assert_close
 
@@ -38,7 +38,7 @@ def forward_arguments(
         "focal_gamma": 0.0,
         "reduction": 1,
         "normalizer": 0,
-        "wanted": CALIBRATION,
+        "wanted": CALIBRATION | STATISTICS,
     }
     return arguments | changes
 
@@ -284,3 +284,11 @@ def test_compiled_replacement() -> None:
     assert z.grad is not None
     assert leaf.grad is not None
     assert_close(z.grad, leaf.grad, torch.float32, "gradient")
+
+
+def test_the_loss_of_a_subclass_is_one() -> None:
+    class Mine(Tensor):
+        pass
+
+    z, t = torch.randn(4, 9).as_subclass(Mine), torch.tensor([0, 1, 2, 3])
+    assert type(disalign_ops.cross_entropy(z, t)) is type(F.cross_entropy(z, t)) is Mine

@@ -135,6 +135,7 @@ struct Positions {
       const int64_t i = first + p;
       sum += static_cast<double>(loss[p]);
       if (args.loss) static_cast<A*>(args.loss)[i] = is_valid ? loss[p] : A(0);
+      if (!args.row_shift) continue;
       static_cast<A*>(args.row_shift)[i] = is_valid ? maximum[p] : A(0);
       static_cast<A*>(args.row_sum)[i] = is_valid ? static_cast<A>(total[kExponential][p]) : A(1);
       if (args.row_total) static_cast<A*>(args.row_total)[i] = static_cast<A>(total[kTotal][p]);
@@ -146,6 +147,7 @@ struct Positions {
   static void write_ignored(const LossArgs& args, int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i) {
       if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
+      if (!args.row_shift) continue;
       static_cast<A*>(args.row_shift)[i] = A(0);
       static_cast<A*>(args.row_sum)[i] = A(1);
     }

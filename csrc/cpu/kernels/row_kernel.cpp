@@ -125,8 +125,10 @@ DISALIGN_NOINLINE void finish_rows(const LossArgs& args, bool backward, const Ro
       const double loss = terms.loss * rows.sample_weight[r];
       chunk.loss_sum += loss;
       if (args.loss) static_cast<A*>(args.loss)[i] = static_cast<A>(loss);
-      static_cast<A*>(args.row_shift)[i] = sums.shift[r];
-      static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
+      if (args.row_shift) {
+        static_cast<A*>(args.row_shift)[i] = sums.shift[r];
+        static_cast<A*>(args.row_sum)[i] = static_cast<A>(sum);
+      }
       if (args.row_total) static_cast<A*>(args.row_total)[i] = static_cast<A>(sums.total[r]);
     }
     // A denominator of 0 means that nothing is left: every gradient is 0, whatever stands above.
@@ -316,8 +318,10 @@ void skip_row(const LossArgs& args, bool backward, int64_t i, const Chunk& chunk
     write_shard_sums<T>(args, i, {});
   } else if (!backward) {
     if (args.loss) static_cast<A*>(args.loss)[i] = A(0);
-    static_cast<A*>(args.row_shift)[i] = A(0);
-    static_cast<A*>(args.row_sum)[i] = A(1);
+    if (args.row_shift) {
+      static_cast<A*>(args.row_shift)[i] = A(0);
+      static_cast<A*>(args.row_sum)[i] = A(1);
+    }
   }
   if (args.prediction) predict_row<T>(args, i, chunk);
   if (args.entropy) static_cast<A*>(args.entropy)[i] = A(0);

@@ -15,13 +15,16 @@ namespace disalign {
 
 class Cpu {
  public:
+  static constexpr bool kWritesStatistics = false;  // unless wanted
+
   explicit Cpu(const Tensor& logits) : dtype_(accumulate_dtype(logits.scalar_type())) {}
 
   template <class Operator, class Args>
   void forward(const Tensor& logits, Args& args) {
     prepare(logits, args);
     const double denominator = args.reduction == kReduceMean ? denominator_of(args) : 1.0;
-    if (args.denominator) divide_by(*args.denominator = denominator, args);
+    divide_by(denominator, args);
+    if (args.denominator) *args.denominator = denominator;
     const Partition partition = Operator::run_forward(logits, args);
     reduce_classes(partition, args);
     if (args.reduced_loss == nullptr) return;

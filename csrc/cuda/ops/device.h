@@ -14,6 +14,8 @@ namespace disalign::cuda {
 
 class Cuda {
  public:
+  static constexpr bool kWritesStatistics = true;  // its kernels read them
+
   explicit Cuda(const Tensor& logits) : launcher_(logits), dtype_(dtype_of(logits)) {}
 
   template <class Operator>

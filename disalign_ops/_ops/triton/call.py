@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..codes import BIAS, CONFIDENCE, NORMALIZERS, REDUCTIONS, SCALE
+from ..codes import BIAS, CONFIDENCE, NORMALIZERS, REDUCTIONS, SCALE, STATISTICS
 from ..reference import accumulate_dtype
 from . import launch
 from .finish import loss_kernel, sum_kernel
@@ -168,7 +168,8 @@ class Loss:
             ),
             BLOCK=_BLOCK,
         )  # fmt: skip
-        return [self.value, self.statistics, self.denominator]
+        known = [self.statistics, self.denominator] if call.wanted & STATISTICS else []
+        return [self.value, *known]
 
 
 def sum_of(sums: Tensor, denominator: Tensor | None, entries: int, offset: int = 0) -> Tensor:

@@ -72,7 +72,7 @@ for _name, _fake in schemas.fakes(native=False).items():
     )
     _operator.register_fake(_fake)  # which launches nothing
     _registered = getattr(getattr(torch.ops, NAMESPACE), _PREFIX + _name)
-    schemas._OPERATORS[_PREFIX + _name] = _registered.default
+    schemas.keep(_PREFIX + _name, _registered.default)
 
 _LAYOUTS = {layout.name: dataclasses.replace(layout, prefix=_PREFIX) for layout in schemas.LAYOUTS}
 for _layout in _LAYOUTS.values():
