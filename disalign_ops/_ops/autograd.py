@@ -11,11 +11,9 @@ know that, and leaves it to `backward_made`, which returns at once where it is 1
 gradient from the logits with it, rounded once. A second backward does the same to a gradient that
 it has forward's kernel make again, so that it has the same bits.
 
-A loss of few logits costs what Python costs here. So the tensors that forward keeps are saved as
-one tuple, and taken apart only as far as a backward reads them: the operator's inputs, its results
-without the loss and the details, and scale and bias as given where those of the inputs are made of
-them. Forward gives statistics and denominator where in_forward.py expects a backward to read them;
-where another does, it makes them again.
+A loss of few logits costs what Python costs here: `Saved` reads no more of what forward keeps than
+a backward needs. Forward gives statistics and denominator where in_forward.py expects a backward to
+read them; another backward makes them again.
 """
 
 from __future__ import annotations
@@ -89,28 +87,67 @@ def _save(
     wanted: int,
     given: tuple[Tensor | None, ...] = (),
 ) -> None:
-    # The list is emptied when a backward consumes the gradient of the logits that forward made.
+    """For `Saved`: the operator's inputs, its results without the loss and the details, and scale
+    and bias as given where those of the inputs are made of them.
+    """
     ctx.kept = problem, wanted, [True]
     end = _first_detail(wanted) if wanted & DETAILS else None
     ctx.save_for_backward(*inputs, *results[1:end], *given)
 
 
 _INPUTS = len(Inputs._fields)
-Saved = Sequence[Tensor]  # of which inputs may be None
-Kept = tuple[Problem, int, list[bool]]
 
 
-def _inputs(saved: Saved) -> Inputs:
-    """Of the operator."""
-    return Inputs._make(saved[:_INPUTS])
+class Saved:
+    """What forward keeps for backward, by name; autograd saves it as one tuple, see `_save`."""
 
+    __slots__ = ("_tensors", "available", "problem", "wanted")
 
-def _operator_inputs(saved: Saved, problem: Problem, wanted: int) -> Sequence[Tensor | None]:
-    """Of backward, between the upstream gradient and the numbers."""
-    known: Sequence[Tensor] = saved[_INPUTS : _INPUTS + 2]
-    if not wanted & STATISTICS:
-        known = _forward(_inputs(saved), problem, STATISTICS)[1:]
-    return (*saved[: _INPUTS - 1], *known)
+    def __init__(self, ctx: Any) -> None:
+        self._tensors: Sequence[Tensor] = ctx.saved_tensors  # of which inputs may be None
+        self.problem: Problem
+        self.wanted: int  # what forward has made
+        self.available: list[bool]  # empty: a backward has the gradient of the logits
+        self.problem, self.wanted, self.available = ctx.kept
+
+    @property
+    def logits(self) -> Tensor:
+        return self._tensors[0]
+
+    @property
+    def inputs(self) -> Inputs:
+        """Of forward's operator."""
+        return Inputs._make(self._tensors[:_INPUTS])
+
+    @property
+    def inputs_given(self) -> Inputs:
+        """The same with scale and bias as the user gave them."""
+        if self.problem.form is UNCHANGED:
+            return self.inputs
+        *_, scale, bias = self._tensors
+        return self.inputs._replace(scale=scale, bias=bias)
+
+    @property
+    def backward_inputs(self) -> Sequence[Tensor | None]:
+        """Of backward's operator, between the upstream gradient and the numbers."""
+        if self.wanted & STATISTICS:
+            known = self._tensors[_INPUTS : _INPUTS + 2]
+        else:
+            known = _forward(self.inputs, self.problem, STATISTICS)[1:]
+        *inputs, _ = self.inputs  # without the denominator's, which `known` has
+        return (*inputs, *known)
+
+    @property
+    def grad_logits(self) -> Tensor | None:
+        if not self.wanted & LOGITS:
+            return None
+        return self._tensors[_INPUTS + 2 if self.wanted & STATISTICS else _INPUTS]
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """Of logits, scale, bias and confidence, None where forward did not make it."""
+        # One less than in the results: the loss is not kept.
+        return _by_name(self._tensors, self.wanted, _INPUTS - 1 + _first_gradient(self.wanted))
 
 
 def is_batched(grad_loss: Tensor) -> bool:
@@ -118,27 +155,32 @@ def is_batched(grad_loss: Tensor) -> bool:
     return _is_legacy_batched(grad_loss) or _is_wrapped(grad_loss)  # type: ignore[no-any-return]
 
 
-def _precomputed(kept: Kept, saved: Saved, made: Tensor, grad_loss: Tensor) -> Tensor | None:
+def _precomputed(saved: Saved, grad_loss: Tensor) -> Tensor | None:
     """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
     The stored tensor itself is returned, so only the first call gets it. Later calls repeat what
     made it: backward's kernel may round it differently.
     """
-    problem, wanted, available = kept
+    made, problem = saved.grad_logits, saved.problem
+    if made is None:
+        return None
     if type(made) is not Tensor or _modes() or is_batched(grad_loss):
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
-        return made * grad_loss if available else None
+        return made * grad_loss if saved.available else None
     try:
-        available.pop()  # atomic: of several threads' backwards, one has it
+        saved.available.pop()  # atomic: of several threads' backwards, one has it
         # .data: a tensor of its own over the same memory, so that autograd may keep it as the
         # leaf's .grad without a copy, and changes to it are not changes to what we saved.
         whole = made.data
     except IndexError:
-        whole = _forward(_inputs(saved), problem, wanted & _GRADIENT_BITS)[1]
-    if wanted & STATISTICS and in_forward.kernels_of(problem.layout, made).finished_by_operator:
-        known = _operator_inputs(saved, problem, wanted)
+        whole = _forward(saved.inputs, problem, saved.wanted & _GRADIENT_BITS)[1]
+    # backward_made, where there is one, reads the statistics.
+    if (
+        saved.wanted & STATISTICS
+        and in_forward.kernels_of(problem.layout, made).finished_by_operator
+    ):
         finish = problem.layout.operator("backward_made")
-        finish(grad_loss, whole, *known, *problem.numbers, LOGITS)
+        finish(grad_loss, whole, *saved.backward_inputs, *problem.numbers, LOGITS)
         return whole
     return whole if grad_loss.item() == 1 else whole.mul_(grad_loss)
 
@@ -147,32 +189,28 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor
     """The gradients of logits, scale, bias and confidence, or of the first alone, None where not
     needed (which `need` says).
     """
-    saved: Saved = ctx.saved_tensors
-    problem, wanted, _ = kept = ctx.kept
+    saved = Saved(ctx)
+    problem = saved.problem
     if _is_grad_enabled():
         if problem.in_place:
             raise RuntimeError(
                 "inplace_backward=True cannot be differentiated twice (create_graph=True): the "
                 "logits are overwritten by their gradient"
             )
-        return _differentiable_backward(problem, grad_loss, saved, need)
+        return _differentiable_backward(saved, grad_loss, need)
 
     if grad_loss.dim():
         grad_loss = grad_loss.contiguous()
-    first = _INPUTS + 2 if wanted & STATISTICS else _INPUTS  # of the gradients that forward made
     grads: list[Tensor | None] = [None] * len(need)
     missing = 0
     if need[0]:
-        if wanted & LOGITS:
-            grads[0] = _precomputed(kept, saved, saved[first], grad_loss)
+        grads[0] = _precomputed(saved, grad_loss)
         # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
         if grads[0] is None:
             missing = LOGITS
     if len(need) > 1:
-        made = _by_name(saved, wanted, first)
-        for k in (1, 2, 3):
-            grad = made[k]
-            if not need[k]:
+        for k, grad in enumerate(saved.gradients):
+            if k == 0 or not need[k]:
                 continue
             if grad is None:
                 missing |= GRADIENTS[k]
@@ -181,18 +219,16 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor
     if missing and is_batched(grad_loss):
         # torch cannot batch operators that return lists; it batches its own.
         still = [bool(missing & bit) for bit in GRADIENTS[: len(need)]]
-        fresh = _differentiable_backward(problem, grad_loss, saved, still)
+        fresh = _differentiable_backward(saved, grad_loss, still)
         return [new if grad is None else grad for grad, new in zip(grads, fresh, strict=True)]
     if missing:
         over = problem.in_place and need[0]
         backward = problem.layout.operator("backward_" if over else "backward")
-        known = _operator_inputs(saved, problem, wanted)
-        results = backward(grad_loss, *known, *problem.numbers, missing)
+        results = backward(grad_loss, *saved.backward_inputs, *problem.numbers, missing)
         fresh = _by_name(results, missing & ~LOGITS if over else missing)
         if over:
-            logits = saved[0]
-            fresh[0] = logits.data
-            torch.autograd.graph.increment_version(logits)
+            fresh[0] = saved.logits.data
+            torch.autograd.graph.increment_version(saved.logits)
         for k, grad in enumerate(fresh):
             if grad is not None:
                 grads[k] = problem.form.gradient(grad) if k in (1, 2) else grad
@@ -200,14 +236,12 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor
 
 
 def _differentiable_backward(
-    problem: Problem, grad_loss: Tensor, saved: Saved, need: Sequence[bool]
+    saved: Saved, grad_loss: Tensor, need: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients through the reference, so that they can be differentiated again."""
-    inputs = _inputs(saved)
-    if problem.form is not UNCHANGED:
-        inputs = inputs._replace(scale=saved[-2], bias=saved[-1])
+    inputs = saved.inputs_given
     with torch.enable_grad():
-        loss = reference_loss(inputs, problem)
+        loss = reference_loss(inputs, saved.problem)
     learned = (inputs.logits, inputs.scale, inputs.bias, inputs.confidence)
     wanted = [t for t, n in zip(learned, need, strict=False) if n and t is not None]
     found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
@@ -278,8 +312,6 @@ class _Loss(torch.autograd.Function):
 
 # Function.apply without what it does for functorch's transforms, under which this is not called.
 _apply = super(torch.autograd.Function, _Loss).apply
-# What the engine calls; torch's own asks which of backward and vjp there is.
-_Loss._backward_cls.apply = _Loss.backward  # type: ignore[attr-defined]
 
 
 def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:

@@ -66,9 +66,14 @@ _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every ca
 _BOXED: dict[str, Any] = {}
 
 
+_call_boxed = getattr(torch._C, "_dispatch_call_boxed", None)  # not public: may go
+
+
 def keep(name: str, operator: Any) -> None:
-    _OPERATORS[name] = operator
-    _BOXED[name] = functools.partial(torch._C._dispatch_call_boxed, operator._handle)
+    """Makes it the operator of that name, of schema and backend."""
+    _OPERATORS[name] = _BOXED[name] = operator
+    if _call_boxed is not None and hasattr(operator, "_handle"):
+        _BOXED[name] = functools.partial(_call_boxed, operator._handle)
 
 
 ROW = Layout("row", reference.cross_entropy)
