@@ -12,21 +12,23 @@ import torch
 
 from disalign_ops._ops.codes import CALIBRATION, DETAILS, ENTROPY, PREDICTION
 from disalign_ops._ops.triton import operators
-from support import triton_compile
+from support import sets, triton_compile
 from support.places import TESTS, test_files
 from support.triton_compile import SHAPES, Launch
 
 ROWS_AND_PLANES = [shape for shape, size in SHAPES if not size[0]]
 
 
-def test_the_operators_pass_the_tests_of_details() -> None:
+@pytest.mark.parametrize("part", sets.PARTS)
+def test_the_operators_pass_the_tests_of_details(part: str) -> None:
     only = (
         "every_field and native or most_probable or entropy or ignored_position or empty_batch or "
         "class_probabilities or some_classes or nan_at_the_target"
     )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         "-p", "support.triton_operators", "-k", only, *test_files("details", "shard_details")],
+         "-p", "support.triton_operators", *sets.arguments(part, only),
+         *test_files("details", "shard_details")],
         env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]

@@ -209,7 +209,7 @@ def test_every_launch_of_a_step_is_counted() -> None:
     counted = {"row_warp_kernel", "row_forward_kernel", "row_backward_kernel"}  # rows.py
     for dtype, case in itertools.product(rows.DTYPES, ends.CASES):
         for architecture in rows.SOFT_DEVICES:
-            counted |= set(ends.counts(architecture, dtype, case))
+            counted |= {ends.name_of(launch) for launch in ends.launches(architecture, dtype, case)}
     record = build.module("planner").row_launches
     shapes = ((4096, 1203), (65536, 10), (65536, 365), (2048, 8142), (512, 100000), (100, 1203))
     launched = set()

@@ -118,6 +118,16 @@ def _instruction(line: str, labels: dict[str, int]) -> Instruction | None:
     )  # fmt: skip
 
 
+def _symbols(sections: dict[str, bytes]) -> dict[str, int]:
+    """Functions of a 64-bit ELF file, and their numbers among its symbols."""
+    table, names = sections[".symtab"], sections[".strtab"]
+    found = {}
+    for number, (name, info) in enumerate(struct.iter_unpack("<IB19x", table)):
+        if info & 15 == 2:  # STT_FUNC
+            found[names[name : names.index(b"\0", name)].decode()] = number
+    return found
+
+
 def _sections(cubin: bytes) -> dict[str, bytes]:
     """Contents by name of a 64-bit ELF file."""
     start, entry, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
@@ -138,22 +148,22 @@ def nvdisasm() -> str | None:
 
 
 class Kernels(Mapping[str, Kernel]):
-    """The kernels of a cubin by symbol, decoded when they are asked for."""
+    """The kernels of a cubin by symbol, disassembled when they are asked for: all of the library's
+    at once take nvdisasm ten seconds.
+    """
 
     def __init__(self, cubin: Path) -> None:
-        tool = nvdisasm()
-        assert tool is not None
-        run = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+        self._cubin = cubin
         self._sections = _sections(cubin.read_bytes())
-        parts = re.split(r"^\t\.section\t\.text\.([^,]+),.*$", run.stdout, flags=re.MULTILINE)
-        self._code = dict(zip(parts[1::2], parts[2::2], strict=True))
+        symbols = _symbols(self._sections)
+        self._numbers = {s: n for s, n in symbols.items() if f".text.{s}" in self._sections}
         self._decoded: dict[str, Kernel] = {}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._code)
+        return iter(self._numbers)
 
     def __len__(self) -> int:
-        return len(self._code)
+        return len(self._numbers)
 
     def __getitem__(self, symbol: str) -> Kernel:
         if symbol not in self._decoded:
@@ -161,7 +171,11 @@ class Kernels(Mapping[str, Kernel]):
         return self._decoded[symbol]
 
     def _decode(self, symbol: str) -> Kernel:
-        lines = self._code[symbol].splitlines()
+        tool = nvdisasm()
+        assert tool is not None
+        command = [tool, "-c", "-fun", str(self._numbers[symbol]), str(self._cubin)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        lines = run.stdout.splitlines()
         labels: dict[str, int] = {}
         pending: list[str] = []
         for line in lines:

@@ -52,15 +52,19 @@ class Count:
     longest: int
 
 
-def launches(architecture: str, dtype: str, case: str, registers: Any) -> list[dict[str, Any]]:
-    """All that the step launches."""
+def launches(architecture: str, dtype: str, case: str,
+             registers: dict[str, int] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+    """What the step launches, without the kernel that walks over rows, unless it has nothing to do.
+    registers: a thread's, of each kernel; else 128.
+    """
     n, classes, step = CASES[case]
-    device = launch_plans.Device(rows.DEVICES[architecture][0], registers)
+    known = defaultdict(lambda: 128, registers or {})
+    device = launch_plans.Device(rows.DEVICES[architecture][0], known)
     found: list[dict[str, Any]] = rows.planner().row_launches(
         **({"weighted": True} | STEPS[step]), dtype=rows.DTYPES[dtype][0], rows=n, classes=classes,
         device=device,
     )  # fmt: skip
-    return found
+    return [launch for launch in found if step == "made" or not launch["fills"]]
 
 
 def name_of(launch: dict[str, Any]) -> str:
@@ -71,15 +75,11 @@ def name_of(launch: dict[str, Any]) -> str:
 
 @kept
 def counts(architecture: str, dtype: str, case: str) -> dict[str, Count]:
-    """Kernel -> its count, in the order of the launches; without the kernel that walks over rows,
-    unless it has nothing to do."""
+    """Kernel -> its count, in the order of the launches."""
     codes, registers = library.kernels(architecture)
-    wanted = launches(architecture, dtype, case, defaultdict(lambda: 128, registers))
-    made = CASES[case][2] == "made"
     return {
         name_of(launch): _count(codes[launch["kernel"]], launch, rows.DEVICES[architecture][1])
-        for launch in wanted
-        if made or not launch["fills"]
+        for launch in launches(architecture, dtype, case, registers)
     }
 
 
