@@ -20,7 +20,8 @@ struct LossOperator {
   using Args = typename Operator::Args;
   using Device = typename Operator::Device;
 
-  // {loss, statistics (2, positions; 3 with class probabilities) and denominator, gradients, details}
+  // {loss, if wanted statistics (2, positions; 3 with class probabilities) and denominator, gradients,
+  // details}
   static Results forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& scale, const OptionalTensor& bias,
                          const OptionalTensor& confidence, const OptionalTensor& prior,

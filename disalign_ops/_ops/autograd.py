@@ -11,9 +11,9 @@ know that, and leaves it to `backward_made`, which returns at once where it is 1
 gradient from the logits with it, rounded once. A second backward does the same to a gradient that
 it has forward's kernel make again, so that it has the same bits.
 
-A loss of few logits costs what Python costs here: `Saved` reads no more of what forward keeps than
-a backward needs. Forward gives statistics and denominator where in_forward.py expects a backward to
-read them; another backward makes them again.
+A loss of few logits costs what Python costs here: `Saved` takes apart only what a backward needs.
+Forward gives statistics and denominator where in_forward.py expects a backward to read them;
+another backward makes them again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from . import in_forward, reference
 from .calibration_form import UNCHANGED
@@ -158,8 +159,8 @@ def is_batched(grad_loss: Tensor) -> bool:
 def _precomputed(saved: Saved, grad_loss: Tensor) -> Tensor | None:
     """The gradient of the logits that forward made, for an upstream gradient of grad_loss.
 
-    The stored tensor itself is returned, so only the first call gets it. Later calls repeat what
-    made it: backward's kernel may round it differently.
+    None where forward made none. The stored tensor itself is returned, so only the first call
+    gets it. Later calls repeat what made it: backward's kernel may round it differently.
     """
     made, problem = saved.grad_logits, saved.problem
     if made is None:
@@ -205,7 +206,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, need: Sequence[bool]) -> list[Tensor
     missing = 0
     if need[0]:
         grads[0] = _precomputed(saved, grad_loss)
-        # Made anew, too, where an earlier backward gave it away: the caller may have changed it.
+        # By backward's kernel: forward made none, or one that has no value here is gone.
         if grads[0] is None:
             missing = LOGITS
     if len(need) > 1:
@@ -241,8 +242,14 @@ def _differentiable_backward(
     """The same gradients through the reference, so that they can be differentiated again."""
     inputs = saved.inputs_given
     with torch.enable_grad():
+        # Aliases: one tensor as scale and bias has a gradient of each.
+        logits = inputs.logits.view_as(inputs.logits)
+        scale, bias, confidence = (
+            t if t is None else t.view_as(t) for t in (inputs.scale, inputs.bias, inputs.confidence)
+        )
+        inputs = inputs._replace(logits=logits, scale=scale, bias=bias, confidence=confidence)
         loss = reference_loss(inputs, saved.problem)
-    learned = (inputs.logits, inputs.scale, inputs.bias, inputs.confidence)
+    learned = (logits, scale, bias, confidence)
     wanted = [t for t, n in zip(learned, need, strict=False) if n and t is not None]
     found = iter(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
     return [next(found) if n else None for n in need]
@@ -325,7 +332,7 @@ def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
 def _forward(
     inputs: Inputs, problem: Problem, wanted: int, compiling: bool = False
 ) -> list[Tensor]:
-    plain = type(inputs.logits) is Tensor and not compiling
+    plain = not compiling and not has_torch_function(inputs)
     operator = problem.layout.boxed("forward") if plain else problem.layout.operator("forward")
     results: list[Tensor] = operator(
         *inputs, *problem.numbers, problem.reduction, problem.normalizer, wanted

@@ -72,7 +72,8 @@ def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
                 made |= LOGITS * by_default
             else:
                 made |= LOGITS * (problem.gradient == "forward")
-    read = need & ~made or (made & LOGITS and kernels.finished_by_operator) or problem.details
+    described = problem.details and layout.name != UPSAMPLE.name  # by the log-sum-exp, too
+    read = need & ~made or (made & LOGITS and kernels.finished_by_operator) or described
     return made | problem.details | (STATISTICS if read else 0)
 
 

@@ -56,8 +56,8 @@ class Layout:
         return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
 
     def boxed(self, part: str) -> Any:
-        """The same for plain tensors in eager mode, without asking every argument for a
-        __torch_function__, which costs a loss of few logits a twentieth.
+        """The same for a call of which no argument has a __torch_function__, in eager mode: it does
+        not ask each of them once more.
         """
         return _BOXED[f"{self.prefix}{self.name}_{part}"]
 
@@ -70,7 +70,7 @@ _call_boxed = getattr(torch._C, "_dispatch_call_boxed", None)  # not public: may
 
 
 def keep(name: str, operator: Any) -> None:
-    """Makes it the operator of that name, of schema and backend."""
+    """What `Layout.operator` and `Layout.boxed` find by this name."""
     _OPERATORS[name] = _BOXED[name] = operator
     if _call_boxed is not None and hasattr(operator, "_handle"):
         _BOXED[name] = functools.partial(_call_boxed, operator._handle)

@@ -380,3 +380,14 @@ def test_forward_mode_keeps_its_tangent() -> None:
         ours = torch.autograd.forward_ad.unpack_dual(disalign_ops.cross_entropy(dual, t)).tangent
         theirs = torch.autograd.forward_ad.unpack_dual(F.cross_entropy(dual, t)).tangent
     assert_close(ours, theirs, torch.float64, "tangent")
+
+
+def test_one_tensor_as_scale_and_bias() -> None:
+    torch.manual_seed(0)
+    z, t, c = torch.randn(5, 7), torch.arange(5), torch.randn(5)
+    a = torch.randn(7, requires_grad=True)
+    loss = disalign_ops.disalign_cross_entropy(z, t, c, a, a)
+    (plain,) = torch.autograd.grad(loss, a, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(loss, a, create_graph=True)
+    torch.testing.assert_close(differentiable, plain)
+    assert differentiable.requires_grad

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import disalign_ops
 from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE, STATISTICS
@@ -290,5 +291,24 @@ def test_the_loss_of_a_subclass_is_one() -> None:
     class Mine(Tensor):
         pass
 
-    z, t = torch.randn(4, 9).as_subclass(Mine), torch.tensor([0, 1, 2, 3])
-    assert type(disalign_ops.cross_entropy(z, t)) is type(F.cross_entropy(z, t)) is Mine
+    z, t, w = torch.randn(4, 9), torch.tensor([0, 1, 2, 3]), torch.rand(9)
+    for z_, t_, w_ in (
+        (z.as_subclass(Mine), t, w), (z, t.as_subclass(Mine), w), (z, t, w.as_subclass(Mine))
+    ):  # fmt: skip
+        assert type(disalign_ops.cross_entropy(z_, t_, w_)) is Mine
+        assert type(F.cross_entropy(z_, t_, w_)) is Mine
+
+
+def test_a_function_mode_sees_the_operator() -> None:
+    class Names(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    z = torch.randn(4, 9, requires_grad=True)
+    with Names():
+        disalign_ops.cross_entropy(z, torch.tensor([0, 1, 2, 3])).backward()
+    assert any("row_forward" in name for name in seen)

@@ -108,6 +108,46 @@ def test_planes(
             check(kernels, call)
 
 
+# Tiles that would be narrower if details took room of their own; more positions than threads.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 171, 128), (1, 150, 2048), (2, 3, 3000), (1, 800, 32)], ids=str
+)
+def test_planes_have_the_same_bits_without_details(
+    kernels: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    kernels.set_options()
+    torch.manual_seed(shape[1])
+    n, classes, inner = shape
+    for calibrated in (False, True):
+        problem = row(n * inner, classes, dtype, 0, calibrated, False)
+        problem.logits = (torch.randn(shape) * 3).to(dtype)
+        problem.target = problem.target.view(n, inner)
+        for call in (problem.calls()[0], problem.gradient_calls()[0]):
+            check(kernels, call)
+            known = ("row_sum", *(k for k in call.expected if k not in ("prediction", "entropy")))
+            found = {k: call.fields[k].tobytes() for k in known}
+            for k in ("prediction", "entropy"):
+                del call.fields[k], call.expected[k]
+            check(kernels, call)
+            assert {k: call.fields[k].tobytes() for k in known} == found
+
+
+# Some lanes, a block, tiles: what works on gradients beside details in one loop.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("classes", "limits"), [(20, {}), (5003, {"shared_bytes": 56 << 10})])
+def test_an_ignored_row_has_no_gradient_whatever_its_confidence(
+    kernels: ModuleType, classes: int, limits: dict[str, int], dtype: torch.dtype
+) -> None:
+    kernels.set_options()
+    torch.manual_seed(classes)
+    problem = row(6, classes, dtype)
+    call = problem.gradient_calls(**limits)[0]
+    call.fields["confidence"][1] = NAN
+    call.expected = {"grad_logits": call.expected["grad_logits"]}
+    check(kernels, call)
+
+
 def test_more_rows_than_lanes(kernels: ModuleType) -> None:
     kernels.set_options()
     problem = row(80, 1203)

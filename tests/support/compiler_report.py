@@ -149,6 +149,7 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("90", *_WARP_CALIBRATED, _BF16): 20,
     ("90", *_WARP_CALIBRATED, _FP16): 20,
     ("90", "row_warp_kernel", (False, False, 2), "f"): 8,
+    ("90", *_WIDE_STAGE_2, _BF16): 16,
     ("90", "soft_row_kernel", (False, False), "d"): 20,
     ("100", *_WIDE_STAGE_2, "f"): 76,
     ("100", *_WIDE_STAGE_2, _BF16): 112,

@@ -11,7 +11,7 @@ struct DivisorArgs : LossArgs {
   double* divisors = nullptr;  // [divisor_blocks]
   int32_t divisor_blocks = 0;
   unsigned* ticket = nullptr;  // blocks that are done, where the last one makes the loss
-  // Whether prediction or entropy is wanted, of forward. Not a bool: comparisons read four bytes.
+  // Whether prediction or entropy is wanted, of forward. A bool would be widened at each comparison.
   int32_t details = 0;
 };
 

@@ -5,7 +5,8 @@
 //   maximum; then a thread a position adds up the slices, and makes the loss and the factors of its
 //   gradient. A tile where the sum of a position's others is not moderate is read once more, by
 //   its maxima. Targets are -inf in shared memory meanwhile: no comparison an element.
-// - Details (row_details.cuh): of each stage, after its sums.
+// - Details (row_details.cuh): after a stage's sums, by all threads, each for a position and some of the
+//   stage's classes.
 // - Second pass, of backward, and of forward where gradients are wanted: the exponentials once more,
 //   from shared memory; the logits' gradient is written; each thread keeps sums of its classes, which
 //   are added up at the end.
@@ -132,8 +133,8 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
     for (int k = 0; k < place.mine; ++k) class_sums[k * kDenseThreads] = {A(0), A(0)};
   }
   const int positions = place.lanes * V, step = place.slices;
-  // Of details, which are a position's in as many parts of its classes as there are threads for.
-  constexpr int kVectorBits = V == 8 ? 3 : V / 2;
+  // Details: a position's classes are divided among 2^part_bits threads.
+  constexpr int kVectorBits = V == 8 ? 3 : V / 2;  // log2(V)
   const int position_bits = args.lane_bits + kVectorBits;
   const int part_bits = max(0, kDenseThreadBits - position_bits);
   const auto entries_of = [&](int which) { return memory.positions + which * positions; };

@@ -8,9 +8,11 @@
 //   apart as a slice has: loads and stores of single elements, which a warp does next to each other.
 // - Stages: a thread copies its vectors into shared memory, the next stage's while it works on this
 //   one's, and reads them there, twice where its gradients are wanted too. No other thread reads
-//   them but the one that wants a target's logit. A tile that does not fit has several stages, which
-//   for its gradients come once more.
+//   them but the one that wants a target's logit, and those that make details. A tile that does not
+//   fit has several stages, which for its gradients come once more.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/kernels/arguments.h"
 #include "cuda/kernels/async_copy.cuh"
@@ -59,16 +61,16 @@ struct DenseMemory {
   unsigned char* stages;    // [kDenseStages][rounds][threads][16]
   double* scratch;          // [kScratch], of the sums over the block
   ClassEntry<A>* table;     // [classes], where args.table
-  A* exchange;              // [values][slices][positions]
+  A* exchange;              // [values][slices][positions]; of details [values][parts][positions]
   A* positions;             // [kPositionEntries][positions]
   ClassSum<A>* class_sums;  // [classes of a thread][threads], where args.shared_sums
   A* target_z;              // [positions]
   int* targets;             // [positions]
 
   static constexpr int kScratch = 32;
-  // Of the first pass, at most: see DenseSums, RowDetails.
+  // Of the first pass's sums, at most: see DenseSums.
   static __host__ __device__ int values(const DenseArgs& args) {
-    return args.label_smoothing > 0 || args.details ? 4 : 2;
+    return args.label_smoothing > 0 ? 4 : 2;
   }
   static __host__ __device__ int64_t sum_entries(const DenseArgs& args) {
     const int64_t slices = kDenseThreads >> args.lane_bits;
@@ -86,10 +88,13 @@ struct DenseMemory {
     args.scratch_at = take(kScratch, sizeof(double));
     args.table_at = take(args.table ? args.classes : 0, sizeof(ClassEntry<A>));
     const int64_t exchanged = !args.backward ? values(args) : args.grad_confidence ? 1 : 0;
-    args.exchange_at = take(exchanged * kDenseThreads * kVector<T>, sizeof(A));
+    // Room for details even where there are none: tiles, and so bits, are the same with them.
+    const int64_t of_sums = exchanged * kDenseThreads * kVector<T>;
+    const int64_t of_details = args.backward ? 0 : 4 * std::max<int64_t>(kDenseThreads, positions);
+    args.exchange_at = take(std::max(of_sums, of_details), sizeof(A));
     args.positions_at = take((second_pass ? kPositionEntries : 2) * positions, sizeof(A));
     args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(ClassSum<A>));
-    args.target_z_at = take(second_pass || args.details ? positions : 0, sizeof(A));
+    args.target_z_at = take(positions, sizeof(A));
     args.targets_at = take(positions, sizeof(int));
     return bytes;
   }

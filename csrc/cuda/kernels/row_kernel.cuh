@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
       next.fetch(args, tile, turn, round + 1, i + tile.row_step);
     const int target = row.head.target;
     const bool valid = is_valid(target);
-    const A c = row.head.c;
+    A c = row.head.c;
     const int slot = tile.slot_of(target);
 
     PositionSums<A> sums;
@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
         else
           found.write(args, i, valid);
       }
+      if (!valid) c = 0;  // it has details, and no gradients
     }
     // The target's u, and d of its confidence. One thread of the group has them. Selects, no
     // branches on slot == p: in these the compiler would index the registers by slot, and move them

@@ -7,7 +7,7 @@
 //   the ends; Wide, one a row, of the sums, and with the confidence's gradient one a turn.
 // - The exponentials are exp(u - u_t): no pass for the maximum, no reduction of it. Where the sum of
 //   the others is not moderate (a logit 22 above the target's, NaN) the row is done again by its
-//   maximum. Details (row_details.cuh) are made before, by it.
+//   maximum. Details (row_details.cuh) are made before the loss, always by the maximum.
 // - What is of a row alone (target, weights; loss, statistics) is read and made by one lane for 32
 //   rows of the warp at a time, one a lane: a turn. Wide, every warp reads, the first one writes.
 // - The target's logit is marked -inf in shared memory: its exponential is 0 and it is left out of
