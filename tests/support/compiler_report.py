@@ -158,7 +158,7 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("120", "row_warp_kernel", (True, True, 2), "f"): 8,
     ("120", *_WARPS_CALIBRATED, _BF16): 20,
     ("120", *_WARPS_CALIBRATED, _FP16): 20,
-    ("120", *_WIDE_STAGE_2, "f"): 16,
+    ("120", *_WIDE_STAGE_2, _FP16): 16,
     ("120", *_WIDE_STAGE_2, _BF16): 108,
     ("120", "soft_row_warp_kernel", (2,), "f"): 12,
     ("120", "soft_row_warp_kernel", (2,), _BF16): 8,
