@@ -132,7 +132,7 @@ class Saved:
     def backward_inputs(self) -> Sequence[Tensor | None]:
         """Of backward's operator, between the upstream gradient and the numbers."""
         if self.wanted & STATISTICS:
-            known = self._tensors[_INPUTS : _INPUTS + 2]
+            known = self._tensors[_INPUTS : self._first_gradient]
         else:
             known = _forward(self.inputs, self.problem, STATISTICS)[1:]
         *inputs, _ = self.inputs  # without the denominator's, which `known` has
@@ -140,15 +140,16 @@ class Saved:
 
     @property
     def grad_logits(self) -> Tensor | None:
-        if not self.wanted & LOGITS:
-            return None
-        return self._tensors[_INPUTS + 2 if self.wanted & STATISTICS else _INPUTS]
+        return self._tensors[self._first_gradient] if self.wanted & LOGITS else None
 
     @property
     def gradients(self) -> list[Tensor | None]:
         """Of logits, scale, bias and confidence, None where forward did not make it."""
-        # One less than in the results: the loss is not kept.
-        return _by_name(self._tensors, self.wanted, _INPUTS - 1 + _first_gradient(self.wanted))
+        return _by_name(self._tensors, self.wanted, self._first_gradient)
+
+    @property
+    def _first_gradient(self) -> int:
+        return _INPUTS - 1 + _first_gradient(self.wanted)  # the loss is not kept
 
 
 def is_batched(grad_loss: Tensor) -> bool:

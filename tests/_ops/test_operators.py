@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import disalign_ops
+from disalign_ops._ops import schemas
 from disalign_ops._ops.codes import CALIBRATION, LOGITS, SCALE, STATISTICS
 from support.cases import rows
 from support.tolerances import assert_close
@@ -312,3 +313,17 @@ def test_a_function_mode_sees_the_operator() -> None:
     with Names():
         disalign_ops.cross_entropy(z, torch.tensor([0, 1, 2, 3])).backward()
     assert any("row_forward" in name for name in seen)
+
+
+def test_without_torchs_private_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, t = torch.randn(4, 9), torch.tensor([0, 1, 2, 3])
+    expected = disalign_ops.cross_entropy(z, t)
+    known = dict(schemas._OPERATORS)
+    assert schemas._BOXED["row_forward"] is not known["row_forward"]
+    monkeypatch.setattr(schemas, "_call_boxed", None)
+    monkeypatch.setattr(schemas, "_OPERATORS", {})
+    monkeypatch.setattr(schemas, "_BOXED", {})
+    for name, operator in known.items():
+        schemas.keep(name, operator)
+    assert schemas._BOXED["row_forward"] is known["row_forward"]
+    assert torch.equal(disalign_ops.cross_entropy(z, t), expected)
