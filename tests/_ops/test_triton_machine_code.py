@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from machine_code import disassembly, triton_kernels
+from machine_code import triton_kernels
+from support import cuda_tools
 
 # Instructions for 512 bytes of logits, forward and backward: those of triton 3.9 and 3 %.
 # `python -m machine_code.triton_kernels` prints them.
@@ -24,8 +25,8 @@ BUDGETS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> None:
-    if disassembly.nvdisasm() is None:
-        pytest.skip("needs nvdisasm (package nvidia-cuda-nvdisasm)")
+    if cuda_tools.why_not():
+        pytest.skip(str(cuda_tools.why_not()))
 
 
 @pytest.mark.parametrize(("layout", "classes", "dtype"), BUDGETS)

@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from disalign_ops._ops import schemas
 from disalign_ops._ops.codes import CALIBRATION, LOGITS
 from disalign_ops._ops.triton import operators, registration, upsample_operators
-from machine_code import disassembly, triton_kernels
-from support import triton_compile
+from machine_code import triton_kernels
+from support import cuda_tools, triton_compile
 from support.places import TESTS, test_files
 from support.triton_compile import SHAPES, Launch
 
@@ -307,8 +307,8 @@ INSTRUCTIONS = {"float32": (77, 42), "bfloat16": (181, 117)}
 
 @pytest.mark.parametrize("dtype", triton_kernels.DTYPES)
 def test_logits_and_probabilities_are_read_once(dtype: str) -> None:
-    if disassembly.nvdisasm() is None:
-        pytest.skip("needs nvdisasm (package nvidia-cuda-nvdisasm)")
+    if cuda_tools.why_not():
+        pytest.skip(str(cuda_tools.why_not()))
     forward, backward = (
         triton_kernels.count("rows", 8192, dtype, step) for step in triton_kernels.SOFT_STEPS
     )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from simt import build
-from support import compiler_report
-from support.compiler_report import Kernel
+from machine_code import library
+from support import compiler_report, cuda_tools
+from support.compiler_report import Code, Kernel
 
 ARCHITECTURES = [
     pytest.param(a, marks=() if a in compiler_report.MAIN else pytest.mark.slow)
@@ -116,19 +112,18 @@ def _budget(kernel: Kernel) -> tuple[str, bool]:
 
 
 @pytest.fixture
-def compiled(architecture: str) -> tuple[Path, list[Kernel]]:
+def compiled(architecture: str) -> Code:
     return _every_kernel(architecture)
 
 
-def _every_kernel(architecture: str) -> tuple[Path, list[Kernel]]:
-    home = build.cuda_home()
-    if home is None or not (home / "bin" / "nvcc").exists():
-        pytest.skip("needs nvcc")
+def _every_kernel(architecture: str) -> Code:
+    if library.why_not():
+        pytest.skip(str(library.why_not()))
     return compiler_report.every_kernel(architecture)
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.values[0] in ("80", "90")])
-def test_kernels_keep_their_budgets(compiled: tuple[Path, list[Kernel]], architecture: str) -> None:
+def test_kernels_keep_their_budgets(compiled: Code, architecture: str) -> None:
     kernels = compiled[1]
     assert {_budget(k) for k in kernels} == set(REGISTERS)
     over = []
@@ -142,27 +137,16 @@ def test_kernels_keep_their_budgets(compiled: tuple[Path, list[Kernel]], archite
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_spill_what_is_known(
-    compiled: tuple[Path, list[Kernel]], architecture: str
-) -> None:
+def test_kernels_spill_what_is_known(compiled: Code, architecture: str) -> None:
     kernels = compiled[1]
     compiler_report.assert_known_spills(architecture, kernels)
     assert not [kernel for kernel in kernels if kernel.static_shared]
 
 
-def _machine_code(cubin: Path) -> dict[str, str]:
+def _machine_code(cubins: list[Path]) -> dict[str, str]:
     """Each kernel's instructions."""
-    tools = Path(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}",
-                 "site-packages", "nvidia", "cu13", "bin")  # fmt: skip
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    cuobjdump = shutil.which("cuobjdump", path=path)
-    if cuobjdump is None or shutil.which("nvdisasm", path=path) is None:
-        pytest.skip("needs cuobjdump and nvdisasm (packages nvidia-cuda-cuobjdump, -nvdisasm)")
-    run = subprocess.run(
-        [cuobjdump, "-sass", str(cubin)], env={**os.environ, "PATH": path},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    parts = re.split(r"Function : (\S+)", run.stdout)
+    printed = "".join(cuda_tools.run("cuobjdump", "-sass", cubin) for cubin in cubins)
+    parts = re.split(r"Function : (\S+)", printed)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -186,10 +170,10 @@ def test_code_for_8_6_is_all_that_8_9_needs() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_machine_code_reads_and_writes_rows_by_16_bytes(
-    compiled: tuple[Path, list[Kernel]], architecture: str
+    compiled: Code, architecture: str
 ) -> None:
-    cubin, kernels = compiled
-    code = _machine_code(cubin)
+    cubins, kernels = compiled
+    code = _machine_code(cubins)
     assert set(code) == {k.symbol for k in kernels}
     for kernel in kernels:
         found = {

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from support import cuda_tools
 
 
 @dataclass(frozen=True)
@@ -140,30 +138,25 @@ def _sections(cubin: bytes) -> dict[str, bytes]:
     return {name(h[0]): cubin[h[4] : h[4] + h[5]] for h in headers if h[1] != 8}
 
 
-def nvdisasm() -> str | None:
-    """The path of nvdisasm (package nvidia-cuda-nvdisasm), if it is there."""
-    tools = Path(sys.prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}",
-                 "site-packages", "nvidia", "cu13", "bin")  # fmt: skip
-    return shutil.which("nvdisasm", path=f"{tools}{os.pathsep}{os.environ['PATH']}")
-
-
 class Kernels(Mapping[str, Kernel]):
-    """The kernels of a cubin by symbol, disassembled when they are asked for: all of the library's
+    """The kernels of cubins by symbol, disassembled when they are asked for: all of the library's
     at once take nvdisasm ten seconds.
     """
 
-    def __init__(self, cubin: Path) -> None:
-        self._cubin = cubin
-        self._sections = _sections(cubin.read_bytes())
-        symbols = _symbols(self._sections)
-        self._numbers = {s: n for s, n in symbols.items() if f".text.{s}" in self._sections}
+    def __init__(self, *cubins: Path) -> None:
+        self._places: dict[str, tuple[Path, dict[str, bytes], int]] = {}
+        for cubin in cubins:
+            sections = _sections(cubin.read_bytes())
+            for symbol, number in _symbols(sections).items():
+                if f".text.{symbol}" in sections:
+                    self._places[symbol] = cubin, sections, number
         self._decoded: dict[str, Kernel] = {}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._places)
 
     def __getitem__(self, symbol: str) -> Kernel:
         if symbol not in self._decoded:
@@ -171,11 +164,8 @@ class Kernels(Mapping[str, Kernel]):
         return self._decoded[symbol]
 
     def _decode(self, symbol: str) -> Kernel:
-        tool = nvdisasm()
-        assert tool is not None
-        command = [tool, "-c", "-fun", str(self._numbers[symbol]), str(self._cubin)]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        lines = run.stdout.splitlines()
+        cubin, sections, number = self._places[symbol]
+        lines = cuda_tools.run("nvdisasm", "-c", "-fun", str(number), cubin).splitlines()
         labels: dict[str, int] = {}
         pending: list[str] = []
         for line in lines:
@@ -187,9 +177,9 @@ class Kernels(Mapping[str, Kernel]):
                 pending = []
         decoded = [_instruction(line, labels) for line in lines]
         constants = {
-            bank: self._sections[name]
+            bank: sections[name]
             for bank in range(1, 16)
-            if (name := f".nv.constant{bank}.{symbol}") in self._sections
+            if (name := f".nv.constant{bank}.{symbol}") in sections
         }
-        size = len(self._sections[f".nv.constant0.{symbol}"])
+        size = len(sections[f".nv.constant0.{symbol}"])
         return Kernel(symbol, {i.address: i for i in decoded if i}, constants, size)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 
 from simt import build
-from support import compiler_report
+from support import compiler_report, cuda_tools
 
-from . import disassembly
 from .disassembly import Kernels
 
 
@@ -16,13 +15,11 @@ def why_not() -> str | None:
     home = build.cuda_home()
     if build.why_not() or home is None or not (home / "bin" / "nvcc").exists():
         return build.why_not() or "needs nvcc"
-    if disassembly.nvdisasm() is None:
-        return "needs nvdisasm (package nvidia-cuda-nvdisasm)"
-    return None
+    return cuda_tools.why_not()
 
 
 @functools.cache
 def kernels(architecture: str) -> tuple[Kernels, dict[str, int]]:
     """All kernels, and their registers, by symbol."""
-    cubin, report = compiler_report.every_kernel(architecture)
-    return Kernels(cubin), {kernel.symbol: kernel.registers for kernel in report}
+    cubins, report = compiler_report.every_kernel(architecture)
+    return Kernels(*cubins), {kernel.symbol: kernel.registers for kernel in report}

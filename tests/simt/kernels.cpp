@@ -7,23 +7,15 @@
 // that the kernels expect. What is of the logits' size is watched: its traffic is counted.
 #include <pybind11/numpy.h>
 
-#include <algorithm>
 #include <cstring>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "simt.h"
 //
 #include "bindings.h"
-#include "cuda/launch/calibrate_launch.h"
-#include "cuda/launch/dense_launch.h"
-#include "cuda/launch/row_launch.h"
-#include "cuda/launch/soft_dense_launch.h"
-#include "cuda/launch/soft_row_launch.h"
-#include "cuda/launch/soft_upsample_launch.h"
-#include "cuda/launch/upsample_launch.h"
+#include "cuda/launch/launches.h"
 
 namespace {
 
@@ -31,42 +23,18 @@ namespace py = pybind11;
 using namespace disalign::cuda;
 using disalign::IndexType;
 
-class Launcher {
+class HostLauncher final : public Launcher {
  public:
-  explicit Launcher(Limits limits) : limits_(limits) {}
-
-  Limits limits() const { return limits_; }
-
-  template <class Args>
-  int blocks_per_multiprocessor(void (*)(Args), int, size_t) const {
-    return 2;
-  }
-
-  template <class Args>
-  int clusters(void (*)(Args), const Shape& shape) const {
-    const int all = 2 * limits_.multiprocessors / static_cast<int>(shape.grid_y);
-    return limits_.has_clusters ? std::max(2, all) : 0;
-  }
-
-  template <class Args>
-  void launch(void (*kernel)(Args), const Shape& shape, const Args& args) const {
-    if (shape.shared_bytes > limits_.shared_bytes)
-      throw std::runtime_error("more shared memory than there is");
-    if (shape.grid_y > 65535) throw std::runtime_error("more blocks than there are");
-    simt::launch(
-        dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
-        [&] { kernel(args); }, dim3(1, shape.clustered ? shape.grid_y : 1));
-  }
+  using Launcher::Launcher;
 
   // Of exactly this size, so that the address sanitizer sees its end; NaN until written.
-  void* allocate(size_t bytes) {
+  void* allocate(size_t bytes) override {
     memory_.emplace_back(new unsigned char[bytes ? bytes : 1]);
     std::memset(memory_.back().get(), 0xff, bytes);
     return memory_.back().get();
   }
 
  private:
-  Limits limits_;
   std::vector<std::unique_ptr<unsigned char[]>> memory_;
 };
 
@@ -137,11 +105,6 @@ void fill(const Fields& fields, UpsampleArgs& args) {
 template <class Args>
 using Run = void (*)(Launcher&, Dtype, const Args&);
 
-template <bool Backward, class Args>
-void calibrate(Launcher& launcher, Dtype dtype, const Args& args) {
-  launch_calibrate<Backward>(launcher, dtype, args);
-}
-
 template <class Args>
 void define(py::module_& module, const char* name, Run<Args> run) {
   module.def(name, [run](const py::dict& given) {
@@ -152,7 +115,7 @@ void define(py::module_& module, const char* name, Run<Args> run) {
     fields.number("multiprocessors", limits.multiprocessors);
     fields.number("shared_bytes", limits.shared_bytes);
     fields.number("has_clusters", limits.has_clusters);
-    Launcher launcher(limits);
+    HostLauncher launcher(limits);
     run(launcher, static_cast<Dtype>(fields.integer("dtype")), args);
   });
 }
@@ -161,20 +124,20 @@ void define(py::module_& module, const char* name, Run<Args> run) {
 
 PYBIND11_MODULE(kernels, module) {
   simt::bind(module);
-  define<RowArgs>(module, "row_forward", launch_row_forward<Launcher>);
-  define<RowArgs>(module, "row_backward", launch_row_backward<Launcher>);
-  define<DenseArgs>(module, "dense_forward", launch_dense_forward<Launcher>);
-  define<DenseArgs>(module, "dense_backward", launch_dense_backward<Launcher>);
-  define<RowArgs>(module, "row_calibrate", calibrate<false, RowArgs>);
-  define<RowArgs>(module, "row_calibrate_backward", calibrate<true, RowArgs>);
-  define<DenseArgs>(module, "dense_calibrate", calibrate<false, DenseArgs>);
-  define<DenseArgs>(module, "dense_calibrate_backward", calibrate<true, DenseArgs>);
-  define<UpsampleArgs>(module, "upsample_forward", launch_upsample_forward<Launcher>);
-  define<UpsampleArgs>(module, "upsample_backward", launch_upsample_backward<Launcher>);
-  define<RowArgs>(module, "soft_row_forward", launch_soft_row_forward<Launcher>);
-  define<RowArgs>(module, "soft_row_backward", launch_soft_row_backward<Launcher>);
-  define<DenseArgs>(module, "soft_dense_forward", launch_soft_dense_forward<Launcher>);
-  define<DenseArgs>(module, "soft_dense_backward", launch_soft_dense_backward<Launcher>);
-  define<UpsampleArgs>(module, "soft_upsample_forward", launch_soft_upsample_forward<Launcher>);
-  define<UpsampleArgs>(module, "soft_upsample_backward", launch_soft_upsample_backward<Launcher>);
+  define<RowArgs>(module, "row_forward", launch_row_forward);
+  define<RowArgs>(module, "row_backward", launch_row_backward);
+  define<DenseArgs>(module, "dense_forward", launch_dense_forward);
+  define<DenseArgs>(module, "dense_backward", launch_dense_backward);
+  define<RowArgs>(module, "row_calibrate", launch_calibrate_forward);
+  define<RowArgs>(module, "row_calibrate_backward", launch_calibrate_backward);
+  define<DenseArgs>(module, "dense_calibrate", launch_calibrate_forward);
+  define<DenseArgs>(module, "dense_calibrate_backward", launch_calibrate_backward);
+  define<UpsampleArgs>(module, "upsample_forward", launch_upsample_forward);
+  define<UpsampleArgs>(module, "upsample_backward", launch_upsample_backward);
+  define<RowArgs>(module, "soft_row_forward", launch_soft_row_forward);
+  define<RowArgs>(module, "soft_row_backward", launch_soft_row_backward);
+  define<DenseArgs>(module, "soft_dense_forward", launch_soft_dense_forward);
+  define<DenseArgs>(module, "soft_dense_backward", launch_soft_dense_backward);
+  define<UpsampleArgs>(module, "soft_upsample_forward", launch_soft_upsample_forward);
+  define<UpsampleArgs>(module, "soft_upsample_backward", launch_soft_upsample_backward);
 }

@@ -1,4 +1,8 @@
-"""What nvcc says of the kernels it compiles: registers, stack, spills, shared memory."""
+"""The kernels' machine code, and what it takes: registers, stack, spills, shared memory.
+
+It is the library's, where that was built for the architecture of the sources that are here;
+otherwise nvcc makes it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,19 @@ import functools
 import hashlib
 import json
 import re
+import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from disalign_ops._ops import backends
+from machine_code import disassembly
 from simt import build
 
+from . import cuda_tools
 from .places import ROOT, TESTS
 
 # Of the library: CMakeLists.txt.
@@ -59,27 +70,92 @@ class Kernel:
         return vectors * (4 if self.type == "f" else 8)
 
 
-def compile(source: Path, architecture: str) -> tuple[Path, list[Kernel]]:
-    """The machine code of a file that is compiled as the library is, for one architecture, and what
-    nvcc says of its kernels. The same sources are compiled once: build/reports keeps the results.
-    """
-    version = digest(source.read_bytes())
-    name = f"{source.stem}_{architecture}_"
-    cubin, report = (_KEPT / f"{name}{version}.{kind}" for kind in ("cubin", "json"))
+Code = tuple[list[Path], list[Kernel]]  # the files, and the kernels in them
+
+
+def every_kernel(architecture: str) -> Code:
+    """The machine code of all kernels of csrc/cuda for one architecture, and what it takes."""
+    if _is_library_for(architecture):
+        version = hashlib.sha256(backends.CUDA_LIBRARY.read_bytes()).hexdigest()[:16]
+        return _kept("library", architecture, version, _extract)
+    return compile(_EVERY, architecture)
+
+
+def compile(source: Path, architecture: str) -> Code:
+    """The same of a file, compiled as the library is."""
+
+    def make(architecture: str, folder: Path) -> None:
+        _run_nvcc(source, architecture, folder / f"{source.stem}.cubin")
+
+    return _kept(source.stem, architecture, digest(source.read_bytes()), make)
+
+
+def _kept(name: str, architecture: str, version: str, make: Callable[[str, Path], None]) -> Code:
+    """make's files, which build/reports keeps: they are made once."""
     _KEPT.mkdir(parents=True, exist_ok=True)
-    with Path(_KEPT, f"{name}lock").open("w") as lock:
+    name = f"{name}_{architecture}"
+    folder = _KEPT / f"{name}_{version}"
+    report = folder / "kernels.json"
+    with Path(_KEPT, f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of tests want the same
         if not report.exists():
-            for old in _KEPT.glob(f"{name}*.*"):
-                old.unlink()
-            kernels = _run_nvcc(source, architecture, cubin)
+            for old in _KEPT.glob(f"{name}_*"):
+                shutil.rmtree(old, ignore_errors=True)
+            folder.mkdir()
+            make(architecture, folder)
+            kernels = _describe(sorted(folder.glob("*.cubin")), architecture)
             report.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
-    return cubin, [Kernel(**kernel) for kernel in json.loads(report.read_text())]
+    return sorted(folder.glob("*.cubin")), [
+        Kernel(**kernel) for kernel in json.loads(report.read_text())
+    ]
 
 
-def every_kernel(architecture: str) -> tuple[Path, list[Kernel]]:
-    """The same of all kernels of csrc/cuda."""
-    return compile(_EVERY, architecture)
+def _is_library_for(architecture: str) -> bool:
+    """Whether the library has this architecture's code, of the sources that are here."""
+    if not backends.backend_info()["native"]["cuda_architectures"]:  # type: ignore[index]
+        return False
+    info = dict(item.split("=", 1) for item in torch.ops.disalign_ops.cuda_build_info().split(";"))
+    architectures = [a.removesuffix("-real") for a in info["architectures"].split(",")]
+    return architecture in architectures and info.get("sources") == _sources()
+
+
+@functools.cache
+def _sources() -> str:
+    """As CMakeLists.txt says of what code was made of."""
+    patterns = ("common/**/*.*h", "cuda/**/*.*h", "cuda/**/*.cu")
+    files = sorted({str(path) for pattern in patterns for path in (ROOT / "csrc").glob(pattern)})
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _extract(architecture: str, folder: Path) -> None:
+    """The library's code for an architecture."""
+    cuda_tools.run("cuobjdump", "-xelf", f"sm_{architecture}", backends.CUDA_LIBRARY, folder=folder)
+
+
+def _describe(cubins: list[Path], architecture: str) -> list[Kernel]:
+    reserved = 1024 if int(architecture) >= 90 else 0  # of a block's shared memory, by the driver
+    usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    codes = disassembly.Kernels(*cubins)
+    kernels = []
+    for cubin in cubins:
+        printed = cuda_tools.run("cuobjdump", "-res-usage", cubin)
+        for symbol, registers, stack, shared in re.findall(usage, printed):
+            spilled = _spilled(codes[symbol]) if int(stack) else 0
+            kernels.append(
+                Kernel(symbol, int(registers), int(stack), spilled, int(shared) - reserved)
+            )
+    return kernels
+
+
+def _spilled(kernel: disassembly.Kernel) -> int:
+    """Bytes that a thread's instructions store to its stack, and load."""
+    sizes = {"64": 8, "128": 16}
+    return sum(
+        next((sizes[m] for m in i.modifiers if m in sizes), 4)
+        for i in kernel.instructions.values()
+        if i.name in ("STL", "LDL")
+    )
 
 
 @functools.cache
@@ -91,28 +167,17 @@ def digest(source: bytes) -> str:
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
-def _run_nvcc(source: Path, architecture: str, cubin: Path) -> list[Kernel]:
+def _run_nvcc(source: Path, architecture: str, cubin: Path) -> None:
     home = build.cuda_home()
     assert home is not None
     virtual = max((v for v in VIRTUAL if int(v) <= int(architecture)), key=int)
     run = subprocess.run(
         [str(home / "bin" / "nvcc"), "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin",
-         "-Xptxas", "-v",
          "-gencode", f"arch=compute_{virtual},code=sm_{architecture}",
          str(source), "-o", str(cubin)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    pattern = (
-        r"Compiling entry function '(\S+)' for.*?(\d+) bytes stack frame, "
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
-    )
-    kernels = []
-    for symbol, stack, stores, loads, registers, rest in re.findall(pattern, run.stderr, re.S):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        static = int(shared[1]) if shared else 0
-        kernels.append(Kernel(symbol, int(registers), int(stack), int(stores) + int(loads), static))
-    return kernels
 
 
 Spill = tuple[str, str, tuple[int, ...], str]  # architecture; name, flags, type of the kernel

@@ -7,6 +7,7 @@ below. Every other test is in `make test-fast` and `make test`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -105,8 +106,13 @@ def _matches(item: pytest.Item, key: str) -> bool:
     return item.nodeid.startswith(key) if "/" in key else key in item.name
 
 
-def _is_marked(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in ("standard", "slow", "fast"))
+def _is_marked(item: pytest.Item, *names: str) -> bool:
+    return any(item.get_closest_marker(name) for name in names)
+
+
+# Of a test of more cases than this, `make test` runs those that together hold every pair of values
+# of two parameters; the others are slow.
+MANY = 40
 
 
 def mark(items: list[pytest.Item]) -> None:
@@ -114,11 +120,20 @@ def mark(items: list[pytest.Item]) -> None:
     for item in items:
         if any(_matches(item, key) for key in SLOW):
             item.add_marker("slow")
-        elif not _is_marked(item) and any(_matches(item, key) for key in STANDARD):
+        elif not _is_marked(item, "standard", "slow", "fast") and any(
+            _matches(item, key) for key in STANDARD
+        ):
             item.add_marker("standard")
         for key, group in GROUPS.items():
             if _matches(item, key):
                 item.add_marker(pytest.mark.xdist_group(group))
+    for cases in _by_function(items):
+        ordinary = [i for i in cases if not _is_marked(i, "slow", "fast")]
+        if len(ordinary) > MANY:
+            kept = _with_every_pair(ordinary)
+            for item in ordinary:
+                if item not in kept:
+                    item.add_marker("slow")
     items.sort(key=lambda item: 0 if _long(item) else 1)
 
 
@@ -132,17 +147,37 @@ def _part(item: pytest.Item) -> Any:
     return call.params.get("part") if call else None
 
 
+def _by_function(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return list(functions.values())
+
+
+def _with_every_pair(cases: list[pytest.Item]) -> set[pytest.Item]:
+    """Cases with every pair of values that two parameters have in one of them. The next case is the
+    first of those with the most pairs that no case has had yet.
+    """
+    pairs = {item: {*itertools.combinations(sorted(_values(item)), 2)} for item in cases}
+    if not all(pairs.values()):
+        return set(cases)  # of one parameter
+    left = set().union(*pairs.values())
+    kept = set()
+    while left:
+        best = max(cases, key=lambda item: len(pairs[item] & left))
+        left -= pairs[best]
+        kept.add(best)
+    return kept
+
+
 def once(items: list[pytest.Item]) -> list[pytest.Item]:
     """Of each test function, cases that together hold every value of every parameter.
 
     The next case is the one with the most values that no case has had yet, and of several the one
     whose values have been had least often: options are spread over shapes and dtypes.
     """
-    functions: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept: set[pytest.Item] = set()
-    for cases in functions.values():
+    for cases in _by_function(items):
         values = {item: _values(item) for item in cases}
         uses = dict.fromkeys((value for case in values.values() for value in case), 0)
         while cases:

@@ -6,16 +6,11 @@ Triton's launcher does up to the driver: specialises the arguments, and compiles
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,6 +22,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from disalign_ops._ops.triton import launch
+
+from . import cuda_tools
 
 TARGETS = (80, 90, 100, 120)
 ROCM = ("gfx942", "gfx1100")
@@ -110,7 +107,7 @@ def compile_launch(found: Launch, architecture: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = cuobjdump("-res-usage", file.name)
+        usage = cuda_tools.run("cuobjdump", "-res-usage", file.name)
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert used, usage
     ptx = compiled.asm["ptx"]
@@ -121,15 +118,6 @@ def compile_launch(found: Launch, architecture: int) -> Compiled:
         wide_loads=len(re.findall(r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", ptx)),
         asserts="__assertfail" in ptx,
     )
-
-
-def cuobjdump(*arguments: str) -> str:
-    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    tools = Path(sys.prefix, "lib", name, "site-packages", "nvidia", "cu13", "bin")
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    tool = shutil.which("cuobjdump", path=path)
-    assert tool, "needs cuobjdump (package nvidia-cuda-cuobjdump)"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 # (logits, size of an upsampled loss or (0, 0)): kernels of every layout and number of warps.

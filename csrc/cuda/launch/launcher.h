@@ -26,35 +26,9 @@ inline void require_grid(const Shape& shape) {
 
 #if defined(DISALIGN_SIMT)
 
-class Launcher {
- public:
-  virtual void* allocate(size_t bytes) = 0;
+}  // namespace disalign::cuda
 
-  // A small device: its few blocks go round their loops several times.
-  Limits limits() const { return {2, 99 << 10, true}; }
-
-  template <class Args>
-  int blocks_per_multiprocessor(void (*)(Args), int, size_t) const {
-    return 2;
-  }
-
-  template <class Args>
-  int clusters(void (*)(Args), const Shape&) const {
-    return 2;
-  }
-
-  template <class Args>
-  void launch(void (*kernel)(Args), const Shape& shape, const Args& args) {
-    require_grid(shape);
-    require_launch(shape.shared_bytes <= limits().shared_bytes, "more shared memory than there is");
-    ::simt::launch(
-        dim3(shape.grid_x, shape.grid_y), dim3(shape.threads), shape.shared_bytes,
-        [&] { kernel(args); }, dim3(1, shape.clustered ? shape.grid_y : 1));
-  }
-
- protected:
-  ~Launcher() = default;
-};
+#include "host_launcher.h"
 
 #else
 
@@ -208,6 +182,6 @@ class Launcher {
   Limits limits_;
 };
 
-#endif
-
 }  // namespace disalign::cuda
+
+#endif

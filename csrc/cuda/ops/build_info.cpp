@@ -9,9 +9,10 @@
 namespace disalign::cuda {
 namespace {
 
-// "architectures=80-real,90;compiler=nvcc 13.0.88"
+// "architectures=80-real,90;compiler=nvcc 13.0.88;sources=<SHA-256>"
 std::string cuda_build_info() {
-  return "architectures=" DISALIGN_ARCHITECTURES ";compiler=" DISALIGN_COMPILER;
+  return "architectures=" DISALIGN_ARCHITECTURES ";compiler=" DISALIGN_COMPILER
+         ";sources=" DISALIGN_SOURCES;
 }
 
 // Why kernels of this library cannot run on this device; empty if they can.
