@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks import model, model_planes
 from benchmarks.gpus import GPUS
-from machine_code import disassembly, library, planes, rows, upsample
+from machine_code import disassembly, flow, library, planes, rows, upsample
 from machine_code.warp import Launch, Unknown, Warp
 from simt import build
 
@@ -101,7 +102,7 @@ def test_a_planted_kernel_issues_what_it_must(architecture: str, tmp_path: Path)
             return large == ("GT" in unknown.source.modifiers)
 
         warp = Warp(kernel, Launch(constants, (0, 0), 32), decide)
-        assert warp.run() == sum(warp.issued.values())
+        assert warp.run() == warp.opcodes().total()
         return warp.opcodes()
 
     few, many = issued(6, 2, True), issued(70, 10, True)
@@ -114,6 +115,19 @@ def test_a_planted_kernel_issues_what_it_must(architecture: str, tmp_path: Path)
     small = issued(6, 2, False)
     assert small["MUFU.RSQ"] == 0
     assert sum(small.values()) < sum(few.values())
+
+
+@pytest.mark.parametrize("dtype", rows.DTYPES)
+@pytest.mark.parametrize("step", ["stage2", "forward"])
+def test_what_is_not_followed_decides_nothing(dtype: str, step: str) -> None:
+    codes, registers = library.kernels("90")
+    symbol = rows.launch("90", dtype, 1203, step).symbol
+    kernel, code = rows.launch("90", dtype, 1203, step, registers[symbol]), codes[symbol]
+    found = rows.block(kernel, 3, code, "90", dtype, 1203, step)
+    assert len(code.flow.followed) < 0.7 * len(code.instructions)
+    every = flow.Flow(followed=frozenset(code.instructions), unknown=frozenset())
+    all_followed = dataclasses.replace(code, runs={}, flow=every)
+    assert rows.block(kernel, 3, all_followed, "90", dtype, 1203, step) == found
 
 
 # Instructions for 512 bytes of logits: those of nvcc 13.0 and 3 %. (architecture, dtype) -> for

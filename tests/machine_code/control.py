@@ -12,10 +12,16 @@ from .operations import M32, Value
 from .warp import ALL, LANES, NotModelledError, Unknown, Warp, lift
 
 Step = Callable[[Warp], None]
+# The names of those, and of those by which lanes wait for each other.
+MOVES = {
+    "BRA", "BRX", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "BPT",
+}  # fmt: skip
 
 
 def control(instruction: Instruction) -> Step | None:
     name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
+    if name not in MOVES:
+        return None
     predicates = [o for o in (instruction.guard, *operands) if o and o.kind in ("P", "UP")]
     conditions = [reader(p, "p") for p in predicates]
 
@@ -52,7 +58,10 @@ def control(instruction: Instruction) -> Step | None:
                 to = to[warp.first_active()]
             if to is None:
                 raise NotModelledError(f"{instruction.text}: where to is not known")
-            warp.split(lanes(warp), to + offset & M32)
+            to = to + offset & M32
+            if to not in (warp.kernel.returns if name == "RET" else warp.kernel.labels):
+                raise NotModelledError(f"{instruction.text}: to where flow.py does not look")
+            warp.split(lanes(warp), to)
 
         return jump
     if name == "EXIT":
@@ -91,13 +100,11 @@ def control(instruction: Instruction) -> Step | None:
             warp.meet(warp.warpsyncs.setdefault(lanes, [lanes]))
 
         return wait
-    if name in ("CALL", "BPT"):
 
-        def stop(warp: Warp) -> None:
-            raise NotModelledError(f"{instruction.text}: an assertion fails")
+    def stop(warp: Warp) -> None:  # CALL, BPT
+        raise NotModelledError(f"{instruction.text}: an assertion fails")
 
-        return stop
-    return None
+    return stop
 
 
 def _decided(warp: Warp, branch: Instruction, predicate: Operand, value: Value) -> Value:

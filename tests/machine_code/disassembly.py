@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,15 @@ class Kernel:
     instructions: dict[int, Instruction]
     constants: dict[int, bytes]
     constant_bytes: int  # of bank 0; the arguments are its end
-    steps: dict[int, Any] = field(default_factory=dict, repr=False)  # instructions.py's, by address
+    labels: frozenset[int]  # addresses
+    runs: dict[int, Any] = field(default_factory=dict, repr=False)  # instructions.py's, by address
+    flow: Any = field(default=None, repr=False)  # flow.py's
+
+    @functools.cached_property
+    def returns(self) -> frozenset[int]:
+        """Where a call of one of its functions may return to."""
+        found = (i.address + 16 for i in self.instructions.values() if i.name == "CALL")
+        return frozenset(found)
 
 
 REGISTER = re.compile(
@@ -79,7 +88,8 @@ def _parts(inside: str) -> tuple[int, tuple[tuple[str, int, int], ...]]:
     return offset, tuple(parts)
 
 
-def _operand(text: str, labels: dict[str, int]) -> Operand:
+@functools.cache
+def _operand(text: str) -> Operand:
     register = REGISTER.fullmatch(text)
     if register:
         number = -1 if register["number"] in "ZT" else int(register["number"])
@@ -92,8 +102,6 @@ def _operand(text: str, labels: dict[str, int]) -> Operand:
         return Operand("constant", text, offset, constant["sign"], bank=bank, parts=parts)
     if re.fullmatch(r"-?0x[0-9a-f]+", text):
         return Operand("number", text, int(text, 16))
-    if text.startswith("`("):
-        return Operand("label", text, labels.get(text[2:-1], -1))
     if "[" in text:
         offset, parts = _parts(text[text.rindex("[") :])
         return Operand("memory", text, offset, parts=parts)
@@ -109,9 +117,13 @@ def _instruction(line: str, labels: dict[str, int]) -> Instruction | None:
         return None
     address, guard, opcode, rest = match.groups()
     rest = re.sub(r"^(\s*\w+) (`|-0x|0x)", r"\1, \2", rest)  # BRX R4 -0x10, RET R4 `(name)
-    operands = tuple(_operand(o.strip(), labels) for o in rest.split(",") if o.strip())
+    operands = tuple(
+        Operand("label", o, labels.get(o[2:-1], -1)) if o.startswith("`(") else _operand(o)
+        for o in map(str.strip, rest.split(","))
+        if o
+    )
     return Instruction(
-        int(address, 16), _operand(guard, labels) if guard else None, opcode, operands,
+        int(address, 16), _operand(guard) if guard else None, opcode, operands,
         f"{opcode}{rest}".strip(),
     )  # fmt: skip
 
@@ -182,4 +194,5 @@ class Kernels(Mapping[str, Kernel]):
             if (name := f".nv.constant{bank}.{symbol}") in sections
         }
         size = len(sections[f".nv.constant0.{symbol}"])
-        return Kernel(symbol, {i.address: i for i in decoded if i}, constants, size)
+        return Kernel(symbol, {i.address: i for i in decoded if i}, constants, size,
+                      frozenset(labels.values()))  # fmt: skip

@@ -3,105 +3,46 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from . import flow
 from . import operations as ops
-from .control import control
-from .disassembly import Instruction, Operand
+from .control import MOVES, control
+from .disassembly import Instruction, Kernel, Operand
+from .forms import (
+    ARITHMETIC,
+    DATA,
+    LOADS,
+    NOTHING,
+    WITH_BITS,
+    form,
+    plain_name,
+    results_of,
+    widths,
+    words_of,
+)
 from .operands import Read, address_reader, constant_reader, guard_reader, reader
 from .operations import M32, Value
 from .warp import LANES, ZERO, NotModelledError, Warp, lift, merge, uniform
 
 Step = Callable[[Warp], None]
 
-# ---- Arithmetic ----
-
-# By the name without the U of the uniform ones: the function, how it reads its sources.
-ARITHMETIC: dict[str, tuple[Callable[..., Any], str]] = {
-    "IADD3": (ops.add, "aaa"),
-    "IADD": (ops.add, "aa"),
-    "VIADD": (ops.add, "aa"),
-    "IMAD": (ops.multiply_add, "iii"),
-    "LEA": (ops.shift_add, "iaii"),
-    "SHF": (ops.shift, "iii"),
-    "SGXT": (ops.extend, "ii"),
-    "IABS": (ops.magnitude, "i"),
-    "BREV": (ops.reverse, "i"),
-    "FLO": (ops.leading_one, "i"),
-    "LOP3": (ops.logic, "iiii"),
-    "PLOP3": (ops.predicate_logic, "pppii"),
-    "ISETP": (ops.compare_integers, "ii"),
-    "FSETP": (functools.partial(ops.compare_floats, False), "ff"),
-    "DSETP": (functools.partial(ops.compare_floats, True), "dd"),
-    "SEL": (ops.select, "ii"),
-    "FSEL": (ops.select, "ff"),
-    "IMNMX": (ops.minimum, "ii"),
-    "VIMNMX": (ops.minimum, "ii"),
-    "VIMNMX3": (ops.minimum_of_three, "iii"),
-    "VIADDMNMX": (ops.add_minimum, "iii"),
-    "PRMT": (ops.permute, "iii"),
-    "FADD": (functools.partial(ops.float_arithmetic, False, "ADD"), "ff"),
-    "FMUL": (functools.partial(ops.float_arithmetic, False, "MUL"), "ff"),
-    "FFMA": (functools.partial(ops.float_arithmetic, False, "FMA"), "fff"),
-    "DADD": (functools.partial(ops.float_arithmetic, True, "ADD"), "dd"),
-    "DMUL": (functools.partial(ops.float_arithmetic, True, "MUL"), "dd"),
-    "DFMA": (functools.partial(ops.float_arithmetic, True, "FMA"), "ddd"),
-    "MUFU": (ops.reciprocal, "f"),
-    "F2I": (ops.to_integer, "f"),
-    "I2F": (ops.from_integer, "i"),
-    "I2FP": (ops.from_integer, "i"),
-    "F2F": (ops.convert_float, "f"),
-    "MOV": (ops.move, "i"),
-}
-PREDICATES = ("ISETP", "FSETP", "DSETP", "PLOP3")  # they write two
-WITH_BITS = ("LOP3", "MOV", "PRMT")  # they know what operations.Bits are
-# What they write is not followed.
-DATA = {
-    "FMNMX", "FMNMX3", "HMNMX2", "FRND", "FCHK", "F2FP", "LDS", "HFMA2", "HADD2", "HMUL2", "LEPC",
-    "MUFU", "ATOMG", "LDSM", "HSETP2",
-}  # fmt: skip
-NOTHING = {"STG", "STS", "STSM", "ST", "BAR", "NOP", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR",
-           "ENDCOLLECTIVE", "ERRBAR", "CGAERRBAR", "CCTL"}  # fmt: skip
-
-
-def _plain(name: str) -> str:
-    if name in ("ULDC", "LDCU"):
-        return "LDC"
-    short = name[1:] if name[0] == "U" else name
-    return short if short in ARITHMETIC or short in DATA else name
-
 
 def _arithmetic(instruction: Instruction) -> Step | None:
-    name, modifiers = _plain(instruction.name), ops.Modifiers(instruction.modifiers)
+    name, modifiers = plain_name(instruction.name), ops.Modifiers(instruction.modifiers)
     if name not in ARITHMETIC:
         return None
-    function, modes = ARITHMETIC[name]
-    operands = instruction.operands
-    written = 2 if name in PREDICATES else 1
-    if name == "LOP3" and operands[0].kind in ("P", "UP"):
-        written = 2
-    elif name not in PREDICATES:
-        while operands[written : written + 1] and operands[written].kind in ("P", "UP"):
-            written += 1
-    results = list(operands[:written])
+    function, modes, wide = form(instruction)
+    results = list(results_of(instruction))
+    sources = instruction.operands[len(results) :]
     if name == "LOP3" and results[0].kind in ("P", "UP"):
         results.reverse()
-    wide = name[0] == "D"
-    if "64" in modifiers or "S64" in modifiers or "U64" in modifiers:
-        if name in ("IADD3", "IADD"):
-            function = ops.add_wide
-        if name not in ("F2I", "SHF"):
-            modes = modes.replace("i", "w").replace("a", "w")
-        wide = name not in ("I2F", "ISETP", "SHF")
-    elif name == "IMAD" and ("WIDE" in modifiers or "HI" in modifiers):
-        modes, wide = "iiw", "WIDE" in modifiers
-    elif name == "F2F" and modifiers[:2] == ["F32", "F64"]:
-        modes = "d"
-    elif name in ("F2F", "I2F") and "F64" in modifiers[:1]:
-        wide = True
     readers = []
-    for k, operand in enumerate(operands[written:]):
+    for k, operand in enumerate(sources):
         predicate = operand.kind in ("P", "UP")
         readers.append(reader(operand, "p" if predicate else modes[k]))
     compute = functools.partial(function, modifiers)
@@ -138,21 +79,13 @@ def _write(warp: Warp, instruction: Instruction, result: Operand, value: Value, 
 
 # ---- Loads, and what else moves ----
 
-LOADS = {"LDC", "LDG", "LDL", "LD"}
-
-
-def _words(modifiers: list[str]) -> int:
-    """That an instruction loads: bits, or the matrices of LDSM."""
-    sizes = {"64": 2, "128": 4, "2": 2, "4": 4}
-    return next((sizes[m] for m in modifiers if m in sizes), 1)
-
 
 def _move(instruction: Instruction) -> Step | None:
     name, modifiers, operands = instruction.name, instruction.modifiers, instruction.operands
     guard = guard_reader(instruction)
     if name in NOTHING:
         return lambda warp: None
-    plain = _plain(name)
+    plain = plain_name(name)
     if plain == "HFMA2" and [o.kind for o in operands[3:]] == ["float", "float"]:
         constant = ops.half_pair(operands[3].value, operands[4].value)
         return lambda warp: _write(warp, instruction, operands[0], constant, False, guard(warp))
@@ -164,7 +97,7 @@ def _move(instruction: Instruction) -> Step | None:
             warp, instruction, operands[0], _special(warp, operands[1].text), wide, guard(warp)
         )
     if name == "STL":
-        address, words = address_reader(operands[0]), _words(modifiers)
+        address, words = address_reader(operands[0]), words_of(modifiers)
         sources = [reader(_following(operands[1], k), "i") for k in range(words)]
 
         def store(warp: Warp) -> None:
@@ -190,14 +123,8 @@ def _move(instruction: Instruction) -> Step | None:
         return _shuffle(instruction)
     if name in ("VOTE", "VOTEU"):
         return _vote(instruction)
-    if name == "B2R":  # what a barrier has found of all warps: not known
-        guard, results = guard_reader(instruction), instruction.operands
-
-        def of_barrier(warp: Warp) -> None:
-            for result in results:
-                _write(warp, instruction, result, None, False, guard(warp))
-
-        return of_barrier
+    if name == "B2R":  # what a barrier has found of all warps
+        return _forget(instruction)
     if name in ("P2R", "UP2UR"):
         kind = "P" if name == "P2R" else "UP"
         rest, mask = reader(operands[2], "i"), int(operands[3].value)
@@ -222,18 +149,22 @@ def _move(instruction: Instruction) -> Step | None:
 
         return pack
     if plain in DATA:
-        # ATOMG: a predicate, the register; HSETP2: two predicates
-        results = list(operands[: 2 if name in ("ATOMG", "HSETP2") else 1])
-        words = 2 if plain == "LEPC" else _words(modifiers)
-
-        def forget(warp: Warp) -> None:
-            holds = guard(warp)
-            for result in results:
-                for k in range(words if result.kind[-1] == "R" else 1):
-                    _write(warp, instruction, _following(result, k), None, False, holds)
-
-        return forget
+        return _forget(instruction)
     return None
+
+
+def _forget(instruction: Instruction) -> Step:
+    """Its results are not known."""
+    guard = guard_reader(instruction)
+    results, (words, _) = results_of(instruction), widths(instruction)
+
+    def forget(warp: Warp) -> None:
+        holds = guard(warp)
+        for result in results:
+            for k in range(words if result.kind[-1] == "R" else 1):
+                _write(warp, instruction, _following(result, k), None, False, holds)
+
+    return forget
 
 
 def _shuffle(instruction: Instruction) -> Step:
@@ -302,7 +233,7 @@ def _special(warp: Warp, name: str) -> Value:
 
 def _load(instruction: Instruction, name: str) -> Step:
     modifiers, operands = instruction.modifiers, instruction.operands
-    guard, words = guard_reader(instruction), _words(instruction.modifiers)
+    guard, words = guard_reader(instruction), words_of(instruction.modifiers)
     narrow = next((m for m in modifiers if m in ("U8", "S8", "U16", "S16")), "")
     size = int(narrow[1:]) // 8 if narrow else 4
     if name == "LDC":
@@ -343,8 +274,33 @@ def _load(instruction: Instruction, name: str) -> Step:
     return load
 
 
-def decode(instruction: Instruction) -> Step:
+def _decode(instruction: Instruction) -> Step:
     step = control(instruction) or _arithmetic(instruction) or _move(instruction)
     if step is None:
         raise NotModelledError(f"{instruction.text} at {instruction.address:#x}")
     return step
+
+
+@dataclass(frozen=True)
+class Run:
+    """Instructions up to the next that moves lanes. steps: what is followed of them (flow.py)."""
+
+    length: int
+    opcodes: Counter[str]
+    steps: tuple[Step, ...]
+
+
+def run_from(kernel: Kernel, address: int) -> Run:
+    if kernel.flow is None:
+        kernel.flow = flow.analyse(kernel)
+    opcodes: Counter[str] = Counter()
+    steps = []
+    for at in itertools.count(address, 16):
+        instruction = kernel.instructions[at]
+        opcodes[instruction.opcode] += 1
+        step = _decode(instruction)  # which says no to what it does not know
+        if at in kernel.flow.followed:
+            steps.append(_forget(instruction) if at in kernel.flow.unknown else step)
+        if instruction.name in MOVES:
+            return Run(opcodes.total(), opcodes, tuple(steps))
+    raise AssertionError

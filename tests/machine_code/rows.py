@@ -247,7 +247,7 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     kernel = launch(architecture, dtype, classes, step, registers[symbol])
     code = codes[kernel.symbol]
     # With so many rows a block: the difference is that of the rows, the rest is set-up.
-    few, many = (_block(kernel, n, code, architecture, dtype, classes, step) for n in (1, 3))
+    few, many = (block(kernel, n, code, architecture, dtype, classes, step) for n in (1, 3))
     row = {opcode: (many[opcode] - few[opcode]) / 2 / kernel.rows for opcode in many}
     setup = {opcode: few[opcode] - kernel.rows * row[opcode] for opcode in many}
     warps = kernel.threads // 32 * kernel.grid[1] / kernel.rows
@@ -262,7 +262,7 @@ def count(architecture: str, dtype: str, classes: int, step: str) -> Count:
     )
 
 
-def _block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: str, dtype: str,
+def block(kernel: Kernel, rounds: int, code: disassembly.Kernel, architecture: str, dtype: str,
            classes: int, step: str) -> Counter[str]:  # fmt: skip
     """Instructions of the blocks of one blockIdx.x: the sum over them, the mean over alignments."""
     warps, tiles = kernel.threads // 32, kernel.grid[1]

@@ -8,6 +8,7 @@ more, and so counted.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Warp:
     kernel: Kernel
     launch: Launch
     decide: Callable[[Unknown], bool]  # the predicate's value
-    issued: Counter[int] = field(default_factory=Counter)  # by address
+    runs: Counter[int] = field(default_factory=Counter)  # how often one began, by address
     registers: dict[str, list[Any]] = field(default_factory=dict)
     sources: dict[tuple[str, int], Instruction] = field(default_factory=dict)  # of predicates
     local: dict[int, Any] = field(default_factory=dict)
@@ -82,28 +83,32 @@ class Warp:
 
     def run(self, most: int = 10**6) -> int:
         """Walks to the end of all lanes. Returns the number of instructions issued."""
-        from .instructions import decode
+        from .instructions import run_from
 
-        steps, instructions = self.kernel.steps, self.kernel.instructions
-        for _ in range(most):
+        runs, issued = self.kernel.runs, 0
+        while issued <= most:
             if not self.active:
                 if not self.groups:
                     assert not self.alive, "lanes wait for each other"
-                    return sum(self.issued.values())
+                    return issued
                 self.address, self.active = self.groups.pop()
             here = self.address
-            self.issued[here] += 1
-            self.address += 16
-            if here not in steps:
-                steps[here] = decode(instructions[here])
-            steps[here](self)
+            if here not in runs:
+                runs[here] = run_from(self.kernel, here)
+            run = runs[here]
+            self.runs[here] += 1
+            issued += run.length
+            self.address = here + 16 * run.length
+            for step in run.steps:
+                step(self)
         raise NotModelledError(f"{self.kernel.symbol} does not end")
 
     def opcodes(self) -> Counter[str]:
         """How often each opcode was issued."""
         found: Counter[str] = Counter()
-        for address, times in self.issued.items():
-            found[self.kernel.instructions[address].opcode] += times
+        for address, times in self.runs.items():
+            for opcode, n in self.kernel.runs[address].opcodes.items():
+                found[opcode] += times * n
         return found
 
     # ---- Lanes ----
@@ -198,14 +203,19 @@ def uniform(values: list[Value]) -> Value:
 def lift(function: Callable[..., tuple[Value, ...]], values: list[Any],
          bits: bool = False) -> tuple[Any, ...]:  # fmt: skip
     """function of the values, for each lane where lanes differ. bits: it knows what Bits are."""
+    if not bits:
+        values = [_whole(v) for v in values]
     if list not in map(type, values):
-        return function(*(values if bits else map(_whole, values)))
-    lanes = [v if isinstance(v, list) else [v] * LANES for v in values]
-    results = [
-        function(*(lane if bits else map(_whole, lane))) for lane in zip(*lanes, strict=True)
-    ]
+        return function(*values)
+    lanes = [v if type(v) is list else itertools.repeat(v) for v in values]
+    results = map(function, *lanes)
     return tuple(uniform(list(r)) for r in zip(*results, strict=True))
 
 
 def _whole(value: Value) -> Value:
+    """None, too, where some bits are known."""
+    if type(value) is list:
+        return (
+            [None if type(v) is Bits else v for v in value] if Bits in map(type, value) else value
+        )
     return None if type(value) is Bits else value
