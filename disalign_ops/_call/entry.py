@@ -60,7 +60,7 @@ def loss(
         return tracing.loss(input, target, options, calibration, loss)
     inputs, problem = call
     found = dispatch.compute(inputs, problem)[0]
-    soft, each = is_soft(inputs), problem.reduction == _NONE
+    soft, each = inputs.target.is_floating_point(), problem.reduction == _NONE
     if found.dtype is input.dtype and not soft and not each:
         return found
     # Class probabilities and their weight may have the wider dtype.

@@ -80,10 +80,19 @@ def _details(results: list[Tensor], wanted: int, problem: Problem) -> list[Tenso
     return found if problem.layout.name == UPSAMPLE.name else [*found, results[1]]
 
 
+def _present(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The inputs without those at the end that few calls have: a None costs as much as a tensor
+    where it is asked for its type, saved and restored.
+    """
+    if inputs.prior is inputs.margin is inputs.sample_weight is inputs.denominator is None:
+        return inputs[:3] if inputs.scale is None else inputs[:6]
+    return inputs
+
+
 def _save(
     ctx: Any,
     problem: Problem,
-    inputs: Inputs,
+    present: tuple[Tensor | None, ...],
     results: list[Tensor],
     wanted: int,
     given: tuple[Tensor | None, ...] = (),
@@ -91,9 +100,9 @@ def _save(
     """For `Saved`: the operator's inputs, its results without the loss and the details, and scale
     and bias as given where those of the inputs are made of them.
     """
-    ctx.kept = problem, wanted, [True]
+    ctx.kept = problem, wanted, len(present), [True]
     end = _first_detail(wanted) if wanted & DETAILS else None
-    ctx.save_for_backward(*inputs, *results[1:end], *given)
+    ctx.save_for_backward(*present, *results[1:end], *given)
 
 
 _INPUTS = len(Inputs._fields)
@@ -102,14 +111,14 @@ _INPUTS = len(Inputs._fields)
 class Saved:
     """What forward keeps for backward, by name; autograd saves it as one tuple, see `_save`."""
 
-    __slots__ = ("_tensors", "available", "problem", "wanted")
+    __slots__ = ("_present", "_tensors", "available", "problem", "wanted")
 
     def __init__(self, ctx: Any) -> None:
         self._tensors: Sequence[Tensor] = ctx.saved_tensors  # of which inputs may be None
         self.problem: Problem
         self.wanted: int  # what forward has made
         self.available: list[bool]  # empty: a backward has the gradient of the logits
-        self.problem, self.wanted, self.available = ctx.kept
+        self.problem, self.wanted, self._present, self.available = ctx.kept
 
     @property
     def logits(self) -> Tensor:
@@ -118,7 +127,7 @@ class Saved:
     @property
     def inputs(self) -> Inputs:
         """Of forward's operator."""
-        return Inputs._make(self._tensors[:_INPUTS])
+        return Inputs(*self._tensors[: self._present])
 
     @property
     def inputs_given(self) -> Inputs:
@@ -132,7 +141,7 @@ class Saved:
     def backward_inputs(self) -> Sequence[Tensor | None]:
         """Of backward's operator, between the upstream gradient and the numbers."""
         if self.wanted & STATISTICS:
-            known = self._tensors[_INPUTS : self._first_gradient]
+            known = self._tensors[self._present : self._first_gradient]
         else:
             known = _forward(self.inputs, self.problem, STATISTICS)[1:]
         *inputs, _ = self.inputs  # without the denominator's, which `known` has
@@ -149,7 +158,7 @@ class Saved:
 
     @property
     def _first_gradient(self) -> int:
-        return _INPUTS - 1 + _first_gradient(self.wanted)  # the loss is not kept
+        return self._present - 1 + _first_gradient(self.wanted)  # the loss is not kept
 
 
 def is_batched(grad_loss: Tensor) -> bool:
@@ -166,7 +175,9 @@ def _precomputed(saved: Saved, grad_loss: Tensor) -> Tensor | None:
     made, problem = saved.grad_logits, saved.problem
     if made is None:
         return None
-    if type(made) is not Tensor or _modes() or is_batched(grad_loss):
+    # (is_batched, without the call)
+    batched = _is_legacy_batched(grad_loss) or _is_wrapped(grad_loss)
+    if type(made) is not Tensor or _modes() or batched:
         # A fake or traced one has no value, and a batch of upstream gradients as many results.
         return made * grad_loss if saved.available else None
     try:
@@ -259,7 +270,7 @@ def _differentiable_backward(
 def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], layout: Layout) -> None:
     tensors, (*numbers, reduction, normalizer, wanted) = inputs[:_INPUTS], inputs[_INPUTS:]
     problem = Problem(layout, tuple(numbers), reduction, normalizer)
-    _save(ctx, problem, Inputs(*tensors), output, wanted)
+    _save(ctx, problem, tensors, output, wanted)
 
 
 def _operator_backward(ctx: Any, grads_of_results: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -305,8 +316,9 @@ class _Loss(torch.autograd.Function):
         with _BelowAutograd():
             if problem.form is not UNCHANGED:
                 inputs, given = _all_classes(inputs, problem), learned[1:3]
-            results = _forward(inputs, problem, wanted)
-        _save(ctx, problem, inputs, results, wanted, given)
+            present = _present(inputs)
+            results = _forward(inputs, problem, wanted, present)
+        _save(ctx, problem, present, results, wanted, given)
         if not problem.details:
             return results[0]
         details = _details(results, wanted, problem)
@@ -331,10 +343,14 @@ def _all_classes(inputs: Inputs, problem: Problem) -> Inputs:
 
 
 def _forward(
-    inputs: Inputs, problem: Problem, wanted: int, compiling: bool = False
+    inputs: Inputs,
+    problem: Problem,
+    wanted: int,
+    present: tuple[Tensor | None, ...] | None = None,
+    compiling: bool = False,
 ) -> list[Tensor]:
-    plain = not compiling and not has_torch_function(inputs)
-    operator = problem.layout.boxed("forward") if plain else problem.layout.operator("forward")
+    plain = not compiling and not has_torch_function(present or inputs)
+    operator = problem.layout.boxed_forward if plain else problem.layout.operator("forward")
     results: list[Tensor] = operator(
         *inputs, *problem.numbers, problem.reduction, problem.normalizer, wanted
     )
@@ -347,10 +363,11 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     (scale and bias of all classes are made below autograd in eager mode, which costs a small batch
     less than its nodes would.)
     """
-    logits, _, _, scale, bias, confidence = inputs[:6]
+    logits, scale = inputs.logits, inputs.scale
     calibration: tuple[Tensor, ...] = ()
-    if scale is not None and bias is not None and confidence is not None:
-        calibration = scale, bias, confidence
+    if scale is not None:
+        assert inputs.bias is not None and inputs.confidence is not None
+        calibration = scale, inputs.bias, inputs.confidence
     need = 0
     if _is_grad_enabled():
         need = LOGITS * logits.requires_grad
@@ -360,7 +377,7 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     compiling = _is_compiling()
     wanted = in_forward.wanted(inputs, problem, need, compiling)
     if compiling:
-        results = _forward(_all_classes(inputs, problem), problem, wanted, compiling)
+        results = _forward(_all_classes(inputs, problem), problem, wanted, compiling=True)
         return (results[0], *(t.detach() for t in _details(results, wanted, problem)))
     try:
         if not need:

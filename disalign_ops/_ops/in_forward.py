@@ -56,7 +56,7 @@ def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
     """What forward makes: of the gradients that are needed, the problem's details, and the
     statistics where backward reads them, or details the log-sum-exp.
     """
-    layout, logits = problem.layout, inputs.logits
+    layout, logits, details = problem.layout, inputs.logits, problem.details
     kernels = kernels_of(layout, logits)
     made = 0
     if problem.reduction != _NONE:
@@ -66,15 +66,19 @@ def wanted(inputs: Inputs, problem: Problem, need: int, compiling: bool) -> int:
             compiling or problem.in_place or layout.name not in kernels.layouts
         ):
             if problem.gradient == "auto":
-                by_default = logits.dtype in kernels.dtypes and not (
+                if logits.dtype in kernels.dtypes and not (
                     kernels.finished_by_operator and _scales_gradients(logits.device.type)
-                )
-                made |= LOGITS * by_default
-            else:
-                made |= LOGITS * (problem.gradient == "forward")
-    described = problem.details and layout.name != UPSAMPLE.name  # by the log-sum-exp, too
-    read = need & ~made or (made & LOGITS and kernels.finished_by_operator) or described
-    return made | problem.details | (STATISTICS if read else 0)
+                ):
+                    made |= LOGITS
+            elif problem.gradient == "forward":
+                made |= LOGITS
+    if (
+        need != made
+        or (made & LOGITS and kernels.finished_by_operator)
+        or (details and layout.name != UPSAMPLE.name)  # by the log-sum-exp, too
+    ):
+        return made | details | STATISTICS
+    return made | details
 
 
 def _scales_gradients(device: str) -> bool:

@@ -55,11 +55,16 @@ class Layout:
     def operator(self, part: str) -> Any:
         return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
 
-    def boxed(self, part: str) -> Any:
-        """The same for a call of which no argument has a __torch_function__, in eager mode: it does
+    @property
+    def boxed_forward(self) -> Any:
+        """"forward" for a call of which no argument has a __torch_function__, in eager mode: it does
         not ask each of them once more.
         """
-        return _BOXED[f"{self.prefix}{self.name}_{part}"]
+        return _BOXED[self._forward]
+
+    @functools.cached_property
+    def _forward(self) -> str:
+        return f"{self.prefix}{self.name}_forward"
 
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
@@ -70,7 +75,7 @@ _call_boxed = getattr(torch._C, "_dispatch_call_boxed", None)  # not public: may
 
 
 def keep(name: str, operator: Any) -> None:
-    """What `Layout.operator` and `Layout.boxed` find by this name."""
+    """What `Layout.operator` and `Layout.boxed_forward` find by this name."""
     _OPERATORS[name] = _BOXED[name] = operator
     if _call_boxed is not None and hasattr(operator, "_handle"):
         _BOXED[name] = functools.partial(_call_boxed, operator._handle)
