@@ -13,8 +13,7 @@
 // - The target's logit is marked -inf in shared memory: its exponential is 0 and it is left out of
 //   the sums, as PositionSums wants it. What its gradient is divided by that of the others then
 //   takes its place among the exponentials, and gradients are made of all alike.
-// - Memory: one read of the logits (besides the target's), one write of their gradient, which may be
-//   the logits.
+// - Memory: one read of the logits (besides the target's), one write of their gradient, maybe in place.
 #pragma once
 
 #include "cuda/kernels/async_copy.cuh"
@@ -70,7 +69,9 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   const bool writes_logits = args.grad_logits && !is_made<A>(args);
   if (args.backward && !writes_logits && !args.grad_confidence && !Sums) return;
 
-  unsigned char* own_vectors = kept_address(staged + lane * kVectorBytes);
+  unsigned char* own_vectors = staged + lane * kVectorBytes;
+  if constexpr (kWarpThreads<T, Calibrated, Sums, By> <= 256)  // else registers are too few
+    own_vectors = kept_address(own_vectors);
   tile.write_missing(own_vectors);
   const auto vector_at = [&](int round, int k) {
     return own_vectors + (round % kStages * K + k) * 32 * kVectorBytes;
