@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   const int lane = tile.lane;
   unsigned char* areas = memory + kWarpScratchBytes<A, By>;
   constexpr int kBytes = kWarpBytes<Calibrated>;
-  unsigned char* staged = kept_address(areas + tile.warp * kBytes);
+  constexpr bool kKeeps = !Calibrated || P <= 40;  // else all registers are taken
+  unsigned char* staged = kept_address<kKeeps>(areas + tile.warp * kBytes);
   A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kBytes) +
                     (Wide ? tile.warp * ClassVectors<T>::count(args) * 32 * P : 0);
 
@@ -69,9 +70,8 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   const bool writes_logits = args.grad_logits && !is_made<A>(args);
   if (args.backward && !writes_logits && !args.grad_confidence && !Sums) return;
 
-  unsigned char* own_vectors = staged + lane * kVectorBytes;
-  if constexpr (kWarpThreads<T, Calibrated, Sums, By> <= 256)  // else registers are too few
-    own_vectors = kept_address(own_vectors);
+  constexpr bool kKeepsOwn = kKeeps && kWarpThreads<T, Calibrated, Sums, By> <= 256;
+  unsigned char* own_vectors = kept_address<kKeepsOwn>(staged + lane * kVectorBytes);
   tile.write_missing(own_vectors);
   const auto vector_at = [&](int round, int k) {
     return own_vectors + (round % kStages * K + k) * 32 * kVectorBytes;
