@@ -302,6 +302,27 @@ def test_rows_by_clusters(kernels: ModuleType, classes: int, dtype: torch.dtype)
         check(kernels, call)
 
 
+@pytest.mark.parametrize("classes", [2564, 12288])  # of a block's warps, of a cluster's
+def test_masked_classes_change_no_other_row(kernels: ModuleType, classes: int) -> None:
+    # After the first one a warp sums slopes in the way that masked classes need.
+    kernels.set_options()
+    problem = row(9, classes, reduction="sum")
+    masked = [2, 5]
+    kept = problem.logits[masked, problem.target[masked]]
+    problem.logits[masked] = problem.logits[masked].masked_fill(
+        torch.rand(2, classes) < 0.1, -float("inf")
+    )
+    problem.logits[masked, problem.target[masked]] = kept
+    found = []
+    for ignored in (False, True):
+        if ignored:
+            problem.target[masked] = -100
+        call = problem.calls(**HOPPER | {"multiprocessors": 1})[0]
+        check(kernels, call)
+        found.append(np.delete(call.fields["grad_confidence"], masked))
+    assert found[0].tobytes() == found[1].tobytes()
+
+
 # Multiprocessors, rows and classes -> blocks of a cluster that add up their class sums, in fp32 and
 # in bf16: of rows of a warp, then of rows of a block.
 TEAMS = {

@@ -123,6 +123,7 @@ ORDINARY = {
 }
 # What row_warp_kernel makes of them otherwise.
 OF_WARP_ROWS = {
+    r"VOTE\.ANY P, ": False,  # the sum of slopes is NaN
     r"FSETP\.NEU\.AND P, PT, R, R, PT": False,  # the target's logit is what is taken off
     r"FSETP\.EQ\.AND P, PT, R, R, PT": True,
     r"ISETP\.NE\.OR P, PT, R, RZ, !P": True,  # the sum of the others is moderate

@@ -182,8 +182,8 @@ def _run_nvcc(source: Path, architecture: str, cubin: Path) -> None:
 
 Spill = tuple[str, str, tuple[int, ...], str]  # architecture; name, flags, type of the kernel
 _WIDE_STAGE_2 = ("row_forward_kernel", (True, True))
-_WARP_CALIBRATED, _WARPS_CALIBRATED = (
-    ("row_warp_kernel", (True, False, keeper)) for keeper in range(2)
+_WARP_CALIBRATED, _WARPS_CALIBRATED, _CLUSTER_CALIBRATED = (
+    ("row_warp_kernel", (True, False, keeper)) for keeper in range(3)
 )
 _BF16, _FP16 = "13__nv_bfloat16", "6__half"
 
@@ -210,19 +210,18 @@ KNOWN_SPILLS: dict[Spill, int] = {
     **{("75", "upsample_forward_kernel", (), of): 12 for of in ("f", _BF16, _FP16)},
     **{("75", "upsample_backward_kernel", (), of): 56 for of in ("f", _BF16, _FP16)},
     **{("120", "upsample_backward_kernel", (), of): 8 for of in ("f", _BF16, _FP16)},
+    ("75", *_WIDE_STAGE_2, "f"): 32,
     ("75", *_WIDE_STAGE_2, _BF16): 32,
-    ("90", *_WARP_CALIBRATED, _BF16): 20,
-    ("90", *_WARP_CALIBRATED, _FP16): 20,
-    ("90", "row_warp_kernel", (False, False, 2), "f"): 8,
+    **{("75", *_WARP_CALIBRATED, of): 20 for of in (_BF16, _FP16)},
+    **{("75", *_WARPS_CALIBRATED, of): 16 for of in (_BF16, _FP16)},
     ("90", *_WIDE_STAGE_2, _BF16): 16,
     ("90", "soft_row_kernel", (False, False), "d"): 20,
     ("100", *_WIDE_STAGE_2, "f"): 76,
     ("100", *_WIDE_STAGE_2, _BF16): 112,
     ("100", *_WIDE_STAGE_2, _FP16): 112,
+    **{("100", *_CLUSTER_CALIBRATED, of): 8 for of in (_BF16, _FP16)},
     ("100", "soft_row_kernel", (False, False), "d"): 20,
-    ("120", "row_warp_kernel", (True, True, 2), "f"): 8,
-    ("120", *_WARPS_CALIBRATED, _BF16): 20,
-    ("120", *_WARPS_CALIBRATED, _FP16): 20,
+    **{("120", *_WARPS_CALIBRATED, of): 8 for of in (_BF16, _FP16)},
     ("120", *_WIDE_STAGE_2, _FP16): 16,
     ("120", *_WIDE_STAGE_2, _BF16): 108,
     ("120", "soft_row_warp_kernel", (2,), "f"): 12,

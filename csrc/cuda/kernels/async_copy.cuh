@@ -48,13 +48,18 @@ __device__ __forceinline__ void copy_vector(unsigned char* shared, const void* f
 #endif
 }
 
-// Every 32nd vector. The addresses are made from the middle one: an instruction adds 4 KB at most.
+// Of so many vectors, every 32nd, the one that the addresses are made from: an instruction adds from
+// -2048 to 2047 bytes.
+template <int Count>
+constexpr int kMiddleVector = 32 * (Count / 2 < 4 ? Count / 2 : 4);
+
+// Every 32nd vector of those that there are: so many from this lane's first on. middle: of
+// kMiddleVector.
 template <int... k>
-__device__ __forceinline__ void copy_vectors(unsigned char* shared, const void* from, int vectors,
+__device__ __forceinline__ void copy_vectors(unsigned char* shared, const void* middle, int vectors,
                                              std::integer_sequence<int, k...>) {
-  constexpr int kMiddle = 32 * (sizeof...(k) / 2);
-  const unsigned char* middle = static_cast<const unsigned char*>(from) + kMiddle * kVectorBytes;
-  (copy_vector<32 * k, kMiddle>(shared, middle, vectors), ...);
+  constexpr int kMiddle = kMiddleVector<sizeof...(k)>;
+  (copy_vector<32 * k, kMiddle>(shared, static_cast<const unsigned char*>(middle), vectors), ...);
 }
 
 // Ends a group of copies; a group may be empty.

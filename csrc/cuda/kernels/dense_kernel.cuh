@@ -15,73 +15,9 @@
 //   before the block writes.
 #pragma once
 
-#include "cuda/kernels/dense_tile.cuh"
-#include "cuda/kernels/row_details.cuh"
+#include "cuda/kernels/dense_parts.cuh"
 
 namespace disalign::cuda {
-
-// Over a thread's classes that are not its positions' targets, by their maximum.
-template <class A, int V>
-struct DenseSums {
-  A maximum[V], rest[V], smooth[V], weight[V];  // as in PositionSums; the last two with smoothing
-
-  __device__ __forceinline__ DenseSums() {
-#pragma unroll
-    for (int v = 0; v < V; ++v) maximum[v] = kLowest<A>, rest[v] = smooth[v] = weight[v] = 0;
-  }
-
-  __device__ __forceinline__ void add(int v, A u, A w, bool smoothing) {
-    const A top = larger(maximum[v], u), below = maximum[v] - top;
-    rest[v] = rest[v] * exponential(below) + exponential(u - top);
-    if (smoothing) {
-      if (weight[v] != A(0)) smooth[v] += weight[v] * below;  // else 0 * infinity
-      smooth[v] += w * (u - top);
-      weight[v] += w;
-    }
-    maximum[v] = top;
-  }
-};
-
-// What the second pass wants.
-struct DenseWanted {
-  bool logits, confidence, sums;  // sums: of scale and bias
-};
-
-// A position's factors into the second pass's entries.
-template <class A>
-__device__ __forceinline__ void write_factors(A* entries, int positions, int p,
-                                              const PositionFactors<A>& factors) {
-  entries[kEntryShift * positions + p] = factors.maximum;
-  entries[kEntrySoftmax * positions + p] = factors.softmax;
-  entries[kEntrySmooth * positions + p] = factors.smooth;
-  entries[kEntryTarget * positions + p] = factors.at_target;
-  entries[kEntrySlope * positions + p] = factors.target_slope;
-}
-
-// Blocks that shall fit on a multiprocessor.
-template <class T, bool Calibrated, bool Whole>
-constexpr int kDenseBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && Calibrated && !Whole) ? 1 : 2;
-
-// The arguments, with what is known of them when the kernel is compiled: what is absent costs nothing.
-// Options: there may be a prior, a margin, sample weights, label smoothing, a focal exponent.
-template <bool Calibrated, bool Options>
-__device__ __forceinline__ DenseArgs known(DenseArgs args) {
-  args.shard_sums = nullptr, args.shard_factors = nullptr;
-  if constexpr (!Calibrated) {
-    args.scale = args.bias = args.confidence = nullptr;
-    args.grad_scale = args.grad_bias = args.grad_confidence = nullptr;
-    args.class_gradients = false;
-  }
-  if constexpr (!Options) {
-    args.prior = args.margin = args.sample_weight = nullptr;
-    args.label_smoothing = args.focal_gamma = 0;
-  }
-  return args;
-}
-static inline bool has_options(const DenseArgs& args) {
-  return args.prior || args.margin || args.sample_weight || args.label_smoothing > 0 ||
-         args.focal_gamma > 0;
-}
 
 template <class T, bool Calibrated, bool Whole, bool Options>
 __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Whole>))
@@ -348,21 +284,8 @@ __global__ void __launch_bounds__(kDenseThreads, (kDenseBlocks<T, Calibrated, Wh
         for (int p = threadIdx.x, bit = 1; p < positions; p += kDenseThreads, bit *= 2) {
           if (!(again & bit)) continue;
           const A u_t = entries_of(kEntryShift)[p];
-          PositionSums<A> sums;
-          sums.maximum = larger(u_t, kLowest<A>);
-          const A* from = memory.exchange + p;
-#pragma unroll 1
-          for (int slice = 0; slice < place.slices; ++slice)
-            sums.maximum = larger(sums.maximum, from[slice * positions]);
-#pragma unroll 1
-          for (int slice = 0; slice < place.slices; ++slice, from += positions) {
-            const A below = *from - sums.maximum;
-            sums.rest += from[of_slices] * exponential(below);
-            if (!smoothing) continue;
-            const A weight = from[3 * of_slices];
-            sums.smooth += from[2 * of_slices];
-            if (weight != A(0)) sums.smooth += weight * below;  // else 0 * infinity
-          }
+          PositionSums<A> sums = DenseSums<A, V>::of_position(memory.exchange + p, place.slices,
+                                                              positions, u_t, smoothing);
           finish(p, memory.targets[p], u_t, sums);
         }
       }

@@ -18,6 +18,7 @@
 #include "cuda/kernels/async_copy.cuh"
 #include "cuda/kernels/block_sums.cuh"
 #include "cuda/kernels/position.cuh"
+#include "cuda/kernels/row_details.cuh"
 
 namespace disalign::cuda {
 
@@ -90,7 +91,8 @@ struct DenseMemory {
     const int64_t exchanged = !args.backward ? values(args) : args.grad_confidence ? 1 : 0;
     // Room for details even where there are none: tiles, and so bits, are the same with them.
     const int64_t of_sums = exchanged * kDenseThreads * kVector<T>;
-    const int64_t of_details = args.backward ? 0 : 4 * std::max<int64_t>(kDenseThreads, positions);
+    const int64_t of_details =
+        args.backward ? 0 : RowDetails<A>::kValues * std::max<int64_t>(kDenseThreads, positions);
     args.exchange_at = take(std::max(of_sums, of_details), sizeof(A));
     args.positions_at = take((second_pass ? kPositionEntries : 2) * positions, sizeof(A));
     args.class_sums_at = take(args.shared_sums ? sum_entries(args) : 0, sizeof(ClassSum<A>));

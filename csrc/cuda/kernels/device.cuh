@@ -272,6 +272,20 @@ __device__ __forceinline__ void write_shared(unsigned char* to, Raw raw) {
   *reinterpret_cast<uint4*>(to) = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
 }
 
+// An address in shared memory that the compiler keeps, if it shall, and does not make anew wherever it
+// is used.
+template <bool Keeps, class V>
+__device__ __forceinline__ V* kept_address(V* shared) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (Keeps) {
+    auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm("" : "+r"(address));
+    return static_cast<V*>(__cvta_shared_to_generic(address));
+  }
+#endif
+  return shared;
+}
+
 // What is in shared memory is loaded again after this: registers that would keep it are few.
 __device__ __forceinline__ void forget_loads() { __syncwarp(); }
 

@@ -164,7 +164,7 @@ class ClusterGroup {
     A values[1] = {warp_max(v)};
     const A* area = exchange(values);
     v = kLowest<A>;
-    for (int i = threadIdx.x % 32; i < entries(); i += 32) v = larger(v, area[i]);
+    over_entries([&](int i) { v = larger(v, area[i]); });
     return warp_max(v);
   }
 
@@ -177,7 +177,7 @@ class ClusterGroup {
 #pragma unroll
     for (int k = 0; k < Count; ++k) {
       values[k] = 0;
-      for (int i = threadIdx.x % 32; i < entries(); i += 32) values[k] += area[k * kEntries + i];
+      over_entries([&](int i) { values[k] += area[k * kEntries + i]; });
       values[k] = warp_sum(values[k]);
     }
   }
@@ -186,20 +186,32 @@ class ClusterGroup {
   __device__ __forceinline__ int warps() const { return blockDim.x / 32; }
   __device__ __forceinline__ int entries() const { return blocks_ * warps(); }
 
+  // A lane's entries. Without a loop of each lane's own, as most clusters have no more than 32.
+  template <class Body>
+  __device__ __forceinline__ void over_entries(const Body& body) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < entries()) body(lane);
+#pragma unroll 1
+    for (int first = 32; first < entries(); first += 32)
+      if (first + lane < entries()) body(first + lane);
+  }
+
   // A warp's values to all blocks, a lane a block. Returns where those of all warps are.
   template <int Count>
   __device__ __forceinline__ const A* exchange(const A (&values)[Count]) {
     static_assert(Count <= kValues, "scratch is too small");
-    A* area = scratch_ + turn_ * kValues * kEntries;
+    const int at = turn_ * kValues * kEntries, block = threadIdx.x % 32;
     turn_ ^= 1;
-    const int block = threadIdx.x % 32;
     if (block < blocks_) {
-      A* to = Cluster::of_block(area, block) + blockIdx.y * warps() + threadIdx.x / 32;
+      // One addition of 64 bits.
+      const int own =
+          at + static_cast<int>(blockIdx.y) * warps() + static_cast<int>(threadIdx.x / 32);
+      A* to = Cluster::of_block(scratch_ + own, block);
 #pragma unroll
       for (int k = 0; k < Count; ++k) to[k * kEntries] = values[k];
     }
     Cluster::barrier();
-    return area;
+    return scratch_ + at;
   }
 
   int blocks_;

@@ -12,11 +12,6 @@
 
 namespace disalign::cuda {
 
-// Of forward alone.
-static DISALIGN_METHOD bool wants_details(const LossArgs& args) {
-  return args.prediction || args.entropy;
-}
-
 // More than a row's classes, and more than twice as much.
 constexpr int kRank = 1 << 28, kNanRank = 3 << 28;
 
@@ -98,6 +93,14 @@ struct RowDetails {
     if (has_nan) entropy = static_cast<A>(NAN);
     static_cast<A*>(args.entropy)[i] = valid ? entropy : A(0);
   }
+  // The same, or, where a row has several tiles, as those of its tile.
+  __device__ __forceinline__ void write(const RowArgs& args, int64_t i, bool valid, unsigned tile,
+                                        bool tiled) const {
+    if (tiled)
+      write(static_cast<A*>(args.tile_details) + tile * args.outer + i, args.tiles * args.outer);
+    else
+      write(args, i, valid);
+  }
 };
 
 // The rank of a class, an integer above 0, in order and exactly: a float's bits have as many as there
@@ -176,11 +179,7 @@ __device__ __forceinline__ void write_soft_details(const RowArgs& args, const A 
   auto found = row_details<Last>(u, place_of, args.entropy != nullptr, group);
   if (!writes) return;
   if (found.maximum <= low && !found.has_nan) found = {};
-  if (tiled)
-    found.write(static_cast<A*>(args.tile_details) + tile * args.outer + i,
-                args.tiles * args.outer);
-  else
-    found.write(args, i, true);
+  found.write(args, i, true, tile, tiled);
 }
 
 // Of a position of class planes, whose classes are divided into so many parts; they lie `positions`

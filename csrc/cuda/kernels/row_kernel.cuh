@@ -101,13 +101,7 @@ __global__ void __launch_bounds__(Wide ? kWideThreads<T> : kNarrowThreads, 1)
       RowDetails<A> found = row_details<false>(
           e, [&](int p) { return tile.vector(p / V) * V + p % V; }, args.entropy != nullptr, group);
       if (found.at >= 0) found.at += tile.first_class;
-      if (tile.lane == 0 && i < args.outer) {
-        if (tiled)
-          found.write(static_cast<A*>(args.tile_details) + blockIdx.y * args.outer + i,
-                      args.tiles * args.outer);
-        else
-          found.write(args, i, valid);
-      }
+      if (tile.lane == 0 && i < args.outer) found.write(args, i, valid, blockIdx.y, tiled);
       if (!valid) c = 0;  // it has details, and no gradients
     }
     // The target's u, and d of its confidence. One thread of the group has them. Selects, no

@@ -13,8 +13,7 @@
 // - The target's logit is marked -inf in shared memory: its exponential is 0 and it is left out of
 //   the sums, as PositionSums wants it. What its gradient is divided by that of the others then
 //   takes its place among the exponentials, and gradients are made of all alike.
-// - Memory: one read of the logits (besides the target's), one write of their gradient, which may be
-//   the logits.
+// - Memory: one read of the logits (besides the target's), one write of their gradient, maybe in place.
 #pragma once
 
 #include "cuda/kernels/async_copy.cuh"
@@ -45,7 +44,8 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   const int lane = tile.lane;
   unsigned char* areas = memory + kWarpScratchBytes<A, By>;
   constexpr int kBytes = kWarpBytes<Calibrated>;
-  unsigned char* staged = areas + tile.warp * kBytes;
+  constexpr bool kKeeps = !Calibrated || P <= 40;  // else all registers are taken
+  unsigned char* staged = kept_address<kKeeps>(areas + tile.warp * kBytes);
   A* class_memory = reinterpret_cast<A*>(areas + blockDim.x / 32 * kBytes) +
                     (Wide ? tile.warp * ClassVectors<T>::count(args) * 32 * P : 0);
 
@@ -70,25 +70,18 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   const bool writes_logits = args.grad_logits && !is_made<A>(args);
   if (args.backward && !writes_logits && !args.grad_confidence && !Sums) return;
 
+  constexpr bool kKeepsOwn = kKeeps && kWarpThreads<T, Calibrated, Sums, By> <= 256;
+  unsigned char* own_vectors = kept_address<kKeepsOwn>(staged + lane * kVectorBytes);
+  tile.write_missing(own_vectors);
   const auto vector_at = [&](int round, int k) {
-    return staged + ((round % kStages * K + k) * 32 + lane) * kVectorBytes;
+    return own_vectors + (round % kStages * K + k) * 32 * kVectorBytes;
   };
-  if (!tile.has(K - 1)) {  // what is no vector is -inf, for good
-    Raw nothing;
-#pragma unroll
-    for (int v = 0; v < V; ++v) set_element(nothing, v, from_accumulate<T>(negative_infinity<A>()));
-    for (int k = max(tile.left + 31, 0) / 32; k < K; ++k) {
-#pragma unroll
-      for (int stage = 0; stage < kStages; ++stage) write_shared(vector_at(stage, k), nothing);
-    }
-  }
-
   const T* logits = static_cast<const T*>(args.logits);
   int ahead = kNoTarget;  // of this lane's row in the turn of the row that is asked for
   const int64_t step = tile.row_step * args.outer_stride;
-  // Of the row that is asked for next: its first vector of this lane; of the one after this: its edge.
-  const T* from = logits + tile.row * args.outer_stride + tile.first();
-  const T* edge_from = from + (tile.edge - tile.first());
+  // Of the row that is asked for next: a vector of this lane; of the one after this: its edge.
+  const T* from = logits + tile.row * args.outer_stride + (tile.first() + kMiddleVector<K> * V);
+  const T* edge_from = from + (tile.edge - tile.first() - kMiddleVector<K> * V);
   const auto ask_for = [&](int round) {
     if (round < tile.rounds) {
       if (round % 32 == 0) {
@@ -113,6 +106,8 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   int own_target = kNoTarget;  // of this lane's row of the turn
   using RowTurn = Turn<A, Calibrated>;
   const RowTurn turn(staged + kWarpStagedBytes);
+  // Whether no logit of this warp's was -inf yet: sums of slopes are made for all finite ones first.
+  bool finite = Wide && sizeof(T) == sizeof(float) && tile.left + lane >= 32 * K;
   A grad_scale[Sums ? P + 1 : 1] = {}, grad_bias[Sums ? P + 1 : 1] = {};  // the last: the edge's
   for (int round = 0; round < tile.rounds; ++round) {
     const int at_turn = round % 32;
@@ -271,26 +266,48 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
           stage_target(z_t);
           const A z_of_edge = place.at_edge ? z_t : z_edge;
           const A softmax = v_i * c * of_e;
-          A slope = 0;  // sum_j q_j d_j of this lane's, of q_j = e_j
-          const auto add = [&](int p, A z, A a, A b) {
-            const A ez = e[p] * z;
-            slope = std::fma(a, ez, std::fma(b, e[p], slope));
-            if constexpr (Sums) {
-              grad_scale[p] = std::fma(softmax, ez, grad_scale[p]);
-              grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
+          A slope, ez[P];  // slope: sum_j q_j d_j of this lane's, of q_j = e_j
+          const auto add = [&](int p, A of_z, A a, A b) {
+            slope = std::fma(a, of_z, std::fma(b, e[p], slope));
+          };
+          const auto add_up = [&](auto all_finite) {
+            slope = 0;
+#pragma unroll
+            for (int part = 0; part < K * N; ++part) {
+              A z[Q], a[Q], b[Q];
+              const Raw raw = read_shared(vector_at(round, part / N));
+              if constexpr (decltype(all_finite)::value)
+                unpack<T>(raw, part % N, z);
+              else
+                unpack_finite<T>(raw, part % N, z);
+              classes.load(classes.scale, lane + 32 * (part / N), part % N, a);
+              classes.load(classes.bias, lane + 32 * (part / N), part % N, b);
+#pragma unroll
+              for (int q = 0; q < Q; ++q) {
+                const int p = part * Q + q;
+                ez[p] = e[p] * z[q];
+                add(p, ez[p], a[q], b[q]);
+              }
             }
           };
+          const auto all_are_finite = [&] {
+            add_up(std::true_type{});
+            return !__any_sync(kFullWarp, slope != slope);  // 0 * -inf
+          };
           forget_loads();
-#pragma unroll
-          for (int part = 0; part < K * N; ++part) {
-            A z[Q], a[Q], b[Q];
-            unpack_finite<T>(read_shared(vector_at(round, part / N)), part % N, z);
-            classes.load(classes.scale, lane + 32 * (part / N), part % N, a);
-            classes.load(classes.bias, lane + 32 * (part / N), part % N, b);
-#pragma unroll
-            for (int q = 0; q < Q; ++q) add(part * Q + q, z[q], a[q], b[q]);
+          if (!finite || !all_are_finite()) {
+            finite = false;
+            add_up(std::false_type{});
           }
-          add(P, larger(z_of_edge, kLowest<A>), edge.scale(), edge.bias());
+          const A ez_of_edge = e[P] * larger(z_of_edge, kLowest<A>);
+          add(P, ez_of_edge, edge.scale(), edge.bias());
+          if constexpr (Sums) {
+#pragma unroll
+            for (int p = 0; p <= P; ++p) {
+              grad_scale[p] = std::fma(softmax, p < P ? ez[p] : ez_of_edge, grad_scale[p]);
+              grad_bias[p] = std::fma(softmax, e[p], grad_bias[p]);
+            }
+          }
           slope *= of_e;
           if (smoothing) {
             const A smooth = v_i * c * result.smooth;

@@ -137,6 +137,21 @@ struct WarpTile : GroupRows {
     if (edge >= 0) store_one(row + edge, from_accumulate<T>(g[K * V]));
   }
 
+  // Writes -inf, for good, to what is no vector of all stages, of which this lane has every 32nd from
+  // `own` on.
+  __device__ __forceinline__ void write_missing(unsigned char* own) const {
+    if (has(K - 1)) return;
+    Raw nothing;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      set_element(nothing, v, from_accumulate<T>(negative_infinity<Accumulate<T>>()));
+    for (int k = max(left + 31, 0) / 32; k < K; ++k) {
+#pragma unroll
+      for (int stage = 0; stage < kWarpStages<K>; ++stage)
+        write_shared(own + (stage * K + k) * 32 * kVectorBytes, nothing);
+    }
+  }
+
   // Of the class vectors in shared memory, of which each warp of a wide row has its own.
   static __device__ __forceinline__ int capacity() { return 32 * K; }
   static __device__ __forceinline__ bool own(int) { return true; }

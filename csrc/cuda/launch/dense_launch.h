@@ -139,9 +139,8 @@ template <class A, class Launcher, class LaunchKernel>
 void run_dense_forward(Launcher& launcher, DenseArgs args, Dtype dtype,
                        LaunchKernel launch_kernel) {
   FinishArgs last;
-  args.details = wants_details(args);
   if (args.positions() > 0) {
-    launch_divisors<A>(launcher, args);
+    begin_forward<A>(launcher, args);
     launch_kernel(args, last);
   }
   if (args.ticket) return;

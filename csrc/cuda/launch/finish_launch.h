@@ -9,10 +9,11 @@
 
 namespace disalign::cuda {
 
-// Before forward makes the logits' gradient, what the mean divides by. The last block of the kernel
-// that follows finishes, where nothing is left but the loss.
+// Before forward's positions. Where it makes the logits' gradient, also what the mean divides by; the
+// last block of the kernel that follows then finishes, where nothing is left but the loss.
 template <class A, class Launcher>
-void launch_divisors(Launcher& launcher, DivisorArgs& args) {
+void begin_forward(Launcher& launcher, DivisorArgs& args) {
+  args.details = args.prediction || args.entropy;
   if (!args.grad_logits || args.reduction != kReduceMean ||
       (args.normalizer != kByWeights && args.normalizer != kByValid))
     return;

@@ -99,7 +99,7 @@ template <class A, class Launcher>
 Shape combine_shape(Launcher& launcher, RowArgs& args) {
   args.tile_sums =
       launcher.allocate(PositionSums<A>::kValues * args.tiles * args.outer * sizeof(A));
-  if (wants_details(args))
+  if (args.details)
     args.tile_details =
         launcher.allocate(RowDetails<A>::kValues * args.tiles * args.outer * sizeof(A));
   Shape shape;
@@ -148,12 +148,11 @@ void launch_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     return launch_row_backward<T, Calibrated>(launcher, args, dtype);
   }
   if (args.outer > 0) {
-    launch_divisors<A>(launcher, args);
+    begin_forward<A>(launcher, args);
     const RowKernel kernel = row_forward_kernel_of<T, Calibrated>(args, plan);
     fill_grid<T>(launcher, kernel, args, plan);
     team_up<T>(launcher, kernel, args, plan);
     apply(plan, args);
-    args.details = wants_details(args);
     last.blocks = plan.shape.grid_x * plan.team;
     Shape combine;
     if (tiled) {

@@ -177,12 +177,11 @@ void launch_soft_row_forward(Launcher& launcher, RowArgs args, Dtype dtype) {
     return launch_soft_row_backward<T, Calibrated>(launcher, args, dtype);
   }
   if (args.outer > 0) {
-    launch_divisors<A>(launcher, args);
+    begin_forward<A>(launcher, args);
     const RowKernel kernel = soft_row_kernel_of<T, Calibrated>(plan);
     fill_grid<T>(launcher, kernel, args, plan);
     team_up<T>(launcher, kernel, args, plan);
     apply(plan, args);
-    args.details = wants_details(args);
     last.blocks = plan.shape.grid_x * plan.team;
     Shape combine;
     if (tiled) {
