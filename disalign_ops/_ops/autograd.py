@@ -117,6 +117,7 @@ class Saved:
         self._tensors: Sequence[Tensor] = ctx.saved_tensors  # of which inputs may be None
         self.problem: Problem
         self.wanted: int  # what forward has made
+        self._present: int  # of the tensors, how many are inputs
         self.available: list[bool]  # empty: a backward has the gradient of the logits
         self.problem, self.wanted, self._present, self.available = ctx.kept
 
@@ -158,7 +159,7 @@ class Saved:
 
     @property
     def _first_gradient(self) -> int:
-        return self._present - 1 + _first_gradient(self.wanted)  # the loss is not kept
+        return self._present + _first_gradient(self.wanted) - 1  # the loss is not kept
 
 
 def is_batched(grad_loss: Tensor) -> bool:
@@ -366,7 +367,8 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
     logits, scale = inputs.logits, inputs.scale
     calibration: tuple[Tensor, ...] = ()
     if scale is not None:
-        assert inputs.bias is not None and inputs.confidence is not None
+        assert inputs.bias is not None
+        assert inputs.confidence is not None
         calibration = scale, inputs.bias, inputs.confidence
     need = 0
     if _is_grad_enabled():

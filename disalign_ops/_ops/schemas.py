@@ -57,8 +57,8 @@ class Layout:
 
     @property
     def boxed_forward(self) -> Any:
-        """"forward" for a call of which no argument has a __torch_function__, in eager mode: it does
-        not ask each of them once more.
+        """The same for a forward of which no argument has a __torch_function__, in eager mode: it
+        does not ask each of them once more.
         """
         return _BOXED[self._forward]
 
