@@ -137,15 +137,15 @@ def _describe(cubins: list[Path], architecture: str) -> list[Kernel]:
     reserved = 1024 if int(architecture) >= 90 else 0  # of a block's shared memory, by the driver
     usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
     codes = disassembly.Kernels(*cubins)
-    kernels = []
+    kernels = {}  # small ones are in several files
     for cubin in cubins:
         printed = cuda_tools.run("cuobjdump", "-res-usage", cubin)
         for symbol, registers, stack, shared in re.findall(usage, printed):
             spilled = _spilled(codes[symbol]) if int(stack) else 0
-            kernels.append(
-                Kernel(symbol, int(registers), int(stack), spilled, int(shared) - reserved)
+            kernels[symbol] = Kernel(
+                symbol, int(registers), int(stack), spilled, int(shared) - reserved
             )
-    return kernels
+    return list(kernels.values())
 
 
 def _spilled(kernel: disassembly.Kernel) -> int:
@@ -196,7 +196,7 @@ _DENSE_HALF = {
     "86": {_PLAIN_BY_ELEMENT: 120, _CALIBRATED: 108, _WITH_OPTIONS: 80},
     "90": {_PLAIN_BY_ELEMENT: 252, _CALIBRATED: 152, _WITH_OPTIONS: 188},
     "100": {_PLAIN_BY_ELEMENT: 300, _CALIBRATED: 124, _WITH_OPTIONS: 128},
-    "120": {_PLAIN_BY_ELEMENT: 344, _CALIBRATED: 64, _WITH_OPTIONS: 60},
+    "120": {_PLAIN_BY_ELEMENT: 348, _CALIBRATED: 64, _WITH_OPTIONS: 60},
 }
 _DENSE_FLOAT = {"80": 40, "86": 28, "90": 168, "100": 272, "120": 52}
 _AS_86 = {"89": "86"}  # which make the same code
@@ -223,11 +223,7 @@ KNOWN_SPILLS: dict[Spill, int] = {
     ("100", "soft_row_kernel", (False, False), "d"): 20,
     **{("120", *_WARPS_CALIBRATED, of): 8 for of in (_BF16, _FP16)},
     ("120", *_WIDE_STAGE_2, _FP16): 16,
-    ("120", *_WIDE_STAGE_2, _BF16): 108,
-    ("120", "soft_row_warp_kernel", (2,), "f"): 12,
-    ("120", "soft_row_warp_kernel", (2,), _BF16): 8,
-    ("120", "soft_row_warp_kernel", (2,), _FP16): 8,
-    ("120", "soft_row_kernel", (False, False), "d"): 12,
+    ("120", *_WIDE_STAGE_2, _BF16): 64,
     # Of planes, what stays the same for a tile.
     **{
         (architecture, "dense_kernel", _BY_ELEMENT, "f"): most
