@@ -82,6 +82,7 @@ DEFINITIONS = {
     "csrc/cuda/ops/build_info.cpp": """\
 #define DISALIGN_COMPILER "nvcc, by kernel-builder"
 #define DISALIGN_ARCHITECTURES "{architectures}"
+#define DISALIGN_SOURCES ""
 """,
 }
 

@@ -165,6 +165,16 @@ def test_what_is_compiled_and_how_is_as_in_the_package(sources: Path) -> None:
     assert f"set(architectures {names})" in text
 
 
+def test_what_cmake_defines_is_defined(sources: Path) -> None:
+    defined = set(re.findall(r"\b(DISALIGN_\w+)=", (ROOT / "CMakeLists.txt").read_text()))
+    files = list((sources / "csrc").glob("*/ops/*.cpp"))
+    used = {path.name: defined & set(re.findall(r"\w+", path.read_text())) for path in files}
+    assert used["build_info.cpp"]
+    for path in files:
+        found = set(re.findall(r"^#define (\w+)", path.read_text(), re.MULTILINE))
+        assert used[path.name] <= found, path
+
+
 # What kernel-builder adds to a build with compiled code.
 COMPILED_OPS = "from . import {id}\n" + OPS
 REGISTRATION = """
