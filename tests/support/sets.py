@@ -2,7 +2,8 @@
 
 A test is slow (`make test-slow` alone runs it), standard (`make test` runs it, `make test-fast`
 does not) or fast (the reverse: it is part of a standard one) by a mark in its file or by a row
-below. Every other test is in `make test-fast` and `make test`.
+below. Of a test of many cases some are slow (`MANY`). Every other test is in `make test-fast` and
+`make test`.
 """
 
 from __future__ import annotations
