@@ -163,7 +163,7 @@ def upsample_cross_entropy(
     result = output(input, loss, _positions(target) if each else None, *promoting)
     if not return_details:
         return result
-    losses = [] if len(details) == 3 else [result.detach()]  # 'none' is these losses itself
+    losses = [] if len(details) == 3 else [loss.detach()]  # 'none' is these losses itself
     position_loss, probability, prediction = (t.reshape(target.shape) for t in (*losses, *details))
     return UpsampleDetails(result, position_loss, probability, prediction)
 

@@ -280,6 +280,14 @@ def test_details_are_those_of_the_composition(backend: str, reduction: str) -> N
     assert_close(actual, expected, torch.float64, "gradient")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_details_have_the_accumulation_dtype(backend: str, reduction: str) -> None:
+    d = dense((2, 19, 4, 5), (15, 21), dtype=torch.bfloat16)
+    found = upsample_cross_entropy(d.logits, d.target, reduction=reduction, return_details=True)
+    assert found.loss.dtype is torch.bfloat16
+    assert found.position_loss.dtype is found.probability.dtype is torch.float32
+
+
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_predict_is_the_argmax_of_upsampled_logits(
