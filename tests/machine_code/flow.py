@@ -73,9 +73,10 @@ def _effect(i: Instruction) -> Effect:
     modifiers = i.modifiers
     if name in MOVES:
         return found
-    if name in ("LDG", "LD"):
-        # What a launch's memory has are numbers of 32 and 64 bits.
-        found.always = any(m in ("128", "U8", "S8", "U16", "S16") for m in modifiers)
+    if name == "LDG":
+        pass  # the launch's memory says
+    elif name == "LD":
+        found.always = True
     elif name in _SELECTS:
         found.unknown, found.both = tuple(sources[:2]), True
     elif name in _COMPARES:

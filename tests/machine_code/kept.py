@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from disalign_ops._ops import backends
 from support import compiler_report
 from support.places import ROOT, TESTS
 
@@ -43,10 +44,11 @@ def kept(function: F) -> F:
 
 @functools.cache
 def _digest() -> str:
-    """Of the kernels, of what counts their instructions, and of the GPUs."""
+    """Of the kernels, of the library with their code, of what counts instructions, of the GPUs."""
     of_kernels = compiler_report.digest(b"")
+    library = [path for path in [backends.CUDA_LIBRARY] if path.exists()]
     counting = (
-        *sorted((TESTS / "machine_code").glob("*.py")), ROOT / "benchmarks" / "gpus.py",
+        *library, *sorted((TESTS / "machine_code").glob("*.py")), ROOT / "benchmarks" / "gpus.py",
         TESTS / "simt" / "planner.cpp", TESTS / "support" / "launch_plans.py",
     )  # fmt: skip
     content = [of_kernels.encode(), *(path.read_bytes() for path in counting)]

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kWarpThreads<T, Calibrated, Sums, By>,
   int own_target = kNoTarget;  // of this lane's row of the turn
   using RowTurn = Turn<A, Calibrated>;
   const RowTurn turn(staged + kWarpStagedBytes);
-  // Whether no logit of this warp's was -inf yet: sums of slopes are made for all finite ones first.
+  // Whether no sum of this warp's slopes was NaN yet: they are made as if all logits were finite.
   bool finite = Wide && sizeof(T) == sizeof(float) && tile.left + lane >= 32 * K;
   A grad_scale[Sums ? P + 1 : 1] = {}, grad_bias[Sums ? P + 1 : 1] = {};  // the last: the edge's
   for (int round = 0; round < tile.rounds; ++round) {
