@@ -138,7 +138,7 @@ def validate(
             and ((input.is_cpu and target.is_cpu) or target.device == input.device)
             and (
                 weight is None
-                or (_is_vector(weight, dtype, classes, input.device) and not weight.requires_grad)
+                or (_is_vector(weight, dtype, classes, input) and not weight.requires_grad)
             )
         ):
             numbers = (ignore_index, smoothing, 0.0)
@@ -146,7 +146,6 @@ def validate(
                 same = numbers == _PLAIN.numbers
                 problem = _PLAIN if same else _PLAIN._replace(numbers=numbers)
                 return Inputs(input, target, weight), problem
-            device = input.device
             c, a, b, form, background = calibration
             calibration_form = None
             if type(form) is str and (background is None or type(background) is str):
@@ -156,9 +155,9 @@ def validate(
                 c = c.reshape(-1)
             if (
                 calibration_form is not None
-                and _is_vector(a, dtype, calibrated, device)
-                and _is_vector(b, dtype, calibrated, device)
-                and _is_vector(c, dtype, rows, device)
+                and _is_vector(a, dtype, calibrated, input)
+                and _is_vector(b, dtype, calibrated, input)
+                and _is_vector(c, dtype, rows, input)
                 and not is_probability(c)
             ):
                 inputs = Inputs(input, target, weight, a, b, c)
@@ -202,13 +201,13 @@ _ARITHMETIC = {
 }
 
 
-def _is_vector(vector: Any, dtype: torch.dtype, entries: int, device: torch.device) -> bool:
-    """Whether this is a contiguous vector of that dtype and length on that device."""
+def _is_vector(vector: Any, dtype: torch.dtype, entries: int, input: Tensor) -> bool:
+    """Whether this is a contiguous vector of that dtype and length on the input's device."""
     return (
         type(vector) in _TENSORS
         and vector.dtype is dtype
         and vector.dim() == 1
         and vector.size(0) == entries
-        and vector.device == device
+        and ((input.is_cpu and vector.is_cpu) or vector.device == input.device)
         and vector.is_contiguous()
     )

@@ -38,7 +38,7 @@ from .codes import (
 )
 from .namespace import NAMESPACE
 from .problem import Inputs, Problem, reference_loss
-from .schemas import LAYOUTS, UPSAMPLE, Layout, library
+from .schemas import BOXED, LAYOUTS, UPSAMPLE, Layout, library
 
 _NONE, _GRADIENT_BITS = REDUCTIONS["none"], sum(GRADIENTS)
 _functorch, _modes = torch._C._functorch, torch._C._len_torch_dispatch_stack
@@ -111,7 +111,7 @@ _INPUTS = len(Inputs._fields)
 class Saved:
     """What forward keeps for backward, by name; autograd saves it as one tuple, see `_save`."""
 
-    __slots__ = ("_present", "_tensors", "available", "problem", "wanted")
+    __slots__ = ("_first_gradient", "_present", "_tensors", "available", "problem", "wanted")
 
     def __init__(self, ctx: Any) -> None:
         self._tensors: Sequence[Tensor] = ctx.saved_tensors  # of which inputs may be None
@@ -120,6 +120,8 @@ class Saved:
         self._present: int  # of the tensors, how many are inputs
         self.available: list[bool]  # empty: a backward has the gradient of the logits
         self.problem, self.wanted, self._present, self.available = ctx.kept
+        # (The loss is not kept.)
+        self._first_gradient = self._present + _first_gradient(self.wanted) - 1
 
     @property
     def logits(self) -> Tensor:
@@ -156,10 +158,6 @@ class Saved:
     def gradients(self) -> list[Tensor | None]:
         """Of logits, scale, bias and confidence, None where forward did not make it."""
         return _by_name(self._tensors, self.wanted, self._first_gradient)
-
-    @property
-    def _first_gradient(self) -> int:
-        return self._present + _first_gradient(self.wanted) - 1  # the loss is not kept
 
 
 def is_batched(grad_loss: Tensor) -> bool:
@@ -351,7 +349,8 @@ def _forward(
     compiling: bool = False,
 ) -> list[Tensor]:
     plain = not compiling and not has_torch_function(present or inputs)
-    operator = problem.layout.boxed_forward if plain else problem.layout.operator("forward")
+    layout = problem.layout
+    operator = BOXED[layout.forward] if plain else layout.operator("forward")
     results: list[Tensor] = operator(
         *inputs, *problem.numbers, problem.reduction, problem.normalizer, wanted
     )

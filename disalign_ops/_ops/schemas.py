@@ -55,30 +55,26 @@ class Layout:
     def operator(self, part: str) -> Any:
         return _OPERATORS[f"{self.prefix}{self.name}_{part}"]
 
-    @property
-    def boxed_forward(self) -> Any:
-        """The same for a forward of which no argument has a __torch_function__, in eager mode: it
-        does not ask each of them once more.
-        """
-        return _BOXED[self._forward]
-
     @functools.cached_property
-    def _forward(self) -> str:
+    def forward(self) -> str:
+        """The name of the operator "forward", in BOXED."""
         return f"{self.prefix}{self.name}_forward"
 
 
 _OPERATORS: dict[str, Any] = {}  # looked up once: torch.ops does so on every call
-_BOXED: dict[str, Any] = {}
+# The same for a call of which no argument has a __torch_function__, in eager mode: it does not ask
+# each of them once more.
+BOXED: dict[str, Any] = {}
 
 
 _call_boxed = getattr(torch._C, "_dispatch_call_boxed", None)  # not public: may go
 
 
 def keep(name: str, operator: Any) -> None:
-    """What `Layout.operator` and `Layout.boxed_forward` find by this name."""
-    _OPERATORS[name] = _BOXED[name] = operator
+    """What `Layout.operator` and `BOXED` have by this name."""
+    _OPERATORS[name] = BOXED[name] = operator
     if _call_boxed is not None and hasattr(operator, "_handle"):
-        _BOXED[name] = functools.partial(_call_boxed, operator._handle)
+        BOXED[name] = functools.partial(_call_boxed, operator._handle)
 
 
 ROW = Layout("row", reference.cross_entropy)

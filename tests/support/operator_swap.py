@@ -42,7 +42,7 @@ def swap(operator_of: Callable[[str], Callable[..., Any]], native: bool = True) 
     in Triton (native=False).
     """
     for name in schemas.fakes(native):
-        schemas._OPERATORS[name] = schemas._BOXED[name] = _counted(name, operator_of(name))
+        schemas._OPERATORS[name] = schemas.BOXED[name] = _counted(name, operator_of(name))
     kernels = in_forward.NATIVE
     kernels["cpu"] = kernels["cuda"] if native else in_forward.TRITON
 
