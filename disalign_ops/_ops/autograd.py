@@ -19,7 +19,6 @@ another backward makes them again.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +38,7 @@ from .codes import (
 from .namespace import NAMESPACE
 from .problem import Inputs, Problem, reference_loss
 from .schemas import BOXED, LAYOUTS, UPSAMPLE, Layout, library
+from .wrong_target import raise_for_target
 
 _NONE, _GRADIENT_BITS = REDUCTIONS["none"], sum(GRADIENTS)
 _functorch, _modes = torch._C._functorch, torch._C._len_torch_dispatch_stack
@@ -387,32 +387,9 @@ def loss(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
             return (results[0], *_details(results, wanted, problem))
         found = _apply((inputs, problem, wanted), logits, *calibration)
     except RuntimeError as error:
-        _raise_for_target(error, inputs.target)
+        raise_for_target(error, inputs.target)
         raise
     return found if problem.details else (found,)
-
-
-def _raise_for_target(error: RuntimeError, target: Tensor) -> None:
-    """An operator's error about a target that is no class, as the IndexError of F.cross_entropy:
-    the stable ABI throws nothing but RuntimeError.
-    """
-    message = str(error)
-    if message.startswith("IndexError: "):
-        message = name_position(message.removeprefix("IndexError: "), target.shape)
-        raise IndexError(message) from None
-
-
-def name_position(message: str, shape: torch.Size) -> str:
-    """An error's flat `target[i]` as indices into a target of `shape`: `target[n, y, x]`."""
-    return re.sub(r"(?<=target\[)\d+", lambda i: indices(int(i[0]), shape), message, count=1)
-
-
-def indices(position: int, shape: torch.Size) -> str:
-    """A flat position as indices into a tensor of that shape."""
-    if len(shape) <= 1:
-        return str(position)
-    found = torch.unravel_index(torch.tensor(position, device="cpu"), shape)
-    return ", ".join(str(int(i)) for i in found)
 
 
 def save_calibrate(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -12,6 +12,7 @@ from . import autograd, backends, composed, in_forward, reference
 from .codes import REDUCTIONS
 from .problem import Inputs, Problem, is_soft, reference_loss
 from .schemas import DENSE, UPSAMPLE, Layout
+from .wrong_target import indices
 
 
 def compute(inputs: Inputs, problem: Problem) -> tuple[Tensor, ...]:
@@ -139,6 +140,6 @@ def check_classes(
         at = int(bad.nonzero()[0, 0])
         raise IndexError(
             f"Target {int(flat[at])} is out of bounds: "
-            f"{name}[{autograd.indices(at, target.shape)}], the logits have {classes} classes and "
+            f"{name}[{indices(at, target.shape)}], the logits have {classes} classes and "
             f"ignore_index is {ignore_index}"
         )
