@@ -60,6 +60,7 @@ def loss(
         return tracing.loss(input, target, options, calibration, loss)
     inputs, problem = call
     found = dispatch.compute(inputs, problem)[0]
+    # (is_soft, without the call)
     soft, each = inputs.target.is_floating_point(), problem.reduction == _NONE
     if found.dtype is input.dtype and not soft and not each:
         return found

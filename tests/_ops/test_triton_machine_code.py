@@ -25,8 +25,8 @@ BUDGETS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _tools() -> None:
-    if cuda_tools.why_not():
-        pytest.skip(str(cuda_tools.why_not()))
+    if why := cuda_tools.why_not():
+        pytest.skip(why)
 
 
 @pytest.mark.parametrize(("layout", "classes", "dtype"), BUDGETS)

@@ -307,8 +307,8 @@ INSTRUCTIONS = {"float32": (77, 42), "bfloat16": (181, 117)}
 
 @pytest.mark.parametrize("dtype", triton_kernels.DTYPES)
 def test_logits_and_probabilities_are_read_once(dtype: str) -> None:
-    if cuda_tools.why_not():
-        pytest.skip(str(cuda_tools.why_not()))
+    if why := cuda_tools.why_not():
+        pytest.skip(why)
     forward, backward = (
         triton_kernels.count("rows", 8192, dtype, step) for step in triton_kernels.SOFT_STEPS
     )

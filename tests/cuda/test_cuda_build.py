@@ -117,8 +117,8 @@ def compiled(architecture: str) -> Code:
 
 
 def _every_kernel(architecture: str) -> Code:
-    if library.why_not():
-        pytest.skip(str(library.why_not()))
+    if why := library.why_not():
+        pytest.skip(why)
     return compiler_report.every_kernel(architecture)
 
 

@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,7 +105,9 @@ def _kept(name: str, architecture: str, version: str, make: Callable[[str, Path]
             folder.mkdir()
             make(architecture, folder)
             kernels = _describe(sorted(folder.glob("*.cubin")), architecture)
-            report.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
+            unfinished = folder / "kernels.new"
+            unfinished.write_text(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
+            unfinished.rename(report)
     return sorted(folder.glob("*.cubin")), [
         Kernel(**kernel) for kernel in json.loads(report.read_text())
     ]
@@ -112,11 +115,10 @@ def _kept(name: str, architecture: str, version: str, make: Callable[[str, Path]
 
 def _is_library_for(architecture: str) -> bool:
     """Whether the library has this architecture's code, of the sources that are here."""
-    if not backends.backend_info()["native"]["cuda_architectures"]:  # type: ignore[index]
+    native: Any = backends.backend_info()["native"]
+    if not {architecture, f"{architecture}-real"} & set(native["cuda_architectures"]):
         return False
-    info = dict(item.split("=", 1) for item in torch.ops.disalign_ops.cuda_build_info().split(";"))
-    architectures = [a.removesuffix("-real") for a in info["architectures"].split(",")]
-    return architecture in architectures and info.get("sources") == _sources()
+    return backends._parsed(torch.ops.disalign_ops.cuda_build_info())["sources"] == _sources()
 
 
 @functools.cache
